@@ -1,0 +1,1 @@
+"""The rewrites that ship with graphopt."""
