@@ -1,1 +1,6 @@
-"""pipeline of graphopt."""
+"""Passes, pipelines, recipes, and where passes are found."""
+
+from graphopt.pipeline.passes import Pass, PassRun, Repeat, RewritePass
+from graphopt.pipeline.runner import Step, count, flatten, run_pipeline
+
+__all__ = ["Pass", "PassRun", "Repeat", "RewritePass", "Step", "count", "flatten", "run_pipeline"]

@@ -1,0 +1,196 @@
+"""Putting a replacement into a graph: the checks before, and the mutation that may not fail after them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import onnx_ir as ir
+
+from graphopt.ir.build import Builder
+from graphopt.ir.operators import subgraphs
+from graphopt.rewrite.context import Context, name_of
+from graphopt.rewrite.rules import Facts, Skip
+
+RULE_KEY = "graphopt.rule"
+ORIGIN_KEY = "graphopt.from"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Site:
+    """A graph in which rewrites happen.
+
+    Attributes:
+        graph: the graph.
+        facts: what rules may ask about in it.
+        is_function: a function body, which cannot hold initializers: constants become `Constant` nodes.
+    """
+
+    graph: ir.Graph
+    facts: Facts
+    is_function: bool
+
+    def check(
+        self, root: ir.Node, new: Sequence[ir.Value | None], tape: Builder, ctx: Context
+    ) -> None:
+        """Refuses replacements that would break the graph or its contract.
+
+        Raises:
+            Skip: with the reason.
+        """
+        if len(new) != len(root.outputs):
+            raise Skip(f"{len(new)} replacements for {len(root.outputs)} outputs", root)
+        built = set(tape.nodes)
+        ctx.shapes.update(tape.nodes)
+        for old, value in zip(root.outputs, new, strict=True):
+            if value is None:
+                if old.uses() or old.is_graph_output():
+                    raise Skip(f"no replacement for output {old.name!r}, which is used", root)
+                continue
+            _check_type(old, value, ctx)
+            if old.is_graph_output():
+                self._check_output(old, value, built, new)
+
+    def _check_output(
+        self,
+        old: ir.Value,
+        value: ir.Value,
+        built: set[ir.Node],
+        new: Sequence[ir.Value | None],
+    ) -> None:
+        """A graph output needs a producer of its own in its graph: it takes over the output's name."""
+        producer = value.producer()
+        local = producer is not None and (producer in built or producer.graph is self.graph)
+        if not local or value.is_graph_output() or sum(v is value for v in new) > 1:
+            raise Skip(
+                f"graph output {old.name!r} needs a producer of its own in this graph", value
+            )
+
+
+def _check_type(old: ir.Value, value: ir.Value, ctx: Context) -> None:
+    if None not in (old.dtype, value.dtype) and old.dtype != value.dtype:
+        raise Skip(f"replaces {old.dtype} by {value.dtype}", value)
+    before, after = ctx.shapes.dims(old), ctx.shapes.dims(value)
+    if before is None or after is None:
+        return
+    if len(before) != len(after):
+        raise Skip(f"replaces rank {len(before)} by rank {len(after)}", value)
+    for a, b in zip(before, after, strict=True):
+        if a.is_static and b.is_static and a != b:
+            raise Skip(f"replaces dims {_text(before)} by {_text(after)}", value)
+
+
+def _text(dims: Iterable[object]) -> str:
+    return "[" + ", ".join(map(str, dims)) + "]"
+
+
+def commit(
+    rule: str,
+    root: ir.Node,
+    new: Sequence[ir.Value | None],
+    tape: Builder,
+    site: Site,
+    ctx: Context,
+) -> list[ir.Node]:
+    """Replaces `root` by what is on the tape; returns the nodes to look at again.
+
+    All checks were made: nothing in here may fail.
+    """
+    users = [use.node for old in root.outputs for use in old.uses()]
+    _place_constants(root, tape, site, ctx)
+    _name(rule, root, tape, new, ctx)
+    site.graph.insert_before(root, tape.nodes)
+    for old, value in zip(root.outputs, new, strict=True):
+        if value is not None:
+            _take_over(old, value, fresh=value.producer() in set(tape.nodes))
+    left = remove(root, ctx)
+    ctx.shapes.update([*tape.nodes, *(user for user in users if user.graph is not None)])
+    return [*tape.nodes, *left, *users]
+
+
+def _place_constants(root: ir.Node, tape: Builder, site: Site, ctx: Context) -> None:
+    """Gives the tape's constants a home: initializers, or `Constant` nodes in a function body."""
+    used = {value for node in tape.nodes for value in node.inputs}
+    for value in tape.constants:
+        if value not in used:
+            continue
+        value.name = ctx.names.fresh(f"{name_of(root)}_{value.name}")
+        if not site.is_function:
+            site.graph.register_initializer(value)
+            continue
+        tensor = value.const_value
+        assert tensor is not None
+        node = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)], name=value.name)
+        node.outputs[0].name = value.name
+        node.outputs[0].type, node.outputs[0].shape = value.type, value.shape
+        value.replace_all_uses_with(node.outputs[0])
+        tape.nodes.insert(0, node)
+
+
+def _name(
+    rule: str, root: ir.Node, tape: Builder, new: Sequence[ir.Value | None], ctx: Context
+) -> None:
+    """Names the tape's nodes and values after the root, and says where they come from."""
+    final = {value.producer() for value in new if value is not None}
+    for node in tape.nodes:
+        keeps = node in final and root.name
+        node.name = (
+            root.name if keeps else ctx.names.fresh(f"{root.name or name_of(root)}_{node.op_type}")
+        )
+        if keeps:
+            final.discard(node)
+            final = {None}  # only one node can keep the root's name
+        for value in node.outputs:
+            if value.name is None:
+                value.name = ctx.names.fresh(f"{name_of(root)}_{node.op_type}")
+        node.metadata_props.setdefault(RULE_KEY, f"{ctx.pass_name}/{rule}")
+        node.metadata_props.setdefault(ORIGIN_KEY, root.name or name_of(root))
+
+
+def _take_over(old: ir.Value, value: ir.Value, *, fresh: bool) -> None:
+    """Puts `value` where `old` was; a new value, or a graph output, keeps the old name and declaration."""
+    is_output = old.is_graph_output()
+    name = old.name
+    if fresh or is_output:
+        value.metadata_props.update(old.metadata_props)
+        value.doc_string = value.doc_string or old.doc_string
+    if is_output or (fresh and value.shape is None):
+        value.type, value.shape = old.type, old.shape
+    old.replace_all_uses_with(value, replace_graph_outputs=True)
+    if fresh or is_output:
+        old.name = None
+        value.name = name
+
+
+def is_dead(node: ir.Node) -> bool:
+    """Whether no output of `node` is used or leaves its graph.  ONNX operators have no other effect."""
+    return not any(value.is_graph_output() or value.uses() for value in node.outputs)
+
+
+def remove(node: ir.Node, ctx: Context) -> list[ir.Node]:
+    """Removes a node without uses; returns the producers that it leaves behind."""
+    graph = node.graph
+    assert graph is not None
+    feeding = [p for v in _reads(node) if (p := v.producer()) is not None and p is not node]
+    for inner in subgraphs(node):
+        _dissolve(inner)
+    ctx.shapes.forget(node)
+    graph.remove(node, safe=True)
+    return [p for p in dict.fromkeys(feeding) if p.graph is not None]
+
+
+def _dissolve(graph: ir.Graph) -> None:
+    """Empties a subgraph whose owner goes: its nodes would otherwise keep outer values in use."""
+    for node in graph:
+        for inner in subgraphs(node):
+            _dissolve(inner)
+    graph.outputs.clear()
+    graph.remove(tuple(graph), safe=True)
+
+
+def _reads(node: ir.Node) -> Iterable[ir.Value]:
+    """The inputs of `node` and of every node in its subgraphs."""
+    yield from (v for v in node.inputs if v is not None)
+    for graph in subgraphs(node):
+        for inner in graph:
+            yield from _reads(inner)

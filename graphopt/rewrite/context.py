@@ -1,0 +1,196 @@
+"""What a run carries along: target, shapes, names, remarks, and the gate that every rewrite asks first."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from graphopt.ir.build import Names
+from graphopt.ir.shapes import Shapes
+from graphopt.numerics import Numerics
+from graphopt.targets import Target
+
+
+class RemarkKind(enum.StrEnum):
+    """What a remark tells."""
+
+    MISSED = "missed"
+    """A rewrite recognised its pattern, or most of it, and declined."""
+
+    NOTE = "note"
+    """Something the user may want to know."""
+
+    WARNING = "warning"
+    """Something the user should act on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Remark:
+    """One thing a pass has to say, for people and machines.
+
+    Attributes:
+        kind: what it tells.
+        pass_name: the pass that said it.
+        rule: the rule, or the part of the pass.
+        node: the node that it is about, or "".
+        reason: the sentence.
+    """
+
+    kind: RemarkKind
+    pass_name: str
+    rule: str
+    node: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewrite:
+    """One change to the graph, named so that a replay can leave it out.
+
+    Attributes:
+        pass_name: the pass that made it.
+        rule: the rule within the pass.
+        site: where: the name of the value that it replaced or of the node that it changed.
+        numerics: what it may have done to the numbers.
+    """
+
+    pass_name: str
+    rule: str
+    site: str
+    numerics: Numerics
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """Decides which rewrites a run may make.
+
+    Runs are deterministic, so the n-th permitted rewrite is the same in every replay: bisection is a binary search
+    over `limit`.
+
+    Attributes:
+        limit: rewrites permitted in all; None for no limit.
+        passes: names of passes that may not run.
+        rules: (pass, rule) pairs that may not fire.
+        sites: (pass, rule, site) triples that may not be rewritten.
+    """
+
+    limit: int | None = None
+    passes: frozenset[str] = frozenset()
+    rules: frozenset[tuple[str, str]] = frozenset()
+    sites: frozenset[tuple[str, str, str]] = frozenset()
+
+    def allows(self, rewrite: Rewrite, done: int) -> bool:
+        """Whether `rewrite` may be made when `done` have been made before it."""
+        return (
+            (self.limit is None or done < self.limit)
+            and (rewrite.pass_name, rewrite.rule) not in self.rules
+            and (rewrite.pass_name, rewrite.rule, rewrite.site) not in self.sites
+        )
+
+    def without(self, rewrite: Rewrite) -> Gate:
+        """This gate with one more rewrite left out: its site, or its whole rule where that site is out already."""
+        site = (rewrite.pass_name, rewrite.rule, rewrite.site)
+        if site in self.sites:
+            return dataclasses.replace(self, rules=self.rules | {site[:2]})
+        return dataclasses.replace(self, sites=self.sites | {site})
+
+    def without_pass(self, name: str) -> Gate:
+        """This gate with pass `name` left out."""
+        return dataclasses.replace(self, passes=self.passes | {name})
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the user may set for a whole run.
+
+    Attributes:
+        seed: for whatever draws random numbers.
+        fold_limit_bytes: how much larger than the constants that it makes dead a folded constant may be.
+        trace_misses: whether to search for near misses (slower: every failed match is looked at).
+    """
+
+    seed: int = 0
+    fold_limit_bytes: int = 1 << 20
+    trace_misses: bool = False
+
+
+@dataclasses.dataclass
+class Context:
+    """One run over one model.  Passes get it as an argument; there is no other state.
+
+    Attributes:
+        model: the model that the run is about.
+        target: what the result is for.
+        options: what the user set.
+        gate: which rewrites are permitted.
+        shapes: shape facts, kept current by whoever changes the graph.
+        names: hands out fresh names.
+        remarks: what passes had to say, in order.
+        rewrites: what was changed, in order.
+        pass_name: the pass that is running.
+    """
+
+    model: ir.Model
+    target: Target
+    options: Options = dataclasses.field(default_factory=Options)
+    gate: Gate = dataclasses.field(default_factory=Gate)
+    shapes: Shapes = dataclasses.field(init=False)
+    names: Names = dataclasses.field(init=False)
+    remarks: list[Remark] = dataclasses.field(default_factory=list)
+    rewrites: list[Rewrite] = dataclasses.field(default_factory=list)
+    pass_name: str = ""
+
+    def __post_init__(self) -> None:
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Takes stock of the model anew, after a change that was not made through the engine."""
+        self.shapes = Shapes(self.model)
+        self.names = Names.of(self.model)
+
+    def permit(
+        self, rule: str, site: ir.Node | ir.Value | str, numerics: Numerics = Numerics.EXACT
+    ) -> bool:
+        """Whether the running pass may apply `rule` at `site`; if so, the rewrite is on record as made."""
+        rewrite = Rewrite(self.pass_name, rule, name_of(site), numerics)
+        if not self.gate.allows(rewrite, len(self.rewrites)):
+            return False
+        self.rewrites.append(rewrite)
+        return True
+
+    def remark(
+        self, kind: RemarkKind, rule: str, node: ir.Node | ir.Value | str, reason: str
+    ) -> None:
+        """Puts a remark of the running pass on record, once."""
+        remark = Remark(kind, self.pass_name, rule, name_of(node), reason)
+        if remark not in self._said:
+            self._said.add(remark)
+            self.remarks.append(remark)
+
+    _said: set[Remark] = dataclasses.field(default_factory=set, init=False, repr=False)
+
+    def missed(self, rule: str, node: ir.Node | ir.Value | str, reason: str) -> None:
+        """Records that `rule` recognised its pattern at `node` and declined."""
+        self.remark(RemarkKind.MISSED, rule, node, reason)
+
+    @property
+    def numerics(self) -> Numerics:
+        """What the run so far may have done to the numbers."""
+        return max((rewrite.numerics for rewrite in self.rewrites), default=Numerics.EXACT)
+
+
+def name_of(site: ir.Node | ir.Value | str) -> str:
+    """A stable name for a node: its first named output, which survives where node names are absent."""
+    if isinstance(site, str):
+        return site
+    if isinstance(site, ir.Value):
+        return site.name or ""
+    return next((v.name for v in site.outputs if v.name), None) or site.name or ""
+
+
+def describe(nodes: Sequence[ir.Node]) -> str:
+    """Operator and name of each node, for messages."""
+    return ", ".join(f"{node.op_type} {name_of(node)!r}" for node in nodes)

@@ -1,0 +1,172 @@
+"""The worklist driver: rules indexed by root operator, applied until none fires.
+
+The engine alone mutates.  Every check comes before the first mutation; what a rule builds stays on its tape until
+then.  Nodes that lose their last use are removed on the way, so that "no other use" is judged on what is alive.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import onnx_ir as ir
+
+from graphopt.errors import PassError
+from graphopt.ir.build import Builder
+from graphopt.ir.scopes import all_graphs
+from graphopt.rewrite.commit import Site, commit, is_dead, remove
+from graphopt.rewrite.context import Context, name_of
+from graphopt.rewrite.pattern import Binding, Op, Trace, walk
+from graphopt.rewrite.rules import Facts, Match, Replacement, Rule, Skip
+
+NEAR_MISS_NODES = 2
+"""How many nodes of a pattern must be bound before its failure is worth a remark."""
+
+
+@dataclasses.dataclass
+class Worklist:
+    """First in, first out, each node at most once."""
+
+    _queue: collections.deque[ir.Node] = dataclasses.field(default_factory=collections.deque)
+    _queued: set[ir.Node] = dataclasses.field(default_factory=set)
+
+    def push(self, nodes: Iterable[ir.Node]) -> None:
+        """Adds the nodes that are not waiting already."""
+        for node in nodes:
+            if node not in self._queued:
+                self._queued.add(node)
+                self._queue.append(node)
+
+    def __iter__(self) -> Iterator[ir.Node]:
+        while self._queue:
+            node = self._queue.popleft()
+            self._queued.discard(node)
+            if node.graph is not None:
+                yield node
+
+
+class Rewriter:
+    """Applies rules to every graph of a model until none fires."""
+
+    def __init__(self, rules: Sequence[Rule], ctx: Context, *, budget: int = 1_000_000) -> None:
+        self._ctx = ctx
+        self._budget = budget
+        self._index: dict[tuple[str, str], list[Rule]] = collections.defaultdict(list)
+        for rule in sorted(rules, key=lambda r: -r.benefit):
+            for op_type in rule.pattern.types:
+                self._index[rule.pattern.domain, op_type].append(rule)
+        self._sites: dict[ir.Graph, Site] = {}
+        self._work = Worklist()
+
+    def run(self, model: ir.Model) -> bool:
+        """Rewrites `model` in place; returns whether anything changed, dead nodes included.
+
+        Raises:
+            PassError: the rules do not come to an end.
+        """
+        for scope in all_graphs(model):
+            facts = Facts(self._ctx.shapes, self._ctx.target, scope.opsets)
+            body = scope.function is not None and scope.owner is None
+            self._sites[scope.graph] = Site(scope.graph, facts, is_function=body)
+            self._work.push(scope.graph)
+        changed = False
+        start = len(self._ctx.rewrites)
+        for node in self._work:
+            if is_dead(node):
+                self._work.push(remove(node, self._ctx))
+                changed = True
+                continue
+            fired = self._visit(node)
+            changed = changed or fired is not None
+            if fired is not None and len(self._ctx.rewrites) - start > self._budget:
+                raise PassError(
+                    f"no fixed point within {self._budget} rewrites; the last rule was {fired.name} at "
+                    f"{name_of(node)!r}: leave it out with --disable {self._ctx.pass_name}/{fired.name}",
+                    pass_name=self._ctx.pass_name,
+                )
+        return changed
+
+    def _visit(self, node: ir.Node) -> Rule | None:
+        """Applies the first rule that fires at `node`; returns it, or None."""
+        graph = node.graph
+        assert graph is not None
+        site = self._sites.get(graph)
+        if (
+            site is None
+        ):  # a subgraph that a rule cloned: its facts are those of any graph of the model
+            any_site = next(iter(self._sites.values()))
+            site = self._sites[graph] = Site(graph, any_site.facts, is_function=False)
+        opset = site.facts.opsets.get("", 0)
+        for rule in self._index.get((node.domain, node.op_type), ()):
+            if rule.opset[0] <= opset <= rule.opset[1] and self._apply(rule, node, site):
+                return rule
+        return None
+
+    def _apply(self, rule: Rule, root: ir.Node, site: Site) -> bool:
+        if not rule.pattern.plausible(root):
+            return False
+        trace = Trace() if self._ctx.options.trace_misses else None
+        env = next(rule.pattern.match_node(root, {}, trace), None)
+        if env is None:
+            self._near_miss(rule, root, trace)
+            return False
+        tape = Builder()
+        try:
+            made = rule.build(Match(env, site.facts), tape)
+            if made is None:
+                return False
+            new = _aligned(made, root)
+            _check_uses(rule.pattern, env, root)
+            site.check(root, new, tape, self._ctx)
+        except Skip as skip:
+            where = "" if skip.culprit is None else f" ({name_of(skip.culprit)})"
+            self._ctx.missed(rule.name, root, f"{skip}{where}")
+            return False
+        if not self._ctx.permit(rule.name, root, rule.numerics):
+            return False
+        self._work.push(commit(rule.name, root, new, tape, site, self._ctx))
+        return True
+
+    def _near_miss(self, rule: Rule, root: ir.Node, trace: Trace | None) -> None:
+        if trace is None or trace.depth < NEAR_MISS_NODES:
+            return
+        total = sum(1 for _ in walk(rule.pattern))
+        seen = "an absent input" if trace.culprit is None else _origin(trace.culprit)
+        self._ctx.missed(
+            rule.name,
+            root,
+            f"matched {trace.depth} of {total} nodes; stopped at {seen} where {trace.wanted} was wanted",
+        )
+
+
+def _origin(value: ir.Value) -> str:
+    producer = value.producer()
+    return f"{'input' if producer is None else producer.op_type} {value.name!r}"
+
+
+def _aligned(made: Replacement, root: ir.Node) -> Sequence[ir.Value | None]:
+    """One replacement per output of `root`."""
+    new = (made,) if isinstance(made, ir.Value) else tuple(made or ())
+    return (*new, *[None] * (len(root.outputs) - len(new)))
+
+
+def _check_uses(pattern: Op, env: Binding, root: ir.Node) -> None:
+    """Interior nodes must die with the root, unless the pattern says that they may be shared.
+
+    Raises:
+        Skip: an interior node is used elsewhere, or lies in another graph.
+    """
+    bound: Mapping[ir.Node, Op] = {
+        node: op for op in walk(pattern) if isinstance(node := env.get(op), ir.Node)
+    }
+    for node, op in bound.items():
+        if node is root or op.shared:
+            continue
+        if node.graph is not root.graph:
+            raise Skip("the match crosses a subgraph boundary", node)
+        for value in node.outputs:
+            if value.is_graph_output():
+                raise Skip(f"interior value {value.name!r} is a graph output", node)
+            if any(use.node not in bound for use in value.uses()):
+                raise Skip(f"interior value {value.name!r} has other uses", node)

@@ -1,0 +1,215 @@
+"""Patterns are plain data: a DAG of `Op`, `Var` and `Lit` objects that bind by identity.
+
+Using one pattern object twice means "the same node" or "the same value", so shared subexpressions need no names and a
+typo is a NameError.  Matching starts at the root and walks producers; it is a generator, so commutative operands,
+alternatives and optional inputs backtrack for free.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeAlias
+
+import onnx_ir as ir
+
+from graphopt.ir import operators, values
+
+Pattern: TypeAlias = "Var | Lit | Op | Either"
+Binding: TypeAlias = Mapping["Var | Lit | Op | Either", ir.Value | ir.Node | None]
+Inputs: TypeAlias = Sequence["Pattern | types.EllipsisType"]
+
+
+@dataclasses.dataclass
+class Trace:
+    """The best partial match seen: how many nodes were bound and what stopped the next one."""
+
+    depth: int = 0
+    culprit: ir.Value | None = None
+    wanted: str = ""
+
+    def stop(self, env: Binding, value: ir.Value | None, wanted: str) -> None:
+        """Records a failure to bind `value` after `env`, if no deeper one is known."""
+        depth = sum(isinstance(bound, ir.Node) for bound in env.values())
+        if depth > self.depth:
+            self.depth, self.culprit, self.wanted = depth, value, wanted
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Var:
+    """Any value; `const` demands one that no feed can change, `optional` admits an absent input."""
+
+    const: bool = False
+    optional: bool = False
+
+    def match(
+        self, value: ir.Value | None, env: Binding, trace: Trace | None = None
+    ) -> Iterator[Binding]:
+        """Yields `env` with this variable bound to `value`, if it may be."""
+        if self in env:
+            if env[self] is value:
+                yield env
+        elif value is None:
+            if self.optional:
+                yield {**env, self: None}
+        elif not self.const or values.is_constant(value):
+            yield {**env, self: value}
+        elif trace is not None:
+            trace.stop(env, value, "a constant")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Lit:
+    """A constant whose every element is `number`, within `tolerance` (absolute, relative to 1 + |number|)."""
+
+    number: float
+    tolerance: float = 0.0
+
+    def match(
+        self, value: ir.Value | None, env: Binding, trace: Trace | None = None
+    ) -> Iterator[Binding]:
+        """Yields `env` with this literal bound to `value`, if the constant has that value."""
+        if value is None:
+            return
+        number = values.fill(value)
+        if number is not None and abs(number - self.number) <= self.tolerance * (
+            1 + abs(self.number)
+        ):
+            yield {**env, self: value}
+        elif trace is not None:
+            trace.stop(env, value, f"the constant {self.number}")
+
+
+@dataclasses.dataclass(frozen=True, eq=False, init=False)
+class Op:
+    """An output of a node whose operator is one of `types`.
+
+    Attributes:
+        types: operator names, given as "Add|Sum".
+        inputs: a pattern per input; a final `...` admits any further inputs.
+        domain: operator domain, "" for ai.onnx.
+        output: which output of the node the matched value is.
+        shared: the node may have other uses, which keep it alive beside the rewrite.
+    """
+
+    types: tuple[str, ...]
+    inputs: tuple[Pattern, ...]
+    open: bool
+    domain: str
+    output: int
+    shared: bool
+
+    def __init__(
+        self,
+        types: str,
+        *inputs: Pattern | types.EllipsisType,
+        domain: str = "",
+        output: int = 0,
+        shared: bool = False,
+    ) -> None:
+        fixed = tuple(p for p in inputs if not isinstance(p, _ELLIPSIS))
+        object.__setattr__(self, "types", tuple(types.split("|")))
+        object.__setattr__(self, "inputs", fixed)
+        object.__setattr__(self, "open", len(fixed) < len(inputs))
+        object.__setattr__(self, "domain", domain)
+        object.__setattr__(self, "output", output)
+        object.__setattr__(self, "shared", shared)
+
+    def match(
+        self, value: ir.Value | None, env: Binding, trace: Trace | None = None
+    ) -> Iterator[Binding]:
+        """Yields every binding under which `value` is output `self.output` of a matching node."""
+        node = value.producer() if value is not None else None
+        if self in env:
+            if node is not None and env[self] is node:
+                yield env
+        elif node is not None and self._heads(node) and value is node.outputs[self.output]:
+            yield from self.match_node(node, env, trace)
+        elif trace is not None:
+            trace.stop(env, value, "|".join(self.types))
+
+    def match_node(
+        self, node: ir.Node, env: Binding, trace: Trace | None = None
+    ) -> Iterator[Binding]:
+        """Yields every binding of `node`'s inputs; the operator itself is known to fit."""
+        width = len(self.inputs)
+        if not self.open and len(node.inputs) > width and any(node.inputs[width:]):
+            return
+        env = {**env, self: node}
+        for args in _orders(node, width):
+            yield from _match_each(self.inputs, args, env, trace)
+
+    def plausible(self, node: ir.Node) -> bool:
+        """Whether the producers of `node`'s inputs could fit: a cheap test before the real one."""
+        found = {
+            p.op_type for v in node.inputs if v is not None and (p := v.producer()) is not None
+        }
+        return all(not found.isdisjoint(p.types) for p in self.inputs if isinstance(p, Op))
+
+    def _heads(self, node: ir.Node) -> bool:
+        return (
+            node.op_type in self.types
+            and node.domain == self.domain
+            and self.output < len(node.outputs)
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False, init=False)
+class Either:
+    """The first of several patterns that fits, in order; the others stay unbound."""
+
+    options: tuple[Pattern, ...]
+
+    def __init__(self, *options: Pattern) -> None:
+        object.__setattr__(self, "options", options)
+
+    def match(
+        self, value: ir.Value | None, env: Binding, trace: Trace | None = None
+    ) -> Iterator[Binding]:
+        """Yields the bindings of each option in turn."""
+        if self in env:
+            if env[self] is value:
+                yield env
+            return
+        for option in self.options:
+            yield from option.match(value, {**env, self: value}, trace)
+
+
+_ELLIPSIS = types.EllipsisType
+
+
+def _orders(node: ir.Node, width: int) -> Iterator[Sequence[ir.Value | None]]:
+    args = [*node.inputs[:width], *[None] * (width - len(node.inputs))]
+    yield args
+    if width == 2 and operators.is_commutative(node):
+        yield args[::-1]
+
+
+def _match_each(
+    patterns: Sequence[Pattern],
+    args: Sequence[ir.Value | None],
+    env: Binding,
+    trace: Trace | None,
+) -> Iterator[Binding]:
+    if not patterns:
+        yield env
+        return
+    for deeper in patterns[0].match(args[0], env, trace):
+        yield from _match_each(patterns[1:], args[1:], deeper, trace)
+
+
+def walk(pattern: Pattern) -> Iterator[Op]:
+    """Every `Op` of a pattern, the root first, each once."""
+    seen: set[int] = set()
+    stack: list[Pattern] = [pattern]
+    while stack:
+        top = stack.pop()
+        if id(top) in seen:
+            continue
+        seen.add(id(top))
+        if isinstance(top, Op):
+            yield top
+            stack.extend(reversed(top.inputs))
+        elif isinstance(top, Either):
+            stack.extend(reversed(top.options))
