@@ -1,0 +1,56 @@
+"""Makes values inside a model visible as outputs, without touching its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnx
+from google.protobuf.message import (  # type: ignore[import-untyped, unused-ignore]
+    DecodeError,
+)
+
+from graphopt.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def tap(model: Path | bytes, value_names: Sequence[str]) -> bytes:
+    """The serialised model with the named values of its main graph as further outputs.
+
+    External data stays where it is, so a model of any size can be tapped: run the result with
+    `SessionOptions.external_folder` set to the folder of the file. Values that are outputs already
+    are not added twice. An added output states no type; ONNX Runtime infers it.
+
+    Raises:
+        ModelError: the model cannot be parsed, or has no such value in its main graph.
+    """
+    proto = _parse(model)
+    known = {output for node in proto.graph.node for output in node.output if output}
+    known |= {value.name for value in proto.graph.input}
+    known |= {tensor.name for tensor in proto.graph.initializer}
+    present = {value.name for value in proto.graph.output}
+    for name in dict.fromkeys(value_names):
+        if name not in known:
+            raise ModelError(
+                f"{_where(model)} has no value '{name}' in its main graph '{proto.graph.name}'; "
+                "only values outside If, Loop, Scan and functions can be made outputs."
+            )
+        if name not in present:
+            proto.graph.output.append(onnx.ValueInfoProto(name=name))
+    return bytes(proto.SerializeToString())
+
+
+def _parse(model: Path | bytes) -> onnx.ModelProto:
+    try:
+        data = model.read_bytes() if isinstance(model, Path) else model
+        proto = onnx.ModelProto()
+        proto.ParseFromString(data)
+    except (OSError, DecodeError) as error:
+        raise ModelError(f"{_where(model)} cannot be read as ONNX: {error}.") from error
+    return proto
+
+
+def _where(model: Path | bytes) -> str:
+    return f"'{model}'" if isinstance(model, Path) else "the model in memory"
