@@ -1,0 +1,107 @@
+"""Facts about a model that reports compare: nodes, operators, constants, opsets."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+
+from graphopt.ir import values
+from graphopt.ir.scopes import all_graphs
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFacts:
+    """What a report says of a model, before or after.
+
+    Attributes:
+        path: the file it was read from or written to; None for a model in memory.
+        size_bytes: of that file and of the external data beside it; None for a model in memory.
+        sha256: of that file alone; None for a model in memory.
+        ir_version: of the ONNX file format.
+        opsets: version of each imported operator domain, "" is ai.onnx.
+        nodes: subgraphs and functions included.
+        operators: how many nodes of each operator, most frequent first.
+        parameters: elements of initializers and of `Constant` nodes.
+        parameter_bytes: what they take as dense tensors.
+    """
+
+    path: str | None
+    size_bytes: int | None
+    sha256: str | None
+    ir_version: int
+    opsets: Mapping[str, int]
+    nodes: int
+    operators: Mapping[str, int]
+    parameters: int
+    parameter_bytes: int
+
+
+def model_facts(model: ir.Model, path: Path | None = None, *, with_hash: bool = True) -> ModelFacts:
+    """The facts of `model`; `path` is the file that holds it, if one does."""
+    operators = operator_counts(model)
+    tensors = [tensor for _, tensor in stored_tensors(model)]
+    in_file = path is not None and path.is_file()
+    return ModelFacts(
+        path=str(path) if path is not None else None,
+        size_bytes=_size_bytes(model, path) if path is not None and in_file else None,
+        sha256=file_sha256(path) if path is not None and in_file and with_hash else None,
+        ir_version=model.ir_version,
+        opsets=dict(sorted(model.opset_imports.items())),
+        nodes=sum(operators.values()),
+        operators=operators,
+        parameters=sum(tensor.size for tensor in tensors),
+        parameter_bytes=sum(values.size_bytes(tensor) for tensor in tensors),
+    )
+
+
+def operator_name(node: ir.Node) -> str:
+    """`Conv`, or `com.microsoft::Gelu` outside the standard domain."""
+    return f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+
+
+def operator_counts(model: ir.Model) -> dict[str, int]:
+    """Nodes of each operator, subgraphs and functions included, most frequent first."""
+    counter = Counter(operator_name(node) for scope in all_graphs(model) for node in scope.graph)
+    return dict(sorted(counter.items(), key=lambda item: (-item[1], item[0])))
+
+
+def stored_tensors(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
+    """Every initializer and every `Constant` node's tensor, with its value, in every graph.
+
+    Initializers that a feed may override count: they are stored all the same.
+    """
+    for scope in all_graphs(model):
+        for value in scope.graph.initializers.values():
+            if value.const_value is not None:
+                yield value, value.const_value
+        for node in scope.graph:
+            if node.op_type == "Constant" and not node.domain:
+                tensor = values.constant(node.outputs[0])
+                if tensor is not None:
+                    yield node.outputs[0], tensor
+
+
+def external_files(model: ir.Model, model_path: Path | None) -> dict[str, int]:
+    """Files other than the model's own that hold its tensors: location and bytes used there."""
+    used: Counter[str] = Counter()
+    own = model_path.resolve() if model_path is not None else None
+    for _, tensor in stored_tensors(model):
+        if isinstance(tensor, ir.ExternalTensor) and Path(tensor.path).resolve() != own:
+            used[str(tensor.location)] += tensor.nbytes
+    return dict(sorted(used.items()))
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, as hexadecimal digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _size_bytes(model: ir.Model, path: Path) -> int:
+    beside = (path.parent / location for location in external_files(model, path))
+    return path.stat().st_size + sum(file.stat().st_size for file in beside if file.is_file())

@@ -1,0 +1,161 @@
+"""The report of one run, as facts and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from collections import Counter
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from graphopt.pipeline import PassRun
+from graphopt.report.facts import ModelFacts
+from graphopt.rewrite.context import Remark, Rewrite
+from graphopt.verify.compare import OutputReport
+
+
+@dataclasses.dataclass(frozen=True)
+class VerificationFacts:
+    """What the comparison of the result with the original said.
+
+    Attributes:
+        mode: `final`, `each` or `off`.
+        passed: None where nothing was compared: mode `off`, or a model that the reference runtime cannot run.
+        profile: name of the gate; "" where nothing was compared.
+        outputs: one entry an output.
+        feeds: how many sets of inputs were run.
+        reason: why nothing was compared, or what failed; else "".
+    """
+
+    mode: str
+    passed: bool | None = None
+    profile: str = ""
+    outputs: tuple[OutputReport, ...] = ()
+    feeds: int = 0
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class RolledBack:
+    """Something that a pass did, or would have done, and that is not in the result.
+
+    Attributes:
+        pass_name: the pass.
+        rule: the rule, or "" for the whole pass.
+        site: where, or "" for everywhere.
+        reason: what went wrong with it.
+    """
+
+    pass_name: str
+    rule: str
+    site: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class RunReport:
+    """What a run did and how it was checked.
+
+    Attributes:
+        input: the model as it was read.
+        output: the model as it was written.
+        target: what it was made for.
+        precision: what was asked of weights and activations.
+        passes: each execution of a pass, in order; the last replay's where something was rolled back.
+        verification: how the result compares with the original.
+        remarks: what the passes had to say.
+        rewrites: what was changed, in order.
+        rolled_back: what was left out because it failed.
+        recipe: the passes that were asked for, as spec strings.
+        seed: of everything random.
+        seconds: CPU time of the whole run; None where it was not taken.
+        warnings: what the user should act on.
+    """
+
+    input: ModelFacts
+    output: ModelFacts
+    target: str
+    precision: str
+    passes: tuple[PassRun, ...]
+    verification: VerificationFacts
+    remarks: tuple[Remark, ...] = ()
+    rewrites: tuple[Rewrite, ...] = ()
+    rolled_back: tuple[RolledBack, ...] = ()
+    recipe: tuple[str, ...] = ()
+    seed: int = 0
+    seconds: float | None = None
+    warnings: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as `--json` prints it: strictly JSON, keys as in the documentation of the command line."""
+        before, after = self.input, self.output
+        facts = plain({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+        return {
+            "graphopt": graphopt_version(),
+            **facts,
+            "nodes": {"before": before.nodes, "after": after.nodes},
+            "parameter_bytes": {"before": before.parameter_bytes, "after": after.parameter_bytes},
+            "rewrites": [
+                {"pass": name, "rule": rule, "count": count}
+                for (name, rule), count in self.rewrite_counts().items()
+            ],
+        }
+
+    def rewrite_counts(self) -> dict[tuple[str, str], int]:
+        """How often each (pass, rule) fired, in order of first use."""
+        return dict(Counter((rewrite.pass_name, rewrite.rule) for rewrite in self.rewrites))
+
+    def pass_totals(self) -> tuple[PassTotal, ...]:
+        """The executions of each pass added up, in order of first execution."""
+        totals: dict[str, PassTotal] = {}
+        for run in self.passes:
+            so_far = totals.get(run.name, PassTotal(run.name))
+            totals[run.name] = PassTotal(
+                run.name,
+                so_far.runs + 1,
+                so_far.changed + run.changed,
+                so_far.rewrites + run.rewrites,
+                so_far.seconds + run.seconds,
+            )
+        return tuple(totals.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class PassTotal:
+    """All executions of one pass, added up; `changed` counts those that changed the model."""
+
+    name: str
+    runs: int = 0
+    changed: int = 0
+    rewrites: int = 0
+    seconds: float = 0.0
+
+
+def graphopt_version() -> str:
+    """The version of the installed package."""
+    return version("graphopt")
+
+
+def plain(fact: Any) -> Any:  # noqa: ANN401
+    """A fact as JSON has it: dataclasses and mappings as objects, enums by value, NaN and infinities as null."""
+    if dataclasses.is_dataclass(fact) and not isinstance(fact, type):
+        held = {field.name: getattr(fact, field.name) for field in dataclasses.fields(fact)}
+        return {_KEYS.get(name, name): plain(value) for name, value in held.items()}
+    if isinstance(fact, Mapping):
+        return {str(key): plain(value) for key, value in fact.items()}
+    if isinstance(fact, tuple | list):
+        return [plain(item) for item in fact]
+    if isinstance(fact, frozenset | set):
+        return sorted(plain(item) for item in fact)
+    if isinstance(fact, enum.Enum):
+        return fact.name.lower() if isinstance(fact, enum.IntEnum) else fact.value
+    if isinstance(fact, float):
+        return fact if math.isfinite(fact) else None
+    return str(fact) if isinstance(fact, Path) else fact
+
+
+_KEYS = {"pass_name": "pass"}
+"""Field names that are no good as keys: `pass` is a keyword of Python."""
