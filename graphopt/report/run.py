@@ -69,7 +69,7 @@ class RunReport:
         remarks: what the passes had to say.
         rewrites: what was changed, in order.
         rolled_back: what was left out because it failed.
-        recipe: the passes that were asked for, as spec strings.
+        recipe: what was run, in words; None for the pipeline of the target.
         seed: of everything random.
         seconds: CPU time of the whole run; None where it was not taken.
         warnings: what the user should act on.
@@ -84,7 +84,7 @@ class RunReport:
     remarks: tuple[Remark, ...] = ()
     rewrites: tuple[Rewrite, ...] = ()
     rolled_back: tuple[RolledBack, ...] = ()
-    recipe: tuple[str, ...] = ()
+    recipe: str | None = None
     seed: int = 0
     seconds: float | None = None
     warnings: tuple[str, ...] = ()
