@@ -1,0 +1,188 @@
+"""Writes files so that each is there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from graphopt.errors import OptionError
+from graphopt.ir.encode import Piece, tensor_chunks
+from graphopt.ir.mapped import CHUNK_BYTES, MappedTensor
+
+_REMEDY = {
+    errno.ENOSPC: "free space there or write elsewhere",
+    errno.EDQUOT: "free space within the quota or write elsewhere",
+    errno.EFBIG: "raise the file size limit (`ulimit -f`), or use a file system that allows such files",
+    errno.EACCES: "write to a folder in which you may create files",
+    errno.EPERM: "write to a folder in which you may create files",
+    errno.EROFS: "write to a file system that is not read-only",
+    errno.ENOENT: "create the folder first",
+    errno.ENOTDIR: "give a path whose parent is a folder",
+    errno.ENAMETOOLONG: "give a shorter name",
+}
+
+
+class FileSet:
+    """Files that appear together: written under temporary names beside their places, renamed by `commit`."""
+
+    def __init__(self) -> None:
+        self._temporary: dict[Path, Path] = {}
+
+    def write(self, path: Path, pieces: Iterable[Piece]) -> None:
+        """Writes and syncs one file, under a temporary name.
+
+        Raises:
+            OptionError: the file system refuses.
+        """
+        _refuse_special(path)
+        temporary = path.parent / f".graphopt-{secrets.token_hex(8)}.tmp"
+        with _told(path):
+            fd = os.open(
+                temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666
+            )
+            self._temporary[path] = temporary
+            try:
+                _stream(fd, pieces)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+    def commit(self) -> None:
+        """Renames all files to their places, in the order written; puts back what was there if one cannot be.
+
+        Raises:
+            OptionError: the file system refuses.
+        """
+        replaced: list[tuple[Path, Path | None]] = []
+        try:
+            for path, temporary in self._temporary.items():
+                with _told(path):
+                    # The last file is replaced in one step; what comes before it must be able to come back.
+                    last = len(replaced) == len(self._temporary) - 1
+                    replaced.append((path, None if last else _kept(path)))
+                    os.replace(temporary, path)
+        except BaseException:
+            for path, kept in replaced:
+                _restore(path, kept, self._temporary[path])
+            raise
+        for _, kept in replaced:
+            if kept is not None:
+                kept.unlink(missing_ok=True)
+        for folder in {path.parent for path in self._temporary}:
+            _sync_folder(folder)
+        self._temporary.clear()
+
+    def discard(self) -> None:
+        """Removes what has not been renamed."""
+        for temporary in self._temporary.values():
+            temporary.unlink(missing_ok=True)
+        self._temporary.clear()
+
+
+def _kept(path: Path) -> Path | None:
+    """A second name for the file now at `path`."""
+    if not path.exists():
+        return None
+    kept = path.parent / f".graphopt-{secrets.token_hex(8)}.old"
+    os.link(path, kept)
+    return kept
+
+
+def _restore(path: Path, kept: Path | None, temporary: Path) -> None:
+    if temporary.exists():  # not renamed: the place is as it was
+        if kept is not None:
+            kept.unlink(missing_ok=True)
+    elif kept is not None:
+        os.replace(kept, path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _refuse_special(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        if not stat.S_ISREG(path.stat().st_mode):
+            kind = "a folder" if path.is_dir() else "a device, pipe or socket"
+            raise OptionError(f"cannot write {path}: it is {kind}; give the name of a file")
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Turns what the system says into what the user needs."""
+    try:
+        yield
+    except OSError as error:
+        remedy = _REMEDY.get(error.errno or 0, "check the folder and write again")
+        raise OptionError(f"cannot write {path}: {error.strerror or error}; {remedy}") from error
+
+
+def _stream(fd: int, pieces: Iterable[Piece]) -> None:
+    pending = bytearray()
+    for piece in pieces:
+        if isinstance(piece, bytes):
+            pending += piece
+            continue
+        if (
+            isinstance(piece, MappedTensor)
+            and piece.nbytes >= CHUNK_BYTES // 8
+            and piece.mapping is not None
+        ):
+            _write_all(fd, pending)
+            pending.clear()
+            _copy(fd, piece)
+            continue
+        for chunk in tensor_chunks(piece):
+            pending += chunk
+            if len(pending) >= CHUNK_BYTES:
+                _write_all(fd, pending)
+                pending.clear()
+    _write_all(fd, pending)
+
+
+def _copy(fd: int, tensor: MappedTensor) -> None:
+    """File to file inside the kernel where it can, in pieces where it cannot (other file system, other platform)."""
+    assert tensor.mapping is not None
+    file, offset = tensor.mapping
+    left = tensor.nbytes
+    try:
+        while left:
+            copied = os.copy_file_range(file.fileno(), fd, left, offset_src=offset)
+            if not copied:
+                break
+            offset, left = offset + copied, left - copied
+    except (AttributeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_KERNEL_COPY:
+            raise
+    for chunk in file.chunks(offset, left):
+        _write_all(fd, chunk)
+
+
+_NO_KERNEL_COPY = (
+    errno.EXDEV,
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.EPERM,
+    errno.EBADF,
+)
+
+
+def _write_all(fd: int, data: bytes | bytearray) -> None:
+    with memoryview(data) as view:
+        done = 0
+        while done < len(view):
+            done += os.write(fd, view[done:])
+
+
+def _sync_folder(folder: Path) -> None:
+    # Not every platform can open or sync a folder; the rename itself has been done.
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

@@ -1,0 +1,198 @@
+"""Tensors whose bytes stay where they were found: in a mapped file or in a buffer of the caller."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import mmap
+import os
+import stat
+import weakref
+from collections.abc import Iterator, MutableMapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.errors import ModelError
+
+CHUNK_BYTES = 8 << 20
+
+
+class MappedFile:
+    """A regular file, mapped read-only.
+
+    The mapping belongs to the file that was opened, not to its name: replacing the file (rename over it) leaves the tensors as they
+    were. Only overwriting it in place changes or truncates them under our hands, as with any mapping.
+    """
+
+    __slots__ = ("__weakref__", "_fd", "data", "path")
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Opens and maps.
+
+        Raises:
+            OSError: the file cannot be opened.
+            ModelError: it is not a regular file.
+        """
+        self.path = Path(path)
+        # O_NONBLOCK: opening a FIFO would otherwise wait for a writer before we can refuse it.
+        self._fd = os.open(
+            path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+        )
+        weakref.finalize(self, os.close, self._fd)
+        status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise ModelError(f"{path}: not a regular file; give the path of a file on disk")
+        size = status.st_size
+        self.data = memoryview(mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ) if size else b"")
+
+    def fileno(self) -> int:
+        """The descriptor, for copies inside the kernel."""
+        return self._fd
+
+    def advise(self, name: str) -> None:
+        """Tells the kernel how the pages will be read (`MADV_RANDOM`, `MADV_NORMAL`), where it listens."""
+        mapping, advice = self.data.obj, getattr(mmap, name, None)
+        if isinstance(mapping, mmap.mmap) and advice is not None:
+            mapping.madvise(advice)
+
+    def chunks(self, offset: int, length: int) -> Iterator[bytes]:
+        """The bytes of a range in pieces, read past the mapping so that they do not count as our memory.
+
+        Raises:
+            ModelError: the file has been cut short since it was mapped.
+        """
+        while length:
+            piece = os.pread(self._fd, min(length, CHUNK_BYTES), offset)
+            if not piece:
+                raise ModelError(
+                    f"{self.path}: cut short while in use, {length} bytes missing at offset {offset}; do not overwrite a "
+                    "model in place while it is loaded"
+                )
+            yield piece
+            offset, length = offset + len(piece), length - len(piece)
+
+
+@dataclasses.dataclass(frozen=True)
+class Notes:
+    """What a TensorProto says besides its elements."""
+
+    name: str | None = None
+    doc_string: str | None = None
+    metadata_props: dict[str, str] | None = None
+
+
+class HeldTensor:
+    """What our tensors share: name and notes, and the array protocols on top of `numpy()`."""
+
+    __slots__ = (
+        "__weakref__",
+        "dims",
+        "doc_string",
+        "dtype",
+        "meta",
+        "metadata_props",
+        "name",
+        "raw",
+        "shape",
+    )
+
+    def __init__(self, dtype: ir.DataType, dims: Sequence[int], notes: Notes, raw: Any) -> None:
+        self.dtype: ir.DataType = dtype
+        self.dims: tuple[int, ...] = tuple(dims)
+        self.shape: ir.ShapeProtocol = ir.Shape(dims, frozen=True)
+        self.name: str | None = notes.name
+        self.doc_string: str | None = notes.doc_string
+        self.metadata_props: MutableMapping[str, str] = dict(notes.metadata_props or {})
+        self.meta: MutableMapping[str, Any] = {}
+        self.raw: Any = raw
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(list(self.dims))
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the elements, packed as in `raw_data`."""
+        return (self.size * self.dtype.bitwidth + 7) // 8
+
+    def numpy(self) -> np.ndarray[Any, Any]:
+        """The elements."""
+        raise NotImplementedError
+
+    def tobytes(self) -> bytes:
+        """The elements in the form of `raw_data`."""
+        raise NotImplementedError
+
+    def tofile(self, file: Any) -> None:
+        """Writes the elements in the form of `raw_data`."""
+        file.write(self.tobytes())
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        array = self.numpy() if dtype is None else self.numpy().astype(dtype, copy=False)
+        return array.copy() if copy else array
+
+    def __dlpack__(self, *, stream: Any = None) -> Any:
+        return self.numpy().copy().__dlpack__(stream=stream)  # DLPack cannot say "read-only"
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (1, 0)  # kDLCPU
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}<{self.dtype},{self.shape}>(name={self.name!r})"
+
+
+class MappedTensor(HeldTensor):
+    """A tensor over little-endian bytes, packed as ONNX packs `raw_data`, that are not copied.
+
+    `numpy()` is a read-only view (not necessarily aligned), except for types below one byte, which are unpacked.
+    """
+
+    __slots__ = ("_offset", "_source")
+
+    def __init__(
+        self,
+        source: MappedFile | bytes,
+        dtype: ir.DataType,
+        dims: Sequence[int],
+        *,
+        offset: int = 0,
+        notes: Notes | None = None,
+    ) -> None:
+        """`source[offset : offset + nbytes]` are the elements; the caller has checked that they are there."""
+        data = source.data if isinstance(source, MappedFile) else memoryview(source)
+        super().__init__(dtype, dims, notes or Notes(), None)
+        self.raw = data[offset : offset + self.nbytes]
+        self._source = source
+        self._offset = offset
+
+    @property
+    def mapping(self) -> tuple[MappedFile, int] | None:
+        """The file and the offset in it, or None where the bytes are in memory."""
+        return (self._source, self._offset) if isinstance(self._source, MappedFile) else None
+
+    def chunks(self) -> Iterator[bytes | memoryview]:
+        """The bytes in pieces, without mapping them into memory."""
+        if isinstance(self._source, MappedFile):
+            return self._source.chunks(self._offset, self.nbytes)
+        return iter((self.raw,))
+
+    def numpy(self) -> np.ndarray[Any, Any]:
+        """The elements: a view where NumPy has the type's size."""
+        if self.dtype.bitwidth < 8:
+            packed = np.frombuffer(self.raw, dtype=np.uint8)
+            return ir.PackedTensor(packed, self.dtype, shape=self.dims).numpy()
+        little = self.dtype.numpy().newbyteorder("<")
+        return np.frombuffer(self.raw, dtype=little).reshape(self.dims)
+
+    def tobytes(self) -> bytes:
+        """A copy of the bytes."""
+        return bytes(self.raw)
+
+    def tofile(self, file: Any) -> None:
+        """Writes the bytes in pieces."""
+        for piece in self.chunks():
+            file.write(piece)
