@@ -1,0 +1,102 @@
+"""`graphopt.optimize`: the run as a Python function."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from graphopt.driver.optimize import run
+from graphopt.driver.request import (
+    DEFAULT_FOLD_LIMIT,
+    Feeds,
+    Progress,
+    Request,
+    Source,
+    VerifyMode,
+    parse_choice,
+    parse_gate,
+    parse_precision,
+    resolve_target,
+)
+from graphopt.driver.result import Result
+from graphopt.pipeline import Pass, Step
+from graphopt.pipeline.recipe import Recipe
+from graphopt.pipeline.registry import load_pass, pipeline_for
+from graphopt.rewrite import Options
+from graphopt.targets import Precision, Target
+
+
+def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
+    source: Source,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    target: str | Target | None = None,
+    precision: str | None = None,
+    recipe: str | os.PathLike[str] | Recipe | None = None,
+    passes: Sequence[str | Pass] = (),
+    disable: Sequence[str] = (),
+    verify: str | None = None,
+    inputs: str | os.PathLike[str] | Feeds | None = None,
+    seed: int | None = None,
+    fold_limit_bytes: int | None = None,
+    external: str = "auto",
+    remarks: bool = False,
+    strict: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """The optimised model, verified against the original.
+
+    Args:
+        source: path of a model (`.onnx`, ONNX text), its bytes, an `onnx.ModelProto` or an `onnx_ir.Model`.
+        output: file to write; nothing is written if None (`Result.save` does it later).
+        target: what to emit for: cpu (default), cuda, tensorrt, portable, or a `Target`.
+        precision: fp32 (default) keeps every dtype as it is.
+        recipe: a recipe, or the path of one in TOML; options given here go before its own.
+        passes: further passes, run after the pipeline: `module:object`, recipe specs, or passes.
+        disable: passes (`fold-constants`) or rules (`tidy/drop-identity`) to leave out.
+        verify: final (default), each (after every pass) or off.
+        inputs: inputs to compare on: npz, a folder of npz, ONNX `test_data_set_*`, or feeds; generated if None.
+        seed: of everything random.
+        fold_limit_bytes: how much larger than what it makes dead a folded constant may be.
+        external: where weights go: auto (beside the model from 2 GiB on), never, single, per-tensor.
+        remarks: search for near misses and report them.
+        strict: raise where a pass or a rewrite fails, instead of leaving it out.
+        progress: called with the stage that begins, and how much of it is done if that is known.
+
+    Raises:
+        ModelError: the model cannot be read.
+        DataError: the inputs do not fit it.
+        OptionError: an option, recipe or path cannot be used.
+        TargetError: the target cannot take what the model needs.
+        VerifyError: the result is wrong and nothing could be left out to mend it.
+        PassError: a pass failed, and `strict` was asked for or leaving it out did not help.
+    """
+    held = recipe if isinstance(recipe, Recipe) else Recipe.load(Path(recipe)) if recipe else Recipe()
+    chosen = resolve_target(target or held.target or "cpu")
+    level = parse_precision(precision or held.precision or Precision.FP32)
+    steps: tuple[Step, ...] = held.apply(pipeline_for(chosen, level))
+    steps += tuple(load_pass(each) if isinstance(each, str) else each for each in passes)
+    request = Request(
+        source=source,
+        output=None if output is None else Path(output),
+        target=chosen,
+        precision=level,
+        steps=steps,
+        gate=parse_gate((*held.disable, *disable), steps),
+        options=Options(
+            seed=_first(seed, held.seed, 0),
+            fold_limit_bytes=_first(fold_limit_bytes, held.fold_limit_bytes, DEFAULT_FOLD_LIMIT),
+            trace_misses=remarks,
+        ),
+        verify=VerifyMode(parse_choice("verify mode", verify or held.verify or "final", VerifyMode)),
+        inputs=Path(inputs) if isinstance(inputs, str | os.PathLike) else inputs,
+        strict=strict,
+        external=external,
+        recipe=str(recipe) if isinstance(recipe, str | os.PathLike) else None,
+    )
+    return run(request, progress or (lambda _stage, _part: None))
+
+
+def _first(*given: int | None) -> int:
+    return next(number for number in given if number is not None)

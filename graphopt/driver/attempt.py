@@ -1,0 +1,72 @@
+"""One way through: load, run the pipeline, bring within the target's limits, write to a working file."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx_ir as ir
+
+from graphopt.driver.request import Request
+from graphopt.emit import finalize
+from graphopt.ir.model_file import ExternalData, load_model, save_model
+from graphopt.numerics import Numerics
+from graphopt.pipeline import PassRun, run_pipeline
+from graphopt.report.facts import ModelFacts, model_facts
+from graphopt.rewrite import Context, Gate, Remark, Rewrite
+
+Watch = Callable[[PassRun, ir.Model, Context], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """What one run of the pipeline gave.
+
+    Attributes:
+        model: the result.
+        runs: what each pass did.
+        rewrites: every change, in order.
+        remarks: what passes had to say.
+        numerics: what the changes may have done to the numbers.
+        before: the model as it was read.
+        files: the working files that hold the result, once written; the model first.
+    """
+
+    model: ir.Model
+    runs: tuple[PassRun, ...]
+    rewrites: tuple[Rewrite, ...]
+    remarks: tuple[Remark, ...]
+    numerics: Numerics
+    before: ModelFacts
+    files: tuple[Path, ...] = ()
+
+
+def attempt(request: Request, gate: Gate, *, watch: Watch | None = None) -> Attempt:
+    """Loads the source anew and runs the pipeline under `gate`.
+
+    Runs are deterministic: the same gate gives the same model.
+
+    Raises:
+        GraphoptError: whatever loading, a pass or the target's limits have to say.
+    """
+    model = load_model(request.source)
+    source = request.source
+    path = Path(source) if isinstance(source, str | os.PathLike) else None
+    before = model_facts(model, path, with_hash=False)
+    ctx = Context(model, request.target, request.options, gate)
+
+    def observe(run: PassRun, current: ir.Model) -> None:
+        if watch is not None:
+            watch(run, current, ctx)
+
+    runs = run_pipeline(model, request.steps, ctx, observer=observe)
+    finalize(model, request.target)
+    return Attempt(model, runs, tuple(ctx.rewrites), tuple(ctx.remarks), ctx.numerics, before)
+
+
+def write(made: Attempt, folder: Path, name: str, external: str = "auto") -> Attempt:
+    """The attempt, with its model written as `folder/name`."""
+    files = save_model(made.model, folder / name, external=ExternalData(external))
+    return dataclasses.replace(made, files=files)

@@ -1,0 +1,172 @@
+"""The whole way: compile, verify, and where something fails, replay without it."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from graphopt.driver.attempt import Attempt, attempt, write
+from graphopt.driver.blame import find_guilty
+from graphopt.driver.judge import Judge
+from graphopt.driver.request import Progress, Request, VerifyMode
+from graphopt.driver.result import Result, check_output, place
+from graphopt.emit import check_model
+from graphopt.errors import PassError, VerifyError
+from graphopt.ir.model_file import load_model
+from graphopt.report.facts import model_facts
+from graphopt.report.run import RolledBack, RunReport, VerificationFacts
+from graphopt.rewrite import Gate, Remark, RemarkKind
+
+MAX_ROLLBACKS = 16
+"""How many passes or rewrites may be left out before the run gives up."""
+
+
+@dataclasses.dataclass
+class Run:
+    """One run in progress: what is left out so far, and where working files go."""
+
+    request: Request
+    judge: Judge
+    folder: Path
+    say: Progress
+    gate: Gate
+    rolled_back: list[RolledBack] = dataclasses.field(default_factory=list)
+    warnings: list[str] = dataclasses.field(default_factory=list)
+
+    def settle(self) -> tuple[Attempt, VerificationFacts]:
+        """The first attempt that holds, leaving out whatever fails on the way.
+
+        Raises:
+            PassError: a pass failed and the request is strict.
+            VerifyError: the numbers are wrong and nothing can be left out to mend them.
+        """
+        for _ in range(MAX_ROLLBACKS):
+            try:
+                made = self._compile(self.gate)
+            except PassError as fault:
+                self._leave_out_pass(fault)
+                continue
+            self.say("verify", None)
+            verdict = self.judge.verdict(made)
+            if verdict.passed is not False:
+                return made, verdict
+            self._leave_out_guilty(made, verdict)
+        raise VerifyError(
+            f"still wrong after {MAX_ROLLBACKS} rewrites and passes were left out: "
+            f"{'; '.join(f'{r.pass_name}/{r.rule}' for r in self.rolled_back[-3:])} were the last. Nothing was written"
+        )
+
+    def _compile(self, gate: Gate) -> Attempt:
+        """One attempt, written to a working file and valid by the checker."""
+        self.say("optimize", None)
+        watch = self.judge.watch if self.request.verify is VerifyMode.EACH else None
+        made = attempt(self.request, gate, watch=watch)
+        self._check(made)
+        return write(made, self.folder, self.judge.file_name, self.request.external)
+
+    def _check(self, made: Attempt) -> None:
+        """Refuses an invalid result; an original that is just as invalid earns a warning.
+
+        Raises:
+            PassError: the result is invalid and the original was not.
+        """
+        fault = check_model(made.model)
+        if fault is None:
+            return
+        if not made.rewrites or check_model(load_model(self.request.source)) is not None:
+            warning = f"onnx.checker refuses the original model, and so the result: {fault[:300]}"
+            if warning not in self.warnings:
+                self.warnings.append(warning)
+            return
+        guilty = self._first_wrong(made, lambda probe: check_model(probe.model) is None)
+        raise PassError(
+            f"pass {guilty} made a model that onnx.checker refuses: {fault[:300]}", pass_name=guilty
+        )
+
+    def _first_wrong(self, made: Attempt, is_right: Callable[[Attempt], bool]) -> str:
+        blame = find_guilty(
+            lambda gate: attempt(self.request, gate), is_right, self.gate, len(made.rewrites)
+        )
+        return made.runs[-1].name if blame.rewrite is None else blame.rewrite.pass_name
+
+    def _leave_out_pass(self, fault: PassError) -> None:
+        if self.request.strict or fault.pass_name in self.gate.passes:
+            raise fault
+        self.gate = self.gate.without_pass(fault.pass_name)
+        self.rolled_back.append(RolledBack(fault.pass_name, "", "", str(fault)))
+
+    def _leave_out_guilty(self, made: Attempt, verdict: VerificationFacts) -> None:
+        """Finds the rewrite that broke the numbers and gates it off.
+
+        Raises:
+            VerifyError: the request is strict, or no rewrite is at fault.
+        """
+        if self.request.strict:
+            raise VerifyError(f"the result differs from the original: {verdict.reason}. Nothing was written")
+        self.say("bisect", None)
+        blame = find_guilty(
+            self._compile_quietly,
+            lambda probe: self.judge.still_right(probe),
+            self.gate,
+            len(made.rewrites),
+        )
+        if blame.rewrite is None:
+            raise VerifyError(
+                f"the result differs from the original even without any rewrite: {verdict.reason}. Nothing was "
+                "written; this is a bug in reading or writing the model, please report it with the model"
+            )
+        guilty = blame.rewrite
+        self.gate = self.gate.without(guilty)
+        self.rolled_back.append(
+            RolledBack(guilty.pass_name, guilty.rule, guilty.site, verdict.reason)
+        )
+
+    def _compile_quietly(self, gate: Gate) -> Attempt:
+        return write(attempt(self.request, gate), self.folder, "probe.onnx", self.request.external)
+
+
+def run(request: Request, say: Progress) -> Result:
+    """Carries out a request.
+
+    Raises:
+        GraphoptError: with the exit status that the command line returns.
+    """
+    started = time.process_time()
+    say("load", None)
+    if request.output is not None:
+        check_output(request.output)
+    # Working files lie beside the output, so that moving them there is a rename.
+    parent = None if request.output is None else request.output.parent
+    with tempfile.TemporaryDirectory(prefix=".graphopt-", dir=parent) as scratch:
+        judge = Judge(request, Path(scratch), say)
+        running = Run(request, judge, Path(scratch), say, request.gate)
+        made, verdict = running.settle()
+        say("write", None)
+        path = None if request.output is None else place(made, request.output)
+    report = RunReport(
+        input=made.before,
+        output=model_facts(made.model, path, with_hash=False),
+        target=request.target.name,
+        precision=request.precision.value,
+        passes=made.runs,
+        verification=verdict,
+        remarks=made.remarks,
+        rewrites=made.rewrites,
+        rolled_back=tuple(running.rolled_back),
+        recipe=request.recipe,
+        seed=request.options.seed,
+        seconds=time.process_time() - started,
+        warnings=(*running.warnings, *_warnings(made.remarks)),
+    )
+    return Result(made.model, report, path)
+
+
+def _warnings(remarks: Sequence[Remark]) -> tuple[str, ...]:
+    return tuple(
+        f"{remark.pass_name}: {remark.reason}"
+        for remark in remarks
+        if remark.kind is RemarkKind.WARNING
+    )

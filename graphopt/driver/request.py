@@ -1,0 +1,138 @@
+"""What the user asks of one run, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from graphopt.errors import OptionError
+from graphopt.pipeline import Pass, Step, flatten
+from graphopt.rewrite import Gate, Options
+from graphopt.targets import Precision, Target, get_target
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+
+Source: TypeAlias = "str | os.PathLike[str] | bytes | onnx.ModelProto | ir.Model"
+Feeds: TypeAlias = Sequence[Mapping[str, Any]]
+Progress: TypeAlias = Callable[[str, float | None], None]
+
+DEFAULT_FOLD_LIMIT = Options().fold_limit_bytes
+
+
+class VerifyMode(enum.StrEnum):
+    """When the numbers are compared with the original's."""
+
+    FINAL = "final"
+    EACH = "each"
+    OFF = "off"
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One run, as asked for.
+
+    Attributes:
+        source: the model.
+        output: where to write; None keeps the result in memory.
+        target: what to emit for.
+        precision: what the arithmetic shall be.
+        steps: the pipeline.
+        gate: what the user left out.
+        options: what passes may ask for.
+        verify: when to verify.
+        inputs: a path to inputs, feeds, or None for generated ones.
+        strict: whether a failing pass or rewrite ends the run instead of being left out.
+        external: where weights go: auto, never, single, per-tensor.
+        recipe: the recipe in words, for the report.
+    """
+
+    source: Source
+    output: Path | None
+    target: Target
+    precision: Precision
+    steps: tuple[Step, ...]
+    gate: Gate
+    options: Options
+    verify: VerifyMode
+    inputs: Path | Feeds | None
+    strict: bool
+    external: str
+    recipe: str | None = None
+
+
+def parse_choice(kind: str, text: str, enumeration: type[enum.StrEnum]) -> str:
+    """The member of `enumeration` that `text` names.
+
+    Raises:
+        OptionError: none; the message lists them.
+    """
+    known = [member.value for member in enumeration]
+    if text not in known:
+        close = difflib.get_close_matches(text, known, 1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise OptionError(f"unknown {kind} {text!r}{hint}; choose one of {', '.join(known)}")
+    return text
+
+
+def parse_precision(text: str) -> Precision:
+    """The precision called `text`.
+
+    Raises:
+        OptionError: unknown, or not built into this version.
+    """
+    precision = Precision(parse_choice("precision", text, Precision))
+    if precision is not Precision.FP32:
+        raise OptionError(
+            f"precision {precision} is not available in this version of graphopt: only fp32 is (it keeps every "
+            "dtype of the model as it is); leave --precision out"
+        )
+    return precision
+
+
+def parse_gate(disabled: Sequence[str], steps: Sequence[Step]) -> Gate:
+    """The gate that leaves out what the user disabled: `pass` or `pass/rule`.
+
+    Raises:
+        OptionError: no such pass or rule in the pipeline.
+    """
+    passes = {each.name: each for each in flatten(steps)}
+    gate = Gate()
+    for text in disabled:
+        name, _, rule = text.partition("/")
+        if name not in passes:
+            raise OptionError(_unknown("pass", name, passes, "the pipeline"))
+        if not rule:
+            gate = gate.without_pass(name)
+            continue
+        rules = rule_names(passes[name])
+        if rules and rule not in rules:
+            raise OptionError(_unknown("rule", rule, rules, f"pass {name}"))
+        gate = dataclasses.replace(gate, rules=gate.rules | {(name, rule)})
+    return gate
+
+
+def rule_names(each: Pass) -> tuple[str, ...]:
+    """Names of the rules of a pass that is made of rules."""
+    return tuple(rule.name for rule in getattr(each, "rules", ()))
+
+
+def _unknown(kind: str, name: str, known: Mapping[str, object] | Sequence[str], where: str) -> str:
+    close = difflib.get_close_matches(name, list(known), 1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return f"no {kind} {name!r} in {where}{hint}; there are: {', '.join(known)}"
+
+
+def resolve_target(target: str | Target) -> Target:
+    """The target itself, or the one of that name.
+
+    Raises:
+        OptionError: no such target.
+    """
+    return target if isinstance(target, Target) else get_target(target)
