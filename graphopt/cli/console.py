@@ -1,0 +1,116 @@
+"""Where things are printed: results on stdout, progress on stderr; rich is imported when something is shown."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from typing import TYPE_CHECKING, Any
+
+from graphopt.cli.failure import escape
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+    from rich.text import Text
+
+
+NONE = "\N{EN DASH}"
+"""What a cell without content shows."""
+
+
+def stdout() -> Console:
+    """A console on stdout; markup and highlighting are off, because names in models hold brackets and anything else."""
+    from rich.console import Console
+
+    width = shutil.get_terminal_size(fallback=(120, 24)).columns
+    return Console(file=sys.stdout, width=width, markup=False, highlight=False, emoji=False)
+
+
+def stderr() -> Console:
+    """The same on stderr."""
+    from rich.console import Console
+
+    return Console(file=sys.stderr, markup=False, highlight=False, emoji=False)
+
+
+def show(*parts: RenderableType) -> None:
+    """Prints each part on stdout."""
+    console = stdout()
+    for part in parts:
+        console.print(part)
+
+
+def show_json(body: Any) -> None:  # noqa: ANN401
+    """Prints one JSON object on stdout."""
+    sys.stdout.write(json.dumps(body, indent=2, allow_nan=False) + "\n")
+
+
+def grid(*headers: str, title: str = "", right: str = "") -> Table:
+    """An empty table; columns named in `right` (a string of 0-based digits) are right-aligned."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=Text(title, style="bold") if title else None,
+        title_justify="left",
+        pad_edge=False,
+        show_edge=False,
+        header_style="dim",
+    )
+    for index, header in enumerate(headers):
+        is_right = str(index) in right
+        table.add_column(
+            header,
+            justify="right" if is_right else "left",
+            no_wrap=is_right,
+            overflow="fold",
+        )
+    return table
+
+
+def text(content: object, style: str = "") -> Text:
+    """Styled text; what cannot be printed is escaped."""
+    from rich.text import Text
+
+    return Text(escape(str(content)), style=style)
+
+
+def heading(content: str) -> Text:
+    """A line that starts a section."""
+    return text(content, "bold")
+
+
+def count(number: int | None) -> str:
+    """`12 345 678`; a dash for None."""
+    return NONE if number is None else f"{number:,}".replace(",", "\N{THIN SPACE}")
+
+
+def scaled(number: int | None, unit: str = "") -> str:
+    """Three significant digits with a decimal prefix: `1.23 M`."""
+    if number is None:
+        return NONE
+    size, steps = float(number), iter(("", "k", "M", "G", "T", "P"))
+    prefix = next(steps)
+    while abs(size) >= 999.5 and prefix != "P":
+        size, prefix = size / 1000, next(steps)
+    digits = f"{size:.0f}" if not prefix or size >= 99.95 else f"{size:.3g}"
+    return f"{digits} {prefix}{unit}".rstrip()
+
+
+def size(number: int | None) -> str:
+    """Bytes with a decimal prefix: `4.32 MB`."""
+    return scaled(number, "B")
+
+
+def change(before: float, after: float) -> str:
+    """`-59 %`, `+3 %`, `=`."""
+    if before == after:
+        return "="
+    if not before:
+        return "new"
+    percent = (after - before) / before * 100
+    sign = "\N{MINUS SIGN}" if percent < 0 else "+"
+    return f"{sign}{abs(percent):.{0 if abs(percent) >= 9.95 else 1}f} %"

@@ -1,0 +1,117 @@
+"""The application: its commands, and `main`, which turns whatever happens into an exit status."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from graphopt.cli import (
+    bench,
+    completion,
+    diff,
+    failure,
+    golden,
+    inspect,
+    optimize,
+    passes,
+    targets,
+    verify,
+)
+
+# Markup mode None: plain help costs half the start-up time of a boxed one, and can be searched with grep.
+app = typer.Typer(
+    name="graphopt",
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Exit status: 0 done and verified; 1 verification failed, or the models differ; 2 the model, data or an "
+    "option is at fault; 3 the target cannot express the model; 70 a bug of graphopt.",
+)
+app.command("optimize")(optimize.command)
+app.command("inspect")(inspect.command)
+app.command("verify")(verify.command)
+app.command("diff")(diff.command)
+app.command("bench")(bench.command)
+app.add_typer(golden.app, name="golden")
+app.command("passes")(passes.command)
+app.command("targets")(targets.command)
+app.command("completion")(completion.command)
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of every error; may stand anywhere.")
+    ] = False,
+) -> None:
+    """Makes the ONNX file to deploy out of the ONNX file that was exported, and proves them equal."""
+    del version, debug  # `main` has dealt with both: they are declared for --help and completion.
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns the exit status.
+
+    Args:
+        argv: the arguments without the program's name; those of the process by default.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    try:
+        with _terminable():
+            status = _run(args)
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _discard_stdout()
+        return failure.BROKEN_PIPE
+    except SystemExit as leave:
+        return leave.code if isinstance(leave.code, int) else failure.BUG
+    except (Exception, KeyboardInterrupt, failure.Terminated) as error:  # noqa: BLE001  the last stop
+        return failure.tell(error, as_json="--json" in args, debug=debug)
+    return status
+
+
+def _run(args: list[str]) -> int:
+    if args[:1] == ["--version"]:
+        sys.stdout.write(f"graphopt {failure.own_version()}\n")
+        return 0
+    status = app(args=args or ["--help"], prog_name="graphopt", standalone_mode=False)
+    return status if isinstance(status, int) else 0
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Turns SIGTERM into an exception, so that working files are removed on the way out."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(signum: int, frame: FrameType | None) -> None:
+        del frame
+        raise failure.Terminated(signum)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _discard_stdout() -> None:
+    """Sends what is still buffered for a closed pipe nowhere, so that the interpreter does not complain at exit."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except (OSError, ValueError):
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)

@@ -1,0 +1,202 @@
+"""`graphopt optimize`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from graphopt.cli import completion, options
+from graphopt.cli.progress import progress
+
+if TYPE_CHECKING:
+    from graphopt.report.run import RunReport
+
+REPORT_SUFFIXES = (".json", ".md")
+
+
+def command(
+    model: options.Model,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT", help="File to write, x.onnx.")
+    ],
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            "-t",
+            metavar="NAME",
+            help="What to emit for: cpu, cuda, tensorrt, portable … (graphopt targets). [default: cpu]",
+            autocompletion=completion.target_names,
+        ),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            "--precision", metavar="NAME", help="fp32: every dtype as it is. [default: fp32]"
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--recipe", metavar="FILE", help="Recipe in TOML; options given here win."),
+    ] = None,
+    extra: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pass",
+            metavar="SPEC",
+            help="Run this pass too, after the others: name, name{option=value} or module:object. Repeatable.",
+            autocompletion=completion.pass_names,
+        ),
+    ] = None,
+    disable: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--disable",
+            metavar="NAME",
+            help="Leave out a pass (pass) or one rule of it (pass/rule). Repeatable.",
+            autocompletion=completion.pass_names,
+        ),
+    ] = None,
+    verify: Annotated[
+        str | None,
+        typer.Option(
+            "--verify",
+            metavar="final|each|off",
+            help="Compare with the original at the end, after each pass, or not at all. [default: final]",
+        ),
+    ] = None,
+    inputs: options.Inputs = None,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", metavar="N", help="Seed of everything random. [default: 0]"),
+    ] = None,
+    fold_limit: Annotated[
+        str | None,
+        typer.Option(
+            "--fold-limit",
+            metavar="BYTES",
+            help="How much larger than what it replaces a folded constant may be: 65536, 64k, 16M. [default: 1 MiB]",
+        ),
+    ] = None,
+    external: Annotated[
+        str,
+        typer.Option(
+            "--external",
+            metavar="auto|never|single|per-tensor",
+            help="Where weights go: beside the model from 2 GiB on, never, in one file, in one file a tensor.",
+        ),
+    ] = "auto",
+    remarks: Annotated[
+        bool, typer.Option("--remarks", help="Look for near misses too, and list every remark.")
+    ] = False,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Fail where a pass fails, instead of leaving it out."),
+    ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option("--report", metavar="FILE", help="Write the report: .json or .md."),
+    ] = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> int:
+    """Make MODEL smaller and faster, and prove that the result computes the same.
+
+    The result is compared with the original before it is written; a rewrite that changes the numbers is found, left
+    out and named. Nothing else than OUT is written, and an existing OUT stays as it is when something fails.
+    """
+    limit = None if fold_limit is None else parse_bytes(fold_limit)
+    check_report_path(report)
+    from graphopt.driver import optimize
+
+    with progress(quiet=quiet or as_json) as say:
+        result = optimize(
+            model,
+            output=output,
+            target=target,
+            precision=precision,
+            recipe=recipe,
+            passes=tuple(extra or ()),
+            disable=tuple(disable or ()),
+            verify=verify,
+            inputs=inputs,
+            seed=seed,
+            fold_limit_bytes=limit,
+            external=external,
+            remarks=remarks,
+            strict=strict,
+            progress=say,
+        )
+    tell(result.report, report=report, as_json=as_json, quiet=quiet, every_remark=remarks)
+    return 1 if result.report.verification.passed is False else 0
+
+
+def tell(
+    report_facts: RunReport, *, report: Path | None, as_json: bool, quiet: bool, every_remark: bool
+) -> None:
+    """Writes the report where it was asked for."""
+    if report is not None:
+        write_report(report_facts, report)
+    if as_json:
+        from graphopt.cli.console import show_json
+
+        show_json(report_facts.to_json())
+    elif not quiet:
+        from graphopt.cli.console import show
+        from graphopt.cli.run_tables import run_tables
+
+        show(*run_tables(report_facts, every_remark=every_remark))
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes: `65536`, `64k`, `16M`, `1G` (powers of 1024).
+
+    Raises:
+        OptionError: the text is none.
+    """
+    from graphopt.errors import OptionError
+
+    digits, unit = text.strip().rstrip("iB"), 1
+    for suffix, factor in {"k": 1 << 10, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.items():
+        if digits.endswith(suffix):
+            digits, unit = digits.removesuffix(suffix), factor
+            break
+    if not digits.isascii() or not digits.isdigit():
+        raise OptionError(
+            f"--fold-limit {text!r} is not a size: give bytes, as in 65536, 64k or 16M"
+        )
+    return int(digits) * unit
+
+
+def check_report_path(path: Path | None) -> None:
+    """Refuses, before any work, a report that could not be written.
+
+    Raises:
+        OptionError: with the remedy.
+    """
+    if path is None:
+        return
+    from graphopt.errors import OptionError
+
+    if path.suffix not in REPORT_SUFFIXES:
+        raise OptionError(
+            f"--report {path}: the suffix says the format, and {path.suffix or 'none'} is not one of "
+            f"{', '.join(REPORT_SUFFIXES)}"
+        )
+    if path.is_dir() or not path.parent.is_dir():
+        what = "it is a folder" if path.is_dir() else f"{path.parent} is not a folder"
+        raise OptionError(f"cannot write --report {path}: {what}; give the path of a file")
+
+
+def write_report(facts: RunReport, path: Path) -> None:
+    """Writes the report as JSON or Markdown, by suffix."""
+    if path.suffix == ".json":
+        body = json.dumps(facts.to_json(), indent=2, allow_nan=False) + "\n"
+    else:
+        from graphopt.report.markdown import run_markdown
+
+        body = run_markdown(facts)
+    path.write_text(body, encoding="utf-8")

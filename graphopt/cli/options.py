@@ -1,0 +1,47 @@
+"""Options that several commands share, declared once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import typer
+
+from graphopt.cli import completion
+
+Model: TypeAlias = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="ONNX file (.onnx), or ONNX text (.onnxtxt).")
+]
+Inputs: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--inputs",
+        metavar="PATH",
+        help="Inputs to run on: an .npz, a folder of them, or ONNX test_data_set_* folders. Default: generated.",
+    ),
+]
+Seed: TypeAlias = Annotated[
+    int, typer.Option("--seed", metavar="N", help="Seed of everything random.")
+]
+Json: TypeAlias = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")
+]
+Quiet: TypeAlias = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Dims: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--dims",
+        metavar="NAME=N,…",
+        help="Sizes of symbolic dimensions: batch=1,seq=128; an unnamed one is INPUT:AXIS=N.",
+    ),
+]
+TargetName: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--target",
+        "-t",
+        metavar="NAME",
+        help="What to emit for: cpu, cuda, tensorrt, portable … (graphopt targets).",
+        autocompletion=completion.target_names,
+    ),
+]
