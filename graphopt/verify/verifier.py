@@ -1,0 +1,387 @@
+"""Whether a candidate computes what a reference computes: both run on the same feeds, in the same runtime.
+
+The reference runs with the runtime's own optimisations off and without prepacking of weights. Prepacking picks
+another GEMM kernel for constant weights than for computed ones (ONNX Runtime 1.31: 145 of 395 MatMul shapes
+then differ in the last place), so that a model with a weight folded would not be bit-equal to itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from graphopt.errors import GraphoptError, ModelError
+from graphopt.ir.model_file import load_model
+from graphopt.numerics import Numerics
+from graphopt.runtime.session import OptimizationLevel, Session, SessionOptions
+from graphopt.runtime.specs import input_specs, output_specs
+from graphopt.verify import contract, metrics, origins
+from graphopt.verify.compare import Hint, Origin, OutputReport, compare, merge, profile_for
+from graphopt.verify.draws import Draws
+from graphopt.verify.feeds import Dropped, Feed, find_feeds
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from graphopt.verify.compare import Budget, Profile
+
+FLOOR = 2.0**-10
+"""Scale below which an output is taken for noise, over its scale on plain inputs: an all-zero feed, say."""
+
+NOISE_FACTOR = 4.0
+"""How far REORDERED may exceed what the reference itself moves when its inputs move by one unit in the last place."""
+
+NOISE_CAP = 0.05
+"""Over the RMS: a reference that moves more than this is chaotic, and nothing is forgiven on its account."""
+
+
+class Status(enum.StrEnum):
+    """What a verification says."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+    UNVERIFIED = "unverified"
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """What comparing a candidate with a reference showed.
+
+    Attributes:
+        status: passed, failed, or unverified where nothing could be compared.
+        profile: name of the gate.
+        outputs: one report an output, the worst over all feeds; excluded outputs are left out.
+        feeds: names of the feeds that were run on both.
+        dropped: generated feeds that the reference refuses.
+        excluded: outputs that are not compared, and why.
+        contract: differences of inputs and outputs that a caller would notice; any fails.
+        notes: what the reader should know besides.
+        deployed: the candidate at the level it will run at, against the same reference; informs, never fails.
+        reason: why the status is not passed; else "".
+    """
+
+    status: Status
+    profile: str
+    outputs: tuple[OutputReport, ...] = ()
+    feeds: tuple[str, ...] = ()
+    dropped: tuple[Dropped, ...] = ()
+    excluded: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    contract: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    deployed: tuple[OutputReport, ...] = ()
+    reason: str = ""
+
+    @property
+    def passed(self) -> bool | None:
+        """True or False; None where nothing could be compared."""
+        return None if self.status is Status.UNVERIFIED else self.status is Status.PASSED
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyOptions:
+    """How strictly and how far to compare.
+
+    Attributes:
+        numerics: what the passes declared; picks the gate.
+        budget: of LOSSY.
+        fail_fast: stop at the first feed that fails (bisection).
+        allow_constant_defaults: accept that overridable defaults became constants.
+        deployed: a level to run the candidate at as well, for information.
+    """
+
+    numerics: Numerics = Numerics.EXACT
+    budget: Budget | None = None
+    fail_fast: bool = False
+    allow_constant_defaults: bool = False
+    deployed: OptimizationLevel | None = None
+
+
+class ReferenceRun:
+    """A reference model, feeds that it runs with, and its outputs: computed once, compared with many candidates.
+
+    Attributes:
+        feeds: what was run.
+        outputs: of the reference, by feed.
+        dropped: generated feeds that the reference refuses.
+        excluded: outputs that cannot be compared, and why.
+        notes: what a report should say about the reference.
+        unverifiable: why nothing can be compared, or "".
+
+    Raises:
+        ModelError: the file is not a model, or fails on feeds that the user gave.
+        DataError: given feeds do not fit, or `dims` names no dimension of the inputs.
+    """
+
+    def __init__(
+        self,
+        model: Path | bytes,
+        feeds: Sequence[Feed] | None = None,
+        *,
+        seed: int = 0,
+        dims: Mapping[str, int] | None = None,
+    ) -> None:
+        graph = load_model(model)
+        self.inputs = input_specs(graph)
+        self.output_specs = output_specs(graph)
+        self.depth = origins.arithmetic_depth(graph)
+        self.dtype = origins.narrowest_float(graph)
+        self.excluded = {
+            name: f"depends on the random {cause}"
+            for name, cause in origins.random_outputs(graph).items()
+        }
+        self.feeds: tuple[Feed, ...] = ()
+        self.outputs: list[dict[str, Any]] = []
+        self.dropped: tuple[Dropped, ...] = ()
+        self.notes: list[str] = []
+        self.unverifiable = ""
+        self._origins = origins.output_origins(graph)
+        taps = tuple(dict.fromkeys(o.scores for o in self._origins.values() if o.scores))
+        try:
+            self._session = _session(model, taps)
+        except ModelError as error:
+            self.unverifiable = f"the reference cannot be run: {error}"
+            return
+        if feeds is not None:
+            self.feeds = tuple(feeds)
+            self.outputs = [self._session.run(feed.values) for feed in feeds]
+        else:
+            found = find_feeds(
+                graph, self._refuses, seed=seed, dims=dims, specs=self._session.inputs
+            )
+            self.feeds, self.dropped = found.feeds, found.dropped
+        self._examine()
+
+    def profile(self, options: VerifyOptions) -> Profile:
+        """The gate for this model: its tolerance follows from depth and dtype."""
+        return profile_for(
+            options.numerics, depth=self.depth, dtype=self.dtype, budget=options.budget
+        )
+
+    def verify(self, candidate: Path | bytes, options: VerifyOptions | None = None) -> Verification:
+        """Compares one candidate with the reference on every feed."""
+        options = options or VerifyOptions()
+        profile = self.profile(options)
+        about = {"profile": profile.name, "dropped": self.dropped, "excluded": dict(self.excluded)}
+        try:
+            graph = load_model(candidate)
+        except ModelError as error:
+            return self._failed(about, f"the candidate cannot be read: {error}")
+        faults, notes = self._contract(input_specs(graph), output_specs(graph), options)
+        if faults:
+            return self._failed(about | {"contract": tuple(faults)}, faults[0])
+        if self.unverifiable:
+            return Verification(Status.UNVERIFIED, profile.name, reason=self.unverifiable, dropped=self.dropped,
+                                excluded=dict(self.excluded), notes=tuple(self.notes))  # fmt: skip
+        try:
+            reports = self._compare(_session(candidate), profile, options)
+        except GraphoptError as error:
+            return self._failed(about, f"the candidate cannot be run: {error}")
+        deployed = self._deployed(candidate, options)
+        return self._verdict(about, reports, deployed, notes)
+
+    def _refuses(self, feed: Feed) -> str | None:
+        try:
+            outputs = self._session.run(feed.values)
+        except GraphoptError as error:
+            return str(error)
+        self.outputs.append(outputs)
+        return None
+
+    def _examine(self) -> None:
+        """Notes what the reference does by itself: nothing at all, or something else every time."""
+        names = [spec.name for spec in self.output_specs]
+        if not self.feeds:
+            last = self.dropped[-1] if self.dropped else None
+            tried = (
+                f"{len(self.dropped)} generated inputs were refused, the last: {last.reason}"
+                if last
+                else ""
+            )
+            self.unverifiable = (
+                f"no inputs to compare on: {tried or 'none were given'} Give some with --inputs."
+            )
+            return
+        again = self._session.run(self.feeds[0].values)
+        exact = profile_for(Numerics.EXACT)
+        for name in names:
+            if (
+                name not in self.excluded
+                and not compare(name, self.outputs[0][name], again[name], exact).equal
+            ):
+                self.excluded[name] = "differs between two runs of the reference"
+        if all(name in self.excluded for name in names):
+            self.unverifiable = "every output is random: " + "; ".join(self.excluded.values())
+
+    def _contract(
+        self, inputs: Sequence[Any], outputs: Sequence[Any], options: VerifyOptions
+    ) -> tuple[list[str], list[str]]:
+        """Faults and notes."""
+        lost = contract.dropped_defaults(self.inputs, inputs)
+        reference, notes = self.inputs, []
+        if lost and options.allow_constant_defaults:
+            reference = tuple(spec for spec in self.inputs if spec.name not in lost)
+            notes = [f"{len(lost)} overridable defaults became constants: {', '.join(lost[:8])}"]
+        return [
+            *contract.input_faults(reference, inputs),
+            *contract.output_faults(self.output_specs, outputs),
+        ], notes
+
+    def _compare(
+        self, session: Session, profile: Profile, options: VerifyOptions
+    ) -> dict[str, list[OutputReport]]:
+        """Reports by output name, one a feed."""
+        takes = {spec.name for spec in session.inputs}
+        names = [spec.name for spec in self.output_specs if spec.name not in self.excluded]
+        reports: dict[str, list[OutputReport]] = {name: [] for name in names}
+        for index, feed in enumerate(self.feeds):
+            if not takes.issuperset(feed.values):
+                continue  # overrides a default that is a constant now, which the options accept
+            results = _run_candidate(session, feed, names)
+            noise: dict[str, float] | None = None
+            for name in names:
+                report = compare(
+                    name, self.outputs[index][name], results[name], profile, self._hint(name, index)
+                )
+                if not report.passed and profile.numerics is Numerics.REORDERED:
+                    noise = self._noise(index) if noise is None else noise
+                    report = _forgive_noise(report, noise.get(name, 0.0))
+                reports[name].append(dataclasses.replace(report, feed=feed.name))
+            if options.fail_fast and any(not r[-1].passed for r in reports.values() if r):
+                break
+        return reports
+
+    def _hint(self, name: str, index: int) -> Hint:
+        made = self._origins.get(name, origins.OutputOrigin())
+        scores = self.outputs[index].get(made.scores) if made.origin is Origin.RANK else None
+        first = self.outputs[0].get(name)
+        plain = isinstance(first, np.ndarray) and metrics.is_float(first.dtype)
+        floor = metrics.root_mean_square(first) * FLOOR if plain and first is not None else 0.0
+        return Hint(made.origin, scores, made.axis, floor)
+
+    def _noise(self, index: int) -> dict[str, float]:
+        """How far each float output moves when float inputs move by one unit in the last place of float32."""
+        values = {name: _nudged(name, value) for name, value in self.feeds[index].values.items()}
+        try:
+            moved = self._session.run(values)
+        except GraphoptError:
+            return {}
+        found = {}
+        for name, before in self.outputs[index].items():
+            after = moved[name]
+            comparable = isinstance(before, np.ndarray) and before.shape == after.shape
+            if comparable and metrics.is_float(before.dtype):
+                found[name] = metrics.measure(before, after, tolerance=0, floor=0).max_abs
+        return found
+
+    def _deployed(
+        self, candidate: Path | bytes, options: VerifyOptions
+    ) -> tuple[OutputReport, ...]:
+        """The candidate as it will run, judged as REORDERED at least: the runtime fuses on its own."""
+        if options.deployed is None:
+            return ()
+        profile = self.profile(
+            dataclasses.replace(options, numerics=max(options.numerics, Numerics.REORDERED))
+        )
+        try:
+            reports = self._compare(Session(candidate, level=options.deployed), profile, options)
+        except GraphoptError as error:
+            why = f"cannot be run at level {options.deployed.name}: {error}"
+            return tuple(
+                OutputReport(s.name, passed=False, equal=False, why=why) for s in self.output_specs
+            )
+        return tuple(merge(found) for found in reports.values() if found)
+
+    def _verdict(
+        self,
+        about: dict[str, Any],
+        reports: dict[str, list[OutputReport]],
+        deployed: tuple[OutputReport, ...],
+        notes: list[str],
+    ) -> Verification:
+        outputs = tuple(merge(found) for found in reports.values() if found)
+        used = next((found for found in reports.values() if found), [])
+        wrong = next((report for report in outputs if not report.passed), None)
+        reason = f"output '{wrong.name}' on feed '{wrong.feed}': {wrong.why}" if wrong else ""
+        notes = [
+            *self.notes,
+            *notes,
+            *(f"output '{name}' {why}" for name, why in self.excluded.items()),
+        ]
+        return Verification(
+            Status.FAILED if wrong else Status.PASSED,
+            outputs=outputs,
+            feeds=tuple(report.feed for report in used),
+            notes=tuple(notes),
+            deployed=deployed,
+            reason=reason,
+            **about,
+        )
+
+    def _failed(self, about: dict[str, Any], reason: str) -> Verification:
+        return Verification(Status.FAILED, reason=reason, notes=tuple(self.notes), **about)
+
+
+def verify(
+    reference: Path | bytes | ReferenceRun,
+    candidate: Path | bytes,
+    feeds: Sequence[Feed] | None = None,
+    *,
+    options: VerifyOptions | None = None,
+    seed: int = 0,
+) -> Verification:
+    """Compares a candidate with a reference, on the feeds given or on generated ones.
+
+    Args:
+        reference: the original, or a run of it to be used again.
+        candidate: what shall stand in its place.
+        feeds: inputs; generated from `seed` where None. Ignored with a `ReferenceRun`, which has its own.
+        options: how strictly to compare; EXACT by default.
+        seed: of generated feeds.
+
+    Raises:
+        ModelError: the reference is not a model, or fails on the feeds given.
+        DataError: the feeds do not fit the reference.
+    """
+    run = (
+        reference
+        if isinstance(reference, ReferenceRun)
+        else ReferenceRun(reference, feeds, seed=seed)
+    )
+    return run.verify(candidate, options)
+
+
+def _session(model: Path | bytes, taps: tuple[str, ...] = ()) -> Session:
+    return Session(model, options=SessionOptions(prepack=False, extra_outputs=taps))
+
+
+def _run_candidate(session: Session, feed: Feed, names: list[str]) -> dict[str, Any]:
+    try:
+        return session.run(feed.values, names)
+    except GraphoptError as error:
+        raise ModelError(f"on feed '{feed.name}', which the reference runs: {error}") from error
+
+
+def _nudged(name: str, value: Any) -> Any:  # noqa: ANN401
+    """A float array with every element moved by one unit in the last place of float32, up or down."""
+    if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
+        return value
+    signs = np.where(Draws(0, f"nudge {name}").uniform(value.shape) < 0.5, -1.0, 1.0)
+    return np.asarray(value * (1 + signs * 2.0**-23)).astype(value.dtype)
+
+
+def _forgive_noise(report: OutputReport, noise: float) -> OutputReport:
+    """The report, passed after all where the reference itself is as uncertain as the difference is large."""
+    if report.max_abs is None or not report.max_over_rms or not report.nonfinite_equal:
+        return report
+    rms = report.max_abs / report.max_over_rms
+    if report.max_abs > NOISE_FACTOR * noise or noise > NOISE_CAP * rms:
+        return report
+    why = (
+        f"max|d| {report.max_abs:.3g} is outside the tolerance, but the reference itself moves by {noise:.3g} "
+        "when its inputs move by one unit in the last place"
+    )
+    return dataclasses.replace(report, passed=True, why=why)
