@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from graphopt.errors import OptionError
-from graphopt.ir.encode import Piece, tensor_chunks
 from graphopt.ir.mapped import CHUNK_BYTES, MappedTensor
+from graphopt.ir.message import Piece, tensor_chunks
 
 _REMEDY = {
     errno.ENOSPC: "free space there or write elsewhere",
@@ -65,7 +65,7 @@ class FileSet:
                     # The last file is replaced in one step; what comes before it must be able to come back.
                     last = len(replaced) == len(self._temporary) - 1
                     replaced.append((path, None if last else _kept(path)))
-                    os.replace(temporary, path)
+                    temporary.replace(path)
         except BaseException:
             for path, kept in replaced:
                 _restore(path, kept, self._temporary[path])
@@ -89,17 +89,20 @@ def _kept(path: Path) -> Path | None:
     if not path.exists():
         return None
     kept = path.parent / f".graphopt-{secrets.token_hex(8)}.old"
-    os.link(path, kept)
+    try:
+        os.link(path, kept)
+    except OSError:  # a file system without hard links
+        path.replace(kept)
     return kept
 
 
 def _restore(path: Path, kept: Path | None, temporary: Path) -> None:
-    if temporary.exists():  # not renamed: the place is as it was
-        if kept is not None:
-            kept.unlink(missing_ok=True)
-    elif kept is not None:
-        os.replace(kept, path)
-    else:
+    if kept is not None:
+        kept.replace(path)
+        kept.unlink(
+            missing_ok=True
+        )  # rename leaves both names of one file, where `path` was never replaced
+    elif not temporary.exists():  # it was renamed, and there had been nothing
         path.unlink(missing_ok=True)
 
 
@@ -144,7 +147,7 @@ def _stream(fd: int, pieces: Iterable[Piece]) -> None:
 
 
 def _copy(fd: int, tensor: MappedTensor) -> None:
-    """File to file inside the kernel where it can, in pieces where it cannot (other file system, other platform)."""
+    """Copies file to file inside the kernel, or in pieces where it cannot (other platform or file system)."""
     assert tensor.mapping is not None
     file, offset = tensor.mapping
     left = tensor.nbytes

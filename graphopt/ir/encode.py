@@ -1,104 +1,25 @@
-"""ir.Model -> the bytes of a .onnx file, as pieces: the weights are named in it, and read only when the piece is written.
+"""ir.Model -> ModelProto, as pieces to stream.
 
-A message's length stands before it, so sizes are computed first, from dims and dtypes; then everything can be streamed. Fields are in
-the order of their numbers and maps are sorted: the same model gives the same bytes.
+Fields come in the order of their numbers and maps sorted: the same model gives the same bytes.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import enum
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, cast
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias, TypeVar, cast
 
 import onnx
 import onnx_ir as ir
 
-from graphopt.errors import ModelError
-from graphopt.ir.decode import (
-    FUNCTION_VALUE_INFO_IR,
-    OWN_VALUE_INFO,
-    QUANTIZATION,
-    STRAY_ANNOTATIONS,
-    STRAY_VALUE_INFO,
-    TRAINING_INFO,
-)
-from graphopt.ir.mapped import MappedTensor
+from graphopt.ir import notes
+from graphopt.ir.message import Location, Message, Placement, Role, inline
 from graphopt.ir.sparse import CooTensor
-from graphopt.ir.type_proto import DECLARED, says_something, write_type, write_value_info
-from graphopt.ir.wire import blob, tag, varint
+from graphopt.ir.type_proto import says_something, write_type, write_value_info
+from graphopt.ir.wire import blob
 
-Piece = bytes | ir.TensorProtocol
-
-
-class Message:
-    """A protobuf message in the making: serialised pieces, and tensors whose bytes follow when it is written."""
-
-    def __init__(self, *pieces: bytes) -> None:
-        self.pieces: list[Piece] = list(pieces)
-        self.size = sum(map(len, pieces))
-
-    def write(self, data: bytes) -> None:
-        """Appends serialised fields."""
-        self.pieces.append(data)
-        self.size += len(data)
-
-    def add(self, number: int, child: Message) -> None:
-        """Appends a field that holds a message."""
-        self.write(tag(number) + varint(child.size))
-        self.pieces += child.pieces
-        self.size += child.size
-
-    def payload(self, number: int, tensor: ir.TensorProtocol) -> None:
-        """Appends a field that holds the bytes of a tensor."""
-        self.write(tag(number) + varint(tensor.nbytes))
-        self.pieces.append(tensor)
-        self.size += tensor.nbytes
-
-    def chunks(self) -> Iterator[bytes | memoryview]:
-        """The bytes, in order, at most one tensor in memory at a time."""
-        for piece in self.pieces:
-            yield from (piece,) if isinstance(piece, bytes) else tensor_chunks(piece)
-
-
-def tensor_chunks(tensor: ir.TensorProtocol) -> Iterator[bytes | memoryview]:
-    """The bytes of a tensor in the form of `raw_data`.
-
-    Raises:
-        ModelError: they are not as many as dtype and shape say.
-    """
-    written = 0
-    for chunk in tensor.chunks() if isinstance(tensor, MappedTensor) else (tensor.tobytes(),):
-        written += len(chunk)
-        yield chunk
-    if written != tensor.nbytes:
-        raise ModelError(
-            f"tensor {tensor.name!r} of {tensor.dtype} {tensor.shape} has {written} bytes, not {tensor.nbytes}; make its "
-            "data fit its shape"
-        )
-
-
-class Role(enum.IntEnum):
-    """What a tensor is in the file, in the order in which it may move to external data: fewer tools can read the later ones there."""
-
-    INITIALIZER = 0
-    ATTRIBUTE = 1
-    SPARSE_PART = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Location:
-    """Where the bytes of a tensor are kept outside the model."""
-
-    file: str
-    offset: int
-
-
-Placement = Callable[[ir.TensorProtocol, Role], Location | None]
-
-
-def inline(_tensor: ir.TensorProtocol, _role: Role) -> None:
-    """The placement that keeps every tensor in the model."""
+_Content: TypeAlias = Any  # of an attribute: as many types as AttributeProto has fields
+_Fields: TypeAlias = list[tuple[int, Message]]
+_Stray = TypeVar("_Stray", onnx.ValueInfoProto, onnx.TensorAnnotation)
 
 
 def encode_model(model: ir.Model, place: Placement = inline) -> Message:
@@ -119,8 +40,8 @@ class _Encoder:
                 setattr(head, field, getattr(model, field))
         tail = onnx.ModelProto()
         _opsets(tail, model.graph.opset_imports)
-        _props(tail, model.metadata_props)
-        for data in model.meta.get(TRAINING_INFO, ()):
+        notes.write_props(tail, model.metadata_props)
+        for data in model.meta.get(notes.TRAINING_INFO, ()):
             tail.training_info.append(onnx.TrainingInfoProto.FromString(data))
         message = Message(_serialized(head))
         message.add(7, self._graph(model.graph, self._function_value_info()))
@@ -143,8 +64,8 @@ class _Encoder:
 
     def _own_value_info(self, function: ir.Function) -> bool:
         return (
-            self._model.ir_version >= FUNCTION_VALUE_INFO_IR
-            or OWN_VALUE_INFO in function.graph.meta
+            self._model.ir_version >= notes.FUNCTION_VALUE_INFO_IR
+            or notes.OWN_VALUE_INFO in function.graph.meta
         )
 
     def _function(self, function: ir.Function) -> Message:
@@ -158,10 +79,12 @@ class _Encoder:
         if function.overload:
             tail.overload = function.overload
         _opsets(tail, function.opset_imports)
-        _props(tail, function.metadata_props)
+        notes.write_props(tail, function.metadata_props)
         if self._own_value_info(function):
             tail.value_info.extend(write_value_info(value) for value in _function_values(function))
-            tail.value_info.extend(_stray(function.graph, STRAY_VALUE_INFO, onnx.ValueInfoProto))
+            tail.value_info.extend(
+                _stray(function.graph, notes.STRAY_VALUE_INFO, onnx.ValueInfoProto)
+            )
         message = Message(_serialized(head))
         for node in function:
             message.add(7, self._node(node))
@@ -176,28 +99,19 @@ class _Encoder:
         for node in graph:
             message.add(1, self._node(node))
         message.write(_serialized(onnx.GraphProto(name=graph.name)) if graph.name else b"")
-        tensors = [
-            (v.name or "", v.const_value)
-            for v in graph.initializers.values()
-            if v.const_value is not None
-        ]
-        for name, tensor in tensors:
+        tensors = {
+            v.name or "": t for v in graph.initializers.values() if (t := v.const_value) is not None
+        }
+        for name, tensor in tensors.items():
             if not isinstance(tensor, CooTensor):
                 message.add(5, self._tensor(tensor, Role.INITIALIZER, name))
-        proto = onnx.GraphProto(doc_string=graph.doc_string)
-        proto.input.extend(write_value_info(value) for value in graph.inputs)
-        proto.output.extend(write_value_info(value) for value in graph.outputs)
-        proto.value_info.extend(write_value_info(value) for value in _described(graph))
-        proto.value_info.extend(_stray(graph, STRAY_VALUE_INFO, onnx.ValueInfoProto))
-        proto.value_info.extend(extra)
-        _annotations(proto, graph)
-        message.write(_serialized(proto))
-        for name, tensor in tensors:
+        message.write(_serialized(_described_values(graph, extra)))
+        for name, tensor in tensors.items():
             if isinstance(tensor, CooTensor):
                 message.add(15, self._sparse(tensor, name))
-        notes = onnx.GraphProto()
-        _props(notes, graph.metadata_props)
-        message.write(_serialized(notes))
+        tail = onnx.GraphProto()
+        notes.write_props(tail, graph.metadata_props)
+        message.write(_serialized(tail))
         return message
 
     def _node(self, node: ir.Node) -> Message:
@@ -210,7 +124,7 @@ class _Encoder:
         for field in ("doc_string", "domain", "overload"):
             if getattr(node, field):
                 setattr(tail, field, getattr(node, field))
-        _props(tail, node.metadata_props)
+        notes.write_props(tail, node.metadata_props)
         for device in node.device_configurations:
             tail.device_configurations.append(ir.serde.serialize_node_device_configuration(device))
         message = Message(_serialized(head))
@@ -240,26 +154,19 @@ class _Encoder:
         return message
 
     def _composite(
-        self, kind: ir.AttributeType, value: Any
-    ) -> tuple[ir.AttributeType, list[tuple[int, Message]]]:
-        """The fields of an attribute that holds tensors or graphs, and its type in the file."""
-        match kind:
-            case ir.AttributeType.GRAPH:
-                return kind, [(6, self._graph(value))]
-            case ir.AttributeType.GRAPHS:
-                return kind, [(11, self._graph(graph)) for graph in value]
-            case ir.AttributeType.TENSOR | ir.AttributeType.SPARSE_TENSOR if isinstance(
-                value, CooTensor
-            ):
-                return ir.AttributeType.SPARSE_TENSOR, [(22, self._sparse(value, value.name))]
-            case ir.AttributeType.SPARSE_TENSORS:
-                return kind, [(23, self._sparse(tensor, tensor.name)) for tensor in value]
-            case ir.AttributeType.TENSOR:
-                return kind, [(5, self._tensor(value, Role.ATTRIBUTE, value.name))]
-            case _:
-                return kind, [
-                    (10, self._tensor(tensor, Role.ATTRIBUTE, tensor.name)) for tensor in value
-                ]
+        self, kind: ir.AttributeType, value: _Content
+    ) -> tuple[ir.AttributeType, _Fields]:
+        """The type in the file and the fields of an attribute that holds tensors or graphs."""
+        if kind == ir.AttributeType.GRAPH:
+            return kind, [(6, self._graph(value))]
+        if kind == ir.AttributeType.GRAPHS:
+            return kind, [(11, self._graph(graph)) for graph in value]
+        if isinstance(value, CooTensor):
+            return ir.AttributeType.SPARSE_TENSOR, [(22, self._sparse(value, value.name))]
+        if kind == ir.AttributeType.SPARSE_TENSORS:
+            return kind, [(23, self._sparse(tensor, tensor.name)) for tensor in value]
+        tensors, number = ([value], 5) if kind == ir.AttributeType.TENSOR else (value, 10)
+        return kind, [(number, self._tensor(t, Role.ATTRIBUTE, t.name)) for t in tensors]
 
     def _sparse(self, tensor: CooTensor, name: str | None) -> Message:
         message = Message()
@@ -275,25 +182,18 @@ class _Encoder:
             head.name = name
         if tensor.doc_string:
             tail.doc_string = tensor.doc_string
-        _props(tail, tensor.metadata_props)
+        notes.write_props(tail, tensor.metadata_props)
         if tensor.dtype == ir.DataType.STRING:
             head.string_data.extend(_strings(tensor))
             return Message(_serialized(head), _serialized(tail))
         if tensor.dtype == ir.DataType.UNDEFINED:
             return Message(_serialized(head), _serialized(tail))
-        location = self._place(tensor, role)
         message = Message(_serialized(head))
+        location = self._place(tensor, role)
         if location is None:
             message.payload(9, tensor)
         else:
-            tail.data_location = onnx.TensorProto.EXTERNAL
-            keys = {
-                "location": location.file,
-                "offset": str(location.offset),
-                "length": str(tensor.nbytes),
-            }
-            for key, text in keys.items():
-                tail.external_data.add(key=key, value=text)
+            _point_to(tail, location, tensor.nbytes)
         message.write(_serialized(tail))
         return message
 
@@ -310,22 +210,28 @@ _PLAIN = {
 }
 
 
-def _fill(proto: onnx.AttributeProto, kind: ir.AttributeType, value: Any) -> None:
-    match kind:
-        case ir.AttributeType.STRING:
-            proto.s = _encoded(value)
-        case ir.AttributeType.STRINGS:
-            proto.strings.extend(_encoded(text) for text in value)
-        case ir.AttributeType.TYPE_PROTO:
-            proto.tp.SetInParent()
-            write_type(proto.tp, value)
-        case ir.AttributeType.TYPE_PROTOS:
-            for known in value:
-                write_type(proto.type_protos.add(), known)
-        case ir.AttributeType.INT | ir.AttributeType.FLOAT:
-            setattr(proto, _PLAIN[kind], value)
-        case _:
-            getattr(proto, _PLAIN[kind]).extend(value)
+def _fill(proto: onnx.AttributeProto, kind: ir.AttributeType, value: _Content) -> None:
+    if kind == ir.AttributeType.STRING:
+        proto.s = _encoded(value)
+    elif kind == ir.AttributeType.STRINGS:
+        proto.strings.extend(_encoded(text) for text in value)
+    elif kind == ir.AttributeType.TYPE_PROTO:
+        proto.tp.SetInParent()
+        write_type(proto.tp, value)
+    elif kind == ir.AttributeType.TYPE_PROTOS:
+        for known in value:
+            write_type(proto.type_protos.add(), known)
+    elif kind in (ir.AttributeType.INT, ir.AttributeType.FLOAT):
+        setattr(proto, _PLAIN[kind], value)
+    else:
+        getattr(proto, _PLAIN[kind]).extend(value)
+
+
+def _point_to(proto: onnx.TensorProto, location: Location, length: int) -> None:
+    proto.data_location = onnx.TensorProto.EXTERNAL
+    entries = {"location": location.file, "offset": location.offset, "length": length}
+    for key, value in entries.items():
+        proto.external_data.add(key=key, value=str(value))
 
 
 def _encoded(text: str | bytes) -> bytes:
@@ -343,7 +249,7 @@ def _strings(tensor: ir.TensorProtocol) -> list[bytes]:
 
 
 def _carrier(node: ir.Node, name: str, attribute: ir.Attr) -> str:
-    """The name of an attribute in the file: a sparse constant goes back to the attribute that ONNX has for it."""
+    """The name of an attribute in the file: a sparse constant returns to where ONNX keeps it."""
     sparse = (
         node.op_type == "Constant" and not node.domain and isinstance(attribute.value, CooTensor)
     )
@@ -359,14 +265,33 @@ def _function_values(function: ir.Function) -> list[ir.Value]:
     return [value for value in values if says_something(value)]
 
 
+def _described_values(graph: ir.Graph, extra: Iterable[onnx.ValueInfoProto]) -> onnx.GraphProto:
+    """The fields of a graph that say something of its values."""
+    proto = onnx.GraphProto(doc_string=graph.doc_string)
+    proto.input.extend(write_value_info(value) for value in graph.inputs)
+    proto.output.extend(write_value_info(value) for value in graph.outputs)
+    proto.value_info.extend(write_value_info(value) for value in _described(graph))
+    proto.value_info.extend(_stray(graph, notes.STRAY_VALUE_INFO, onnx.ValueInfoProto))
+    proto.value_info.extend(extra)
+    for value in _values(graph):
+        if notes.QUANTIZATION in value.meta:
+            annotation = proto.quantization_annotation.add(tensor_name=value.name)
+            for key, name in sorted(value.meta[notes.QUANTIZATION].items()):
+                annotation.quant_parameter_tensor_names.add(key=key, value=name)
+    proto.quantization_annotation.extend(
+        _stray(graph, notes.STRAY_ANNOTATIONS, onnx.TensorAnnotation)
+    )
+    return proto
+
+
 def _described(graph: ir.Graph) -> list[ir.Value]:
-    """The values that get a value_info: not inputs and outputs, which have their own, nor what only repeats a tensor."""
+    """The values that get a value_info: not inputs and outputs, nor what would only repeat a tensor."""
     initializers = [
         value
         for value in graph.initializers.values()
         if not value.is_graph_input()
         and not value.is_graph_output()
-        and (DECLARED in value.meta or value.doc_string or value.metadata_props)
+        and (notes.DECLARED in value.meta or value.doc_string or value.metadata_props)
     ]
     outputs = [output for node in graph for output in node.outputs if not output.is_graph_output()]
     return [value for value in (*initializers, *outputs) if says_something(value)]
@@ -382,39 +307,24 @@ def _values(graph: ir.Graph) -> list[ir.Value]:
     return list(dict.fromkeys(values))
 
 
-def _stray(graph: ir.Graph, key: str, proto: Any) -> list[Any]:
-    """What the file said about names that the graph did not have; dropped where such a name has come up since."""
+def _stray(graph: ir.Graph, key: str, kind: type[_Stray]) -> list[_Stray]:
+    """What the file said of names that the graph lacked; left out where such a name has come up since."""
     kept = graph.meta.get(key, ())
     if not kept:
         return []
     names = {value.name for value in _values(graph)}
-    infos = [proto.FromString(data) for data in kept]
+    protos = [kind.FromString(data) for data in kept]
     return [
-        i
-        for i in infos
-        if getattr(i, "name" if key == STRAY_VALUE_INFO else "tensor_name") not in names
+        p
+        for p in protos
+        if (p.name if isinstance(p, onnx.ValueInfoProto) else p.tensor_name) not in names
     ]
 
 
-def _annotations(proto: onnx.GraphProto, graph: ir.Graph) -> None:
-    for value in _values(graph):
-        if QUANTIZATION in value.meta:
-            annotation = proto.quantization_annotation.add(tensor_name=value.name)
-            parameters = value.meta[QUANTIZATION]
-            for key in sorted(parameters):
-                annotation.quant_parameter_tensor_names.add(key=key, value=parameters[key])
-    proto.quantization_annotation.extend(_stray(graph, STRAY_ANNOTATIONS, onnx.TensorAnnotation))
-
-
-def _opsets(proto: Any, opsets: dict[str, int]) -> None:
+def _opsets(proto: onnx.ModelProto | onnx.FunctionProto, opsets: Mapping[str, int]) -> None:
     for domain, version in opsets.items():
         proto.opset_import.add(domain=domain, version=version)
 
 
-def _props(proto: Any, props: Any) -> None:
-    for key in sorted(props):
-        proto.metadata_props.add(key=key, value=props[key])
-
-
-def _serialized(proto: Any) -> bytes:
+def _serialized(proto: Any) -> bytes:  # noqa: ANN401 - any message
     return bytes(proto.SerializeToString(deterministic=True))

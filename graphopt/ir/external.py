@@ -15,7 +15,8 @@ _SMALL_FILE_BYTES = 64 << 10  # such files are read, not mapped: a mapping holds
 class ModelFolder:
     """The folder that external data of one model may lie in; maps each file once.
 
-    Both the folder of the path as given and that of the file it leads to count: model caches keep the model and its data as links
+    Both the folder of the path as given and that of the file it leads to count: model caches keep the
+    model and its data as links
     into one store.
     """
 
@@ -28,7 +29,8 @@ class ModelFolder:
         """The bytes of the file that a tensor's `location` names.
 
         Raises:
-            ModelError: the location is absolute, leaves the folder (directly or through a link), is missing or not a file.
+            ModelError: the location is absolute, leaves the folder (directly or through a link), is
+            missing or not a file.
         """
         path = self._resolve(location, where)
         if path not in self._sources:
@@ -74,6 +76,6 @@ def _read(path: Path, location: str, where: str) -> MappedFile | bytes:
 
 def _refused(location: str, where: str, why: str) -> ModelError:
     return ModelError(
-        f"{where}: external data location {location!r} {why}, and is not followed; move the data beside the model and store "
-        "its name alone"
+        f"{where}: external data location {location!r} {why}, and is not followed; move the data beside "
+        "the model and store its name alone"
     )

@@ -7,7 +7,7 @@ import enum
 
 import onnx_ir as ir
 
-from graphopt.ir.encode import Location, Piece, Role
+from graphopt.ir.message import Location, Piece, Role
 from graphopt.ir.wire import LARGE_BYTES
 
 _PAGE_BYTES = 4096

@@ -10,9 +10,10 @@ import stat
 import weakref
 from collections.abc import Iterator, MutableMapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.errors import ModelError
@@ -23,7 +24,8 @@ CHUNK_BYTES = 8 << 20
 class MappedFile:
     """A regular file, mapped read-only.
 
-    The mapping belongs to the file that was opened, not to its name: replacing the file (rename over it) leaves the tensors as they
+    The mapping belongs to the file that was opened, not to its name: replacing the file (rename over it)
+    leaves the tensors as they
     were. Only overwriting it in place changes or truncates them under our hands, as with any mapping.
     """
 
@@ -65,14 +67,19 @@ class MappedFile:
             ModelError: the file has been cut short since it was mapped.
         """
         while length:
-            piece = os.pread(self._fd, min(length, CHUNK_BYTES), offset)
+            piece = self._read(min(length, CHUNK_BYTES), offset)
             if not piece:
                 raise ModelError(
-                    f"{self.path}: cut short while in use, {length} bytes missing at offset {offset}; do not overwrite a "
-                    "model in place while it is loaded"
+                    f"{self.path}: cut short while in use, {length} bytes missing at offset {offset}; do not "
+                    "overwrite a model in place while it is loaded"
                 )
             yield piece
             offset, length = offset + len(piece), length - len(piece)
+
+    def _read(self, size: int, offset: int) -> bytes:
+        if hasattr(os, "pread"):
+            return os.pread(self._fd, size, offset)
+        return bytes(self.data[offset : offset + size])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +106,7 @@ class HeldTensor:
         "shape",
     )
 
-    def __init__(self, dtype: ir.DataType, dims: Sequence[int], notes: Notes, raw: Any) -> None:
+    def __init__(self, dtype: ir.DataType, dims: Sequence[int], notes: Notes, raw: object) -> None:
         self.dtype: ir.DataType = dtype
         self.dims: tuple[int, ...] = tuple(dims)
         self.shape: ir.ShapeProtocol = ir.Shape(dims, frozen=True)
@@ -127,15 +134,17 @@ class HeldTensor:
         """The elements in the form of `raw_data`."""
         raise NotImplementedError
 
-    def tofile(self, file: Any) -> None:
+    def tofile(self, file: IO[bytes]) -> None:
         """Writes the elements in the form of `raw_data`."""
         file.write(self.tobytes())
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+    def __array__(
+        self, dtype: npt.DTypeLike | None = None, copy: bool | None = None
+    ) -> np.ndarray[Any, Any]:
         array = self.numpy() if dtype is None else self.numpy().astype(dtype, copy=False)
         return array.copy() if copy else array
 
-    def __dlpack__(self, *, stream: Any = None) -> Any:
+    def __dlpack__(self, *, stream: object = None) -> object:
         return self.numpy().copy().__dlpack__(stream=stream)  # DLPack cannot say "read-only"
 
     def __dlpack_device__(self) -> tuple[int, int]:
@@ -148,7 +157,8 @@ class HeldTensor:
 class MappedTensor(HeldTensor):
     """A tensor over little-endian bytes, packed as ONNX packs `raw_data`, that are not copied.
 
-    `numpy()` is a read-only view (not necessarily aligned), except for types below one byte, which are unpacked.
+    `numpy()` is a read-only view (not necessarily aligned), except for types below one byte, which are
+    unpacked.
     """
 
     __slots__ = ("_offset", "_source")
@@ -192,7 +202,7 @@ class MappedTensor(HeldTensor):
         """A copy of the bytes."""
         return bytes(self.raw)
 
-    def tofile(self, file: Any) -> None:
+    def tofile(self, file: IO[bytes]) -> None:
         """Writes the bytes in pieces."""
         for piece in self.chunks():
             file.write(piece)

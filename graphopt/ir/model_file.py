@@ -1,7 +1,9 @@
 """The edge: ONNX files, text, bytes and protobufs in, `ir.Model` between, files and bytes out.
 
-Loading maps the weights instead of reading them, saving streams them; nothing that a valid file holds is lost on the way (see `decode`
-for what is kept aside). In memory a sparse initializer is an initializer whose `const_value` is a `CooTensor`, and `Constant(sparse_value)`
+Loading maps the weights instead of reading them, saving streams them; nothing that a valid file holds is
+lost on the way (see `decode`
+for what is kept aside). In memory a sparse initializer is an initializer whose `const_value` is a
+`CooTensor`, and `Constant(sparse_value)`
 a `Constant` whose attribute `value` holds one; both return to their own carrier.
 """
 
@@ -20,10 +22,11 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from graphopt.errors import ModelError, OptionError
 from graphopt.ir.atomic import FileSet
 from graphopt.ir.decode import MAX_GRAPH_DEPTH, decode_model
-from graphopt.ir.encode import Location, Message, Role, encode_model
+from graphopt.ir.encode import encode_model
 from graphopt.ir.external import ModelFolder
 from graphopt.ir.layout import ExternalData, Layout
 from graphopt.ir.mapped import MappedFile
+from graphopt.ir.message import Location, Message, Role
 from graphopt.ir.tensor_proto import TensorReader
 from graphopt.ir.wire import LARGE_BYTES, scan
 
@@ -49,13 +52,15 @@ _FOREIGN = {
 
 
 def load_model(source: Source) -> ir.Model:
-    """Returns the model at a path, or in ONNX text, bytes, a ModelProto or an ir.Model (cloned; the tensors are shared).
+    """Returns the model at a path, in ONNX text, in bytes, or that of a ModelProto or ir.Model (cloned).
 
-    Tensors of a kilobyte and more stay in the file, mapped; the file may be replaced (not overwritten in place) while the model is in use.
-    Nodes come out sorted. A subgraph that returns a value of the graph around it gets an Identity node.
+    Tensors of a kilobyte and more stay in the file, mapped; the file may be replaced (not overwritten in
+    place) while the model is in use. Nodes come out sorted. A subgraph that returns a value of the graph
+    around it gets an Identity node. A clone shares its tensors with the original.
 
     Raises:
-        ModelError: the source cannot be read, is not valid ONNX, or refers to data outside the model's folder.
+        ModelError: the source cannot be read, is not valid ONNX, or refers to data outside the model's
+        folder.
     """
     if isinstance(source, ir.Model):
         return _cloned(source)
@@ -75,11 +80,14 @@ def save_model(
 ) -> tuple[Path, ...]:
     """Writes a model; returns the files written, the model first.
 
-    The weights are streamed. All files appear whole, together, or not at all; the same model gives the same bytes. AUTO keeps the weights in
-    the model up to protobuf's 2 GiB and moves them to `<name>.data` above. FILE_PER_TENSOR writes `<name>.data.00000` and so on.
+    The weights are streamed. All files appear whole, together, or not at all; the same model gives the
+    same bytes. AUTO keeps the weights in
+    the model up to protobuf's 2 GiB and moves them to `<name>.data` above. FILE_PER_TENSOR writes
+    `<name>.data.00000` and so on.
 
     Raises:
-        OptionError: the path cannot be written, or the model does not fit into one file and `external` is NEVER.
+        OptionError: the path cannot be written, or the model does not fit into one file and `external` is
+        NEVER.
     """
     path = Path(path)
     message, files = _laid_out(model, path.name, external)
@@ -120,9 +128,10 @@ def to_proto(model: ir.Model) -> onnx.ModelProto:
 
 
 def skeleton_bytes(model: ir.Model) -> bytes:
-    """Returns the serialised model with tensors of a kilobyte and more as external references that lead nowhere.
+    """Returns the serialised model, its large tensors replaced by external references that lead nowhere.
 
-    For tools that need dtypes and shapes of weights, not their values; small constants, which shape inference reads, are there.
+    For tools that need dtypes and shapes of weights, not their values; small constants, which shape
+    inference reads, are there.
     """
 
     def elsewhere(tensor: ir.TensorProtocol, _role: Role) -> Location | None:
@@ -196,7 +205,8 @@ def _from_binary(source: MappedFile | bytes, folder: ModelFolder | None, origin:
         proto = onnx.ModelProto.FromString(skeleton.data)
     except DecodeError as error:
         raise ModelError(
-            f"{origin}: not a whole ONNX file ({error}); it may be truncated or of another format, fetch or export it again"
+            f"{origin}: not a whole ONNX file ({error}); it may be truncated or of another format, "
+            "fetch or export it again"
         ) from error
     return decode_model(proto, TensorReader(source, skeleton.token, folder), origin)
 

@@ -17,11 +17,12 @@ _INDEX_TYPES = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.INT16, ir.Data
 
 
 class CooTensor(HeldTensor):
-    """A dense tensor of `dims`, zero except at `indices`; the dense form is made on demand and not kept alive.
+    """A tensor of `dims`, zero except at `indices`; the dense form is made on demand and not kept alive.
 
-    `values`: [NNZ], any dtype. `indices`: integer, [NNZ] into the flattened tensor or [NNZ, rank]; both are written back as they
-    came. `nbytes` is that of the dense form, as for any tensor of this dtype and shape.
-    Source: SparseTensorProto of onnx.proto. Indices narrower than int64 are not in the standard, but ONNX Runtime writes them.
+    `values`: [NNZ], any dtype. `indices`: integer, [NNZ] into the flattened tensor or [NNZ, rank]; both
+    are written back as they came. `nbytes` is that of the dense form, as for any tensor of this shape.
+    Source: SparseTensorProto of onnx.proto. Indices narrower than int64 are not in the standard, but ONNX
+    Runtime writes them.
     """
 
     __slots__ = ("_dense", "indices", "values")

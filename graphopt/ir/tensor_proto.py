@@ -18,8 +18,10 @@ from graphopt.ir.sparse import CooTensor
 
 _T = onnx.TensorProto
 _MAX_ELEMENTS = 2**63 - 1
+_MAX_RANK = 32  # NumPy's until version 2; ONNX operators stay far below
 
-# dtype -> (data field, dtype of its elements); all others are kept in int32_data, one element or packed byte each.
+# dtype -> (data field, dtype of its elements); all others are kept in int32_data, one element or packed
+# byte each.
 _FIELD: dict[int, tuple[str, str]] = {
     _T.FLOAT: ("float_data", "<f4"),
     _T.COMPLEX64: ("float_data", "<f4"),
@@ -65,9 +67,7 @@ class TensorReader:
             return _string_tensor(proto, dims, notes, where)
         if dtype == ir.DataType.UNDEFINED:
             return _untyped_tensor(proto, where)
-        data = (
-            proto.raw_data if proto.HasField("raw_data") else _typed_data(proto, dtype, dims, where)
-        )
+        data = proto.raw_data if proto.HasField("raw_data") else _typed_data(proto, dtype, where)
         _check_length(len(data), dtype, dims, where)
         return MappedTensor(data, dtype, dims, notes=notes)
 
@@ -80,10 +80,9 @@ class TensorReader:
         name = proto.values.name
         dims = _dims(proto, f"{where}, sparse tensor {name!r}")
         values = self.tensor(proto.values, where)
-        if proto.HasField("indices"):
-            indices = self.tensor(proto.indices, where)
-        else:  # legal where there are no values; ONNX Runtime wants them spelt out
-            indices = ir.Tensor(np.zeros(0, np.int64))
+        # Indices may be left out where there are no values; ONNX Runtime wants them spelt out.
+        nothing = ir.Tensor(np.zeros(0, np.int64))
+        indices = self.tensor(proto.indices, where) if proto.HasField("indices") else nothing
         try:
             return CooTensor(values, indices, dims, name=name)
         except ModelError as error:
@@ -101,6 +100,10 @@ class TensorReader:
         offset = _number(entries, "offset", where) or 0
         length = _number(entries, "length", where)
         if self.body is not None and location == self.token:
+            if proto.HasField("raw_data") or len(proto.external_data) != 3:
+                raise ModelError(
+                    f"{where}: its data are given more than once; the file is corrupt or hostile"
+                )
             source: MappedFile | bytes = self.body
         elif self.folder is None:
             raise ModelError(
@@ -112,8 +115,8 @@ class TensorReader:
         size = len(source.data) if isinstance(source, MappedFile) else len(source)
         if offset + _nbytes(dtype, dims) > size:
             raise ModelError(
-                f"{where}: bytes {offset} to {offset + _nbytes(dtype, dims)} of {location!r} are outside the file, which "
-                f"has {size}; it may be truncated or belong to another model"
+                f"{where}: bytes {offset} to {offset + _nbytes(dtype, dims)} of {location!r} are outside the file, "
+                f"which has {size}; it may be truncated or belong to another model"
             )
         return source, offset
 
@@ -137,9 +140,14 @@ def _dtype(proto: onnx.TensorProto, where: str) -> ir.DataType:
 
 def _dims(proto: onnx.TensorProto | onnx.SparseTensorProto, where: str) -> tuple[int, ...]:
     dims = tuple(proto.dims)
-    if any(dim < 0 for dim in dims) or math.prod(dim or 1 for dim in dims) > _MAX_ELEMENTS:
+    if (
+        len(dims) > _MAX_RANK
+        or any(dim < 0 for dim in dims)
+        or math.prod(dim or 1 for dim in dims) > _MAX_ELEMENTS
+    ):
         raise ModelError(
-            f"{where}: dims {list(dims)} are negative or overflow 64 bits; the file is corrupt or hostile"
+            f"{where}: {len(dims)} dims {list(dims[:_MAX_RANK])}: more than {_MAX_RANK}, negative, or over 64 bits "
+            "in all; the file is corrupt or hostile"
         )
     return dims
 
@@ -155,9 +163,10 @@ def _nbytes(dtype: ir.DataType, dims: Sequence[int]) -> int:
 def _check_length(length: int, dtype: ir.DataType, dims: Sequence[int], where: str) -> None:
     expected = _nbytes(dtype, dims)
     if length != expected:
+        cause = "the file is corrupt" if length else "the weights have been stripped"
         raise ModelError(
-            f"{where}: dims {list(dims)} of {dtype} are {expected} bytes, the data are {length}; the file is corrupt, "
-            "export it again"
+            f"{where}: dims {list(dims)} of {dtype} are {expected} bytes, its data are {length}; {cause}, export the "
+            "model again"
         )
 
 
@@ -172,16 +181,9 @@ def _number(entries: dict[str, str], key: str, where: str) -> int | None:
     return int(text)
 
 
-def _typed_data(
-    proto: onnx.TensorProto, dtype: ir.DataType, dims: Sequence[int], where: str
-) -> bytes:
+def _typed_data(proto: onnx.TensorProto, dtype: ir.DataType, where: str) -> bytes:
     field, stored = _FIELD.get(proto.data_type, ("int32_data", "<i4"))
     count = len(getattr(proto, field))
-    if not count and _count(dims):
-        raise ModelError(
-            f"{where}: dims {list(dims)} of {dtype} promise {_count(dims)} elements, but there are no data; "
-            "the weights were stripped or are in a field that this dtype does not use"
-        )
     # fromiter: a list of a hundred million Python numbers would take gigabytes.
     elements = np.fromiter(iter(getattr(proto, field)), np.dtype(stored), count)
     return _narrowed(elements, dtype, where).tobytes()
@@ -190,7 +192,7 @@ def _typed_data(
 def _narrowed(
     elements: np.ndarray[Any, Any], dtype: ir.DataType, where: str
 ) -> np.ndarray[Any, Any]:
-    """The elements in the width that `raw_data` has: int32_data and uint64_data hold narrower types one an element."""
+    """The elements in the width of `raw_data`: int32_data and uint64_data also hold narrower types."""
     if dtype.bitwidth == 6:
         if bool(((elements < 0) | (elements > 63)).any()):
             raise ModelError(f"{where}: {dtype} data outside 0..63; the file is corrupt")

@@ -7,7 +7,7 @@ import dataclasses
 import onnx
 import onnx_ir as ir
 
-DECLARED = "graphopt.declared"  # in Value.meta: the file had a value_info for this initializer
+from graphopt.ir.notes import props, write_props
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -83,7 +83,7 @@ def read_value_info(proto: onnx.ValueInfoProto, value: ir.Value) -> None:
     if proto.doc_string:
         value.doc_string = proto.doc_string
     if proto.metadata_props:
-        value.metadata_props.update({p.key: p.value for p in proto.metadata_props})
+        value.metadata_props.update(props(proto) or {})
 
 
 def write_value_info(value: ir.Value, name: str | None = None) -> onnx.ValueInfoProto:
@@ -94,8 +94,7 @@ def write_value_info(value: ir.Value, name: str | None = None) -> onnx.ValueInfo
         proto.ClearField("type")
     if value.doc_string:
         proto.doc_string = value.doc_string
-    for key in sorted(value.metadata_props):
-        proto.metadata_props.add(key=key, value=value.metadata_props[key])
+    write_props(proto, value.metadata_props)
     return proto
 
 

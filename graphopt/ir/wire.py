@@ -1,7 +1,9 @@
 """A `.onnx` file at protobuf wire level: finds large tensors without parsing or copying them.
 
-Only the fields that lead to tensor data are entered; everything else is copied as it stands, so fields of newer ONNX versions pass
-through to protobuf untouched. The result is a *skeleton*, the same model with the bytes of its large tensors left where they are.
+Only the fields that lead to tensor data are entered; everything else is copied as it stands, so fields of
+newer ONNX versions pass
+through to protobuf untouched. The result is a *skeleton*, the same model with the bytes of its large
+tensors left where they are.
 Source: protobuf encoding specification; field numbers from onnx.proto (IR version 14).
 """
 
@@ -69,7 +71,8 @@ def scan(data: memoryview, origin: str) -> Skeleton:
     """The skeleton of a serialised ModelProto.
 
     Raises:
-        ModelError: a field runs past its message, a varint does not end, or messages nest deeper than protobuf allows.
+        ModelError: a field runs past its message, a varint does not end, or messages nest deeper than
+        protobuf allows.
     """
     scanner = _Scanner(data, origin, "\0" + secrets.token_hex(16))
     stripped = scanner.message("ModelProto", 0, len(data), 0)
@@ -117,8 +120,8 @@ class _Scanner:
         """The message without its large tensor data, or None where it has none."""
         if depth > MAX_DEPTH:
             raise ModelError(
-                f"{self.origin}: messages nest more than {MAX_DEPTH} deep at byte {start}, which no ONNX reader accepts; "
-                "the file is corrupt or hostile, export the model again"
+                f"{self.origin}: messages nest more than {MAX_DEPTH} deep at byte {start}, which no ONNX reader "
+                "accepts; the file is corrupt or hostile, export the model again"
             )
         if kind == "TensorProto":
             return self._tensor(start, stop)
@@ -185,7 +188,8 @@ class _Scanner:
                 raise self._corrupt(
                     start, f"field {key >> 3} ends at byte {at}, its message at {stop}"
                 )
-            # Attributes and old files hold numbers one field each: a million must not be a million turns of this loop.
+            # Attributes and old files hold numbers one field each: a million must not be a million turns
+            # of this loop.
             if kind != _BYTES and body == start + 1 and at < stop and self.data[at] == key:
                 run = _run_of(key).match(self.data, at, stop)
                 at = run.end() if run else at
