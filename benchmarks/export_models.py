@@ -56,7 +56,9 @@ class Last(torch.nn.Module):
         extra: dict[str, Any] = {} if "pixel_values" in self.names else {"use_cache": False}
         if "attention_mask" in self.names and self.key == "last_hidden_state":
             extra = {}
-        found: torch.Tensor = self.model(**dict(zip(self.names, values, strict=True)), **extra)[self.key]
+        found: torch.Tensor = self.model(**dict(zip(self.names, values, strict=True)), **extra)[
+            self.key
+        ]
         return found
 
 
@@ -93,7 +95,9 @@ EXPORTS: dict[str, Export] = {
         text("input_ids"),
         "logits",
     ),
-    "vit": Export(lambda: ViTModel(ViTConfig(), add_pooling_layer=False), pixels, {}, "last_hidden_state"),
+    "vit": Export(
+        lambda: ViTModel(ViTConfig(), add_pooling_layer=False), pixels, {}, "last_hidden_state"
+    ),
     "swin": Export(
         lambda: SwinModel(SwinConfig(embed_dim=96, depths=[2, 2, 6, 2]), add_pooling_layer=False),
         pixels,
@@ -128,7 +132,8 @@ VARIANTS = {
     for base in EXPORTS
     for exporter in ("ts", "dynamo")
     for dynamic in (False, True)
-    if (name := f"{base}_{exporter}_{'dyn' if dynamic else 'st'}") and not (dynamic and not EXPORTS[base].dynamic)
+    if (name := f"{base}_{exporter}_{'dyn' if dynamic else 'st'}")
+    and not (dynamic and not EXPORTS[base].dynamic)
 }
 
 
@@ -146,17 +151,30 @@ def export(name: str, folder: Path) -> Path:
         "dynamo": exporter == "dynamo",
     }
     if exporter == "ts":
-        axes = {**spec.dynamic, spec.output: next(iter(spec.dynamic.values()), {})} if dynamic else None
+        axes = (
+            {**spec.dynamic, spec.output: next(iter(spec.dynamic.values()), {})}
+            if dynamic
+            else None
+        )
         torch.onnx.export(
             model, tuple(inputs.values()), str(path), opset_version=17, dynamic_axes=axes, **common
         )
     else:
         shapes = None
         if dynamic:
-            dims = {d: torch.export.Dim(d, min=2, max=512) for dim in spec.dynamic.values() for d in dim.values()}
+            dims = {
+                d: torch.export.Dim(d, min=2, max=512)
+                for dim in spec.dynamic.values()
+                for d in dim.values()
+            }
             shapes = (tuple({i: dims[d] for i, d in spec.dynamic[n].items()} for n in inputs),)
         torch.onnx.export(
-            model, tuple(inputs.values()), str(path), dynamic_shapes=shapes, external_data=False, **common
+            model,
+            tuple(inputs.values()),
+            str(path),
+            dynamic_shapes=shapes,
+            external_data=False,
+            **common,
         )
     return path
 
@@ -173,9 +191,13 @@ def main(argv: list[str]) -> None:
         try:
             path = export(name, folder)
         except Exception as fault:  # noqa: BLE001  exporters fail in any way they like: say so and go on
-            print(f"{name}: the exporter refused: {type(fault).__name__}: {str(fault).splitlines()[0][:160]}")
+            print(
+                f"{name}: the exporter refused: {type(fault).__name__}: {str(fault).splitlines()[0][:160]}"
+            )
             continue
-        print(f"{name}: {path.stat().st_size / 1e6:.0f} MB, {time.time() - started:.0f} s", flush=True)
+        print(
+            f"{name}: {path.stat().st_size / 1e6:.0f} MB, {time.time() - started:.0f} s", flush=True
+        )
 
 
 if __name__ == "__main__":

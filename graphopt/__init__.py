@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from graphopt.rewrite import Context, Lit, Match, Op, Rule, Skip, Var, exact, rule
     from graphopt.targets import Precision, Target
 
-__all__ = [
+__all__ = [  # noqa: RUF022  a table of contents
     # The main job
     "Result",
     "optimize",

@@ -72,7 +72,9 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
         VerifyError: the result is wrong and nothing could be left out to mend it.
         PassError: a pass failed, and `strict` was asked for or leaving it out did not help.
     """
-    held = recipe if isinstance(recipe, Recipe) else Recipe.load(Path(recipe)) if recipe else Recipe()
+    held = (
+        recipe if isinstance(recipe, Recipe) else Recipe.load(Path(recipe)) if recipe else Recipe()
+    )
     chosen = resolve_target(target or held.target or "cpu")
     level = parse_precision(precision or held.precision or Precision.FP32)
     steps: tuple[Step, ...] = held.apply(pipeline_for(chosen, level))
@@ -89,7 +91,9 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
             fold_limit_bytes=_first(fold_limit_bytes, held.fold_limit_bytes, DEFAULT_FOLD_LIMIT),
             trace_misses=remarks,
         ),
-        verify=VerifyMode(parse_choice("verify mode", verify or held.verify or "final", VerifyMode)),
+        verify=VerifyMode(
+            parse_choice("verify mode", verify or held.verify or "final", VerifyMode)
+        ),
         inputs=Path(inputs) if isinstance(inputs, str | os.PathLike) else inputs,
         strict=strict,
         external=external,

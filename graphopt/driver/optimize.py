@@ -105,11 +105,13 @@ class Run:
             VerifyError: the request is strict, or no rewrite is at fault.
         """
         if self.request.strict:
-            raise VerifyError(f"the result differs from the original: {verdict.reason}. Nothing was written")
+            raise VerifyError(
+                f"the result differs from the original: {verdict.reason}. Nothing was written"
+            )
         self.say("bisect", None)
         blame = find_guilty(
             self._compile_quietly,
-            lambda probe: self.judge.still_right(probe),
+            self.judge.is_right,
             self.gate,
             len(made.rewrites),
         )
