@@ -55,7 +55,7 @@ class MappedFile:
         return self._fd
 
     def advise(self, name: str) -> None:
-        """Tells the kernel how the pages will be read (`MADV_RANDOM`, `MADV_NORMAL`), where it listens."""
+        """Tells the kernel how the pages will be used (a `MADV_` name of `mmap`), where it listens."""
         mapping, advice = self.data.obj, getattr(mmap, name, None)
         if isinstance(mapping, mmap.mmap) and advice is not None:
             mapping.madvise(advice)

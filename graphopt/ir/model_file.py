@@ -28,7 +28,7 @@ from graphopt.ir.layout import ExternalData, Layout
 from graphopt.ir.mapped import MappedFile
 from graphopt.ir.message import Location, Message, Role
 from graphopt.ir.tensor_proto import TensorReader
-from graphopt.ir.wire import LARGE_BYTES, scan
+from graphopt.ir.wire import LARGE_BYTES, Skeleton, scan
 
 __all__ = [
     "ExternalData",
@@ -193,14 +193,7 @@ def _from_path(path: Path) -> ir.Model:
 
 
 def _from_binary(source: MappedFile | bytes, folder: ModelFolder | None, origin: str) -> ir.Model:
-    data = memoryview(source) if isinstance(source, bytes) else source.data
-    if isinstance(source, MappedFile):
-        source.advise(
-            "MADV_RANDOM"
-        )  # reading ahead would bring in the weights between the fields we look at
-    skeleton = scan(data, origin)
-    if isinstance(source, MappedFile):
-        source.advise("MADV_NORMAL")
+    skeleton = _skeleton(source, origin)
     try:
         proto = onnx.ModelProto.FromString(skeleton.data)
     except DecodeError as error:
@@ -209,6 +202,16 @@ def _from_binary(source: MappedFile | bytes, folder: ModelFolder | None, origin:
             "fetch or export it again"
         ) from error
     return decode_model(proto, TensorReader(source, skeleton.token, folder), origin)
+
+
+def _skeleton(source: MappedFile | bytes, origin: str) -> Skeleton:
+    if isinstance(source, bytes):
+        return scan(memoryview(source), origin)
+    # Reading ahead would bring in the weights that lie between the fields we look at.
+    source.advise("MADV_RANDOM")
+    skeleton = scan(source.data, origin, lambda: source.advise("MADV_DONTNEED"))
+    source.advise("MADV_NORMAL")
+    return skeleton
 
 
 def _is_text(data: bytes) -> bool:

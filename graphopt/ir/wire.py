@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 
 from graphopt.errors import ModelError
@@ -20,6 +20,7 @@ from graphopt.errors import ModelError
 LARGE_BYTES = 1024  # smaller payloads cost more as references than as copies
 MAX_DEPTH = 100  # protobuf's own limit of nested messages: no runtime could read a deeper file
 
+_RELEASE_BYTES = 8 << 20
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _DENSE_FIELD = {
     4: (1, 14),
@@ -67,14 +68,14 @@ class Field:
     stop: int
 
 
-def scan(data: memoryview, origin: str) -> Skeleton:
-    """The skeleton of a serialised ModelProto.
+def scan(data: memoryview, origin: str, release: Callable[[], None] = lambda: None) -> Skeleton:
+    """The skeleton of a serialised ModelProto; `release` is called now and then, to let go of mapped pages.
 
     Raises:
         ModelError: a field runs past its message, a varint does not end, or messages nest deeper than
         protobuf allows.
     """
-    scanner = _Scanner(data, origin, "\0" + secrets.token_hex(16))
+    scanner = _Scanner(data, origin, "\0" + secrets.token_hex(16), release)
     stripped = scanner.message("ModelProto", 0, len(data), 0)
     return Skeleton(bytes(data) if stripped is None else stripped, scanner.token)
 
@@ -110,11 +111,13 @@ def _run_of(tag_byte: int) -> re.Pattern[bytes]:
     return re.compile(rb"(?:" + re.escape(bytes([tag_byte])) + body[tag_byte & 7] + rb")*")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Scanner:
     data: memoryview
     origin: str
     token: str
+    release: Callable[[], None]
+    passed_bytes: int = 0
 
     def message(self, kind: str, start: int, stop: int, depth: int) -> bytes | None:
         """The message without its large tensor data, or None where it has none."""
@@ -149,6 +152,7 @@ class _Scanner:
         if len(large) != 1 or large[0].stop - large[0].body < LARGE_BYTES:
             return None
         payload = large[0]
+        self._pass(payload.stop - payload.body)
         return b"".join(
             [
                 self.data[start : payload.start],
@@ -159,6 +163,14 @@ class _Scanner:
                 varint(_DATA_LOCATION << 3) + b"\x01",
             ]
         )
+
+    def _pass(self, size: int) -> None:
+        # A look at one byte may map megabytes (Linux 6.18 maps whole large folios): without this, looking
+        # at every header of a large model would bring most of it into our memory.
+        self.passed_bytes += size
+        if self.passed_bytes >= _RELEASE_BYTES:
+            self.release()
+            self.passed_bytes = 0
 
     @staticmethod
     def _is_payload(field: Field, data_type: int) -> bool:
