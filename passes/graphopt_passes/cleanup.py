@@ -1,0 +1,258 @@
+"""Cleaning that changes nothing but what is there: IR version, `Constant` nodes, dead parts."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import ClassVar
+
+import onnx.defs
+import onnx_ir as ir
+
+from graphopt.ir import operators, values
+from graphopt.ir.annotations import annotation_names
+from graphopt.ir.scopes import Scope, all_graphs
+from graphopt.numerics import Numerics
+from graphopt.rewrite import Context, is_dead, remove
+
+MAIN_DOMAINS = frozenset({"", "ai.onnx"})
+
+
+@dataclasses.dataclass(frozen=True)
+class UpgradeIr:
+    """Makes the initializers of an IR 3 model constants.
+
+    Before IR version 4 every initializer had to be listed as a graph input as well, and no runtime let a feed replace
+    it. From version 4 on, listing it means "a default that a feed may replace".
+
+    Before:  ir_version 3, inputs x, w, initializers w
+    After:   ir_version 4, inputs x,    initializers w
+    Changes numerics: exact.  Leaves alone: IR version 4 and later, whose listed initializers may be overridden.
+    Source: onnx/docs/IR.md, "Graphs"; ONNX Runtime treats initializers as constant below IR 4.
+    """
+
+    name: ClassVar[str] = "upgrade-ir"
+    numerics: ClassVar[Numerics] = Numerics.EXACT
+
+    def run(self, model: ir.Model, ctx: Context) -> bool:
+        """Rewrites `model`; returns whether anything changed."""
+        if model.ir_version >= 4 or not ctx.permit("upgrade-ir", model.graph.name or "main"):
+            return False
+        inputs = model.graph.inputs
+        freed = [value for value in inputs if value.is_initializer()]
+        kept = [value for value in inputs if not value.is_initializer()]
+        inputs.clear()
+        inputs.extend(kept)
+        model.ir_version = 4
+        if not model.opset_imports:  # IR 1 and 2 knew no imports: the first opset was implied
+            model.opset_imports[""] = 1
+        ctx.shapes.update(dict.fromkeys(use.node for value in freed for use in value.uses()))
+        return True
+
+
+@dataclasses.dataclass(frozen=True)
+class LiftConstants:
+    """Turns `Constant` nodes into initializers of the same name.
+
+    Every spelling counts: value, value_float(s), value_int(s), value_string(s), sparse_value.
+
+    Before:  c = Constant<value = t>()   y = Add(x, c)
+    After:   initializer c = t           y = Add(x, c)
+    Changes numerics: exact.  Leaves alone: function bodies, which cannot hold initializers; graph outputs, which need
+    a producer.
+    Source: ONNX Constant-1 .. 25.
+    """
+
+    name: ClassVar[str] = "lift-constants"
+    numerics: ClassVar[Numerics] = Numerics.EXACT
+
+    def run(self, model: ir.Model, ctx: Context) -> bool:
+        """Rewrites `model`; returns whether anything changed."""
+        changed = False
+        for scope in all_graphs(model):
+            if scope.function is not None:
+                continue
+            for node in tuple(scope.graph):
+                changed = _lift(node, scope.graph, ctx) or changed
+        return changed
+
+
+def _lift(node: ir.Node, graph: ir.Graph, ctx: Context) -> bool:
+    if node.op_type != "Constant" or node.domain:
+        return False
+    old = node.outputs[0]
+    tensor = values.constant(old)
+    if tensor is None or old.is_graph_output() or not old.name:
+        return False
+    if not ctx.permit("lift-constant", node):
+        return False
+    new = ir.Value(
+        name=old.name,
+        type=ir.TensorType(tensor.dtype),
+        shape=ir.Shape(tensor.shape.numpy()),
+        const_value=tensor,
+        doc_string=old.doc_string,
+        metadata_props=old.metadata_props,
+    )
+    new.meta.update(old.meta)
+    users = dict.fromkeys(use.node for use in old.uses())
+    old.replace_all_uses_with(new)
+    old.name = None
+    remove(node, ctx)
+    graph.register_initializer(new)
+    ctx.shapes.update(users)
+    return True
+
+
+@dataclasses.dataclass(frozen=True)
+class RemoveDeadCode:
+    """Removes what no graph output depends on.
+
+    Dead are: nodes, in every graph; optional outputs that nobody reads (they are omitted); initializers; model-local
+    functions; opset imports.
+
+    Before:  y, mask = Dropout(x)   d = Exp(x)   initializers w (unused)
+    After:   y = Dropout(x)
+    Changes numerics: exact.  Leaves alone: graph inputs, used or not; initializers that are graph inputs or that a
+    quantization annotation names; the import of ai.onnx; outputs whose presence means something (BatchNormalization
+    before opset 14).
+    """
+
+    name: ClassVar[str] = "remove-dead-code"
+    numerics: ClassVar[Numerics] = Numerics.EXACT
+
+    def run(self, model: ir.Model, ctx: Context) -> bool:
+        """Rewrites `model`; returns whether anything changed."""
+        steps = (
+            _remove_nodes,
+            _omit_outputs,
+            _remove_initializers,
+            _remove_functions,
+            _drop_imports,
+        )
+        changes = [step(model, ctx) for step in steps]
+        return any(changes)
+
+
+def _remove_nodes(model: ir.Model, ctx: Context) -> bool:
+    """Users come before producers in the reversed walk, inner graphs before outer ones: one sweep is enough."""
+    changed = False
+    nodes = [node for scope in all_graphs(model) for node in scope.graph]
+    for node in reversed(nodes):
+        if node.graph is not None and is_dead(node) and ctx.permit("dead-node", node):
+            remove(node, ctx)
+            changed = True
+    return changed
+
+
+def _omit_outputs(model: ir.Model, ctx: Context) -> bool:
+    changed = False
+    for scope in all_graphs(model):
+        for node in scope.graph:
+            if len(node.outputs) > 1:
+                changed = _omit(node, scope, ctx) or changed
+    return changed
+
+
+def _omit(node: ir.Node, scope: Scope, ctx: Context) -> bool:
+    """Omits the optional outputs of a node that nobody reads; names say absence in the middle, length at the end."""
+    optional = _omittable(node, scope.opsets)
+    idle = [
+        value
+        for index, value in enumerate(node.outputs)
+        if index < len(optional) and optional[index] and _is_idle(value)
+    ]
+    named = [value for value in idle if value.name]
+    trailing = 0
+    for value in reversed(node.outputs):
+        if value not in idle:
+            break
+        trailing += 1
+    trailing = min(trailing, len(node.outputs) - 1)
+    if not (named or trailing) or not ctx.permit("unused-output", node):
+        return False
+    for value in named:
+        value.name = ""
+    node.resize_outputs(len(node.outputs) - trailing)
+    return True
+
+
+def _is_idle(value: ir.Value) -> bool:
+    return not value.uses() and not value.is_graph_output()
+
+
+def _omittable(node: ir.Node, opsets: operators.Opsets) -> tuple[bool, ...]:
+    """Which outputs of a node may be left out without changing the others."""
+    version = operators.opset(node, opsets) or 0
+    if node.op_type == "BatchNormalization" and version < 14:
+        return ()  # the number of outputs chose between training and inference
+    if operators.has_references(node):
+        return ()
+    return _optional_outputs(node.op_type, version, node.domain)
+
+
+@functools.lru_cache(maxsize=1024)
+def _optional_outputs(op_type: str, version: int, domain: str) -> tuple[bool, ...]:
+    schema = operators.find_schema(op_type, version, domain)
+    if schema is None:
+        return ()
+    optional = onnx.defs.OpSchema.FormalParameterOption.Optional
+    return tuple(output.option == optional for output in schema.outputs)
+
+
+def _remove_initializers(model: ir.Model, ctx: Context) -> bool:
+    kept = annotation_names(model)
+    changed = False
+    for scope in all_graphs(model):
+        for name, value in tuple(scope.graph.initializers.items()):
+            needed = value.uses() or value.is_graph_output() or value.is_graph_input()
+            if not needed and name not in kept and ctx.permit("unused-initializer", value):
+                del scope.graph.initializers[name]
+                changed = True
+    return changed
+
+
+def _remove_functions(model: ir.Model, ctx: Context) -> bool:
+    live = _reachable(model)
+    changed = False
+    for identifier in tuple(model.functions):
+        if identifier not in live and ctx.permit("unused-function", "::".join(identifier[:2])):
+            for node in reversed(tuple(model.functions[identifier].graph)):
+                ctx.shapes.forget(node)
+            del model.functions[identifier]
+            changed = True
+    return changed
+
+
+def _reachable(model: ir.Model) -> set[ir.OperatorIdentifier]:
+    """The functions that the main graph calls, directly or through others."""
+    live: set[ir.OperatorIdentifier] = set()
+    pending = [model.graph]
+    while pending:
+        for node in pending.pop().all_nodes():
+            called = node.op_identifier()
+            if called in model.functions and called not in live:
+                live.add(called)
+                pending.append(model.functions[called].graph)
+    return live
+
+
+def _drop_imports(model: ir.Model, ctx: Context) -> bool:
+    """Imports without an operator; the model keeps those of its functions, which share its versions."""
+    used = set(MAIN_DOMAINS)
+    changed = False
+    for function in model.functions.values():
+        domains = MAIN_DOMAINS | {node.domain for node in function.all_nodes()}
+        changed = _keep_imports(function.opset_imports, domains, f"{function.name}", ctx) or changed
+        used |= domains | {function.domain}
+    used |= {node.domain for node in model.graph.all_nodes()}
+    return _keep_imports(model.opset_imports, used, "model", ctx) or changed
+
+
+def _keep_imports(
+    imports: dict[str, int], used: set[str] | frozenset[str], owner: str, ctx: Context
+) -> bool:
+    dropped = [d for d in imports if d not in used and ctx.permit("unused-import", f"{owner}/{d}")]
+    for domain in dropped:
+        del imports[domain]
+    return bool(dropped)

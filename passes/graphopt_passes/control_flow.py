@@ -1,0 +1,267 @@
+"""Control flow that is decided before the model runs: branches and loop bodies that run at most once."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.ir import operators, values
+from graphopt.ir.build import Constant
+from graphopt.ir.scopes import Scope, all_graphs
+from graphopt.numerics import Numerics
+from graphopt.rewrite import Context, name_of, remove
+from graphopt.rewrite.relink import mark, place_constant, substitute
+
+ENDLESS = 2**63 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class InlineControlFlow:
+    """Puts what runs exactly once in the place of the `If` or `Loop` around it, and drops loops that never run.
+
+    Before:  y = If(true) <then_branch = { t = Exp(x) }, else_branch = …>
+    After:   y = Exp(x)
+    Changes numerics: exact.  Leaves alone: conditions that a feed decides; loops of two or more turns; scan outputs of
+    unknown size of a loop that never runs; Scan.
+    Source: ONNX If-1 .. 25, Loop-1 .. 25.
+    """
+
+    name: ClassVar[str] = "inline-control-flow"
+    numerics: ClassVar[Numerics] = Numerics.EXACT
+
+    def run(self, model: ir.Model, ctx: Context) -> bool:
+        """Rewrites `model`; returns whether anything changed."""
+        changed = False
+        inliner = _Inliner(model, ctx)
+        for scope in [*all_graphs(model)][
+            ::-1
+        ]:  # inner graphs first: what they become moves outwards once
+            for node in tuple(scope.graph):
+                if node.domain in ("", "ai.onnx") and node.op_type in ("If", "Loop"):
+                    changed = inliner.visit(node, scope) or changed
+        return changed
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """A Loop node, opened.
+
+    Attributes:
+        node: the node.
+        body: its graph: inputs (iteration, condition, carried…), outputs (condition, carried…, scanned…).
+        carried: how many values are handed from turn to turn.
+    """
+
+    node: ir.Node
+    body: ir.Graph
+    carried: int
+
+    @staticmethod
+    def of(node: ir.Node) -> Loop | None:
+        """The opened node, or None where its parts do not fit together."""
+        bodies = operators.subgraphs(node)
+        carried = max(len(node.inputs) - 2, 0)
+        if len(bodies) != 1:
+            return None
+        body = bodies[0]
+        fits = len(body.inputs) == carried + 2 and len(node.outputs) <= len(body.outputs) - 1
+        return Loop(node, body, carried) if fits and len(body.outputs) >= carried + 1 else None
+
+    def trips(self) -> int | None:
+        """0 or 1 where the loop is known to take that many turns, otherwise None."""
+        limit, condition = (*self.node.inputs, None, None)[:2]
+        count = ENDLESS if limit is None else values.scalar(limit)
+        begins = True if condition is None else values.scalar(condition)
+        if (count is not None and count <= 0) or begins is False:
+            return 0
+        if not begins or count is None:
+            return None
+        stops = values.scalar(self.body.outputs[0]) is False
+        return 1 if count == 1 or stops else None
+
+
+class _Inliner:
+    """Moves the nodes of a subgraph into the graph around it."""
+
+    def __init__(self, model: ir.Model, ctx: Context) -> None:
+        self._ctx = ctx
+        self._counts: collections.Counter[str] = collections.Counter()
+        for scope in all_graphs(model):
+            graph = scope.graph
+            self._counts.update(v.name for v in graph.inputs if v.name and not v.is_initializer())
+            self._counts.update(graph.initializers.keys())
+            self._counts.update(v.name for node in graph for v in node.outputs if v.name)
+
+    def visit(self, node: ir.Node, scope: Scope) -> bool:
+        """Inlines `node` if it is decided; returns whether it was."""
+        if operators.has_references(node):
+            return False
+        return self._if(node, scope) if node.op_type == "If" else self._loop(node, scope)
+
+    def _if(self, node: ir.Node, scope: Scope) -> bool:
+        condition = values.scalar(node.inputs[0]) if node.inputs else None
+        if condition is None:
+            return False
+        branch = node.attributes["then_branch" if condition else "else_branch"].as_graph()
+        if len(branch.outputs) != len(node.outputs) or not self._ctx.permit("inline-if", node):
+            return False
+        self._replace(node, self._move(branch, node, scope, "inline-if"), "inline-if")
+        return True
+
+    def _loop(self, node: ir.Node, scope: Scope) -> bool:
+        loop = Loop.of(node)
+        trips = None if loop is None else loop.trips()
+        if loop is None or trips is None:
+            return False
+        return self._skip(loop, scope) if trips == 0 else self._once(loop, scope)
+
+    def _skip(self, loop: Loop, scope: Scope) -> bool:
+        """A loop without a turn: carried values pass through, scan outputs are empty."""
+        node = loop.node
+        carried = [value for value in node.inputs[2:] if value is not None]
+        empty = [
+            _no_turns(value, inner, self._ctx)
+            for value, inner in zip(
+                node.outputs[loop.carried :], loop.body.outputs[loop.carried + 1 :], strict=False
+            )
+        ]
+        if len(carried) < loop.carried or any(
+            tensor is None and (value.uses() or value.is_graph_output())
+            for tensor, value in zip(empty, node.outputs[loop.carried :], strict=True)
+        ):
+            self._ctx.missed(
+                "drop-loop",
+                node,
+                "never runs, but the size of what it would have scanned is unknown",
+            )
+            return False
+        if not self._ctx.permit("drop-loop", node):
+            return False
+        scanned = [None if t is None else self._constant(t, "scanned", node, scope) for t in empty]
+        self._replace(node, [*carried, *scanned], "drop-loop")
+        return True
+
+    def _once(self, loop: Loop, scope: Scope) -> bool:
+        """A loop of one turn: the body, with turn 0 and a true condition."""
+        node, body = loop.node, loop.body
+        given = [value for value in node.inputs[2:] if value is not None]
+        if len(given) < loop.carried or any(v.is_initializer() for v in body.inputs):
+            return False
+        if not self._ctx.permit("inline-loop", node):
+            return False
+        turn = self._constant(np.array(0, np.int64), "turn", node, scope)
+        condition = self._constant(np.array(True), "condition", node, scope)
+        ends = list(body.outputs)[1:]
+        for inner, value in zip(tuple(body.inputs), (turn, condition, *given), strict=True):
+            ends = [value if end is inner else end for end in ends]
+            _drop_outputs(body, inner)
+            inner.replace_all_uses_with(value)
+        moved = self._move(body, node, scope, "inline-loop", ends=ends)
+        carried, scanned = moved[: loop.carried], moved[loop.carried : len(node.outputs)]
+        stacked = [self._stack(value, node, scope) for value in scanned]
+        self._replace(node, [*carried, *stacked], "inline-loop")
+        return True
+
+    def _stack(self, value: ir.Value, node: ir.Node, scope: Scope) -> ir.Value:
+        """One scanned tensor with a first axis of size 1, as the loop would have stacked it."""
+        if scope.opsets.get("", 0) < 13:
+            made = ir.Node("", "Unsqueeze", [value], [ir.AttrInt64s("axes", [0])])
+        else:
+            axes = self._constant(np.array([0], np.int64), "axes", node, scope)
+            made = ir.Node("", "Unsqueeze", [value, axes])
+        base = f"{name_of(node)}_{made.op_type}"
+        made.name, made.outputs[0].name = self._ctx.names.fresh(base), self._ctx.names.fresh(base)
+        mark(made, "inline-loop", name_of(node), self._ctx)
+        assert node.graph is not None
+        node.graph.insert_before(node, made)
+        self._ctx.shapes.update([made])
+        return made.outputs[0]
+
+    def _constant(self, tensor: Constant, hint: str, node: ir.Node, scope: Scope) -> ir.Value:
+        name = self._ctx.names.fresh(f"{name_of(node)}_{hint}")
+        as_node = scope.function is not None and scope.owner is None
+        return place_constant(tensor, name, node, as_node=as_node, ctx=self._ctx)
+
+    def _move(
+        self,
+        inner: ir.Graph,
+        node: ir.Node,
+        scope: Scope,
+        rule: str,
+        *,
+        ends: Sequence[ir.Value] | None = None,
+    ) -> list[ir.Value]:
+        """Moves initializers and nodes of a subgraph ahead of the node that holds it; returns its results."""
+        graph = node.graph
+        assert graph is not None
+        results = list(inner.outputs if ends is None else ends)
+        inner.outputs.clear()
+        replaced: dict[ir.Value, ir.Value] = {}
+        for value in tuple(inner.initializers.values()):
+            replaced[value] = self._move_initializer(value, inner, node, scope)
+        moved = tuple(inner)
+        inner.remove(moved)
+        for each in moved:
+            for value in each.outputs:
+                self._rename(value)
+            mark(each, rule, name_of(node), self._ctx)
+        graph.insert_before(node, moved)
+        self._ctx.shapes.update(moved)
+        return [replaced.get(value, value) for value in results]
+
+    def _move_initializer(
+        self, value: ir.Value, inner: ir.Graph, node: ir.Node, scope: Scope
+    ) -> ir.Value:
+        del inner.initializers[value.name or ""]
+        self._rename(value)
+        tensor = value.const_value
+        assert tensor is not None
+        assert node.graph is not None
+        if scope.function is None or scope.owner is not None:
+            node.graph.register_initializer(value)
+            return value
+        new = place_constant(tensor, value.name or "", node, as_node=True, ctx=self._ctx)
+        value.replace_all_uses_with(new)
+        value.name = None
+        return new
+
+    def _rename(self, value: ir.Value) -> None:
+        """Gives a value of a subgraph a new name where another graph, which may now be in its sight, has the same."""
+        if value.name and self._counts[value.name] > 1:
+            self._counts[value.name] -= 1
+            value.name = self._ctx.names.fresh(value.name)
+
+    def _replace(self, node: ir.Node, new: Sequence[ir.Value | None], rule: str) -> None:
+        """Puts values where the outputs of `node` were, and removes it with the graphs that it still holds."""
+        users = dict.fromkeys(use.node for old in node.outputs for use in old.uses())
+        made = [
+            substitute(old, value, node, rule, self._ctx)
+            for old, value in zip(node.outputs, new, strict=True)
+            if value is not None
+        ]
+        remove(node, self._ctx)
+        self._ctx.shapes.update([*filter(None, made), *users])
+
+
+def _drop_outputs(graph: ir.Graph, value: ir.Value) -> None:
+    """Takes a value out of the outputs of a graph that is about to be emptied."""
+    kept = [output for output in graph.outputs if output is not value]
+    if len(kept) < len(graph.outputs):
+        graph.outputs.clear()
+        graph.outputs.extend(kept)
+
+
+def _no_turns(value: ir.Value, inner: ir.Value, ctx: Context) -> ir.TensorProtocol | None:
+    """The empty tensor that a scan output is after no turn: [0, *dims of one turn]; None where those are unknown."""
+    dims, dtype = ctx.shapes.dims(inner), value.dtype or inner.dtype
+    if dims is None or dtype is None or not all(dim.is_static for dim in dims):
+        return None
+    shape = (0, *(int(dim) for dim in dims))
+    if dtype == ir.DataType.STRING:
+        return ir.StringTensor(np.empty(shape, object), shape=ir.Shape(shape))
+    return ir.tensor(np.empty(shape, dtype.numpy()), dtype=dtype)
