@@ -47,7 +47,7 @@ class Draws:
         """
         count = math.prod(shape)
         blocks = [self._normals(min(_BLOCK, count - start)) for start in range(0, count, _BLOCK)]
-        return (np.concatenate(blocks) if blocks else np.zeros(0)).reshape(shape)
+        return np.reshape(np.concatenate(blocks) if blocks else np.zeros(0), shape)
 
     def integers(self, shape: Sequence[int], low: int, high: int) -> Array:
         """int64 in [low, high); the ends come first, so that both are always tried."""
@@ -62,10 +62,10 @@ class Draws:
     def _normals(self, count: int) -> Array:
         raw = self._raw(4 * count).reshape(4, count)
         # Twelve lanes of sixteen bits carry the sum, the fourth word the digits below them.
-        lanes = raw[:3].reshape(3, count, 1).view("<u2" if raw.dtype.byteorder != ">" else ">u2")
+        lanes = np.ascontiguousarray(raw[:3]).view(np.uint16).reshape(3, count, 4)
         total = lanes.astype(np.int64).sum(axis=(0, 2)).astype(np.float64)
         fine = (raw[3] >> np.uint64(32)).astype(np.float64) * 2.0**-32
-        return (total + 6 + fine - 0.5) * 2.0**-16 - 6
+        return np.asarray((total + 6 + fine - 0.5) * 2.0**-16 - 6)
 
 
 def cast(array: Array, dtype: ir.DataType) -> Array:

@@ -143,18 +143,22 @@ def _read_data_set(path: Path, specs: Sequence[TensorSpec]) -> dict[str, Any]:
             f"'{path}' has {len(files)} inputs; the model takes {len(ordered)}: {name_list(ordered)}."
         )
     by_name = {spec.name: spec for spec in specs}
-    loaded = [_read_protobuf(file, spec) for file, spec in zip(files, ordered, strict=False)]
+    loaded = [read_value(file, spec) for file, spec in zip(files, ordered, strict=False)]
     stated = [name for name, _ in loaded]
     if len(set(stated)) == len(stated) and all(name in by_name for name in stated):
         return {
-            name: _read_protobuf(file, by_name[name])[1]
+            name: read_value(file, by_name[name])[1]
             for file, name in zip(files, stated, strict=True)
         }
     return {spec.name: value for spec, (_, value) in zip(ordered, loaded, strict=False)}
 
 
-def _read_protobuf(path: Path, spec: TensorSpec) -> tuple[str, Any]:
-    """The name and the value that a .pb file states, read as the kind that the input is."""
+def read_value(path: Path, spec: TensorSpec) -> tuple[str, Any]:
+    """The name and the value that a .pb file states, read as the kind that the input or output is.
+
+    Raises:
+        DataError: the file cannot be read as that kind.
+    """
     kinds = {
         Kind.SEQUENCE: onnx.SequenceProto,
         Kind.TENSOR: onnx.TensorProto,
@@ -166,7 +170,7 @@ def _read_protobuf(path: Path, spec: TensorSpec) -> tuple[str, Any]:
         return proto.name, _value_of(proto)
     except (OSError, DecodeError, ValueError, TypeError) as error:
         raise DataError(
-            f"'{path}' cannot be read as {type(proto).__name__} for the input '{spec.name}' ({spec}): {error}."
+            f"'{path}' cannot be read as {type(proto).__name__} for '{spec.name}' ({spec}): {error}."
         ) from error
 
 

@@ -323,7 +323,7 @@ def _numbers(request: _Request, stream: Draws) -> Array:
     dtype, scale = request.dtype, request.variation.scale
     if dtype in {ir.DataType.COMPLEX64, ir.DataType.COMPLEX128}:
         parts = stream.normal((2, *request.shape)) * scale
-        return (parts[0] + 1j * parts[1]).astype(dtype.numpy())
+        return np.asarray(parts[0] + 1j * parts[1]).astype(dtype.numpy())
     if dtype.is_floating_point():
         return draws.cast(stream.normal(request.shape) * scale, dtype)
     low, high = draws.integer_range(dtype)

@@ -244,7 +244,11 @@ class ReferenceRun:
             noise: dict[str, float] | None = None
             for name in names:
                 report = compare(
-                    name, self.outputs[index][name], results[name], profile, self._hint(name, index)
+                    name,
+                    self.outputs[index][name],
+                    results[name],
+                    profile,
+                    self._hint(name, index, profile),
                 )
                 if not report.passed and profile.numerics is Numerics.REORDERED:
                     noise = self._noise(index) if noise is None else noise
@@ -254,17 +258,19 @@ class ReferenceRun:
                 break
         return reports
 
-    def _hint(self, name: str, index: int) -> Hint:
+    def _hint(self, name: str, index: int, profile: Profile) -> Hint:
         made = self._origins.get(name, origins.OutputOrigin())
         scores = self.outputs[index].get(made.scores) if made.origin is Origin.RANK else None
-        first = self.outputs[0].get(name)
-        plain = isinstance(first, np.ndarray) and metrics.is_float(first.dtype)
-        floor = metrics.root_mean_square(first) * FLOOR if plain and first is not None else 0.0
+        floor = scale_floor(self.outputs[0].get(name), made, profile)
         return Hint(made.origin, scores, made.axis, floor)
 
     def _noise(self, index: int) -> dict[str, float]:
         """How far each float output moves when float inputs move by one unit in the last place of float32."""
-        values = {name: _nudged(name, value) for name, value in self.feeds[index].values.items()}
+        typical = self.feeds[0].values
+        values = {
+            name: _nudged(name, value, typical.get(name))
+            for name, value in self.feeds[index].values.items()
+        }
         try:
             moved = self._session.run(values)
         except GraphoptError:
@@ -354,6 +360,21 @@ def verify(
     return run.verify(candidate, options)
 
 
+def scale_floor(plain: object, made: origins.OutputOrigin, profile: Profile) -> float:
+    """The scale below which an output is noise: a thousandth of its RMS on plain inputs, or the kernel's own error.
+
+    Args:
+        plain: the output of the reference on the first, plain feed.
+        made: how the output is made.
+        profile: the gate.
+    """
+    is_float = isinstance(plain, np.ndarray) and metrics.is_float(plain.dtype)
+    floor = metrics.root_mean_square(np.asarray(plain)) * FLOOR if is_float else 0.0
+    if profile.numerics is Numerics.REORDERED:
+        return max(floor, made.absolute / profile.tolerance)
+    return floor
+
+
 def _session(model: Path | bytes, taps: tuple[str, ...] = ()) -> Session:
     return Session(model, options=SessionOptions(prepack=False, extra_outputs=taps))
 
@@ -365,12 +386,16 @@ def _run_candidate(session: Session, feed: Feed, names: list[str]) -> dict[str, 
         raise ModelError(f"on feed '{feed.name}', which the reference runs: {error}") from error
 
 
-def _nudged(name: str, value: Any) -> Any:  # noqa: ANN401
-    """A float array with every element moved by one unit in the last place of float32, up or down."""
+def _nudged(name: str, value: Any, typical: Any) -> Any:  # noqa: ANN401
+    """A float array moved by one unit in the last place of float32, of each element and of the typical one.
+
+    The second part stands for the roundings behind the first bias, which a feed of zeros would not move.
+    """
     if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
         return value
+    scale = metrics.root_mean_square(typical) if isinstance(typical, np.ndarray) else 0.0
     signs = np.where(Draws(0, f"nudge {name}").uniform(value.shape) < 0.5, -1.0, 1.0)
-    return np.asarray(value * (1 + signs * 2.0**-23)).astype(value.dtype)
+    return np.asarray(value + signs * 2.0**-23 * (np.abs(value) + scale)).astype(value.dtype)
 
 
 def _forgive_noise(report: OutputReport, noise: float) -> OutputReport:
