@@ -135,7 +135,7 @@ def _all_equal(elements: Array, number: Number, signed_zero: bool) -> bool:
     wide = elements if exact else elements.astype(np.float64)
     if isinstance(number, float) and math.isnan(number):
         return not exact and bool(np.isnan(wide).all())
-    if exact and number != int(number):
+    if exact and isinstance(number, float) and not number.is_integer():
         return False
     number = int(number) if exact else number  # NumPy would compare int64 with float in float64
     if not bool((wide == number).all()):
