@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from graphopt.cli.failure import escape
@@ -114,3 +115,15 @@ def change(before: float, after: float) -> str:
     percent = (after - before) / before * 100
     sign = "\N{MINUS SIGN}" if percent < 0 else "+"
     return f"{sign}{abs(percent):.{0 if abs(percent) >= 9.95 else 1}f} %"
+
+
+def facts(rows: Mapping[str, object]) -> Table:
+    """Names and what they are, without lines."""
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(text(name, "dim"), text(value))
+    return table

@@ -1,0 +1,137 @@
+"""How a run is shown: before and after, what the passes did, the verification, what is left to say."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from graphopt.cli.console import change, count, grid, scaled, size, text
+from graphopt.cli.verification import outputs_table, verdict
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.text import Text
+
+    from graphopt.report.run import RunReport
+    from graphopt.rewrite.context import Remark
+
+MAX_OUTPUTS = 8
+MAX_REASONS = 8
+
+
+def run_tables(report: RunReport, *, every_remark: bool = False) -> list[RenderableType]:
+    """The parts to print, one after the other."""
+    parts: list[RenderableType] = [_summary(report), _sizes(report), text("")]
+    passes = _passes(report)
+    if passes is not None:
+        parts += [passes, text("")]
+    parts += _verification(report)
+    parts += _rolled_back(report)
+    parts += [text(f"warning: {each}", "yellow") for each in report.warnings]
+    parts += _remarks(report.remarks, every_remark=every_remark)
+    return parts
+
+
+def _summary(report: RunReport) -> RenderableType:
+    source, made = report.input.path or "model in memory", report.output.path or "model in memory"
+    asked = f"target {report.target}, precision {report.precision}"
+    recipe = f", recipe {report.recipe}" if report.recipe else ""
+    spent = f", {report.seconds:.1f} s CPU" if report.seconds is not None else ""
+    line = text(f"{source} → {made}", "bold")
+    return line.append_text(text(f"\n{asked}{recipe}{spent}", "dim"))
+
+
+def _sizes(report: RunReport) -> RenderableType:
+    before, after = report.input, report.output
+    table = grid("", "before", "after", "", right="123")
+    numbers = {
+        "nodes": (before.nodes, after.nodes, count),
+        "parameters": (before.parameters, after.parameters, scaled),
+        "parameter bytes": (before.parameter_bytes, after.parameter_bytes, size),
+        "file": (before.size_bytes, after.size_bytes, size),
+    }
+    for name, (old, new, show) in numbers.items():
+        if old is not None and new is not None:
+            style = "green" if new < old else "yellow" if new > old else ""
+            table.add_row(name, show(old), show(new), text(change(old, new), style))
+    for domain in sorted({*before.opsets, *after.opsets}):
+        old, new = before.opsets.get(domain), after.opsets.get(domain)
+        if not domain or old != new:
+            name = f"opset {domain or 'ai.onnx'}"
+            table.add_row(text(name), str(old or "-"), str(new or "-"), "=" if old == new else "")
+    return table
+
+
+def _passes(report: RunReport) -> RenderableType | None:
+    """The passes that did something; None if none did."""
+    active = [each for each in report.pass_totals() if each.changed or each.rewrites]
+    if not active:
+        return text("No pass found anything to change.")
+    rules = report.rewrite_counts()
+    table = grid("pass", "runs", "rewrites", "CPU", "rules", right="123")
+    for each in active:
+        fired = Counter({rule: n for (name, rule), n in rules.items() if name == each.name})
+        shown = ", ".join(f"{rule} {n}" for rule, n in fired.most_common())
+        table.add_row(
+            text(each.name),
+            str(each.runs),
+            count(each.rewrites),
+            f"{each.seconds:.2f} s",
+            text(shown, "dim"),
+        )
+    return table
+
+
+def _verification(report: RunReport) -> list[RenderableType]:
+    found = report.verification
+    if found.mode == "off":
+        return [
+            text("unverified", "bold yellow").append_text(
+                text("  --verify off: nothing was compared")
+            )
+        ]
+    parts: list[RenderableType] = [verdict(found.passed, found.profile, found.feeds, found.reason)]
+    if found.outputs:
+        wrong = [each for each in found.outputs if not each.passed]
+        right = [each for each in found.outputs if each.passed]
+        shown = [*wrong, *right][: max(MAX_OUTPUTS, len(wrong))]
+        parts.append(outputs_table(shown))
+        if len(shown) < len(found.outputs):
+            parts.append(
+                text(f"… and {len(found.outputs) - len(shown)} more outputs, all equal", "dim")
+            )
+    return parts
+
+
+def _rolled_back(report: RunReport) -> list[RenderableType]:
+    """What was left out because it failed: the user should know, and we should get to know."""
+    parts: list[RenderableType] = []
+    for each in report.rolled_back:
+        rule = f"/{each.rule}" if each.rule else ""
+        where = f" at {each.site!r}" if each.site else ""
+        line = text(f"left out  {each.pass_name}{rule}{where}: ", "bold yellow")
+        parts.append(line.append_text(text(each.reason)))
+    return [text(""), *parts] if parts else []
+
+
+def _remarks(remarks: Sequence[Remark], *, every_remark: bool) -> list[RenderableType]:
+    """Remarks by rule and reason, most frequent first; each of them if asked for."""
+    said = [each for each in remarks if each.kind != "warning"]
+    if not said:
+        return []
+    if every_remark:
+        table = grid("remark", "pass/rule", "at", "reason")
+        for each in said:
+            rule = f"{each.pass_name}/{each.rule}"
+            table.add_row(each.kind.value, text(rule), text(each.node), text(each.reason))
+        return [text(""), table]
+    groups = Counter((each.pass_name, each.rule, each.reason) for each in said)
+    table = grid("left as it is", "times", "because", right="1")
+    for (name, rule, reason), times in groups.most_common(MAX_REASONS):
+        table.add_row(text(f"{name}/{rule}"), str(times), text(reason))
+    return [text(""), table, *_more(len(groups) - MAX_REASONS)]
+
+
+def _more(hidden: int) -> list[Text]:
+    return [text(f"… and {hidden} other reasons; --remarks lists all", "dim")] if hidden > 0 else []

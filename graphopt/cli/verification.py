@@ -1,0 +1,57 @@
+"""How a comparison of two models is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.text import Text
+
+    from graphopt.verify.compare import OutputReport
+
+
+def verdict(passed: bool | None, profile: str, feeds: int, reason: str) -> Text:  # noqa: FBT001
+    """One line: verified, differs, or unverified, and why."""
+    from graphopt.cli.console import text
+
+    on = f"{feeds} {'input' if feeds == 1 else 'inputs'}"
+    if passed:
+        equal = "bit-equal to" if profile == "exact" else "equal to"
+        line = text("verified", "bold green")
+        return line.append_text(text(f"  {equal} the reference on {on} (gate: {profile})"))
+    if passed is None:
+        return text("unverified", "bold yellow").append_text(text(f"  {reason}"))
+    return text("differs", "bold red").append_text(text(f"  {reason} (gate: {profile})"))
+
+
+def outputs_table(outputs: Sequence[OutputReport]) -> RenderableType:
+    """One row an output: the numbers, and what failed or was forgiven."""
+    from graphopt.cli.console import NONE, grid, text
+
+    table = grid("output", "max|d|", "/RMS", "SQNR", "cosine", "", right="1234")
+    for each in outputs:
+        style = "" if each.passed else "red"
+        equal = "bit-equal" if each.equal else "equal" if each.passed else "differs"
+        decibels = f"{each.sqnr_db:.0f} dB" if each.sqnr_db is not None else NONE
+        table.add_row(
+            text(each.name, style),
+            _number(each.max_abs),
+            _number(each.max_over_rms),
+            decibels,
+            NONE if each.cosine is None else _cosine(each.cosine),
+            text(equal if each.equal or not each.why else f"{equal}: {each.why}", style),
+        )
+    return table
+
+
+def _number(number: float | None) -> str:
+    from graphopt.cli.console import NONE
+
+    return NONE if number is None else "0" if number == 0 else f"{number:.1e}"
+
+
+def _cosine(cosine: float) -> str:
+    """Nines are what matters: never rounded up to 1."""
+    return "1" if cosine >= 1.0 else f"{min(cosine, 0.99999999):.8f}".rstrip("0")

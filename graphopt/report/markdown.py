@@ -1,0 +1,97 @@
+"""The report of one run in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from graphopt.report.plain import graphopt_version
+from graphopt.report.run import RunReport, VerificationFacts
+
+
+def run_markdown(report: RunReport) -> str:
+    """The report as a Markdown document."""
+    before, after = report.input, report.output
+    opsets = [facts.opsets.get("", "") for facts in (before, after)]
+    sizes = [
+        ("nodes", before.nodes, after.nodes),
+        ("parameters", before.parameters, after.parameters),
+        ("parameter bytes", before.parameter_bytes, after.parameter_bytes),
+        ("file bytes", before.size_bytes, after.size_bytes),
+        ("opset", *opsets),
+        ("IR version", before.ir_version, after.ir_version),
+    ]
+    parts = [
+        f"# {before.path or 'model in memory'} → {after.path or 'model in memory'}",
+        f"graphopt {graphopt_version()}, target {report.target}, precision {report.precision}, seed {report.seed}",
+        _table(("", "before", "after"), sizes),
+        *_passes(report),
+        *_verification(report.verification),
+        *_lists(report),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _passes(report: RunReport) -> list[str]:
+    rules: dict[str, list[str]] = {}
+    for (name, rule), times in report.rewrite_counts().items():
+        rules.setdefault(name, []).append(f"{rule} {times}")
+    rows = [
+        (
+            each.name,
+            each.runs,
+            each.rewrites,
+            f"{each.seconds:.2f}",
+            ", ".join(rules.get(each.name, ())),
+        )
+        for each in report.pass_totals()
+        if each.changed or each.rewrites
+    ]
+    heads = ("pass", "runs", "rewrites", "CPU seconds", "rules")
+    return ["## Passes", _table(heads, rows) if rows else "No pass found anything to change."]
+
+
+def _verification(found: VerificationFacts) -> list[str]:
+    said = {True: "Verified", False: "Differs", None: "Unverified"}[found.passed]
+    about = f", gate {found.profile}, {found.feeds} inputs" if found.profile else ""
+    reason = f": {found.reason}" if found.reason else ""
+    parts = ["## Verification", f"**{said}** (mode {found.mode}{about}){reason}"]
+    if found.outputs:
+        rows = [
+            (
+                each.name,
+                each.max_abs,
+                each.max_over_rms,
+                each.sqnr_db,
+                each.cosine,
+                "bit-equal" if each.equal else "equal" if each.passed else f"differs: {each.why}",
+            )
+            for each in found.outputs
+        ]
+        parts.append(_table(("output", "max abs", "over RMS", "SQNR dB", "cosine", ""), rows))
+    return parts
+
+
+def _lists(report: RunReport) -> list[str]:
+    parts: list[str] = []
+    if report.rolled_back:
+        rows = [(e.pass_name, e.rule, e.site, e.reason) for e in report.rolled_back]
+        parts += ["## Left out, because it failed", _table(("pass", "rule", "at", "reason"), rows)]
+    if report.warnings:
+        parts += ["## Warnings", "\n".join(f"- {_cell(each)}" for each in report.warnings)]
+    if report.remarks:
+        told = [(e.kind.value, f"{e.pass_name}/{e.rule}", e.node, e.reason) for e in report.remarks]
+        parts += ["## Remarks", _table(("kind", "pass/rule", "at", "reason"), told)]
+    return parts
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def _cell(content: object) -> str:
+    """One line, no column breaks; names in models hold anything."""
+    if content is None:
+        return ""
+    text = f"{content:.4g}" if isinstance(content, float) else str(content)
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
