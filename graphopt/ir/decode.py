@@ -91,7 +91,7 @@ class _Scope:
                 f"{place or self.place}: the value {name!r} is defined twice, the second time as {what}; "
                 "every value needs a name of its own, rename one"
             )
-        value = self.values[name] = ir.Value(name=name)
+        value = self.values[name] = ir.Value(name=notes.name(name))
         return value
 
     def sort(self, graph: ir.Graph) -> None:
@@ -153,7 +153,7 @@ class _Decoder:
         return functions
 
     def _function(self, proto: onnx.FunctionProto) -> ir.Function:
-        domain = notes.canonical_domain(proto.domain)
+        domain = notes.canonical_domain(notes.name(proto.domain))
         scope = _Scope(_Place(f"{self._origin}, function {domain}:{proto.name}"))
         inputs = [scope.define(name, "an input") for name in proto.input]
         nodes = self._nodes(proto.node, (scope,))
@@ -170,8 +170,14 @@ class _Decoder:
             graph.meta[notes.OWN_VALUE_INFO] = True
         scope.sort(graph)
         attributes = [self._attribute(a, (), scope.place) for a in proto.attribute_proto]
-        attributes += [ir.Attr(name, _KIND.UNDEFINED, None) for name in proto.attribute]
-        return ir.Function(domain, proto.name, proto.overload, graph=graph, attributes=attributes)
+        attributes += [ir.Attr(notes.name(name), _KIND.UNDEFINED, None) for name in proto.attribute]
+        return ir.Function(
+            domain,
+            notes.name(proto.name),
+            notes.name(proto.overload),
+            graph=graph,
+            attributes=attributes,
+        )
 
     def _graph(self, proto: onnx.GraphProto, outer: _Scopes, label: str) -> ir.Graph:
         if len(outer) >= MAX_GRAPH_DEPTH:
@@ -210,9 +216,10 @@ class _Decoder:
         inputs = dict(scope.values)
         values = []
         for tensor in tensors:
-            if not tensor.name:
+            if not tensor.name or tensor.dtype == ir.DataType.UNDEFINED:
                 raise ModelError(
-                    f"{where}: an initializer of shape {tensor.shape} has no name; name or remove it"
+                    f"{where}: the initializer {tensor.name!r} of {tensor.dtype} {tensor.shape} lacks a name or a "
+                    "data type; give it one or remove it"
                 )
             value = inputs.pop(tensor.name, None)
             if value is None:
@@ -238,13 +245,13 @@ class _Decoder:
         scope = scopes[-1]
         place = scope.place._replace(node=proto)
         node = ir.Node(
-            proto.domain,
-            proto.op_type,
+            notes.name(proto.domain),
+            notes.name(proto.op_type),
             [_lookup(name, scopes, place) if name else None for name in proto.input],
             self._attributes(proto, scopes, place),
-            overload=proto.overload,
+            overload=notes.name(proto.overload),
             outputs=[scope.values[name] if name else ir.Value(name="") for name in proto.output],
-            name=proto.name,
+            name=notes.name(proto.name),
             doc_string=notes.text(proto, "doc_string"),
             metadata_props=notes.props(proto),
         )
@@ -297,13 +304,13 @@ class _Decoder:
 
     def _attribute(self, proto: onnx.AttributeProto, scopes: _Scopes, place: _Place) -> ir.Attr:
         kind = ir.AttributeType(proto.type or _implied_type(proto))
-        doc_string = notes.text(proto, "doc_string")
+        name, doc_string = notes.name(proto.name), notes.text(proto, "doc_string")
         if proto.ref_attr_name:
-            return ir.RefAttr(proto.name, proto.ref_attr_name, kind, doc_string=doc_string)
+            return ir.RefAttr(name, notes.name(proto.ref_attr_name), kind, doc_string=doc_string)
         if kind == _KIND.UNDEFINED:
-            return ir.Attr(proto.name, kind, None, doc_string=doc_string)
+            return ir.Attr(name, kind, None, doc_string=doc_string)
         content = self._content(kind, proto, scopes, place)
-        return ir.Attr(proto.name, kind, content, doc_string=doc_string)
+        return ir.Attr(name, kind, content, doc_string=doc_string)
 
     def _content(
         self, kind: ir.AttributeType, proto: onnx.AttributeProto, scopes: _Scopes, place: _Place
@@ -368,7 +375,7 @@ def _read_value_infos(graph: ir.Graph, scope: _Scope, infos: Iterable[onnx.Value
         elif value.const_value is not None and not value.is_graph_input():
             # Its tensor knows dtype and shape better.
             value.meta[notes.DECLARED] = True
-            value.doc_string = info.doc_string or None
+            value.doc_string = notes.prose(info.doc_string) or None
             value.metadata_props.update(notes.props(info) or {})
         elif value.type is None or not value.is_graph_input():
             read_value_info(info, value)
@@ -386,7 +393,8 @@ def _read_annotations(
             stray.append(annotation.SerializeToString(deterministic=True))
         else:
             entries = annotation.quant_parameter_tensor_names
-            value.meta[notes.QUANTIZATION] = {entry.key: entry.value for entry in entries}
+            parameters = {notes.name(entry.key): notes.name(entry.value) for entry in entries}
+            value.meta[notes.QUANTIZATION] = parameters
     if stray:
         graph.meta[notes.STRAY_ANNOTATIONS] = tuple(stray)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 import onnx
 
@@ -46,12 +46,26 @@ Annotated: TypeAlias = (
 
 def text(proto: Documented, field: str) -> str | None:
     """A string field, or None where the proto does not have it."""
-    return cast(str, getattr(proto, field)) if proto.HasField(field) else None
+    return prose(getattr(proto, field)) if proto.HasField(field) else None
+
+
+def name(found: str | bytes) -> str:
+    """A name; protobuf gives bytes for what is not UTF-8.
+
+    Raises:
+        UnicodeDecodeError: it is not.
+    """
+    return found.decode("utf-8") if isinstance(found, bytes) else found
+
+
+def prose(found: str | bytes) -> str:
+    """Text for people, with marks in place of what is not UTF-8: no reason to refuse a model."""
+    return found.decode("utf-8", "replace") if isinstance(found, bytes) else found
 
 
 def props(proto: Annotated) -> dict[str, str] | None:
     """The metadata, or None where there are none."""
-    return {p.key: p.value for p in proto.metadata_props} or None
+    return {prose(p.key): prose(p.value) for p in proto.metadata_props} or None
 
 
 def write_props(proto: Annotated, metadata: Mapping[str, str]) -> None:
@@ -62,7 +76,7 @@ def write_props(proto: Annotated, metadata: Mapping[str, str]) -> None:
 
 def opsets(protos: Iterable[onnx.OperatorSetIdProto]) -> dict[str, int]:
     """Opset imports by domain; of two for one domain the last counts, as in ONNX Runtime."""
-    return {canonical_domain(proto.domain): proto.version for proto in protos}
+    return {canonical_domain(name(proto.domain)): proto.version for proto in protos}
 
 
 def canonical_domain(domain: str) -> str:

@@ -12,6 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from graphopt.errors import ModelError
+from graphopt.ir import notes
 from graphopt.ir.external import ModelFolder
 from graphopt.ir.mapped import MappedFile, MappedTensor, Notes
 from graphopt.ir.sparse import CooTensor
@@ -59,17 +60,17 @@ class TensorReader:
             raise ModelError(
                 f"{where}: is one segment of a tensor; join the segments before, no runtime reads them"
             )
-        notes = _notes(proto)
+        described = _notes(proto)
         if proto.data_location == _T.EXTERNAL:
             source, offset = self._external(proto, dtype, dims, where)
-            return MappedTensor(source, dtype, dims, offset=offset, notes=notes)
+            return MappedTensor(source, dtype, dims, offset=offset, notes=described)
         if dtype == ir.DataType.STRING:
-            return _string_tensor(proto, dims, notes, where)
+            return _string_tensor(proto, dims, described, where)
         if dtype == ir.DataType.UNDEFINED:
             return _untyped_tensor(proto, where)
         data = proto.raw_data if proto.HasField("raw_data") else _typed_data(proto, dtype, where)
         _check_length(len(data), dtype, dims, where)
-        return MappedTensor(data, dtype, dims, notes=notes)
+        return MappedTensor(data, dtype, dims, notes=described)
 
     def sparse_tensor(self, proto: onnx.SparseTensorProto, where: str) -> CooTensor:
         """The sparse tensor that `proto` describes, in its own layout.
@@ -77,7 +78,7 @@ class TensorReader:
         Raises:
             ModelError: as `tensor`, and where values, indices and dims do not fit together.
         """
-        name = proto.values.name
+        name = notes.name(proto.values.name)
         dims = _dims(proto, f"{where}, sparse tensor {name!r}")
         values = self.tensor(proto.values, where)
         # Indices may be left out where there are no values; ONNX Runtime wants them spelt out.
@@ -95,7 +96,7 @@ class TensorReader:
             raise ModelError(
                 f"{where}: {dtype} cannot be kept as external data; store it in the model"
             )
-        entries = {entry.key: entry.value for entry in proto.external_data}
+        entries = {notes.name(entry.key): notes.name(entry.value) for entry in proto.external_data}
         location = entries.get("location", "")
         offset = _number(entries, "offset", where) or 0
         length = _number(entries, "length", where)
@@ -123,9 +124,9 @@ class TensorReader:
 
 def _notes(proto: onnx.TensorProto) -> Notes:
     return Notes(
-        name=proto.name if proto.HasField("name") else None,
-        doc_string=proto.doc_string if proto.HasField("doc_string") else None,
-        metadata_props={p.key: p.value for p in proto.metadata_props} or None,
+        name=notes.name(proto.name) if proto.HasField("name") else None,
+        doc_string=notes.text(proto, "doc_string"),
+        metadata_props=notes.props(proto),
     )
 
 
@@ -206,7 +207,7 @@ def _narrowed(
 
 
 def _string_tensor(
-    proto: onnx.TensorProto, dims: Sequence[int], notes: Notes, where: str
+    proto: onnx.TensorProto, dims: Sequence[int], described: Notes, where: str
 ) -> ir.StringTensor:
     count, expected = len(proto.string_data), _count(dims)
     if count != expected or proto.HasField("raw_data"):
@@ -217,9 +218,9 @@ def _string_tensor(
     return ir.StringTensor(
         list(proto.string_data),
         shape=ir.Shape(dims),
-        name=notes.name,
-        doc_string=notes.doc_string,
-        metadata_props=notes.metadata_props,
+        name=described.name,
+        doc_string=described.doc_string,
+        metadata_props=described.metadata_props,
     )
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import onnx
 import onnx_ir as ir
 
-from graphopt.ir.notes import props, write_props
+from graphopt.ir.notes import name, props, prose, write_props
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -31,12 +31,12 @@ def read_type(proto: onnx.TypeProto) -> ir.TypeAndShape:
     """The type and the (leaf) shape; both None where the proto says nothing."""
     if not _representable(proto):
         return ir.TypeAndShape(
-            ForeignType(proto.SerializeToString(), proto.denotation or None), None
+            ForeignType(proto.SerializeToString(), name(proto.denotation) or None), None
         )
     kind = proto.WhichOneof("value")
     if kind is None:
         return ir.TypeAndShape(None, None)
-    denotation = proto.denotation or None
+    denotation = name(proto.denotation) or None
     if kind in ("sequence_type", "optional_type"):
         inner = read_type(getattr(proto, kind).elem_type)
         assert inner.type is not None
@@ -44,8 +44,22 @@ def read_type(proto: onnx.TypeProto) -> ir.TypeAndShape:
         return ir.TypeAndShape(outer(inner.type, denotation=denotation), inner.shape)
     tensor = getattr(proto, kind)
     cls = ir.TensorType if kind == "tensor_type" else ir.SparseTensorType
-    shape = ir.serde.deserialize_tensor_shape(tensor.shape) if tensor.HasField("shape") else None
+    shape = _read_shape(tensor.shape) if tensor.HasField("shape") else None
     return ir.TypeAndShape(cls(ir.DataType(tensor.elem_type), denotation=denotation), shape)
+
+
+def _read_shape(proto: onnx.TensorShapeProto) -> ir.Shape:
+    dims = [
+        dim.dim_value
+        if dim.HasField("dim_value")
+        else name(dim.dim_param)
+        if dim.HasField("dim_param")
+        else None
+        for dim in proto.dim
+    ]
+    return ir.Shape(
+        dims, denotations=[name(dim.denotation) or None for dim in proto.dim], frozen=True
+    )
 
 
 def _representable(proto: onnx.TypeProto) -> bool:
@@ -81,14 +95,14 @@ def read_value_info(proto: onnx.ValueInfoProto, value: ir.Value) -> None:
     if known.shape is not None:
         value.shape = known.shape
     if proto.doc_string:
-        value.doc_string = proto.doc_string
+        value.doc_string = prose(proto.doc_string)
     if proto.metadata_props:
         value.metadata_props.update(props(proto) or {})
 
 
-def write_value_info(value: ir.Value, name: str | None = None) -> onnx.ValueInfoProto:
+def write_value_info(value: ir.Value, alias: str | None = None) -> onnx.ValueInfoProto:
     """The ValueInfoProto of a value, under its own or the given name."""
-    proto = onnx.ValueInfoProto(name=name or value.name)
+    proto = onnx.ValueInfoProto(name=alias or value.name)
     write_type(proto.type, ir.TypeAndShape(value.type, value.shape))
     if not proto.type.ByteSize():
         proto.ClearField("type")
