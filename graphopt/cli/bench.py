@@ -55,13 +55,13 @@ def command(
 
     sizes = parse_dims(dims or ())
     with progress(quiet=as_json) as say:
-        say("loading")
+        say("loading", None)
         ready = [runnable(path) for path in models]
         feeds = None if inputs is None else given_feeds(inputs, models[0])
         feed = first_feed(ReferenceRun(ready[0], feeds, seed=seed, dims=sizes))
         chosen = OptimizationLevel[level.upper()]
         sessions = [Session(model, level=chosen, threads=threads) for model in ready]
-        say("measuring")
+        say("measuring", None)
         found = measure(sessions, [feed.values] * len(sessions), seconds=seconds)
     if as_json:
         rows = [
@@ -97,7 +97,7 @@ def _table(models: list[Path], found: list[Latency]) -> RenderableType:
             f"{each.wall_ms:.3f} ms",
             f"± {each.wall_spread_ms / 2:.3f}",
             f"{each.cpu_ms:.3f} ms",
-            f"{each.ratio:.2f}×",  # noqa: RUF001  times sign
+            f"{each.ratio:.2f}\N{MULTIPLICATION SIGN}",
             str(each.rounds),
         )
     return table

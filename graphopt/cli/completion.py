@@ -18,7 +18,7 @@ def command(
     bash: add `eval "$(graphopt completion bash)"` to ~/.bashrc.  zsh: the same in ~/.zshrc.
     fish: graphopt completion fish > ~/.config/fish/completions/graphopt.fish
     """
-    from typer.completion import get_completion_script
+    from typer.completion import get_completion_script  # type: ignore[attr-defined]
 
     from graphopt.cli.choice import one_of
 

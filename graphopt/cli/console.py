@@ -47,26 +47,24 @@ def show_json(body: Any) -> None:  # noqa: ANN401
     sys.stdout.write(json.dumps(body, indent=2, allow_nan=False) + "\n")
 
 
-def grid(*headers: str, title: str = "", right: str = "") -> Table:
-    """An empty table; columns named in `right` (a string of 0-based digits) are right-aligned."""
+def grid(*headers: str, right: str = "", fixed: str = "") -> Table:
+    """An empty table; `right` and `fixed` say by 0-based digits which columns are right-aligned, which never break."""
     from rich import box
     from rich.table import Table
-    from rich.text import Text
 
     table = Table(
         box=box.SIMPLE_HEAD,
-        title=Text(title, style="bold") if title else None,
-        title_justify="left",
         pad_edge=False,
         show_edge=False,
         header_style="dim",
+        collapse_padding=True,
     )
     for index, header in enumerate(headers):
-        is_right = str(index) in right
+        digit = str(index)
         table.add_column(
             header,
-            justify="right" if is_right else "left",
-            no_wrap=is_right,
+            justify="right" if digit in right else "left",
+            no_wrap=digit in right + fixed,
             overflow="fold",
         )
     return table
@@ -77,11 +75,6 @@ def text(content: object, style: str = "") -> Text:
     from rich.text import Text
 
     return Text(escape(str(content)), style=style)
-
-
-def heading(content: str) -> Text:
-    """A line that starts a section."""
-    return text(content, "bold")
 
 
 def count(number: int | None) -> str:

@@ -36,9 +36,9 @@ def command(
     from graphopt.report.outline import diff_outline
 
     with progress(quiet=quiet or as_json) as say:
-        say("reading")
+        say("reading", None)
         before, after = load_model(a), load_model(b)
-        say("matching")
+        say("matching", None)
         found = diff_models(before, after)
     if as_json:
         show_json(diff_json(found))

@@ -35,15 +35,18 @@ app = typer.Typer(
     epilog="Exit status: 0 done and verified; 1 verification failed, or the models differ; 2 the model, data or an "
     "option is at fault; 3 the target cannot express the model; 70 a bug of graphopt.",
 )
-app.command("optimize")(optimize.command)
-app.command("inspect")(inspect.command)
-app.command("verify")(verify.command)
-app.command("diff")(diff.command)
-app.command("bench")(bench.command)
-app.add_typer(golden.app, name="golden")
-app.command("passes")(passes.command)
-app.command("targets")(targets.command)
-app.command("completion")(completion.command)
+for name, short_help, function in (
+    ("optimize", "make a model smaller and faster, proven equal", optimize.command),
+    ("inspect", "what is in a model", inspect.command),
+    ("verify", "run two models on the same inputs and compare", verify.command),
+    ("diff", "what changed between two models, by structure", diff.command),
+    ("bench", "latency of models, side by side", bench.command),
+    ("passes", "the passes there are, and what they do", passes.command),
+    ("targets", "the runtimes to emit for", targets.command),
+    ("completion", "the script that teaches a shell to complete", completion.command),
+):
+    app.command(name, short_help=short_help)(function)
+app.add_typer(golden.app, name="golden", short_help="golden cases: record, check, update")
 
 
 @app.callback()

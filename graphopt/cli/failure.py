@@ -128,7 +128,7 @@ def _usage(error: typer.TyperException) -> str:
     near = getattr(error, "possibilities", None)
     if near:
         message = re.sub(r" \(Possible options: .*\)$", "", message)
-        message += f". Did you mean {' or '.join(sorted(near))}?"
+        message += f". Did you mean {near[0]}?"
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "graphopt"
     return f"{message}{'' if message.endswith('?') else '.'} Try '{command} --help'."

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from graphopt.report.inspect import Inspection, PortFacts
 
 
+MAX_FORMULA = 60
+"""Characters of a formula that are worth reading."""
+
+
 def command(
     model: options.Model,
     dims: options.Dims = None,
@@ -24,7 +28,7 @@ def command(
     ] = 12,
     as_json: options.Json = False,
 ) -> int:
-    """Show what is in MODEL: inputs and outputs, operators, parameters, arithmetic, dtypes, sparsity, opsets, functions."""
+    """Show what is in MODEL: inputs, outputs, operators, parameters, arithmetic, sparsity, opsets, functions."""
     sizes = parse_dims(dims or ())
     from graphopt.cli.console import show, show_json
     from graphopt.ir.model_file import load_model
@@ -77,16 +81,17 @@ def _summary(found: Inspection) -> RenderableType:
     )
     nodes = count(model.nodes) + (f" ({found.subgraphs} subgraphs)" if found.subgraphs else "")
     stored = f"{scaled(model.parameters)} in {size(model.parameter_bytes)}"
-    dtypes = ", ".join(f"{each.dtype} {size(each.bytes)}" for each in found.dtypes)
+    if len(found.dtypes) > 1:
+        stored += f": {', '.join(f'{each.dtype} {size(each.bytes)}' for each in found.dtypes)}"
+    elif found.dtypes:
+        stored += f" {found.dtypes[0].dtype}"
     rows = {
         "file": f"{model.path or NONE}, {size(model.size_bytes)}",
         "format": f"IR {model.ir_version}; {opsets}",
         "producer": found.producer,
         "nodes": nodes,
         "functions": ", ".join(f"{name} ({nodes})" for name, nodes in found.functions.items()),
-        "parameters": f"{stored}: {dtypes}"
-        if len(found.dtypes) > 1
-        else f"{stored} {dtypes.split()[0] if dtypes else ''}",
+        "parameters": stored,
         "zeros": f"{found.sparsity:.1%}",
         "arithmetic": _cost_text(found),
         "other domains": ", ".join(f"{d} ({n} nodes)" for d, n in found.custom_domains.items()),
@@ -107,8 +112,8 @@ def _cost_text(found: Inspection) -> str:
         return (
             f"{scaled(cost.macs)} MAC = {scaled(cost.flops)} FLOP" if cost.macs else "none counted"
         )
-    give = f"; give --dims {','.join(f'{name}=N' for name in cost.free[:4])}" if cost.free else ""
-    if cost.formula is not None and len(cost.formula) <= 60:
+    give = f"; give --dims {','.join(f'{name}=1' for name in cost.free[:4])}" if cost.free else ""
+    if cost.formula is not None and len(cost.formula) <= MAX_FORMULA:
         return f"{cost.formula} MAC{give}"
     known = f"{scaled(cost.macs)} MAC and " if cost.macs else ""
     return f"{known}{cost.unknown} nodes of unknown size{give}"
@@ -139,11 +144,14 @@ def _operators(found: Inspection, top: int | None) -> RenderableType:
 
     table = grid("operator", "nodes", "MAC", "share", right="123")
     total = found.arithmetic.macs
-    for each in found.operators[:top]:
-        macs = "?" if each.unknown else scaled(each.macs) if each.macs else NONE
+    common = found.operators[:top]
+    costly = [each for each in found.operators[len(common) :] if each.macs or each.unknown]
+    for each in (*common, *costly):
+        formula = each.formula if each.formula and len(each.formula) <= MAX_FORMULA else "?"
+        macs = formula if each.unknown else scaled(each.macs) if each.macs else NONE
         share = f"{each.macs / total:.0%}" if each.macs and not found.arithmetic.unknown else ""
         table.add_row(text(each.operator), count(each.count), macs, share)
-    rest = found.operators[len(found.operators[:top]) :]
+    rest = [each for each in found.operators if each not in common and each not in costly]
     if rest:
         more = f"{len(rest)} more operators"
         table.add_row(text(more, "dim"), count(sum(each.count for each in rest)), "", "")

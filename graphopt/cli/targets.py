@@ -61,7 +61,7 @@ def _details(target: Target) -> RenderableType:
         "functions": "are inlined" if target.inline_functions else "stay",
         "provider": provider,
     }
-    table = grid("fused operator", "since", "dtypes", "why it may be introduced")
+    table = grid("fused operator", "since", "dtypes", "why it may be introduced", fixed="01")
     for op in target.fused:
         name = f"{op.domain}::{op.op_type}" if op.domain else op.op_type
         dtypes = ", ".join(sorted(op.dtypes)).lower()

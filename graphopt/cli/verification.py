@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from graphopt.verify.compare import OutputReport
 
 
-def verdict(passed: bool | None, profile: str, feeds: int, reason: str) -> Text:  # noqa: FBT001
+def verdict(passed: bool | None, profile: str, feeds: int, reason: str) -> Text:
     """One line: verified, differs, or unverified, and why."""
     from graphopt.cli.console import text
 

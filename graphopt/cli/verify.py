@@ -69,18 +69,17 @@ def command(
     from graphopt.cli.console import show, show_json
     from graphopt.cli.inspect import parse_dims
     from graphopt.report.plain import graphopt_version, plain
-
     from graphopt.verify.verifier import ReferenceRun
 
     gate = verify_options(profile, tolerance, sqnr, cosine, deployed=deployed)
     sizes = parse_dims(dims or ())
     with progress(quiet=quiet or as_json) as say:
-        say("reading")
+        say("reading", None)
         first, second = runnable(reference), runnable(candidate)
         feeds = None if inputs is None else given_feeds(inputs, reference)
-        say("running the reference")
+        say("running the reference", None)
         run = ReferenceRun(first, feeds, seed=seed, dims=sizes)
-        say("running the candidate")
+        say("running the candidate", None)
         found = run.verify(second, gate)
     if as_json:
         names = {"reference": str(reference), "candidate": str(candidate)}

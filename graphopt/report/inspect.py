@@ -78,12 +78,21 @@ class TensorFacts:
 
 @dataclasses.dataclass(frozen=True)
 class OperatorFacts:
-    """All nodes of one operator; `macs` sums up those with known dimensions, `unknown` counts the others."""
+    """All nodes of one operator.
+
+    Attributes:
+        operator: its name.
+        count: how many nodes.
+        macs: multiply-accumulate operations of those whose dimensions are known.
+        unknown: how many others count.
+        formula: of all of them in the model's symbolic dimensions; None as in `Arithmetic`.
+    """
 
     operator: str
     count: int
     macs: int
     unknown: int
+    formula: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,22 +266,23 @@ def _arithmetic(
     Each graph within a node and each function counts once: how often it runs is not known before it does.
     """
     shapes = Shapes(model)
-    counts, known, unknown = Counter[str](), Counter[str](), Counter[str]()
-    costs: list[Dim | None] = []
+    costs: defaultdict[str, list[Dim | None]] = defaultdict(list)
     for node in _nodes(all_graphs(model)):
-        name, cost = operator_name(node), macs(node, shapes.dims)
-        costs.append(cost)
-        counts[name] += 1
-        known[name] += (cost.value if cost is not None else None) or 0
-        unknown[name] += cost is None or not cost.is_static
+        costs[operator_name(node)].append(macs(node, shapes.dims))
     by_operator = tuple(
-        OperatorFacts(name, count, known[name], unknown[name])
-        for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        OperatorFacts(
+            operator=name,
+            count=len(found),
+            macs=sum((cost.value if cost is not None else None) or 0 for cost in found),
+            unknown=sum(cost is None or not cost.is_static for cost in found),
+            formula=_formula(found),
+        )
+        for name, found in sorted(costs.items(), key=lambda item: (-len(item[1]), item[0]))
     )
     return by_operator, Arithmetic(
-        macs=known.total(),
-        formula=_formula(costs),
-        unknown=unknown.total(),
+        macs=sum(each.macs for each in by_operator),
+        formula=_formula(cost for found in costs.values() for cost in found),
+        unknown=sum(each.unknown for each in by_operator),
         dims=dict(dims),
         free=tuple(_bindable(model)),
     )

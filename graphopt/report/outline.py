@@ -72,7 +72,7 @@ def _count(name: str, before: int, after: int) -> str:
 
 
 def _replacement(each: Replacement, times: int) -> str:
-    often = f"{times} × " if times > 1 else ""
+    often = f"{times} \N{MULTIPLICATION SIGN} " if times > 1 else ""
     if not each.added:
         what = f"removed: {_operators(each.removed)}"
     elif not each.removed:
@@ -85,7 +85,7 @@ def _replacement(each: Replacement, times: int) -> str:
 
 def _operators(names: Iterable[str]) -> str:
     counts = Counter(names)
-    shown = [name if n == 1 else f"{name}×{n}" for name, n in counts.items()]  # noqa: RUF001  times sign
+    shown = [name if n == 1 else f"{name}\N{MULTIPLICATION SIGN}{n}" for name, n in counts.items()]
     more = len(shown) - _OPERATORS_SHOWN
     return ", ".join(shown[:_OPERATORS_SHOWN]) + (f" and {more} more operators" if more > 0 else "")
 
@@ -102,4 +102,5 @@ def _constant(each: ConstantChange) -> str:
     if each.max_abs is None:
         return f"{each.name!r} of {each.operator}: {each.before}, other contents"
     sqnr = "" if each.sqnr_db is None else f", SQNR {each.sqnr_db:.1f} dB"
-    return f"{each.name!r} of {each.operator}: {each.before}, {each.changed or 0:.1%} changed, max|d| {each.max_abs:.3g}{sqnr}"
+    seen = f"{each.changed or 0:.1%} changed, max|d| {each.max_abs:.3g}{sqnr}"
+    return f"{each.name!r} of {each.operator}: {each.before}, {seen}"
