@@ -176,9 +176,10 @@ def _cloned(model: ir.Model) -> ir.Model:
 def _from_path(path: Path) -> ir.Model:
     try:
         file = MappedFile(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ModelError(
-            f"cannot read {path}: {error.strerror or error}; give the path of an ONNX model"
+            f"cannot read {str(path)[:1000]!r}: {reason}; give the path of an ONNX model"
         ) from error
     if not len(file.data):
         raise ModelError(f"{path}: the file is empty; export or download the model again")
@@ -224,7 +225,8 @@ def _from_text(data: bytes, reader: TensorReader, origin: str) -> ir.Model:
         text = data.decode("utf-8")
         _check_depth(text, origin)
         proto = onnx.parser.parse_model(text)
-    except (UnicodeDecodeError, onnx.parser.ParseError) as error:
+    except (onnx.parser.ParseError, RuntimeError, ValueError, IndexError) as error:
+        # The parser's C++ exceptions come through as they are: a bad number is not a ParseError.
         raise ModelError(f"{origin}: not valid ONNX text: {_first_lines(str(error))}") from error
     return decode_model(proto, reader, origin)
 
