@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
@@ -105,7 +104,7 @@ def recipe_text(target: str | None, recipe: Path | None) -> str:
     """The recipe that a case keeps, in TOML.
 
     Raises:
-        OptionError: both a target and a recipe are given, there is no such target, or the file cannot be read.
+        OptionError: both a target and a recipe are given, there is no such target, or the file is no recipe.
     """
     if recipe is not None and target is not None:
         raise OptionError(
@@ -117,23 +116,24 @@ def recipe_text(target: str | None, recipe: Path | None) -> str:
         return f'target = "{get_target(target).name}"\n'
     if recipe is None:
         return ""
-    try:
-        return recipe.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"cannot read --recipe {recipe}: {error}") from error
+    from graphopt.pipeline.recipe import Recipe
+
+    Recipe.load(recipe)  # refuses it now, not when the case is checked
+    return recipe.read_text(encoding="utf-8")
 
 
 def optimizer(say: Callable[[str, float | None], None]) -> Callable[[Path, Path, str], Numerics]:
     """The driver as golden cases call it: source, output, recipe in TOML."""
+    import tomllib
+
     from graphopt.driver import optimize
     from graphopt.numerics import Numerics
+    from graphopt.pipeline.recipe import Recipe
 
     def run(source: Path, output: Path, recipe: str) -> Numerics:
-        with tempfile.TemporaryDirectory(prefix="graphopt-recipe-") as scratch:
-            file = Path(scratch) / "recipe.toml"
-            file.write_text(recipe, encoding="utf-8")
-            # Golden cases compare the result themselves, with the numbers that were recorded.
-            result = optimize(source, output=output, recipe=file, verify="off", progress=say)
+        chosen = Recipe.from_table(tomllib.loads(recipe), "recipe of the golden case")
+        # Golden cases compare the result themselves, with the numbers that were recorded.
+        result = optimize(source, output=output, recipe=chosen, verify="off", progress=say)
         return max((r.numerics for r in result.report.rewrites), default=Numerics.EXACT)
 
     return run
