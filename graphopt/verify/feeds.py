@@ -335,9 +335,12 @@ def _numbers(request: _Request, stream: Draws) -> Array:
 def _integers(request: _Request, stream: Draws) -> Array:
     """Numbers that mean something to the model: ids, counts, constants it compares with."""
     shape, role = request.shape, request.role
-    if role.use is Use.SHAPE:
-        # All ones and one free axis suit every Reshape, and every Expand once the -1 is a one.
-        return np.ones(shape, np.int64)
+    if role.use in {Use.SHAPE, Use.RESHAPE}:
+        # Ones suit every Expand; with one free axis, every Reshape.
+        target = np.ones(shape, np.int64)
+        if role.use is Use.RESHAPE and shape:
+            target.reshape(-1)[:1] = -1
+        return target
     if role.use is Use.AXIS:
         return np.zeros(shape, np.int64)
     if role.use is Use.POSITIVE:

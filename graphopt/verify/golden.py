@@ -343,9 +343,7 @@ def _update_case(case: Path, name: str, optimize: Optimize, accept: bool) -> Cas
             )
             worse = [change for change in changes if change.grew]
             if worse and not accept:
-                told = ", ".join(
-                    f"'{c.output}' {c.recorded:.3g} → {c.now:.3g}" for c in worse
-                )
+                told = ", ".join(f"'{c.output}' {c.recorded:.3g} → {c.now:.3g}" for c in worse)
                 return CaseReport(
                     name, (f"not written, errors grew: {told}; pass --accept to write",), changes
                 )

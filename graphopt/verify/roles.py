@@ -34,10 +34,11 @@ class Use(enum.IntEnum):
     AXIS = 4  # zero is always right
     LENGTH = 5  # 1 .. bound
     INDEX = 6  # 0 .. bound - 1
-    SHAPE = 7  # target of Reshape or Expand
-    FLAG = 8  # condition of If or Loop
-    MASK = 9  # one keeps, zero hides
-    ADDITIVE_MASK = 10  # zero keeps, a large negative number hides
+    SHAPE = 7  # target of Expand
+    RESHAPE = 8  # target of Reshape
+    FLAG = 9  # condition of If or Loop
+    MASK = 10  # one keeps, zero hides
+    ADDITIVE_MASK = 11  # zero keeps, a large negative number hides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +115,7 @@ _PLAIN_SINKS: dict[tuple[str, int], Use] = {
     ("Range", 0): Use.COUNT,
     ("Range", 1): Use.COUNT,
     ("Range", 2): Use.POSITIVE,
-    ("Reshape", 1): Use.SHAPE,
+    ("Reshape", 1): Use.RESHAPE,
     ("Resize", 2): Use.POSITIVE,
     ("Resize", 3): Use.COUNT,
     ("SequenceAt", 1): Use.AXIS,
