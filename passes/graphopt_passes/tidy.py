@@ -37,7 +37,7 @@ _dropout = Op("Dropout", x, ...)
 
 
 @exact(_dropout)
-def drop_dropout(m: Match, g: Builder) -> Sequence[ir.Value | None]:
+def drop_dropout(m: Match, g: Builder) -> ir.Value | Sequence[ir.Value]:
     """Dropout(x, ratio, training_mode) -> x, and its mask, where somebody reads it, -> all true.
 
     In inference (opset 6: is_test; 7 to 11: always; 12 on: training_mode absent or false), or with ratio 0.
@@ -47,7 +47,7 @@ def drop_dropout(m: Match, g: Builder) -> Sequence[ir.Value | None]:
     if not _keeps_everything(m, node):
         raise Skip("may run in training mode", node)
     if len(node.outputs) < 2 or not _is_used(node.outputs[1]):
-        return m[x], None
+        return m[x]
     if m.opset() < 12:
         raise Skip("the mask of inference is not specified before opset 12", node)
     mask = g.op("ConstantOfShape", g.op("Shape", m[x]), value=ir.tensor(np.array([True])))

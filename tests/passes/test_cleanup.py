@@ -7,13 +7,13 @@ import onnx
 import onnx.parser
 import onnx_ir as ir
 import pytest
+from graphopt_passes.cleanup import LiftConstants, RemoveDeadCode, UpgradeIr
 
 from graphopt.ir.check import violations
 from graphopt.ir.model_file import load_model
 from graphopt.pipeline import run_pipeline
 from graphopt.rewrite import Context, Gate
 from graphopt.targets import get_target
-from graphopt_passes.cleanup import LiftConstants, RemoveDeadCode, UpgradeIr
 from tests.rewriting import apply, check, make_feeds, parse, run
 
 IR3 = """<ir_version: 3, opset_import: ["" : 9]>

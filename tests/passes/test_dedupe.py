@@ -9,10 +9,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from graphopt_passes.dedupe import MergeCommonSubexpressions, MergeDuplicateConstants, digest
 
 from graphopt.ir.mapped import MappedFile, MappedTensor
 from graphopt.ir.sparse import CooTensor
-from graphopt_passes.dedupe import MergeCommonSubexpressions, MergeDuplicateConstants, digest
 from tests.rewriting import apply, check, parse
 
 MERGE = [MergeDuplicateConstants()]
