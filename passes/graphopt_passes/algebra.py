@@ -130,7 +130,8 @@ def _join(m: Match, join: Callable[[Any, Any], Any]) -> npt.NDArray[Any]:
 def _refuse_underflow(m: Match, joined: npt.NDArray[Any]) -> None:
     if not _is_float(m, c1):
         return
-    small = np.abs(joined.astype(np.float64)) < float(ml_dtypes.finfo(joined.dtype).tiny)
+    limits = ml_dtypes.finfo(joined.dtype)  # type: ignore[no-untyped-call]
+    small = np.abs(joined.astype(np.float64)) < float(limits.tiny)
     if bool((small & (m.wide(c1) != 0) & (m.wide(c2) != 0)).any()):
         raise Skip("the joined constant underflows", m[c2])
 
@@ -338,7 +339,7 @@ def multiply_by_inverse_power_of_two(m: Match, g: Builder) -> ir.Value | None:
     number = values.fill(m[c])
     if number is None or number == 0 or math.frexp(abs(number))[0] != 0.5:
         return None
-    limits = ml_dtypes.finfo(tensor.dtype.numpy())
+    limits = ml_dtypes.finfo(tensor.dtype.numpy())  # type: ignore[no-untyped-call]
     if not float(limits.tiny) <= abs(1 / number) <= float(limits.max):
         return None
     refuse_tied(m[c])

@@ -50,9 +50,11 @@ _RELU = Bounds(0.0, math.inf)
 
 def _limits(dtype: ir.DataType) -> tuple[float, float]:
     """The smallest and largest finite number of a type."""
-    held = dtype.numpy()
-    limits = ml_dtypes.finfo(held) if dtype.is_floating_point() else np.iinfo(held)
-    return limits.min, limits.max
+    if dtype.is_floating_point():
+        held = ml_dtypes.finfo(dtype.numpy())  # type: ignore[no-untyped-call]
+        return float(held.min), float(held.max)
+    whole = np.iinfo(dtype.numpy())
+    return int(whole.min), int(whole.max)
 
 
 def _bounds(m: Match, clip: Op, low: Var, high: Var, dtype: ir.DataType) -> Bounds:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.ir import values
@@ -49,7 +51,7 @@ def _thinner(value: ir.Value | None, g: Builder) -> ir.Value | None:
     return None
 
 
-def _fill_of(node: ir.Node) -> np.ndarray | None:  # type: ignore[type-arg]
+def _fill_of(node: ir.Node) -> npt.NDArray[Any] | None:
     """The number that a ConstantOfShape repeats, as an array of one element; None for a function parameter."""
     held = node.attributes.get("value")
     if held is None:
