@@ -328,19 +328,24 @@ def _is_followed(given: Facts) -> bool:
 
 
 def _or_declared(engine: Engine, frame: Frame, value: ir.Value, given: Facts) -> Facts:
-    """The facts, completed by what the model declares where inference knows nothing."""
-    kind = value.type if given.type is None else given.type
-    if given.dims is not None:
-        return given if kind is given.type else Facts(kind, given.dims, given.data)
-    declared = (
-        engine.declared(frame, value) if given.type is None or _agrees(value, given) else given
-    )
-    return Facts(kind, declared.dims, given.data)
+    """The facts; where inference knows nothing, the declared type, and of a custom operator the shape.
+
+    A declared shape of an operator that has rules is not believed: where the rules cannot tell, it
+    is a trace of the exporter's example input more often than not.
+    """
+    if given.type is not None and given.dims is not None:
+        return given
+    producer = value.producer()
+    opaque = producer is not None and _rule(producer) is None and _schema(frame, producer) is None
+    declared = engine.declared(frame, value)
+    kind = declared.type if given.type is None else given.type
+    dims = declared.dims if opaque and given.dims is None else given.dims
+    return Facts(kind, dims, given.data)
 
 
-def _agrees(value: ir.Value, given: Facts) -> bool:
-    """Whether the declared type of a value is the inferred one, so that its shape may be right too."""
-    return value.type is None or value.type == given.type
+def _schema(frame: Frame, node: ir.Node) -> object | None:
+    """The schema of an operator, or None for one that onnx does not know."""
+    return operators.schema(node, frame.opsets)
 
 
 def _bindings(function: ir.Function, call: kernels.Operation) -> Mapping[str, ir.Attr]:

@@ -254,7 +254,7 @@ class Shapes:
             agree = False
         else:
             pairs = zip(declared, known.dims, strict=True)
-            agree = not any(isinstance(a, int) and b.differs(a) for a, b in pairs)
+            agree = not any(isinstance(a, int) and a >= 0 and b.differs(a) for a, b in pairs)
         if dtypes and agree:
             return None
         dims = None if known.dims is None else f"[{', '.join(map(str, known.dims))}]"
