@@ -19,7 +19,6 @@ import dataclasses
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 from graphopt.errors import OptionError
@@ -76,7 +75,7 @@ class Recipe:
     pipeline: tuple[Step, ...] | None = None
     prepend: tuple[Step, ...] = ()
     append: tuple[Step, ...] = ()
-    options: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+    options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     source: str = "recipe"
 
     @classmethod

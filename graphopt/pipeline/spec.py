@@ -15,7 +15,6 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 from graphopt.errors import OptionError
@@ -41,7 +40,7 @@ class PassSpec:
     """
 
     name: str
-    options: Mapping[str, Any] = MappingProxyType({})
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     where: str = "spec"
     text: bool = True
 
