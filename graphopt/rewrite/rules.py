@@ -143,9 +143,13 @@ class Match:
         """Element type of a value, or None where it is unknown."""
         return self._value(pattern).dtype
 
-    def emits(self, op_type: str, domain: str = "", dtype: ir.DataType | None = None) -> bool:
-        """Whether the target has a kernel for `op_type` that pays, at the model's opset."""
-        return self.facts.target.emits(op_type, opset=self.opset(), domain=domain, dtype=dtype)
+    def emits(
+        self, op_type: str, domain: str = "", dtype: ir.DataType | None = None, form: str = ""
+    ) -> bool:
+        """Whether the target has a kernel for `op_type` that pays, at the model's opset, in that form of use."""
+        return self.facts.target.emits(
+            op_type, opset=self.opset(), domain=domain, dtype=dtype, form=form
+        )
 
     def _value(self, pattern: Var | Lit | Op | Either | ir.Value) -> ir.Value:
         if isinstance(pattern, ir.Value):

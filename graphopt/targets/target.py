@@ -31,6 +31,7 @@ class FusedOp:
         domain: operator domain, "" for ai.onnx.
         since: first opset of the domain that defines it.
         dtypes: element types (names of `ir.DataType`) that the kernel takes.
+        form: a use of the operator that pays or not for itself ("inner-axis"); "" for the usual one.
         source: the measurement or documentation that says it pays.
     """
 
@@ -39,6 +40,7 @@ class FusedOp:
     domain: str = ""
     since: int = 1
     dtypes: frozenset[str] = FLOATS
+    form: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +68,19 @@ class Target:
     provider: str | None = None
 
     def emits(
-        self, op_type: str, *, opset: int, domain: str = "", dtype: ir.DataType | None = None
+        self,
+        op_type: str,
+        *,
+        opset: int,
+        domain: str = "",
+        dtype: ir.DataType | None = None,
+        form: str = "",
     ) -> bool:
         """Whether a rewrite may introduce `op_type` in a model of ai.onnx `opset` on elements of `dtype`."""
         return any(
             fused.op_type == op_type
             and fused.domain == domain
+            and fused.form == form
             and (opset >= fused.since or domain != "")
             and (dtype is None or dtype.name in fused.dtypes)
             for fused in self.fused

@@ -1,0 +1,278 @@
+"""Normalisations: LayerNormalization and RMSNormalization out of their parts, in every spelling of the parts.
+
+    Before:  d = x - ReduceMean(x); y = d / Sqrt(ReduceMean(d * d) + eps) * scale + bias
+    After:   y = LayerNormalization(x, scale, bias)
+
+First the bare normalisation is recognised, with a scale of ones; then what scales and shifts it is taken in.
+Changes numerics: reordered.  Leaves alone: E[x^2] - E[x]^2 (another number where the mean is large), a standard
+deviation plus epsilon, float64 (the operators compute their statistics in float32).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.ir import values
+from graphopt.ir.build import Builder
+from graphopt.ir.shapes import Dim
+from graphopt.rewrite import Either, Lit, Match, Op, Rule, Skip, Var, rule
+from graphopt_passes.constants import along, from_front, given_axes, narrow, trailing
+
+OPSETS = (7, 10_000)
+
+x = Var()
+eps = Var(const=True)
+
+
+def _mean_square(value: Op | Var) -> tuple[Op, Op]:
+    """The mean of the square of `value`, and that plus epsilon."""
+    square = Either(Op("Pow", value, Lit(2.0)), Op("Mul", value, value))
+    mean = Op("ReduceMean", square, ...)
+    return mean, Op("Add", mean, eps)
+
+
+def _normalized(value: Op | Var, moment: Op) -> tuple[Op, Op]:
+    """`value` over the square root of `moment`: as a quotient, and as a product with the reciprocal."""
+    root = Either(Op("Sqrt", moment), Op("Pow", moment, Lit(0.5)))
+    inverse = Either(
+        Op("Reciprocal", root), Op("Div", Lit(1.0), root), Op("Pow", moment, Lit(-0.5))
+    )
+    return Op("Div", value, root), Op("Mul", value, inverse)
+
+
+mean = Op("ReduceMean", x, ...)
+centred = Op("Sub", x, mean)
+variance, lifted_variance = _mean_square(centred)
+centred_quotient, centred_product = _normalized(centred, lifted_variance)
+
+power, lifted_power = _mean_square(x)
+quotient, product = _normalized(x, lifted_power)
+
+
+@rule(centred_quotient, opset=OPSETS, benefit=3)
+def fuse_centred_quotient(m: Match, g: Builder) -> ir.Value | None:
+    """`d / sqrt(mean(d^2) + eps)` -> `LayerNormalization(x, 1)` or `InstanceNormalization(x, 1, 0)`, d = x - mean(x).
+
+    The means are over the same trailing axes; over all of H, W, … of [N, C, H, W, …] it is an instance normalisation.
+    Source: LayerNormalization-17, InstanceNormalization-6.
+    """
+    return _centred(m, g)
+
+
+@rule(centred_product, opset=OPSETS, benefit=3)
+def fuse_centred_product(m: Match, g: Builder) -> ir.Value | None:
+    """`d * (1 / sqrt(mean(d^2) + eps))` -> `LayerNormalization(x, 1)` or `InstanceNormalization(x, 1, 0)`, d = x - mean(x).
+
+    Source: LayerNormalization-17, InstanceNormalization-6.
+    """
+    return _centred(m, g)
+
+
+@rule(quotient, opset=OPSETS, benefit=2)
+def fuse_rms_quotient(m: Match, g: Builder) -> ir.Value | None:
+    """`x / sqrt(mean(x^2) + eps)` -> `RMSNormalization(x, 1)`, the mean over trailing axes.
+
+    Source: RMSNormalization-23.
+    """
+    return _rms(m, g)
+
+
+@rule(product, opset=OPSETS, benefit=2)
+def fuse_rms_product(m: Match, g: Builder) -> ir.Value | None:
+    """`x * (1 / sqrt(mean(x^2) + eps))` -> `RMSNormalization(x, 1)`, the mean over trailing axes.
+
+    Source: RMSNormalization-23.
+    """
+    return _rms(m, g)
+
+
+def _centred(m: Match, g: Builder) -> ir.Value | None:
+    over = _trailing_axes(m, m[mean])
+    if over is None or _trailing_axes(m, m[variance]) != over:
+        return None
+    dims, dtype = m.known_dims(x), m.dtype(x)
+    epsilon = _epsilon(m)
+    if len(over) == len(dims) - 2 > 1:
+        return _instance(m, g, dims[1], epsilon)
+    if not m.emits("LayerNormalization", dtype=dtype):
+        raise Skip(f"the target has no LayerNormalization for {dtype} at opset {m.opset()}", m[x])
+    ones = _ones(g, dtype, [dims[a] for a in over], m[x])
+    return g.op("LayerNormalization", m[x], ones, axis=-len(over), epsilon=epsilon)
+
+
+def _instance(m: Match, g: Builder, channels: Dim, epsilon: float) -> ir.Value:
+    dtype = m.dtype(x)
+    if not m.emits("InstanceNormalization", dtype=dtype):
+        raise Skip(f"the target has no InstanceNormalization for {dtype} that pays", m[x])
+    ones = _ones(g, dtype, [channels], m[x])
+    zeros = _filled(g, 0.0, dtype, [channels], m[x])
+    return g.op("InstanceNormalization", m[x], ones, zeros, epsilon=epsilon)
+
+
+def _rms(m: Match, g: Builder) -> ir.Value | None:
+    maker = m[x].producer()
+    over = _trailing_axes(m, m[power])
+    if over is None or (maker is not None and maker.op_type == "Sub" and _centres(maker)):
+        return None
+    dtype = m.dtype(x)
+    if not m.emits("RMSNormalization", dtype=dtype):
+        raise Skip(f"the target has no RMSNormalization for {dtype} at opset {m.opset()}", m[x])
+    dims, epsilon = m.known_dims(x), _epsilon(m)
+    ones = _ones(g, dtype, [dims[a] for a in over], m[x])
+    return g.op("RMSNormalization", m[x], ones, axis=-len(over), epsilon=epsilon)
+
+
+def _centres(node: ir.Node) -> bool:
+    """Whether a Sub takes a mean away: the tail of a layer normalisation is no RMS normalisation of its own."""
+    taken = node.inputs[1]
+    maker = None if taken is None else taken.producer()
+    return maker is not None and maker.op_type == "ReduceMean"
+
+
+def _epsilon(m: Match) -> float:
+    epsilon = m.scalar(eps)
+    if epsilon < 0 or m.array(eps).ndim > len(m.known_dims(x)):
+        raise Skip("epsilon is negative, or broadens the rank", m[eps])
+    return epsilon
+
+
+def _trailing_axes(m: Match, node: ir.Node) -> tuple[int, ...] | None:
+    """The axes of a reduction, where they are the last ones and stay as 1.
+
+    Source: ReduceMean-1 (attribute), -18 (input).
+    """
+    rank = len(m.known_dims(x))
+    held = given_axes(m, node, 18)
+    if not held or not m.attr(node, "keepdims", 1):
+        return None
+    axes = from_front(held, rank)
+    return axes if axes == tuple(range(rank - len(axes), rank)) else None
+
+
+def _ones(g: Builder, dtype: ir.DataType | None, dims: list[Dim], culprit: ir.Value) -> ir.Value:
+    return _filled(g, 1.0, dtype, dims, culprit)
+
+
+def _filled(
+    g: Builder, number: float, dtype: ir.DataType | None, dims: list[Dim], culprit: ir.Value
+) -> ir.Value:
+    """A constant of `number`s.
+
+    Raises:
+        Skip: its size is not known.
+    """
+    if dtype is None or not all(d.is_static for d in dims):
+        raise Skip("the size of the normalised axes is unknown", culprit)
+    return g.const(np.full([int(d) for d in dims], number, dtype.numpy()), name="scale")
+
+
+scale, shift = Var(const=True), Var(const=True, optional=True)
+factor = Var()
+norm = Op("LayerNormalization|RMSNormalization|InstanceNormalization", x, scale, shift)
+scaled_norm = Op("Mul", norm, factor)
+shifted_norm = Op("Add", norm, factor)
+
+
+@rule(scaled_norm, opset=OPSETS)
+def fold_factor_into_norm(m: Match, g: Builder) -> ir.Value:
+    """`Norm(x, s, b) * f` -> `Norm(x, s*f, b*f)`, f one number per element of s.
+
+    f may be computed where s is all ones and there is no b.
+    Source: LayerNormalization-17, RMSNormalization-23, InstanceNormalization-6.
+    """
+    node = m[norm]
+    if len(node.outputs) > 1:
+        raise Skip("the statistics are used", node)
+    if values.constant(m[factor]) is None:
+        return g.op(node.op_type, m[x], _computed_scale(m, node), m.get(shift), like=node)
+    number = _per_element(m, node, factor)
+    bias = m.get(shift)
+    if bias is not None and np.any(m.array(shift)):
+        bias = g.const(narrow(m.wide(shift) * number, bias.dtype, bias), name="bias")
+    weight = g.const(narrow(m.wide(scale) * number, m.dtype(scale), m[scale]), name="scale")
+    return g.op(node.op_type, m[x], weight, bias, like=node)
+
+
+def _computed_scale(m: Match, node: ir.Node) -> ir.Value:
+    """The factor itself as scale.
+
+    Raises:
+        Skip: something else scales already, or the factor has not exactly the scale's shape.
+    """
+    plain = values.is_filled_with(m[scale], 1.0) and (
+        m.get(shift) is None or not np.any(m.array(shift))
+    )
+    if not plain or m.dims(factor) != m.dims(scale) or node.op_type == "InstanceNormalization":
+        raise Skip("the factor is computed, and not of the scale's shape", m[factor])
+    return m[factor]
+
+
+def _per_element(
+    m: Match, node: ir.Node, constant: Var
+) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    """A constant beside the result of `node`, in the shape of the scale.
+
+    Raises:
+        Skip: it varies along other axes.
+    """
+    data, rank = m.array(constant), len(m.known_dims(x))
+    shape = m.array(scale).shape
+    per_channel = node.op_type == "InstanceNormalization"
+    found = along(data, rank, 1, shape[0]) if per_channel else trailing(data, rank, shape)
+    if found is None:
+        raise Skip("the constant does not vary along the normalised axes alone", m[constant])
+    return found.astype(np.float64)
+
+
+@rule(shifted_norm, opset=OPSETS)
+def fold_addend_into_norm(m: Match, g: Builder) -> ir.Value:
+    """`Norm(x, s, b) + f` -> `Norm(x, s, b + f)`, f one number per element of s.
+
+    RMSNormalization has no bias.  Source: LayerNormalization-17, InstanceNormalization-6.
+    """
+    node = m[norm]
+    if node.op_type == "RMSNormalization" or len(node.outputs) > 1:
+        raise Skip("there is no bias to take the addend", node)
+    if values.constant(m[factor]) is None:
+        if m.get(shift) is not None or m.dims(factor) != m.dims(scale):
+            raise Skip("the addend is computed, and not of the bias's shape", m[factor])
+        return g.op(node.op_type, m[x], m[scale], m[factor], like=node)
+    total = m.wide(shift, 0.0) + _per_element(m, node, factor)
+    bias = g.const(narrow(total, m.dtype(factor), m[factor]), name="bias")
+    return g.op(node.op_type, m[x], m[scale], bias, like=node)
+
+
+raised = Op("Cast", x)
+wide_norm = Op("LayerNormalization|RMSNormalization", raised, scale)
+lowered = Op("Cast", wide_norm)
+
+
+@rule(lowered, opset=OPSETS)
+def fold_casts_into_norm(m: Match, g: Builder) -> ir.Value | None:
+    """`Cast(Norm(Cast(x, float32), 1), T)` -> `Norm(x, 1)`, stash_type float32, x of type T = float16 or bfloat16.
+
+    The operators compute in stash_type and cast the normalised value before they scale it: with a scale of ones that is
+    what the casts say.  Source: LayerNormalization-17, RMSNormalization-23.
+    """
+    node, dtype = m[wide_norm], m.dtype(x)
+    same = dtype == m.dtype(lowered) and dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    if not same or m.dtype(wide_norm) != ir.DataType.FLOAT or dtype is None:
+        return None
+    if len(node.outputs) > 1 or not values.is_filled_with(m[scale], 1.0):
+        raise Skip("the scale is applied before the cast", node)
+    if not m.emits(node.op_type, dtype=dtype):
+        raise Skip(f"the target has no {node.op_type} for {dtype}", node)
+    ones = g.const(np.ones(m.array(scale).shape, dtype.numpy()), name="scale")
+    return g.op(node.op_type, m[x], ones, like=node, stash_type=1)
+
+
+RULES: tuple[Rule, ...] = (
+    fuse_centred_quotient,
+    fuse_centred_product,
+    fuse_rms_quotient,
+    fuse_rms_product,
+    fold_factor_into_norm,
+    fold_addend_into_norm,
+    fold_casts_into_norm,
+)

@@ -1,0 +1,306 @@
+"""Activations: every spelling becomes the operator."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from graphopt_passes import activation
+
+from tests.rewriting import check
+
+MS = '<ir_version: 9, opset_import: ["" : {}, "com.microsoft" : 1]>\n'
+NUMBERS = (
+    "float half = {0.5}, float two = {2.0}, float one = {1.0}, float three = {3.0}, float six = {6.0},"
+    "float zero = {0.0}, float r = {1.4142135}, float ri = {0.70710677}, float k = {0.7978846}, float kc = {0.035677407},"
+    "float c = {0.044715}, float tk = {1.5957691}, float sixth = {0.16666667}, float q = {1.702}"
+)
+G = f"g (float[N,5] x) => (float[N,5] y) <{NUMBERS}> "
+AFTER = "g (float[N,5] x) => (float[N,5] y) "
+
+ERF = ["u = Div(x, r)", "u = Mul(ri, x)"]
+CUBES = ["q3 = Pow(x, three)", "q2 = Mul(x, x) q3 = Mul(q2, x)", "q2 = Pow(x, two) q3 = Mul(x, q2)"]
+TANH = [
+    *(f"{cube} s = Mul(q3, c) t = Add(x, s) u = Mul(k, t)" for cube in CUBES),
+    "q2 = Mul(x, x) s = Mul(c, q2) t = Mul(s, x) p = Add(t, x) u = Mul(p, k)",
+    "q2 = Mul(x, x) s = Mul(c, q2) t = Add(one, s) p = Mul(x, k) u = Mul(p, t)",
+    "s = Mul(x, c) t = Mul(s, x) p = Add(t, one) v = Mul(x, k) u = Mul(v, p)",
+    "q2 = Mul(x, x) q3 = Mul(q2, x) s = Mul(q3, kc) t = Mul(x, k) u = Add(s, t)",
+]
+TAILS = [
+    "g = Add(f, one) h = Mul(x, half) y = Mul(h, g)",
+    "g = Add(one, f) h = Div(x, two) y = Mul(g, h)",
+    "g = Add(f, one) h = Mul(x, g) y = Mul(h, half)",
+    "g = Add(f, one) h = Mul(g, x) y = Div(h, two)",
+    "g = Add(f, one) h = Mul(half, g) y = Mul(x, h)",
+    "g = Add(f, one) h = Div(g, two) y = Mul(h, x)",
+    "g = Mul(f, half) h = Add(g, half) y = Mul(x, h)",
+]
+
+
+@pytest.mark.parametrize(("head", "tail"), list(itertools.product(ERF, TAILS)))
+def test_erf_gelu(head: str, tail: str) -> None:
+    check(
+        activation.RULES,
+        before=f"{G} {{ {head} f = Erf(u) {tail} }}",
+        after=f"{AFTER} {{ y = Gelu(x) }}",
+        opset=20,
+    )
+
+
+@pytest.mark.parametrize(
+    ("head", "tail"), [*((h, TAILS[0]) for h in TANH), *((TANH[0], t) for t in TAILS)]
+)
+def test_tanh_gelu(head: str, tail: str) -> None:
+    check(
+        activation.RULES,
+        before=f"{G} {{ {head} f = Tanh(u) {tail} }}",
+        after=f'{AFTER} {{ y = Gelu<approximate="tanh">(x) }}',
+        opset=20,
+    )
+
+
+def test_gelu_below_its_opset_imports_the_contrib_domain() -> None:
+    for f, op in (("Erf", "Gelu"), ("Tanh", "FastGelu")):
+        head = ERF[0] if f == "Erf" else TANH[0]
+        check(
+            activation.RULES,
+            before=f"{G} {{ {head} f = {f}(u) {TAILS[0]} }}",
+            after=MS.format(17) + AFTER + f"{{ y = com.microsoft.{op}(x) }}",
+            opset=17,
+        )
+
+
+@pytest.mark.parametrize(
+    ("f", "head", "reason"), [("Erf", ERF[0], "no Gelu"), ("Tanh", TANH[0], "no tanh Gelu")]
+)
+def test_gelu_that_the_target_lacks_stays(f: str, head: str, reason: str) -> None:
+    check(
+        activation.RULES,
+        before=f"{G} {{ {head} f = {f}(u) {TAILS[0]} }}",
+        opset=17,
+        target="portable",
+        missed=reason,
+    )
+
+
+def test_gelu_of_float64_stays() -> None:
+    check(
+        activation.RULES,
+        before="g (double[N,5] x) => (double[N,5] y)"
+        "<double half = {0.5}, double one = {1.0}, double r = {1.4142135623730951}>"
+        "{ u = Div(x, r) f = Erf(u) g = Add(f, one) h = Mul(x, half) y = Mul(h, g) }",
+        opset=20,
+        missed="no Gelu for DOUBLE",
+        feeds=[],
+    )
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        f"u = Mul(x, half) f = Erf(u) {TAILS[0]}",
+        f"u = Mul(x, k) f = Tanh(u) {TAILS[0]}",
+        f"u = Div(x, r) f = Erf(u) {TAILS[0].replace('half', 'two')}",
+        "u = Div(x, r) f = Erf(u) g = Add(f, one) h = Mul(x, g) y = Div(h, half)",
+        "z = Relu(x) u = Div(z, r) f = Erf(u) g = Add(f, one) h = Mul(x, half) y = Mul(h, g)",
+    ],
+)
+def test_what_is_no_gelu_stays(body: str) -> None:
+    check(activation.RULES, before=f"{G} {{ {body} }}", opset=20)
+
+
+def test_gelu_whose_input_is_used_elsewhere() -> None:
+    check(
+        activation.RULES,
+        before=G.replace("y)", "y, float[N,5] z)", 1)
+        + f"{{ {ERF[0]} f = Erf(u) {TAILS[0]} z = Add(x, u) }}",
+        after="g (float[N,5] x) => (float[N,5] y, float[N,5] z) <float r>"
+        "{ u = Div(x, r) y = Gelu(x) z = Add(x, u) }",
+        opset=20,
+    )
+
+
+def test_gelu_whose_gate_is_an_output_stays() -> None:
+    check(
+        activation.RULES,
+        before=G.replace("y)", "y, float[N,5] g)", 1) + f"{{ {ERF[0]} f = Erf(u) {TAILS[0]} }}",
+        opset=20,
+        missed="graph output",
+    )
+
+
+@pytest.mark.parametrize(
+    "half", ["float[1,1,1] half = {0.5}", "float[5] half = {0.5,0.5,0.5,0.5,0.5}"]
+)
+def test_constant_that_broadens_stays(half: str) -> None:
+    out = "1,N,1" if half.startswith("float[1,") else "N,5"
+    check(
+        activation.RULES,
+        before=f"g (float[N,1] x) => (float[{out}] y) <{half}, float one = {{1.0}}, float r = {{1.4142135}}>"
+        f"{{ {ERF[0]} f = Erf(u) {TAILS[0]} }}",
+        opset=20,
+        missed="broaden",
+    )
+
+
+@pytest.mark.parametrize(("number", "alpha"), [("", "1.0"), ("q", "1.702")])
+def test_quick_gelu(number: str, alpha: str) -> None:
+    body = f"u = Mul(x, {number}) s = Sigmoid(u)" if number else "s = Sigmoid(x)"
+    check(
+        activation.RULES,
+        before=f"{G} {{ {body} y = Mul(s, x) }}",
+        after=MS.format(18) + AFTER + f"{{ y = com.microsoft.QuickGelu<alpha={alpha}>(x) }}",
+    )
+
+
+def test_quick_gelu_stays_where_the_target_has_none() -> None:
+    check(activation.RULES, before=f"{G} {{ s = Sigmoid(x) y = Mul(s, x) }}", target="tensorrt")
+
+
+def test_tanh_gelu_spelled_with_sigmoid() -> None:
+    check(
+        activation.RULES,
+        before=f"{G} {{ q2 = Mul(x, x) q3 = Mul(q2, x) s = Mul(q3, c) t = Add(x, s) u = Mul(tk, t)"
+        " f = Sigmoid(u) y = Mul(x, f) }",
+        after=f'{AFTER} {{ y = Gelu<approximate="tanh">(x) }}',
+        opset=20,
+    )
+
+
+def test_sigmoid_gate_of_something_else_stays() -> None:
+    check(
+        activation.RULES,
+        before=f"{G} {{ z = Relu(x) s = Sigmoid(z) y = Mul(s, x) }}",
+    )
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "a = Add(x, three) b = Clip(a, zero, six) y = Div(b, six)",
+        "a = Add(three, x) b = Clip(a, zero, six) y = Mul(sixth, b)",
+        "a = Div(x, six) b = Add(a, half) y = Clip(b, zero, one)",
+        "a = Mul(x, sixth) b = Add(half, a) y = Clip(b, zero, one)",
+    ],
+)
+def test_hard_sigmoid(body: str) -> None:
+    check(
+        activation.RULES,
+        before=f"{G} {{ {body} }}",
+        after=f"{AFTER} {{ y = HardSigmoid<alpha=0.16666667, beta=0.5>(x) }}",
+    )
+
+
+def test_hard_sigmoid_with_bounds_as_attributes() -> None:
+    check(
+        activation.RULES,
+        before=f"{G} {{ a = Add(x, three) b = Clip<min=0.0, max=6.0>(a) y = Div(b, six) }}",
+        after=f"{AFTER} {{ y = HardSigmoid<alpha=0.16666667, beta=0.5>(x) }}",
+        opset=9,
+    )
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "a = Add(x, three) b = Clip(a, zero, six) y = Div(b, three)",
+        "a = Add(x, three) b = Clip(a, one, six) y = Div(b, six)",
+        "a = Add(x, three) b = Clip(a, zero) y = Div(b, six)",
+        "y = Clip(x, zero, one)",
+        "a = Sub(x, x) b = Clip(a, zero, six) y = Div(six, b)",
+    ],
+)
+def test_what_is_no_hard_sigmoid_stays(body: str) -> None:
+    check(activation.RULES, before=f"{G} {{ {body} }}")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "a = Add(x, three) b = Clip(a, zero, six) h = Mul(x, b) y = Div(h, six)",
+        "a = Add(x, three) b = Clip(a, zero, six) h = Mul(x, b) y = Mul(h, sixth)",
+        "a = Add(x, three) b = Clip(a, zero, six) h = Div(b, six) y = Mul(h, x)",
+    ],
+)
+def test_hard_swish(body: str) -> None:
+    check(
+        activation.RULES,
+        before=f"{G} {{ {body} }}",
+        after=f"{AFTER} {{ h = HardSigmoid<alpha=0.16666667, beta=0.5>(x) y = Mul(x, h) }}"
+        if "h = Mul" in body
+        else f"{AFTER} {{ h = HardSigmoid<alpha=0.16666667, beta=0.5>(x) y = Mul(h, x) }}",
+    )
+    check(
+        activation.RULES,
+        before=f"{G} {{ {body} }}",
+        after=f"{AFTER} {{ y = HardSwish(x) }}",
+        target="tensorrt",
+    )
+
+
+def test_hard_swish_with_another_divisor_stays() -> None:
+    check(
+        activation.RULES,
+        before=f"{G} {{ a = Add(x, three) b = Clip(a, zero, six) h = Mul(x, b) y = Mul(h, six) }}",
+    )
+    check(
+        activation.RULES,
+        before=f"{G} {{ a = Add(x, three) b = Clip(a, zero, three) h = Mul(x, b) y = Div(h, six) }}",
+    )
+    check(
+        activation.RULES,
+        before=f"{G} {{ h = HardSigmoid(x) y = Mul(h, x) }}",
+        target="tensorrt",
+    )
+
+
+def test_mish() -> None:
+    body = "a = Exp(x) b = Add(a, one) s = Log(b) t = Tanh(s) y = Mul(x, t)"
+    check(
+        activation.RULES,
+        before=f"{G} {{ {body} }}",
+        after=f"{AFTER} {{ y = Mish(x) }}",
+        target="tensorrt",
+    )
+    check(activation.RULES, before=f"{G} {{ {body} }}", missed="no Softplus")
+
+
+@pytest.mark.parametrize("arguments", ["x, a", "a, x"])
+def test_leaky_relu(arguments: str) -> None:
+    check(
+        activation.RULES,
+        before=f"{G} {{ a = Mul(c, x) y = Max({arguments}) }}",
+        after=f"{AFTER} {{ y = LeakyRelu<alpha=0.044715>(x) }}",
+    )
+
+
+@pytest.mark.parametrize("slope", ["two", "zero", "one"])
+def test_max_with_another_slope_stays(slope: str) -> None:
+    check(activation.RULES, before=f"{G} {{ a = Mul({slope}, x) y = Max(x, a) }}")
+
+
+def test_leaky_relu_of_float64_stays() -> None:
+    check(
+        activation.RULES,
+        before="g (double[N,5] x) => (double[N,5] y) <double c = {0.1}> { a = Mul(c, x) y = Max(x, a) }",
+    )
+
+
+@pytest.mark.parametrize(
+    "slope", ["float[5,1] s = {0.25,0.25,0.25,0.25,0.25}", "float[1] s = {0.25}"]
+)
+def test_uniform_prelu(slope: str) -> None:
+    check(
+        activation.RULES,
+        before=f"g (float[N,5,6] x) => (float[N,5,6] y) <{slope}> {{ y = PRelu(x, s) }}",
+        after="g (float[N,5,6] x) => (float[N,5,6] y) { y = LeakyRelu<alpha=0.25>(x) }",
+    )
+
+
+def test_prelu_of_several_slopes_stays() -> None:
+    check(
+        activation.RULES,
+        before="g (float[N,2] x) => (float[N,2] y) <float[2] s = {0.25, 0.5}> { y = PRelu(x, s) }",
+        missed="differ",
+    )
