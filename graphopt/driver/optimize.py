@@ -10,7 +10,7 @@ from pathlib import Path
 
 from graphopt.driver.attempt import Attempt, attempt, write
 from graphopt.driver.blame import find_guilty
-from graphopt.driver.judge import Judge
+from graphopt.driver.judge import EachFailure, Judge
 from graphopt.driver.request import Progress, Request, VerifyMode
 from graphopt.driver.result import Result, check_output, place
 from graphopt.emit import check_model
@@ -41,7 +41,7 @@ class Run:
 
         Raises:
             PassError: a pass failed and the request is strict.
-            VerifyError: the numbers are wrong and nothing can be left out to mend them.
+            VerifyError: the result is wrong and nothing can be left out to mend it.
         """
         for _ in range(MAX_ROLLBACKS):
             try:
@@ -49,48 +49,46 @@ class Run:
             except PassError as fault:
                 self._leave_out_pass(fault)
                 continue
+            except EachFailure as fault:
+                self._leave_out_guilty(fault.count, str(fault), self.judge.is_right)
+                continue
+            if reason := self._invalid(made):
+                self._leave_out_guilty(len(made.rewrites), reason, is_valid)
+                continue
             self.say("verify", None)
             verdict = self.judge.verdict(made)
             if verdict.passed is not False:
                 return made, verdict
-            self._leave_out_guilty(made, verdict)
+            self._leave_out_guilty(len(made.rewrites), verdict.reason, self.judge.is_right)
+        last = "; ".join(f"{r.pass_name}/{r.rule}" for r in self.rolled_back[-3:])
         raise VerifyError(
-            f"still wrong after {MAX_ROLLBACKS} rewrites and passes were left out: "
-            f"{'; '.join(f'{r.pass_name}/{r.rule}' for r in self.rolled_back[-3:])} were the last. Nothing was written"
+            f"still wrong after {MAX_ROLLBACKS} rewrites and passes were left out, the last of them {last}. "
+            "Nothing was written"
         )
 
     def _compile(self, gate: Gate) -> Attempt:
-        """One attempt, written to a working file and valid by the checker."""
+        """One attempt, in a working file if anybody will read it."""
         self.say("optimize", None)
         watch = self.judge.watch if self.request.verify is VerifyMode.EACH else None
         made = attempt(self.request, gate, watch=watch)
-        self._check(made)
+        if self.request.output is None and self.request.verify is VerifyMode.OFF:
+            return made
         return write(made, self.folder, self.judge.file_name, self.request.external)
 
-    def _check(self, made: Attempt) -> None:
-        """Refuses an invalid result; an original that is just as invalid earns a warning.
+    def _probe(self, gate: Gate) -> Attempt:
+        return write(attempt(self.request, gate), self.folder, "probe.onnx", self.request.external)
 
-        Raises:
-            PassError: the result is invalid and the original was not.
-        """
+    def _invalid(self, made: Attempt) -> str:
+        """What `onnx.checker` says against the result, if it had nothing to say against the original."""
         fault = check_model(made.model)
         if fault is None:
-            return
-        if not made.rewrites or check_model(load_model(self.request.source)) is not None:
-            warning = f"onnx.checker refuses the original model, and so the result: {fault[:300]}"
-            if warning not in self.warnings:
-                self.warnings.append(warning)
-            return
-        guilty = self._first_wrong(made, lambda probe: check_model(probe.model) is None)
-        raise PassError(
-            f"pass {guilty} made a model that onnx.checker refuses: {fault[:300]}", pass_name=guilty
-        )
-
-    def _first_wrong(self, made: Attempt, is_right: Callable[[Attempt], bool]) -> str:
-        blame = find_guilty(
-            lambda gate: attempt(self.request, gate), is_right, self.gate, len(made.rewrites)
-        )
-        return made.runs[-1].name if blame.rewrite is None else blame.rewrite.pass_name
+            return ""
+        if made.rewrites and check_model(load_model(self.request.source)) is None:
+            return f"onnx.checker refuses the result: {fault[:300]}"
+        warning = f"onnx.checker refuses the original model, and so the result: {fault[:300]}"
+        if warning not in self.warnings:
+            self.warnings.append(warning)
+        return ""
 
     def _leave_out_pass(self, fault: PassError) -> None:
         if self.request.strict or fault.pass_name in self.gate.passes:
@@ -98,36 +96,30 @@ class Run:
         self.gate = self.gate.without_pass(fault.pass_name)
         self.rolled_back.append(RolledBack(fault.pass_name, "", "", str(fault)))
 
-    def _leave_out_guilty(self, made: Attempt, verdict: VerificationFacts) -> None:
-        """Finds the rewrite that broke the numbers and gates it off.
+    def _leave_out_guilty(
+        self, count: int, reason: str, is_right: Callable[[Attempt], bool]
+    ) -> None:
+        """Finds the rewrite among the first `count` that broke the result, and gates it off.
 
         Raises:
             VerifyError: the request is strict, or no rewrite is at fault.
         """
         if self.request.strict:
-            raise VerifyError(
-                f"the result differs from the original: {verdict.reason}. Nothing was written"
-            )
+            raise VerifyError(f"the result is wrong: {reason}. Nothing was written")
         self.say("bisect", None)
-        blame = find_guilty(
-            self._compile_quietly,
-            self.judge.is_right,
-            self.gate,
-            len(made.rewrites),
-        )
-        if blame.rewrite is None:
+        guilty = find_guilty(self._probe, is_right, self.gate, count).rewrite
+        if guilty is None:
             raise VerifyError(
-                f"the result differs from the original even without any rewrite: {verdict.reason}. Nothing was "
-                "written; this is a bug in reading or writing the model, please report it with the model"
+                f"the result is wrong even without any rewrite: {reason}. Nothing was written; this is a bug in "
+                "reading or writing the model, please report it with the model"
             )
-        guilty = blame.rewrite
         self.gate = self.gate.without(guilty)
-        self.rolled_back.append(
-            RolledBack(guilty.pass_name, guilty.rule, guilty.site, verdict.reason)
-        )
+        self.rolled_back.append(RolledBack(guilty.pass_name, guilty.rule, guilty.site, reason))
 
-    def _compile_quietly(self, gate: Gate) -> Attempt:
-        return write(attempt(self.request, gate), self.folder, "probe.onnx", self.request.external)
+
+def is_valid(made: Attempt) -> bool:
+    """Whether `onnx.checker` has nothing to say against the result."""
+    return check_model(made.model) is None
 
 
 def run(request: Request, say: Progress) -> Result:

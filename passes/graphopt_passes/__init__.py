@@ -1,1 +1,108 @@
-"""The rewrites that ship with graphopt."""
+"""The rewrites that ship with graphopt: what there is, and in which order each target runs it.
+
+`PASSES` and `PIPELINES` are what the entry point group `graphopt.passes` looks for; a package of your own has the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TypeAlias
+
+from graphopt.pipeline import Pass, Repeat, RewritePass, Step
+from graphopt_passes import (
+    activation,
+    algebra,
+    bounds,
+    broadcasts,
+    conv,
+    gemm,
+    norm,
+    padding,
+    powers,
+    reductions,
+    sequences,
+    shapes,
+    slices,
+    softmax,
+    tidy,
+)
+from graphopt_passes.cleanup import LiftConstants, RemoveDeadCode, UpgradeIr
+from graphopt_passes.control_flow import InlineControlFlow
+from graphopt_passes.dedupe import MergeCommonSubexpressions, MergeDuplicateConstants
+from graphopt_passes.fold import FoldConstants
+from graphopt_passes.functions import InlineFunctions
+
+Maker: TypeAlias = type[Pass] | Callable[[], Pass]
+
+TIDY = RewritePass("tidy", (*tidy.RULES, *sequences.RULES))
+SHAPES = RewritePass("simplify-shapes", (*shapes.RULES, *slices.RULES, *broadcasts.RULES))
+ALGEBRA = RewritePass(
+    "simplify-algebra", (*algebra.RULES, *bounds.RULES, *powers.RULES, *reductions.RULES)
+)
+FUSE_CONV = RewritePass("fuse-conv", (*conv.RULES, *padding.RULES))
+FUSE_GEMM = RewritePass("fuse-gemm", gemm.RULES)
+FUSE_ACTIVATION = RewritePass("fuse-activation", (*activation.RULES, *softmax.RULES))
+FUSE_NORM = RewritePass("fuse-norm", norm.RULES)
+
+_FAMILIES = (TIDY, SHAPES, ALGEBRA, FUSE_CONV, FUSE_GEMM, FUSE_ACTIVATION, FUSE_NORM)
+
+PASSES: Mapping[str, Maker] = {
+    **{
+        each.name: each
+        for each in (
+            UpgradeIr,
+            InlineFunctions,
+            LiftConstants,
+            FoldConstants,
+            InlineControlFlow,
+            MergeDuplicateConstants,
+            MergeCommonSubexpressions,
+            RemoveDeadCode,
+        )
+    },
+    **{family.name: partial(RewritePass, family.name, family.rules) for family in _FAMILIES},
+}
+
+PREPARE: tuple[Step, ...] = (
+    UpgradeIr(),  # before anything asks what is constant: old files list their weights as inputs
+    InlineFunctions(),  # everything after sees one graph
+    LiftConstants(),  # one carrier for constants
+)
+
+CLEAN = Repeat(
+    (
+        TIDY,
+        FoldConstants(),  # before control flow: conditions become constant
+        InlineControlFlow(),
+        SHAPES,
+        ALGEBRA,
+        MergeDuplicateConstants(),  # before subexpressions: equal constants make equal nodes
+        MergeCommonSubexpressions(),
+        RemoveDeadCode(),
+    ),
+    name="clean",
+)
+
+FUSE = Repeat(
+    (
+        FUSE_NORM,  # before gemm: a scale folded into weights would hide the affine part of a norm
+        FUSE_ACTIVATION,
+        FUSE_CONV,
+        FUSE_GEMM,
+        FoldConstants(),
+        TIDY,
+        SHAPES,
+        ALGEBRA,
+        MergeDuplicateConstants(),
+        MergeCommonSubexpressions(),
+        RemoveDeadCode(),
+    ),
+    name="fuse",
+)
+
+_FP32 = (*PREPARE, CLEAN, FUSE)
+
+PIPELINES: Mapping[tuple[str, str], tuple[Step, ...]] = {
+    (target, "fp32"): _FP32 for target in ("cpu", "cuda", "tensorrt", "portable")
+}
