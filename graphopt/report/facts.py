@@ -11,6 +11,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from graphopt.ir import values
+from graphopt.ir.mapped import MappedTensor
 from graphopt.ir.scopes import all_graphs
 
 
@@ -87,13 +88,28 @@ def stored_tensors(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtoco
 
 
 def external_files(model: ir.Model, model_path: Path | None) -> dict[str, int]:
-    """Files other than the model's own that hold its tensors: location and bytes used there."""
+    """Files other than the model's own that hold its tensors, relative to its folder, and the bytes used of each.
+
+    Small files, which loading reads whole instead of mapping them, are not known any more.
+    """
     used: Counter[str] = Counter()
-    own = model_path.resolve() if model_path is not None else None
+    folder = model_path.resolve().parent if model_path is not None else None
     for _, tensor in stored_tensors(model):
-        if isinstance(tensor, ir.ExternalTensor) and Path(tensor.path).resolve() != own:
-            used[str(tensor.location)] += tensor.nbytes
+        file = external_file(tensor)
+        if file is None or (model_path is not None and file == model_path.resolve()):
+            continue
+        within = folder is not None and file.is_relative_to(folder)
+        used[str(file.relative_to(folder) if within and folder is not None else file)] += (
+            tensor.nbytes
+        )
     return dict(sorted(used.items()))
+
+
+def external_file(tensor: ir.TensorProtocol) -> Path | None:
+    """The file that a tensor is mapped from; None for one in memory."""
+    if isinstance(tensor, MappedTensor):
+        return tensor.mapping[0].path if tensor.mapping is not None else None
+    return Path(tensor.path) if isinstance(tensor, ir.ExternalTensor) else None
 
 
 def file_sha256(path: Path) -> str:
@@ -103,5 +119,5 @@ def file_sha256(path: Path) -> str:
 
 
 def _size_bytes(model: ir.Model, path: Path) -> int:
-    beside = (path.parent / location for location in external_files(model, path))
+    beside = (path.resolve().parent / file for file in external_files(model, path))
     return path.stat().st_size + sum(file.stat().st_size for file in beside if file.is_file())

@@ -21,6 +21,7 @@ from graphopt.ir.sparse import CooTensor
 from graphopt.report.cost import macs
 from graphopt.report.facts import (
     ModelFacts,
+    external_file,
     external_files,
     model_facts,
     operator_name,
@@ -190,7 +191,7 @@ def inspect_model(
     _bind(model, dims or {})
     operators_found, arithmetic = _arithmetic(model, dims or {})
     tensors = sorted(
-        (_tensor_facts(value, tensor) for value, tensor in stored_tensors(model)),
+        (_tensor_facts(value, tensor, path) for value, tensor in stored_tensors(model)),
         key=lambda tensor: (-tensor.bytes, tensor.name),
     )
     return Inspection(
@@ -302,12 +303,12 @@ def _nodes(scopes: Iterable[Scope]) -> Iterable[ir.Node]:
     return (node for scope in scopes for node in scope.graph)
 
 
-def _tensor_facts(value: ir.Value, tensor: ir.TensorProtocol) -> TensorFacts:
+def _tensor_facts(value: ir.Value, tensor: ir.TensorProtocol, path: Path | None) -> TensorFacts:
     storage = (
         "sparse"
         if isinstance(tensor, CooTensor)
         else "external"
-        if isinstance(tensor, ir.ExternalTensor)
+        if external_file(tensor) not in (None, path)
         else "inline"
     )
     return TensorFacts(
