@@ -6,50 +6,77 @@ sees every emitted file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import TypeAlias
 
 import onnx_ir as ir
 
 from graphopt.ir.operators import describe, subgraphs
 from graphopt.ir.scopes import Scope, all_graphs
 
+Visible: TypeAlias = dict[str | None, ir.Value]
+
 
 def violations(model: ir.Model) -> Iterator[str]:
     """What is wrong with `model`, a sentence each; nothing for a sound one.
 
-    Checked: every name is defined once and not redefined in a subgraph, every use comes after its definition and
-    within its scope, every value knows its producer, initializers hold a tensor, function bodies hold no
-    initializers, graph outputs exist.
+    Checked: a graph defines every name once, no node of a subgraph takes the name of an outer value, every use comes
+    after its definition and within its scope, every value knows its producer, initializers hold a tensor and go by
+    their own name, function bodies hold no initializers, graph outputs exist.
+
+    An input or initializer of a subgraph may hide an outer value of its name: exporters write such models, onnx.checker
+    and ONNX Runtime take them.  The hidden value must not be read inside.
     """
     for scope in all_graphs(model):
         if scope.parent is None:
-            yield from _graph(scope.graph, scope, {})
+            yield from _graph(scope, {})
 
 
-def _graph(graph: ir.Graph, scope: Scope, outer: dict[str, ir.Value]) -> Iterator[str]:
-    visible = dict(outer)
-    if scope.function is not None and not outer and graph.initializers:
-        yield f"{scope.path}: a function body cannot hold initializers: {sorted(graph.initializers)[:3]}"
-    for name, value in graph.initializers.items():
-        if value.const_value is None and not value.is_graph_input():
-            yield f"{scope.path}: initializer {name!r} has no tensor"
-    inputs = dict.fromkeys((*graph.inputs, *graph.initializers.values()))
-    for value in inputs:
-        yield from _define(value, visible, scope)
+def _graph(scope: Scope, visible: Visible) -> Iterator[str]:
+    """Checks one graph; `visible` is as before afterwards, so that no graph pays for the size of those around it."""
+    graph = scope.graph
+    own: Visible = {}
+    hidden: Visible = {}
+    yield from _initializers(scope)
+    for value in dict.fromkeys((*graph.inputs, *graph.initializers.values())):
+        if value.name in visible and value.name not in own:
+            hidden[value.name] = visible.pop(value.name)
+        yield from _define(value, visible, own, scope)
     for node in graph:
-        yield from _node(node, graph, scope, visible)
+        yield from _node(node, scope, visible)
+        for value in node.outputs:
+            yield from _output(value, node, visible, own, scope)
     for value in graph.outputs:
         if value.name not in visible or visible[value.name] is not value:
             yield f"{scope.path}: output {value.name!r} is not defined in reach"
+    for name in own:
+        del visible[name]
+    visible.update(hidden)
 
 
-def _node(
-    node: ir.Node,
-    graph: ir.Graph,
-    scope: Scope,
-    visible: dict[str, ir.Value],
-) -> Iterator[str]:
-    if node.graph is not graph:
+def _initializers(scope: Scope) -> Iterator[str]:
+    held = scope.graph.initializers
+    if scope.function is not None and scope.parent is None and held:
+        yield f"{scope.path}: a function body cannot hold initializers: {sorted(held)[:3]}"
+    for name, value in held.items():
+        if value.name != name:
+            yield f"{scope.path}: initializer {name!r} calls itself {value.name!r}"
+        if value.const_value is None and not value.is_graph_input():
+            yield f"{scope.path}: initializer {name!r} has no tensor"
+    yield from _repeated(scope.graph.inputs, f"{scope.path}: input")
+
+
+def _repeated(values: Iterable[ir.Value], what: str) -> Iterator[str]:
+    seen: set[ir.Value] = set()
+    for value in values:
+        if value in seen:
+            yield f"{what} {value.name!r} is listed twice"
+        seen.add(value)
+
+
+def _node(node: ir.Node, scope: Scope, visible: Visible) -> Iterator[str]:
+    if node.graph is not scope.graph:
         yield f"{scope.path}: {describe(node)} does not know its graph"
     for value in node.inputs:
         if value is not None and (value.name is None or visible.get(value.name) is not value):
@@ -57,20 +84,28 @@ def _node(
                 f"{scope.path}: {describe(node)} reads {value.name!r}, which is not defined before it; "
                 "a pass moved or removed its producer"
             )
-    for inner in subgraphs(node):
-        yield from _graph(inner, scope, visible)
-    for value in node.outputs:
-        if value.producer() is not node:
-            yield f"{scope.path}: output {value.name!r} of {describe(node)} names another producer"
-        if value.name or value.uses() or value.is_graph_output():
-            yield from _define(value, visible, scope)
+    for inner in subgraphs(node) if node.attributes else ():
+        yield from _graph(
+            dataclasses.replace(scope, graph=inner, owner=node, parent=scope), visible
+        )
 
 
-def _define(value: ir.Value, visible: dict[str, ir.Value], scope: Scope) -> Iterator[str]:
+def _output(
+    value: ir.Value, node: ir.Node, visible: Visible, own: Visible, scope: Scope
+) -> Iterator[str]:
+    if value.producer() is not node:
+        yield f"{scope.path}: output {value.name!r} of {describe(node)} names another producer"
+    if value.name or value.uses() or value.is_graph_output():
+        yield from _define(value, visible, own, scope)
+
+
+def _define(value: ir.Value, visible: Visible, own: Visible, scope: Scope) -> Iterator[str]:
     if not value.name:
-        if value.producer() is None or value.uses() or value.is_graph_output():
-            yield f"{scope.path}: a value in use has no name"
+        yield f"{scope.path}: a value in use has no name"
         return
     if value.name in visible:
-        yield f"{scope.path}: {value.name!r} is defined twice"
-    visible[value.name] = value
+        where = "" if value.name in own else ", the first time in a graph around it"
+        yield f"{scope.path}: {value.name!r} is defined twice{where}"
+        if value.name not in own:
+            return
+    visible[value.name] = own[value.name] = value

@@ -97,20 +97,42 @@ def commit(
     All checks were made: nothing in here may fail.
     """
     users = [use.node for old in root.outputs for use in old.uses()]
-    _place_constants(root, tape, site, ctx)
+    _import_domains(tape.nodes, site, ctx)
+    new = _place_constants(root, new, tape, site, ctx)
     _name(rule, root, tape, new, ctx)
     site.graph.insert_before(root, tape.nodes)
     for old, value in zip(root.outputs, new, strict=True):
         if value is not None:
-            _take_over(old, value, fresh=value.producer() in set(tape.nodes))
+            take_over(old, value, fresh=value.producer() in set(tape.nodes))
     left = remove(root, ctx)
     ctx.shapes.update([*tape.nodes, *(user for user in users if user.graph is not None)])
     return [*tape.nodes, *left, *users]
 
 
-def _place_constants(root: ir.Node, tape: Builder, site: Site, ctx: Context) -> None:
-    """Gives the tape's constants a home: initializers, or `Constant` nodes in a function body."""
-    used = {value for node in tape.nodes for value in node.inputs}
+def _import_domains(nodes: Iterable[ir.Node], site: Site, ctx: Context) -> None:
+    """Imports the domains that `nodes` bring in, in the version that the target has.
+
+    A function's body has imports of its own; the model needs them too, once the function is inlined.
+    """
+    new = {node.domain for node in nodes} - site.facts.opsets.keys()
+    if not new:
+        return
+    functions = (function.opset_imports for function in ctx.model.functions.values())
+    ours = (imports for imports in functions if imports is site.facts.opsets)
+    for imports in (ctx.model.opset_imports, *ours):
+        for domain in sorted(new):
+            imports.setdefault(domain, ctx.target.domains.get(domain, 1))
+
+
+def _place_constants(
+    root: ir.Node, new: Sequence[ir.Value | None], tape: Builder, site: Site, ctx: Context
+) -> Sequence[ir.Value | None]:
+    """Gives the tape's constants a home: initializers, or `Constant` nodes in a function body.
+
+    Returns the replacements: a constant among them may have become a node's output.
+    """
+    used = {*new, *(value for node in tape.nodes for value in node.inputs)}
+    placed: dict[ir.Value | None, ir.Value] = {}
     for value in tape.constants:
         if value not in used:
             continue
@@ -124,7 +146,9 @@ def _place_constants(root: ir.Node, tape: Builder, site: Site, ctx: Context) -> 
         node.outputs[0].name = value.name
         node.outputs[0].type, node.outputs[0].shape = value.type, value.shape
         value.replace_all_uses_with(node.outputs[0])
+        placed[value] = node.outputs[0]
         tape.nodes.insert(0, node)
+    return [placed.get(value, value) for value in new]
 
 
 def _name(
@@ -147,7 +171,7 @@ def _name(
         node.metadata_props.setdefault(ORIGIN_KEY, root.name or name_of(root))
 
 
-def _take_over(old: ir.Value, value: ir.Value, *, fresh: bool) -> None:
+def take_over(old: ir.Value, value: ir.Value, *, fresh: bool) -> None:
     """Puts `value` where `old` was; a new value, or a graph output, keeps the old name and declaration."""
     is_output = old.is_graph_output()
     name = old.name
@@ -192,5 +216,6 @@ def _reads(node: ir.Node) -> Iterable[ir.Value]:
     """The inputs of `node` and of every node in its subgraphs."""
     yield from (v for v in node.inputs if v is not None)
     for graph in subgraphs(node):
+        yield from graph.outputs
         for inner in graph:
             yield from _reads(inner)

@@ -69,9 +69,20 @@ class Rewriter:
             facts = Facts(self._ctx.shapes, self._ctx.target, scope.opsets)
             body = scope.function is not None and scope.owner is None
             self._sites[scope.graph] = Site(scope.graph, facts, is_function=body)
-            self._work.push(scope.graph)
+        start, seen = len(self._ctx.rewrites), -1
         changed = False
-        start = len(self._ctx.rewrites)
+        # What a rewrite enables may lie beyond its neighbours: further down a deep pattern, or wherever a shape became
+        # known.  So the graphs are gone through again until a whole turn makes no rewrite.
+        while len(self._ctx.rewrites) != seen:
+            seen = len(self._ctx.rewrites)
+            for scope in all_graphs(model):
+                self._work.push(scope.graph)
+            changed = self._drain(start) or changed
+        return changed
+
+    def _drain(self, start: int) -> bool:
+        """Visits the waiting nodes until none waits; returns whether anything changed."""
+        changed = False
         for node in self._work:
             if is_dead(node):
                 self._work.push(remove(node, self._ctx))

@@ -8,8 +8,8 @@ alternatives and optional inputs backtrack for free.
 from __future__ import annotations
 
 import dataclasses
-import types
 from collections.abc import Iterator, Mapping, Sequence
+from types import EllipsisType
 from typing import TypeAlias
 
 import onnx_ir as ir
@@ -18,7 +18,7 @@ from graphopt.ir import operators, values
 
 Pattern: TypeAlias = "Var | Lit | Op | Either"
 Binding: TypeAlias = Mapping["Var | Lit | Op | Either", ir.Value | ir.Node | None]
-Inputs: TypeAlias = Sequence["Pattern | types.EllipsisType"]
+Inputs: TypeAlias = Sequence["Pattern | EllipsisType"]
 
 
 @dataclasses.dataclass
@@ -103,12 +103,12 @@ class Op:
     def __init__(
         self,
         types: str,
-        *inputs: Pattern | types.EllipsisType,
+        *inputs: Pattern | EllipsisType,
         domain: str = "",
         output: int = 0,
         shared: bool = False,
     ) -> None:
-        fixed = tuple(p for p in inputs if not isinstance(p, _ELLIPSIS))
+        fixed = tuple(p for p in inputs if not isinstance(p, EllipsisType))
         object.__setattr__(self, "types", tuple(types.split("|")))
         object.__setattr__(self, "inputs", fixed)
         object.__setattr__(self, "open", len(fixed) < len(inputs))
@@ -174,9 +174,6 @@ class Either:
             return
         for option in self.options:
             yield from option.match(value, {**env, self: value}, trace)
-
-
-_ELLIPSIS = types.EllipsisType
 
 
 def _orders(node: ir.Node, width: int) -> Iterator[Sequence[ir.Value | None]]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx.backend.test
 import onnx.parser
@@ -49,7 +51,7 @@ def load(text: str) -> ir.Model:
 
 def same(a: ir.Model, b: ir.Model) -> bool:
     one, two = (normalized(to_proto(m)).SerializeToString(deterministic=True) for m in (a, b))
-    return one == two
+    return bool(one == two)
 
 
 def round_trip(model: ir.Model) -> ir.Model:
@@ -126,7 +128,7 @@ def test_a_weight_written_in_place_is_new_and_the_original_stays() -> None:
 )
 @pytest.mark.parametrize("read", [False, True], ids=["untouched", "read"])
 def test_every_dtype_survives(dtype: type, read: bool) -> None:
-    data = np.array([0, 1, 1], dtype)
+    data: npt.NDArray[Any] = np.array([0, 1, 1], dtype)
     model = constant_model(ir.tensor(data))
     graph = to_surgeon(model)
     if read:
@@ -139,7 +141,7 @@ def test_every_dtype_survives(dtype: type, read: bool) -> None:
 def test_a_new_array_of_any_dtype_becomes_a_tensor(dtype: type) -> None:
     model = constant_model(ir.tensor(np.zeros(3, np.float32)))
     graph = to_surgeon(model)
-    data = np.array([1, 2, 3], dtype)
+    data: npt.NDArray[Any] = np.array([1, 2, 3], dtype)
     graph.tensors()["w"].values = data
     tensor = from_surgeon(graph, like=model).graph.initializers["w"].const_value
     assert tensor is not None
