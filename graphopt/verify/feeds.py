@@ -353,15 +353,20 @@ def _integers(request: _Request, stream: Draws) -> Array:
         return _sprinkled(stream.integers(shape, 0, max(request.bound or 1, 1)), request)
     if role.use is Use.LENGTH:
         return stream.integers(shape, 1, max(request.bound or 1, 1) + 1)
+    if role.choices and math.prod(shape) > 1:
+        # Elements of a table compared one by one (padding, bytes): numbers around the constants, and those.
+        low, high = int(min(0, *role.choices)), int(max(role.choices)) + 1
+        return _sprinkled(stream.integers(shape, low, high + 1), request)
     if role.choices:
-        picked = role.choices[request.variation.choice % len(role.choices)]
-        return _sprinkled(np.full(shape, picked), request)
+        return np.full(shape, role.choices[request.variation.choice % len(role.choices)])
     return stream.integers(shape, 1, 4) if math.prod(shape) > 1 else np.full(shape, 2)
 
 
 def _sprinkled(array: Array, request: _Request) -> Array:
     """The array with the constants that the model looks for (padding ids, say) put in at the end of rows."""
-    choices = [c for c in request.role.choices if 0 <= c < (request.bound or math.inf)]
+    choices = [c for c in request.role.choices if c < (request.bound or math.inf)]
+    if request.role.use is Use.INDEX:
+        choices = [c for c in choices if c >= 0]
     if choices and array.ndim and array.shape[-1] > 2:
         array[..., -1] = choices[request.variation.choice % len(choices)]
     return array

@@ -96,6 +96,15 @@ def test_compared_constants_are_tried_with_their_neighbour() -> None:
     assert {int(values["sr"]) for values in feeds(text).values()} == {16000, 16001}
 
 
+def test_elements_compared_one_by_one_lie_around_the_constants() -> None:
+    made = feeds("g (int32[4,64] x) => (bool[4,64] y) <int32 pad = {256}> { y = Equal(x, pad) }")
+    bytes_ = made["normal"]["x"]
+    assert bytes_.min() == 0
+    assert bytes_.max() == 257
+    assert (bytes_[:, -1] == 256).all()
+    assert len(np.unique(bytes_)) > 100
+
+
 def test_padding_ids_are_sprinkled_into_rows() -> None:
     text = """g (int64[2,6] ids, float[9,2] t) => (float y, bool p) <int64 pad = {3}>
               { y = Gather(t, ids) p = Equal(ids, pad) }"""
