@@ -365,9 +365,13 @@ _OPPOSITE = {
 _SMALL = 4096  # elements: a constant answer larger than this is not worth its bytes
 
 
-@exact(where_not)
+@rule(where_not)
 def swap_branches_of_where_not(m: Match, g: Builder) -> ir.Value:
-    """`Where(not c, x, y)` -> `Where(c, y, x)`.  Source: ONNX Where-9."""
+    """`Where(not c, x, y)` -> `Where(c, y, x)`.
+
+    Not called exact: the kernel of ONNX Runtime 1.31 adds up both choices, so that the sign of a zero may depend on
+    the order.  Source: ONNX Where-9.
+    """
     return g.op("Where", m[cond], m[y], m[x])
 
 
