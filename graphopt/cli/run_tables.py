@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -126,11 +127,18 @@ def _remarks(remarks: Sequence[Remark], *, every_remark: bool) -> list[Renderabl
             rule = f"{each.pass_name}/{each.rule}"
             table.add_row(each.kind.value, text(rule), text(each.node), text(each.reason))
         return [text(""), table]
-    groups = Counter((each.pass_name, each.rule, each.reason) for each in said)
+    groups = Counter((each.pass_name, each.rule, without_names(each.reason)) for each in said)
     table = grid("left as it is", "times", "because", right="1")
     for (name, rule, reason), times in groups.most_common(MAX_REASONS):
         table.add_row(text(f"{name}/{rule}"), str(times), text(reason))
     return [text(""), table, *_more(len(groups) - MAX_REASONS)]
+
+
+def without_names(reason: str) -> str:
+    """A reason with the names of values and nodes left out, so that the same reason counts once."""
+    for name in re.findall(r"'([^']*)'", reason):
+        reason = reason.replace(f" ({name})", "")
+    return re.sub(r"'[^']*'", "…", reason)
 
 
 def _more(hidden: int) -> list[Text]:

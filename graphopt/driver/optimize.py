@@ -142,7 +142,12 @@ def run(request: Request, say: Progress) -> Result:
         path = None if request.output is None else place(made, request.output)
     report = RunReport(
         input=made.before,
-        output=model_facts(made.model, path, with_hash=False),
+        output=model_facts(
+            made.model,
+            path,
+            files=[path.with_name(file.name) for file in made.files] if path else None,
+            with_hash=False,
+        ),
         target=request.target.name,
         precision=request.precision.value,
         passes=made.runs,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping
+from itertools import zip_longest
 from typing import Any
 
 import onnx_ir as ir
@@ -301,10 +302,6 @@ def _type_changes(path: str, one: ir.Node, other: ir.Node) -> Iterator[NodeChang
 
 def _input_changes(path: str, one: ir.Node, other: ir.Node, both: _Both) -> Iterator[NodeChange]:
     """Inputs that come from somewhere else, unless what they came from or come from is itself new or gone."""
-    if len(one.inputs) != len(other.inputs):
-        before, after = str(len(one.inputs)), str(len(other.inputs))
-        yield _node_change("input", path, one, "inputs", before, after)
-        return
     for index, (left, right) in enumerate(_aligned(one, other, both)):
         if not both.agree(left, right):
             yield _node_change("input", path, one, f"input {index}", _origin(left), _origin(right))
@@ -314,7 +311,7 @@ def _aligned(
     one: ir.Node, other: ir.Node, both: _Both
 ) -> list[tuple[ir.Value | None, ir.Value | None]]:
     """The inputs of two nodes side by side; exchanged where that is how they correspond and their order is free."""
-    given = list(zip(one.inputs, other.inputs, strict=False))
+    given = list(zip_longest(one.inputs, other.inputs))
     exchanged = list(zip(one.inputs, reversed(other.inputs), strict=False))
     is_free = operators.is_commutative(one) and len(one.inputs) == len(other.inputs)
     if is_free and not _agree_all(given, both) and _agree_all(exchanged, both):

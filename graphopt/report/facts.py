@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -42,14 +42,28 @@ class ModelFacts:
     parameter_bytes: int
 
 
-def model_facts(model: ir.Model, path: Path | None = None, *, with_hash: bool = True) -> ModelFacts:
-    """The facts of `model`; `path` is the file that holds it, if one does."""
+def model_facts(
+    model: ir.Model,
+    path: Path | None = None,
+    *,
+    files: Sequence[Path] | None = None,
+    with_hash: bool = True,
+) -> ModelFacts:
+    """The facts of a model.
+
+    Args:
+        model: the model.
+        path: the file that holds it, if one does.
+        files: that file and those with its external data; found through the tensors if None, which is right for a
+            model that was read from `path`, not for one that was written to it and still maps what it came from.
+        with_hash: whether to read the whole file for its hash.
+    """
     operators = operator_counts(model)
     tensors = [tensor for _, tensor in stored_tensors(model)]
     in_file = path is not None and path.is_file()
     return ModelFacts(
         path=str(path) if path is not None else None,
-        size_bytes=_size_bytes(model, path) if path is not None and in_file else None,
+        size_bytes=_size_bytes(files or _files(model, path)) if path and in_file else None,
         sha256=file_sha256(path) if path is not None and in_file and with_hash else None,
         ir_version=model.ir_version,
         opsets=dict(sorted(model.opset_imports.items())),
@@ -118,6 +132,9 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _size_bytes(model: ir.Model, path: Path) -> int:
-    beside = (path.resolve().parent / file for file in external_files(model, path))
-    return path.stat().st_size + sum(file.stat().st_size for file in beside if file.is_file())
+def _files(model: ir.Model, path: Path) -> list[Path]:
+    return [path, *(path.resolve().parent / file for file in external_files(model, path))]
+
+
+def _size_bytes(files: Iterable[Path]) -> int:
+    return sum(file.stat().st_size for file in files if file.is_file())

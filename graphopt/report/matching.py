@@ -1,7 +1,7 @@
 """Which node of one graph is which node of another: by structure, never by name.
 
 Keys of decreasing strictness are tried in turn: everything before a node and everything after it are the same; the one;
-the other; the same weights; then outwards from pairs already made; then neighbourhoods of operators alone.
+the other; the same weights; weights of the same shape; then outwards from pairs already made; then neighbourhoods.
 Keys are numbers given to structures (hash consing), so that equal keys mean equal structures.
 """
 
@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import hashlib
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Set
 
 import onnx_ir as ir
 
@@ -64,12 +64,14 @@ def match(a: Side, b: Side) -> dict[ir.Node, ir.Node]:
     matcher.pair(exact_a.before, exact_b.before)
     matcher.pair(exact_a.after, exact_b.after)
     matcher.pair(_anchors(a, keys), _anchors(b, keys), only_equal_counts=True)
+    matcher.pair(_shaped_alike(a), _shaped_alike(b), only_equal_counts=True)
     matcher.spread()
     loose_a, loose_b = keys.of(a, loose=True), keys.of(b, loose=True)
     matcher.pair(_joined(loose_a), _joined(loose_b), only_equal_counts=True)
     matcher.spread()
     matcher.pair(_neighbourhoods(a, keys), _neighbourhoods(b, keys), only_equal_counts=True)
     matcher.spread()
+    matcher.spread(greedy=True)
     return {node: matcher.pairs[node] for node in a.nodes if node in matcher.pairs}
 
 
@@ -169,9 +171,8 @@ class _Matcher:
     def __init__(self, a: Side, b: Side) -> None:
         self.a, self.b = a, b
         self.pairs: dict[ir.Node, ir.Node] = {}
-        self.taken: set[ir.Node] = set()
-        self.nodes_b = set(b.nodes)
-        self.nodes_a = set(a.nodes)
+        self.free_a = set(a.nodes)
+        self.free_b = set(b.nodes)
 
     def pair(
         self,
@@ -183,11 +184,11 @@ class _Matcher:
         """Pairs free nodes with equal keys, in order; groups of unequal size only if the key is strict."""
         groups: defaultdict[Hashable, list[ir.Node]] = defaultdict(list)
         for node in self.b.nodes:
-            if node in keys_b and node not in self.taken:
+            if node in keys_b and node in self.free_b:
                 groups[keys_b[node]].append(node)
         wanted: defaultdict[Hashable, list[ir.Node]] = defaultdict(list)
         for node in self.a.nodes:
-            if node in keys_a and node not in self.pairs:
+            if node in keys_a and node in self.free_a:
                 wanted[keys_a[node]].append(node)
         for key, nodes in wanted.items():
             others = groups.get(key, [])
@@ -196,47 +197,59 @@ class _Matcher:
             for one, other in zip(nodes, others, strict=False):
                 self._join(one, other)
 
-    def spread(self) -> None:
-        """Pairs the neighbours of pairs, where operator and position agree, until none are left."""
+    def spread(self, *, greedy: bool = False) -> None:
+        """Pairs the neighbours of pairs, where operator and position agree, until none are left.
+
+        Of several consumers that look the same, `greedy` pairs as many as there are, in order; else all or none.
+        """
         queue = list(self.pairs.items())
         while queue:
             a, b = queue.pop()
-            found = [*self._producers(a, b), *self._consumers(a, b)]
+            found = [*self._producers(a, b), *self._consumers(a, b, greedy)]
             for one, other in found:
-                if one not in self.pairs and other not in self.taken:
+                if one in self.free_a and other in self.free_b:
                     self._join(one, other)
                     queue.append((one, other))
 
     def _producers(self, a: ir.Node, b: ir.Node) -> Iterable[tuple[ir.Node, ir.Node]]:
-        for left, right in zip(a.inputs, b.inputs, strict=False):
-            one = left.producer() if left is not None else None
-            other = right.producer() if right is not None else None
+        lefts = [None if value is None else value.producer() for value in a.inputs]
+        rights = [None if value is None else value.producer() for value in b.inputs]
+        aligned = list(zip(lefts, rights, strict=False))
+        if operators.is_commutative(a) and len(lefts) == len(rights) == 2:
+            aligned += zip(lefts, reversed(rights), strict=True)
+        for one, other in aligned:
             if one is not None and other is not None and self._may_pair(one, other):
                 yield one, other
 
-    def _consumers(self, a: ir.Node, b: ir.Node) -> Iterable[tuple[ir.Node, ir.Node]]:
+    def _consumers(self, a: ir.Node, b: ir.Node, greedy: bool) -> Iterable[tuple[ir.Node, ir.Node]]:
         for left, right in zip(a.outputs, b.outputs, strict=False):
-            waiting: defaultdict[Hashable, list[ir.Node]] = defaultdict(list)
-            for user, index in right.uses():
-                if user in self.nodes_b and user not in self.taken:
-                    waiting[user.op_identifier(), index].append(user)
-            for user, index in left.uses():
-                others = waiting.get((user.op_identifier(), index))
-                if others and user in self.nodes_a and user not in self.pairs:
-                    yield user, others.pop(0)
+            ours = _by_use(left, self.free_a)
+            theirs = _by_use(right, self.free_b)
+            for key, users in ours.items():
+                others = theirs.get(key, [])
+                if greedy or len(users) == len(others):
+                    yield from zip(users, others, strict=False)
 
     def _may_pair(self, one: ir.Node, other: ir.Node) -> bool:
-        return (
-            one in self.nodes_a
-            and other in self.nodes_b
-            and one not in self.pairs
-            and other not in self.taken
-            and one.op_identifier() == other.op_identifier()
-        )
+        free = one in self.free_a and other in self.free_b
+        return free and one.op_identifier() == other.op_identifier()
 
     def _join(self, one: ir.Node, other: ir.Node) -> None:
         self.pairs[one] = other
-        self.taken.add(other)
+        self.free_a.remove(one)
+        self.free_b.remove(other)
+
+
+def _by_use(value: ir.Value, among: Set[ir.Node]) -> dict[Hashable, list[ir.Node]]:
+    """The nodes of `among` that take a value, by operator and input."""
+    found: defaultdict[Hashable, list[ir.Node]] = defaultdict(list)
+    for user, index in value.uses():
+        if user in among:
+            position = 0 if operators.is_commutative(user) else index
+            users = found[user.op_identifier(), position]
+            if user not in users:
+                users.append(user)
+    return found
 
 
 def content_key(tensor: ir.TensorProtocol) -> Hashable:
@@ -302,13 +315,27 @@ def _joined(keys: NodeKeys) -> dict[ir.Node, Hashable]:
 
 def _anchors(side: Side, keys: Keys) -> dict[ir.Node, Hashable]:
     """Nodes known by their weights."""
-    found: dict[ir.Node, Hashable] = {}
+    return {
+        node: (node.op_identifier(), tuple(keys.content(tensor) for tensor in large))
+        for node, large in _weighted(side)
+    }
+
+
+def _shaped_alike(side: Side) -> dict[ir.Node, Hashable]:
+    """Nodes by their attributes and the shape of their first weight: folding changes its elements and adds biases."""
+    return {
+        node: (_signature(node, side.opsets, loose=False), tuple(large[0].shape.numpy()))
+        for node, large in _weighted(side)
+    }
+
+
+def _weighted(side: Side) -> Iterator[tuple[ir.Node, list[ir.TensorProtocol]]]:
+    """Nodes that take constants of some size, and those."""
     for node in side.nodes:
         tensors = [stored(value) for value in node.inputs]
-        large = [keys.content(t) for t in tensors if t is not None and t.size >= _ANCHOR_ELEMENTS]
+        large = [t for t in tensors if t is not None and t.size >= _ANCHOR_ELEMENTS]
         if large:
-            found[node] = (node.op_identifier(), tuple(large))
-    return found
+            yield node, large
 
 
 def _neighbourhoods(side: Side, keys: Keys) -> dict[ir.Node, Hashable]:

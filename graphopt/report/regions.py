@@ -8,6 +8,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping
 
 import onnx_ir as ir
 
+from graphopt.ir import operators
 from graphopt.report.matching import Side
 
 
@@ -59,7 +60,7 @@ def _places(
             if user in inside:
                 yield user
             elif user in numbers:
-                yield "input", numbers[user], index
+                yield "input", numbers[user], 0 if operators.is_commutative(user) else index
         yield from (("output", index) for index in outputs.get(value, ()))
 
 
