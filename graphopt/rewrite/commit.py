@@ -198,7 +198,7 @@ def remove(node: ir.Node, ctx: Context) -> list[ir.Node]:
     feeding = [p for v in _reads(node) if (p := v.producer()) is not None and p is not node]
     for inner in subgraphs(node):
         _dissolve(inner)
-    ctx.shapes.forget(node)
+    ctx.forget(node)
     graph.remove(node, safe=True)
     return [p for p in dict.fromkeys(feeding) if p.graph is not None]
 

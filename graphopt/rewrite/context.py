@@ -126,8 +126,6 @@ class Context:
         target: what the result is for.
         options: what the user set.
         gate: which rewrites are permitted.
-        shapes: shape facts, kept current by whoever changes the graph.
-        names: hands out fresh names.
         remarks: what passes had to say, in order.
         rewrites: what was changed, in order.
         pass_name: the pass that is running.
@@ -137,19 +135,41 @@ class Context:
     target: Target
     options: Options = dataclasses.field(default_factory=Options)
     gate: Gate = dataclasses.field(default_factory=Gate)
-    shapes: Shapes = dataclasses.field(init=False)
-    names: Names = dataclasses.field(init=False)
     remarks: list[Remark] = dataclasses.field(default_factory=list)
     rewrites: list[Rewrite] = dataclasses.field(default_factory=list)
     pass_name: str = ""
 
-    def __post_init__(self) -> None:
-        self.refresh()
+    _said: set[Remark] = dataclasses.field(default_factory=set, init=False, repr=False)
+    _shapes: Shapes | None = dataclasses.field(default=None, init=False, repr=False)
+    _names: Names | None = dataclasses.field(default=None, init=False, repr=False)
+
+    @property
+    def shapes(self) -> Shapes:
+        """Shape facts of the whole model, inferred when first asked for; whoever changes the graph keeps them current."""
+        if self._shapes is None:
+            self._shapes = Shapes(self.model)
+        return self._shapes
+
+    @property
+    def names(self) -> Names:
+        """Hands out names that the model does not use."""
+        if self._names is None:
+            self._names = Names.of(self.model)
+        return self._names
 
     def refresh(self) -> None:
-        """Takes stock of the model anew, after a change that was not made through the engine."""
-        self.shapes = Shapes(self.model)
-        self.names = Names.of(self.model)
+        """Drops shapes and names, to be taken anew when next asked for.
+
+        For changes that were not made through the engine, and for passes that touch so many nodes that one inference
+        afterwards costs less than an update for each.
+        """
+        self._shapes = None
+        self._names = None
+
+    def forget(self, node: ir.Node) -> None:
+        """Drops the shape facts of a node that is about to go."""
+        if self._shapes is not None:
+            self._shapes.forget(node)
 
     def permit(
         self, rule: str, site: ir.Node | ir.Value | str, numerics: Numerics = Numerics.EXACT
@@ -169,8 +189,6 @@ class Context:
         if remark not in self._said:
             self._said.add(remark)
             self.remarks.append(remark)
-
-    _said: set[Remark] = dataclasses.field(default_factory=set, init=False, repr=False)
 
     def missed(self, rule: str, node: ir.Node | ir.Value | str, reason: str) -> None:
         """Records that `rule` recognised its pattern at `node` and declined."""

@@ -46,7 +46,8 @@ class UpgradeIr:
         model.ir_version = 4
         if not model.opset_imports:  # IR 1 and 2 knew no imports: the first opset was implied
             model.opset_imports[""] = 1
-        ctx.shapes.update(dict.fromkeys(use.node for value in freed for use in value.uses()))
+        if freed:
+            ctx.refresh()
         return True
 
 
@@ -74,6 +75,8 @@ class LiftConstants:
                 continue
             for node in tuple(scope.graph):
                 changed = _lift(node, scope.graph, ctx) or changed
+        if changed:
+            ctx.refresh()  # one inference over the whole model costs less than an update for each constant
         return changed
 
 
@@ -95,12 +98,10 @@ def _lift(node: ir.Node, graph: ir.Graph, ctx: Context) -> bool:
         metadata_props=old.metadata_props,
     )
     new.meta.update(old.meta)
-    users = dict.fromkeys(use.node for use in old.uses())
     old.replace_all_uses_with(new)
     old.name = None
     remove(node, ctx)
     graph.register_initializer(new)
-    ctx.shapes.update(users)
     return True
 
 
