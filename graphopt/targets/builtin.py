@@ -38,9 +38,9 @@ _RELAXED = (
     FusedOp("Softplus", _TABLE, dtypes=_STATISTICS),
 )
 
-# Measured on one thread with ONNX Runtime 1.31.1 and left out on purpose: Softplus (0.2x of Log(Exp(x) + 1): its kernel is
-# scalar), Softmax and LogSoftmax over another axis than the last (0.1x-0.2x of their parts), HardSwish and Mish (expanded
-# into their parts: 1.0x), SkipLayerNormalization (0.2x of Add and LayerNormalization), ReduceL2 (0.6x), GroupNormalization.
+# Measured on one thread with ONNX Runtime 1.31.1 and left out on purpose: Softplus (0.2x of Log(Exp(x) + 1): its kernel
+# is scalar), Softmax and LogSoftmax over another axis than the last (0.1x-0.2x of their parts), HardSwish and Mish
+# (expanded into their parts: 1.0x), SkipLayerNormalization (0.2x of Add and LayerNormalization), GroupNormalization.
 CPU = Target(
     name="cpu",
     summary="ONNX Runtime on the CPU",

@@ -97,13 +97,13 @@ def _emit_tanh_gelu(m: Match, g: Builder) -> ir.Value:
 
 @rule(gelu_1, opset=OPSETS, benefit=2)
 def fuse_gelu_of_half_input(m: Match, g: Builder) -> ir.Value | None:
-    """`(x/2) * (1 + f(u))` -> `Gelu(x)`, f = erf or tanh, u the polynomial in x that belongs to it.  Source: Gelu-20."""
+    """`(x/2) * (1 + f(u))` -> `Gelu(x)`, f = erf or tanh of its polynomial in x.  Source: Gelu-20."""
     return _gelu(m, g, gelu_1)
 
 
 @rule(gelu_2, opset=OPSETS, benefit=2)
 def fuse_gelu_of_half_result(m: Match, g: Builder) -> ir.Value | None:
-    """`(x * (1 + f(u))) / 2` -> `Gelu(x)`, f = erf or tanh, u the polynomial in x that belongs to it.  Source: Gelu-20."""
+    """`(x * (1 + f(u))) / 2` -> `Gelu(x)`, f = erf or tanh of its polynomial in x.  Source: Gelu-20."""
     operator = m[gelu_2]
     number = values.fill(operator.inputs[1]) or values.fill(operator.inputs[0])
     if number != (0.5 if operator.op_type == "Mul" else 2.0):
@@ -113,13 +113,13 @@ def fuse_gelu_of_half_result(m: Match, g: Builder) -> ir.Value | None:
 
 @rule(gelu_3, opset=OPSETS, benefit=2)
 def fuse_gelu_of_half_gate(m: Match, g: Builder) -> ir.Value | None:
-    """`x * ((1 + f(u)) / 2)` -> `Gelu(x)`, f = erf or tanh, u the polynomial in x that belongs to it.  Source: Gelu-20."""
+    """`x * ((1 + f(u)) / 2)` -> `Gelu(x)`, f = erf or tanh of its polynomial in x.  Source: Gelu-20."""
     return _gelu(m, g, gelu_3)
 
 
 @rule(gelu_4, opset=OPSETS, benefit=2)
 def fuse_gelu_of_shifted_gate(m: Match, g: Builder) -> ir.Value | None:
-    """`x * (1/2 + f(u) / 2)` -> `Gelu(x)`, f = erf or tanh, u the polynomial in x that belongs to it.  Source: Gelu-20."""
+    """`x * (1/2 + f(u) / 2)` -> `Gelu(x)`, f = erf or tanh of its polynomial in x.  Source: Gelu-20."""
     return _gelu(m, g, gelu_4)
 
 
@@ -154,7 +154,7 @@ hard_gate = Op("Mul|Div", clip, Var(const=True))
 
 @rule(hard_gate, opset=OPSETS)
 def fuse_scaled_clip_into_hard_sigmoid(m: Match, g: Builder) -> ir.Value | None:
-    """`s * Clip(a v + b, 0, 1/s)` -> `HardSigmoid(v, alpha=s a, beta=s b)`, s > 0.  Source: HardSigmoid-6, Clip-6, -11."""
+    """`s * Clip(a v + b, 0, 1/s)` -> `HardSigmoid(v, alpha=s a, beta=s b)`, s > 0.  Source: HardSigmoid-6."""
     operator = m[hard_gate]
     constant = operator.inputs[1] if operator.inputs[0] is m.out(clip) else operator.inputs[0]
     number = values.fill(constant) if constant is not None else None
@@ -165,7 +165,7 @@ def fuse_scaled_clip_into_hard_sigmoid(m: Match, g: Builder) -> ir.Value | None:
 
 @rule(clip, opset=OPSETS)
 def fuse_clip_into_hard_sigmoid(m: Match, g: Builder) -> ir.Value | None:
-    """`Clip(a v + b, 0, 1)` -> `HardSigmoid(v, alpha=a, beta=b)`, where there is something to save: a v + b is not v."""
+    """`Clip(a v + b, 0, 1)` -> `HardSigmoid(v, alpha=a, beta=b)`, where a v + b is not v itself."""
     return _hard_sigmoid(m, g, clip, 1.0)
 
 

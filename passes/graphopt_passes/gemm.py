@@ -17,11 +17,12 @@ import onnx_ir as ir
 from graphopt.ir.build import Builder
 from graphopt.ir.shapes import Dim
 from graphopt.rewrite import Either, Match, Op, Rule, Skip, Var, rule
-from graphopt_passes.constants import Wide, along, narrow, on_axis, refuse_tied
+from graphopt_passes.constants import Wide, along, is_tied, narrow, on_axis, refuse_tied
 
 OPSETS = (7, 10_000)
 """Opsets of multidirectional broadcasting, in Gemm as in Add."""
 
+MS = "com.microsoft"
 FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 a, b = Var(), Var()
@@ -180,7 +181,7 @@ scaled_gemm = Op("Mul|Div", gemm, k)
 
 @rule(scaled_gemm, opset=OPSETS)
 def fold_scale_into_gemm(m: Match, g: Builder) -> ir.Value:
-    """`Gemm(a, b, c) * s` -> `Gemm(a, b, c, alpha*s, beta*s)` for a number s, `Gemm(a, b*s, c*s)` for one per column [N]."""
+    """`Gemm(a, b, c) * s` -> `Gemm(a, b, c, alpha*s, beta*s)` or, for one s per column, `Gemm(a, b*s, c*s)`."""
     node, operator = m[gemm], m[scaled_gemm]
     _demand_floats(m, gemm)
     columns = m.known_dims(gemm)[1]
@@ -287,6 +288,24 @@ def fold_batchnorm_into_gemm(m: Match, g: Builder) -> ir.Value | None:
     )
 
 
+tied_product = Op("MatMul", a, Op("Transpose", w, shared=True))
+
+
+@rule(tied_product)
+def fuse_transposed_weight(m: Match, g: Builder) -> ir.Value | None:
+    """`MatMul(a, W^T)` -> `FusedMatMul(a, W, transB=1)` for a constant W with other uses: no transposed copy of it.
+
+    Source: com.microsoft FusedMatMul-1 of ONNX Runtime, which folds the Transpose of any constant when it loads a model.
+    """
+    swap, rank = _maker(m[tied_product], 1), len(m.known_dims(w))
+    swaps = (*range(rank - 2), rank - 1, rank - 2)
+    if not is_tied(m[w]) or tuple(m.attr(swap, "perm", ()) or range(rank)[::-1]) != swaps:
+        return None
+    if not m.emits("FusedMatMul", MS, m.dtype(w)):
+        raise Skip(f"the target multiplies no transposed {m.dtype(w)}", m[w])
+    return g.op("FusedMatMul", m[a], m[w], domain=MS, transB=1)
+
+
 w2 = Var()
 first = Op("MatMul", x, w)
 chain = Op("MatMul", first, w2)
@@ -391,6 +410,7 @@ RULES: tuple[Rule, ...] = (
     fold_scale_into_matmul,
     fold_input_scale_into_matmul,
     fold_batchnorm_into_gemm,
+    fuse_transposed_weight,
     merge_constant_products,
     squeeze_weight,
     drop_reshapes_around_product,

@@ -52,7 +52,7 @@ quotient, product = _normalized(x, lifted_power)
 
 @rule(centred_quotient, opset=OPSETS, benefit=3)
 def fuse_centred_quotient(m: Match, g: Builder) -> ir.Value | None:
-    """`d / sqrt(mean(d^2) + eps)` -> `LayerNormalization(x, 1)` or `InstanceNormalization(x, 1, 0)`, d = x - mean(x).
+    """`d / sqrt(mean(d^2) + eps)` -> `LayerNormalization(x, 1)`, d = x - mean(x).
 
     The means are over the same trailing axes; over all of H, W, … of [N, C, H, W, …] it is an instance normalisation.
     Source: LayerNormalization-17, InstanceNormalization-6.
@@ -62,7 +62,7 @@ def fuse_centred_quotient(m: Match, g: Builder) -> ir.Value | None:
 
 @rule(centred_product, opset=OPSETS, benefit=3)
 def fuse_centred_product(m: Match, g: Builder) -> ir.Value | None:
-    """`d * (1 / sqrt(mean(d^2) + eps))` -> `LayerNormalization(x, 1)` or `InstanceNormalization(x, 1, 0)`, d = x - mean(x).
+    """`d * (1 / sqrt(mean(d^2) + eps))` -> `LayerNormalization(x, 1)`, d = x - mean(x).
 
     Source: LayerNormalization-17, InstanceNormalization-6.
     """
@@ -167,7 +167,7 @@ def _filled(
     return g.const(np.full([int(d) for d in dims], number, dtype.numpy()), name="scale")
 
 
-scale, shift = Var(const=True), Var(const=True, optional=True)
+scale, shift = Var(), Var(optional=True)
 factor = Var()
 norm = Op("LayerNormalization|RMSNormalization|InstanceNormalization", x, scale, shift)
 scaled_norm = Op("Mul", norm, factor)
@@ -188,7 +188,7 @@ def fold_factor_into_norm(m: Match, g: Builder) -> ir.Value:
         return g.op(node.op_type, m[x], _computed_scale(m, node), m.get(shift), like=node)
     number = _per_element(m, node, factor)
     bias = m.get(shift)
-    if bias is not None and np.any(m.array(shift)):
+    if bias is not None and not values.is_filled_with(bias, 0.0):
         bias = g.const(narrow(m.wide(shift) * number, bias.dtype, bias), name="bias")
     weight = g.const(narrow(m.wide(scale) * number, m.dtype(scale), m[scale]), name="scale")
     return g.op(node.op_type, m[x], weight, bias, like=node)
@@ -200,10 +200,13 @@ def _computed_scale(m: Match, node: ir.Node) -> ir.Value:
     Raises:
         Skip: something else scales already, or the factor has not exactly the scale's shape.
     """
-    plain = values.is_filled_with(m[scale], 1.0) and (
-        m.get(shift) is None or not np.any(m.array(shift))
-    )
-    if not plain or m.dims(factor) != m.dims(scale) or node.op_type == "InstanceNormalization":
+    plain = values.is_filled_with(m[scale], 1.0)
+    if (
+        m.get(shift) is not None
+        or not plain
+        or m.dims(factor) != m.dims(scale)
+        or node.op_type == "InstanceNormalization"
+    ):
         raise Skip("the factor is computed, and not of the scale's shape", m[factor])
     return m[factor]
 
@@ -217,7 +220,10 @@ def _per_element(
         Skip: it varies along other axes.
     """
     data, rank = m.array(constant), len(m.known_dims(x))
-    shape = m.array(scale).shape
+    dims = m.known_dims(scale)
+    if not all(d.is_static for d in dims):
+        raise Skip("the size of the scale is unknown", m[scale])
+    shape = tuple(int(d) for d in dims)
     per_channel = node.op_type == "InstanceNormalization"
     found = along(data, rank, 1, shape[0]) if per_channel else trailing(data, rank, shape)
     if found is None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -118,9 +117,9 @@ def _outside(node: ir.Node) -> float | None:
 def fold_pad_into_pool(m: Match, g: Builder) -> ir.Value:
     """`AveragePool(Pad(x, p, 0))` -> `AveragePool(x, pads += p, count_include_pad=1)`; MaxPool where the padding loses.
 
-    The padding loses where it is -infinity or the lowest number, or zero around what is never negative; windows that hold
-    nothing but -infinity may come out as the lowest number.  Every window must see something of x, and the last one must
-    not be a partial one (ceil_mode), whose count of padded elements runtimes disagree about.
+    The padding loses where it is -infinity or the lowest number, or zero around what is never negative; a window that
+    holds nothing but -infinity may come out as the lowest number.  Every window must see something of x, and none be
+    a partial one (ceil_mode), whose count of padded elements runtimes disagree about.
 
     Source: AveragePool-7..22, MaxPool-1..22.
     """
@@ -156,8 +155,7 @@ def _refuse_winning_padding(m: Match, value: float) -> None:
 def _lowest(dtype: ir.DataType | None) -> float:
     if dtype is None:
         return -np.inf
-    limits = np.iinfo(dtype.numpy()) if dtype.is_integer() else ml_dtypes.finfo(dtype.numpy())
-    return float(limits.min)
+    return float(dtype.min)
 
 
 automatic = Op("Conv|ConvInteger|AveragePool|MaxPool", x, ...)

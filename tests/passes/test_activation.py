@@ -12,7 +12,8 @@ from tests.rewriting import check
 MS = '<ir_version: 9, opset_import: ["" : {}, "com.microsoft" : 1]>\n'
 NUMBERS = (
     "float half = {0.5}, float two = {2.0}, float one = {1.0}, float three = {3.0}, float six = {6.0},"
-    "float zero = {0.0}, float r = {1.4142135}, float ri = {0.70710677}, float k = {0.7978846}, float kc = {0.035677407},"
+    "float zero = {0.0}, float r = {1.4142135}, float ri = {0.70710677}, float k = {0.7978846},"
+    "float kc = {0.035677407},"
     "float c = {0.044715}, float tk = {1.5957691}, float sixth = {0.16666667}, float q = {1.702}"
 )
 G = f"g (float[N,5] x) => (float[N,5] y) <{NUMBERS}> "
