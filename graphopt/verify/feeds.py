@@ -355,7 +355,7 @@ def _integers(request: _Request, stream: Draws) -> Array:
         return stream.integers(shape, 1, max(request.bound or 1, 1) + 1)
     if role.choices and math.prod(shape) > 1:
         # Elements of a table compared one by one (padding, bytes): numbers around the constants, and those.
-        low, high = int(min(0, *role.choices)), int(max(role.choices)) + 1
+        low, high = int(min(0, *role.choices)), int(max(role.choices))
         return _sprinkled(stream.integers(shape, low, high + 1), request)
     if role.choices:
         return np.full(shape, role.choices[request.variation.choice % len(role.choices)])

@@ -152,6 +152,8 @@ _TABLE_SINKS: dict[tuple[str, int], tuple[Use, int, int | str]] = {
     ("SoftmaxCrossEntropyLoss", 1): (Use.INDEX, 0, 1),
 }
 
+_MAX_READ = 1 << 16  # elements of a constant that are read to see what is compared with it
+
 _COMPARISONS = frozenset({"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"})
 _MASK_NAME = re.compile(r"(?:^|[^a-z])\w*mask", re.IGNORECASE)
 _LENGTH_NAME = re.compile(r"len(?:gth|s|$|_)", re.IGNORECASE)
@@ -328,12 +330,34 @@ def _bound(dim: int | ir.SymbolicDim) -> Bound | None:
 
 
 def _compared(trail: _Trail, node: ir.Node, index: int) -> Iterator[float]:
-    number = values.scalar(node.inputs[1 - index]) if len(node.inputs) == 2 else None
-    if number is None or trail.scale == 0:
+    """Numbers of the input at which a comparison with constants turns, and neighbours on the other side."""
+    others = _constants_behind(node.inputs[1 - index]) if len(node.inputs) == 2 else ()
+    if trail.scale == 0:
         return
-    at = (float(number) - trail.offset) / trail.scale
-    # A neighbour takes the other branch of whatever the comparison decides.
-    yield from (at, at + 1) if node.op_type == "Equal" else (at - 1, at, at + 1)
+    ats = [(other - trail.offset) / trail.scale for other in others]
+    yield from ats
+    if len(ats) == 1:
+        # A neighbour takes the other branch of whatever the comparison decides.
+        yield from (ats[0] + 1,) if node.op_type == "Equal" else (ats[0] - 1, ats[0] + 1)
+
+
+def _constants_behind(value: ir.Value | None) -> tuple[float, ...]:
+    """The one constant that a value holds, or the least and the greatest of several."""
+    for _ in range(16):
+        tensor = values.constant(value)
+        if tensor is not None:
+            number = values.tensor_scalar(tensor)
+            if number is not None:
+                return (float(number),)
+            if not tensor.dtype.is_integer() or not 0 < tensor.size <= _MAX_READ:
+                return ()
+            array = tensor.numpy()
+            return tuple(dict.fromkeys((float(array.min()), float(array.max()))))
+        producer = value.producer() if value is not None else None
+        if producer is None or producer.op_type not in _CARRIERS or not producer.inputs:
+            return ()
+        value = producer.inputs[0]
+    return ()
 
 
 def _known_words(node: ir.Node) -> Iterator[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+import onnx.numpy_helper
 import onnx.parser
 import onnx_ir as ir
 import pytest
@@ -113,6 +115,20 @@ def test_constants_that_a_model_compares_with_are_choices() -> None:
     found = roles(text)
     assert found["sr"] == Role(Use.CHOICE, choices=(16000, 16001))
     assert found["f"].use is Use.NUMBER
+
+
+def test_a_one_hot_written_out_gives_the_range() -> None:
+    text = """g (int32[n] x, int64[1] one) => (bool[n,257] y) <int32[257] iota, int64[2] shape = {1, 257}>
+              { a = Unsqueeze(x, one) b = Reshape(iota, shape) c = Expand(b, shape) y = Equal(a, c) }"""
+    proto = onnx.parser.parse_model(HEAD + text)
+    proto.graph.initializer.append(
+        onnx.numpy_helper.from_array(np.arange(257, dtype=np.int32), "iota")
+    )
+    assert input_roles(ir.from_proto(proto))["x"] == Role(Use.CHOICE, choices=(0, 256))
+    proto.graph.initializer[-1].CopyFrom(
+        onnx.numpy_helper.from_array(np.zeros(0, np.int32), "iota")
+    )
+    assert input_roles(ir.from_proto(proto))["x"] == Role()
 
 
 def test_a_trip_count_tries_none_one_and_several() -> None:
