@@ -180,6 +180,35 @@ def clip_instead_of_max_of_min(m: Match, g: Builder) -> ir.Value | None:
     return _emit(m, g, Bounds(low, high), _dtype(m))
 
 
+min_relu = Op("Min", _relu, c1)
+relu_min = Op("Relu", _min)
+
+
+def _relu_below(m: Match, g: Builder, narrowed: Op) -> ir.Value | None:
+    high = values.fill(m[c1])
+    if high is None or high < 0 or not keeps_dims(m, x, c1, narrowed):
+        return None
+    return _emit(m, g, Bounds(0.0, high), _dtype(m))
+
+
+@rule(min_relu)
+def clip_instead_of_min_of_relu(m: Match, g: Builder) -> ir.Value | None:
+    """`Min(Relu(x), b)` -> `Clip(x, 0, b)` for b >= 0.  May differ in the sign of a zero result only.
+
+    Source: ONNX Relu-6, Min-8, Clip-6.
+    """
+    return _relu_below(m, g, min_relu)
+
+
+@rule(relu_min)
+def clip_instead_of_relu_of_min(m: Match, g: Builder) -> ir.Value | None:
+    """`Relu(Min(x, b))` -> `Clip(x, 0, b)` for b >= 0.  May differ in the sign of a zero result only.
+
+    Source: ONNX Relu-6, Min-8, Clip-6.
+    """
+    return _relu_below(m, g, _min)
+
+
 @exact(same_extremes)
 def join_extremes(m: Match, g: Builder) -> ir.Value | None:
     """`Max(Max(x, a), b)` -> `Max(x, max(a, b))`, one number each; likewise Min.  Source: ONNX Max-8, Min-8."""
@@ -211,6 +240,8 @@ RULES = (
     join_clip_into_relu,
     clip_instead_of_min_of_max,
     clip_instead_of_max_of_min,
+    clip_instead_of_min_of_relu,
+    clip_instead_of_relu_of_min,
     join_extremes,
     relu_instead_of_max_with_zero,
 )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from graphopt_passes.algebra import RULES
 
 from graphopt.numerics import Numerics
-from graphopt_passes.algebra import RULES
 from tests.rewriting import check
 
 PLAIN = "g (float[N,4] x) => (float[N,4] y) { y = Neg(x) }"
