@@ -100,22 +100,31 @@ def size_bytes(tensor: ir.TensorProtocol) -> int:
 
 
 def _constant_of_node(node: ir.Node) -> ir.TensorProtocol | None:
-    """The tensor of a `Constant` node in any spelling (value, value_int, value_floats, …)."""
-    for attribute in node.attributes.values():
-        if attribute.is_ref():
-            return None
-        if attribute.name in ("value", "sparse_value"):
-            held = attribute.value
-            return held if isinstance(held, ir.TensorProtocol) else None
-        if attribute.name in ("value_float", "value_floats"):
-            return ir.Tensor(np.asarray(attribute.value, dtype=np.float32))
-        if attribute.name in ("value_int", "value_ints"):
-            return ir.Tensor(np.asarray(attribute.value, dtype=np.int64))
-        if attribute.name == "value_string":
-            return ir.StringTensor([attribute.as_string().encode()], shape=ir.Shape([]))
-        if attribute.name == "value_strings":
-            texts = [text.encode() for text in attribute.as_strings()]
-            return ir.StringTensor(texts, shape=ir.Shape([len(texts)]))
+    """The tensor of a `Constant` node."""
+    for name, attribute in node.attributes.items():
+        return None if attribute.is_ref() else constant_of_attribute(name, attribute)
+    return None
+
+
+def constant_of_attribute(name: str, attribute: ir.Attr) -> ir.TensorProtocol | None:
+    """The tensor that an attribute of a `Constant` node gives it, or None for another attribute.
+
+    Args:
+        name: how the node calls the attribute: value, value_int, value_floats, …
+        attribute: what it holds.
+    """
+    if name in ("value", "sparse_value"):
+        # The type says it: asking a runtime-checkable protocol takes a third of a millisecond.
+        return attribute.value if attribute.type == ir.AttributeType.TENSOR else None
+    if name in ("value_float", "value_floats"):
+        return ir.Tensor(np.asarray(attribute.value, dtype=np.float32))
+    if name in ("value_int", "value_ints"):
+        return ir.Tensor(np.asarray(attribute.value, dtype=np.int64))
+    if name == "value_string":
+        return ir.StringTensor([attribute.as_string().encode()], shape=ir.Shape([]))
+    if name == "value_strings":
+        texts = [text.encode() for text in attribute.as_strings()]
+        return ir.StringTensor(texts, shape=ir.Shape([len(texts)]))
     return None
 
 

@@ -83,11 +83,21 @@ def _multi_head_attention(q: Query) -> Sequence[Facts]:
     if query is None:
         return [facts.tensor(dtype, q.unknown_dims(3))]
     if len(query) == 5:  # packed: batch, length, heads, 3, head size
-        return [facts.tensor(dtype, (*query[:2], query[2] * query[4]))]
-    if value is not None and len(value) == 4:  # batch, heads, length, head size
-        return [facts.tensor(dtype, (*query[:2], value[1] * value[3]))]
-    hidden = value[2] if value is not None and len(value) == 3 else q.fresh(0, 2)
-    return [facts.tensor(dtype, (*query[:2], hidden))]
+        hidden = query[2] * query[4]
+    elif value is not None and len(value) == 4:  # batch, heads, length, head size
+        hidden = value[1] * value[3]
+    else:
+        hidden = value[2] if value is not None and len(value) == 3 else q.fresh(0, 2)
+    output = facts.tensor(dtype, (*query[:2], hidden))
+    return [output, *_presents(q, query[0], Dim.of(q.attr("num_heads", 0)))]
+
+
+def _presents(q: Query, batch: Dim, heads: Dim) -> Sequence[Facts]:
+    """Keys and values with those of the past: batch, heads, total length, head size."""
+    return [
+        facts.tensor(q.dtype(0), (batch, heads, q.fresh(i, 2), q.fresh(i, 3)))
+        for i in range(1, min(len(q.node.outputs), 3))
+    ]
 
 
 def _group_query_attention(q: Query) -> Sequence[Facts]:
@@ -95,12 +105,13 @@ def _group_query_attention(q: Query) -> Sequence[Facts]:
     dtype = q.dtype(0)
     if query is None or len(query) != 3:
         return [facts.tensor(dtype, q.unknown_dims(3))]
-    if q.has(1) and key is not None:
-        return [facts.tensor(dtype, query)]
     heads, groups = q.attr("num_heads", 0), q.attr("kv_num_heads", 0)
-    if not q.has(1) and heads:  # packed: query, key and value side by side
-        return [facts.tensor(dtype, (*query[:2], query[2] // (heads + 2 * groups) * heads))]
-    return [facts.tensor(dtype, (*query[:2], q.fresh(0, 2)))]
+    presents = _presents(q, query[0], Dim.of(groups))
+    if q.has(1) and key is not None:
+        return [facts.tensor(dtype, query), *presents]
+    packed = not q.has(1) and heads > 0  # query, key and value side by side
+    hidden = query[2] // (heads + 2 * groups) * heads if packed else q.fresh(0, 2)
+    return [facts.tensor(dtype, (*query[:2], hidden)), *presents]
 
 
 def _matmul_nbits(q: Query) -> Sequence[Facts]:

@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import onnx_ir as ir
 
 from graphopt.ir import kernels, operators, values
@@ -43,6 +42,7 @@ STANDARD: Rules = {
     **contrib.UNLISTED,
 }
 
+_COUNTED = FOLLOWED & facts.INTEGRAL
 _MAX_SYMBOLS = 8  # unknown elements of a tensor that get a symbol each: more is no shape
 _MAX_CALLS = 64  # nesting of function calls; a deeper one calls itself
 
@@ -122,16 +122,16 @@ class Engine:
 
     def completed(self, frame: Frame, value: ir.Value, given: Facts) -> Facts:
         """The facts with a symbol for each element of a small integer tensor that is not known."""
-        if given.data is not None or given.dtype not in FOLLOWED or given.dims is None:
+        if given.data is not None or given.dims is None or len(given.dims) > 1:
             return given
-        if not given.is_tensor or given.dtype.is_floating_point():
+        if given.dtype not in _COUNTED or not given.is_tensor:
             return given
         shape = tuple(dim.value for dim in given.dims)
         sizes = [size for size in shape if size is not None]
-        if len(sizes) < len(shape) or len(shape) > 1 or int(np.prod(sizes)) > _MAX_SYMBOLS:
+        count = sizes[0] if sizes else 1
+        if len(sizes) < len(shape) or count > _MAX_SYMBOLS:
             return given
         kind = Kind.FLAG if given.dtype == ir.DataType.BOOL else Kind.ELEMENT
-        count = int(np.prod(sizes))
         held = [self.symbol(frame, value, index, kind) for index in range(count)]
         data = facts.SymbolicData.of(held, given.dtype)
         data = facts.SymbolicData(data.array.reshape(sizes), given.dtype)
@@ -190,9 +190,9 @@ class Engine:
         """The facts of a Constant node."""
         tensor = values.constant(node.outputs[0])
         if tensor is None:  # its value is a parameter of the function
-            held = kernels.Operation(node, 0, frame.bindings).held("value")
-            bound = None if held is None else held.value
-            tensor = bound if isinstance(bound, ir.TensorProtocol) else None
+            for name in node.attributes:
+                bound = kernels.Operation(node, 0, frame.bindings).held(name)
+                tensor = None if bound is None else values.constant_of_attribute(name, bound)
         return UNKNOWN if tensor is None else facts.of_tensor(tensor)
 
     def _with_elements(self, frame: Frame, query: Query, outputs: list[Facts]) -> list[Facts]:
@@ -228,8 +228,8 @@ class Engine:
 
     def _by_rule(self, frame: Frame, query: Query) -> Sequence[Facts] | None:
         """The facts by the rule of the operator, else by onnx, else None."""
-        held = operators.has_subgraph(query.node)
         rule = _rule(query.node)
+        held = rule is None and operators.has_subgraph(query.node)
         try:
             if held:
                 return control.infer(query, _Bodies(self, frame, query.node))
@@ -285,7 +285,7 @@ class _Bodies:
     def run(self, graph: ir.Graph, inputs: Sequence[Facts], *, repeated: bool) -> Sequence[Facts]:
         self.engine.enter(self.node, graph, repeated=repeated)
         for value, given in zip(graph.inputs, inputs, strict=False):
-            typed = given if given.type is not None else dataclasses.replace(given, type=value.type)
+            typed = given if given.type is not None else given._replace(type=value.type)
             self.frame.facts[value] = self.engine.completed(self.frame, value, typed)
         self.engine.run_graph(self.frame, graph)
         return [self.engine.lookup(self.frame, value) for value in graph.outputs]
@@ -296,7 +296,7 @@ class _Bodies:
     def joined(self, value: ir.Value, a: Facts, b: Facts) -> Facts:
         kind = a.type if a.type is not None and a.type == b.type else (a.type or b.type)
         if a.type is not None and b.type is not None and a.type != b.type:
-            return UNKNOWN
+            return Facts(value.type)  # an optional that the loop fills: what it declares holds
         data = a.data if a.data == b.data else None
         if a.dims is None or b.dims is None or len(a.dims) != len(b.dims):
             return Facts(kind)

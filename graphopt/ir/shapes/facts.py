@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -55,7 +55,7 @@ class SymbolicData:
     @staticmethod
     def of_array(array: Array, dtype: ir.DataType) -> SymbolicData:
         """The data of an array of numbers, or of an object array of elements (integers allowed)."""
-        integral = dtype.is_integer() or dtype == ir.DataType.BOOL
+        integral = dtype in INTEGRAL
         flat = array.reshape(-1).tolist()
         held = [
             e if isinstance(e, Dim | Ratio) else Dim.of(int(e)) if integral else float(e)
@@ -110,8 +110,7 @@ class SymbolicData:
         return f"SymbolicData({self.array.tolist()}, {self.dtype.name})"
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Facts:
+class Facts(NamedTuple):
     """What is known of one value; None where it is not.
 
     Attributes:
@@ -176,6 +175,9 @@ def object_array(elements: list[Any], shape: tuple[int, ...]) -> Array:
     array[:] = elements
     return array.reshape(shape)
 
+
+INTEGRAL = frozenset({dtype for dtype in ir.DataType if dtype.is_integer()} | {ir.DataType.BOOL})
+"""The element types whose elements are dims."""
 
 FOLLOWED = frozenset(
     {

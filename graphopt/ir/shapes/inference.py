@@ -84,6 +84,26 @@ class Shapes:
         if changed_functions:
             self._define_functions()
 
+    def preview(self, nodes: Iterable[ir.Node], graph: ir.Graph) -> None:
+        """Infers nodes that no graph holds yet, in order, as if they stood in `graph`.
+
+        A rewrite is judged by what it would put into the model before it is made; `update` follows
+        when it is, `forget` when it is not.
+        """
+        frame = self._frame(graph)
+        for node in nodes:
+            for value, given in zip(node.outputs, self._engine.infer(frame, node), strict=True):
+                frame.facts[value] = given
+                self._write(value, given)
+
+    def _frame(self, graph: ir.Graph) -> Frame:
+        """The facts that hold in a graph: those of its function's body, or of the main graph."""
+        root: ir.Graph | None = graph
+        while root is not None and root in self._engine.owners:
+            root = self._engine.owners[root].graph
+        bodies = (frame for function, frame in self._bodies.items() if function.graph is root)
+        return next(bodies, self._main)
+
     def _propagate(self, seeds: Iterable[ir.Node]) -> None:
         """Recomputes nodes in order of their level, and what depends on a result that changed."""
         queue: list[tuple[int, int, ir.Node]] = []
@@ -130,9 +150,8 @@ class Shapes:
         unsorted = [node for node in graph if self._infer(node)]
         if unsorted:
             self.update(scopes.topological(graph))
-        for scope in scopes.nested(scopes.Scope(graph, self._model.opset_imports)):
-            if scope.graph is not graph:
-                self._write_graph(self._main, scope.graph)
+        for body in tuple(self._engine.owners):
+            self._write_graph(self._main, body)
         self._define_functions()
 
     def _infer(self, node: ir.Node) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from graphopt.ir.shapes import facts
-from graphopt.ir.shapes.dim import Dim, DimLike, ceildiv, minimum
+from graphopt.ir.shapes.dim import Dim, DimLike, ceildiv, minimum, truncdiv
 from graphopt.ir.shapes.elementwise import broadcast_dims
 from graphopt.ir.shapes.facts import Dims, Facts
 from graphopt.ir.shapes.query import Query, Rules
@@ -83,7 +83,10 @@ def windows(q: Query, spatial: Dims, kernel: Sequence[DimLike], *, ceil: bool = 
             continue
         around = pads[i] + pads[i + count] if auto == "NOTSET" else 0
         free = size + around - reach
-        positions = (ceildiv(free, strides[i]) if ceil else free // strides[i]) + 1
+        if free.upper is not None and free.upper < 0:  # runtimes truncate: one position, or none
+            positions = truncdiv(free, strides[i]) + 1
+        else:
+            positions = (ceildiv(free, strides[i]) if ceil else free // strides[i]) + 1
         if ceil:
             positions = _without_window_in_padding(positions, size, strides[i], pads[i], around)
         result.append(positions)

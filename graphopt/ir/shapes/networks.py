@@ -32,7 +32,9 @@ def _layer_normalization(q: Query) -> Sequence[Facts]:
         rank = len(given.dims)
         axis = q.axis("axis", -1, rank)
         reduced = (*given.dims[:axis], *(Dim.of(1),) * (rank - axis))
-    return [q.same(0), facts.tensor(dtype, reduced), facts.tensor(dtype, reduced)]
+    # Before opset 17 the operator is ONNX Runtime's own, whose result has the type of the scale.
+    result = q.same(0, q.dtype(1) if q.version < 17 else None)
+    return [result, facts.tensor(dtype, reduced), facts.tensor(dtype, reduced)]
 
 
 def _recurrent(q: Query) -> Sequence[Facts]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import onnx_ir as ir
 
@@ -16,8 +15,7 @@ from graphopt.ir.shapes.facts import UNKNOWN, Array, Dims, Facts, SymbolicData
 T = TypeVar("T")
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Query:
+class Query(NamedTuple):
     """A node with the facts of its inputs.
 
     Attributes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
@@ -17,24 +17,27 @@ from graphopt.ir.shapes.query import Query, Rules, axes_given, normalised
 _INT64 = ir.DataType.INT64
 
 
-def reshaped(dims: Dims | None, wanted: Dims, fresh: Dims, *, allow_zero: bool = False) -> Dims:
+def reshaped(
+    dims: Dims | None, wanted: Dims, fresh: Callable[[int], Dim], *, allow_zero: bool = False
+) -> Dims:
     """The dimensions after a Reshape to `wanted`, whose elements may be 0 (copy) or -1 (infer).
 
     An element computed from dimensions is taken for a size (not 0 or -1 in a run that succeeds,
-    except where 0 is the size of the input as well); any other unknown element gives the dim in
-    `fresh`.
+    except where 0 is the size of the input as well); any other unknown element gives
+    what `fresh` says of its axis.
     """
-    result = list(fresh)
+    result = list(wanted)
     inferred = None
     for axis, size in enumerate(wanted):
         if size.value == -1:
             inferred = axis
         elif size.value == 0 and not allow_zero:
-            result[axis] = dims[axis] if dims is not None and axis < len(dims) else fresh[axis]
-        elif is_size(size):
-            result[axis] = size
-    if inferred is not None and dims is not None:
-        result[inferred] = _quotient(dims, [d for i, d in enumerate(result) if i != inferred])
+            result[axis] = dims[axis] if dims is not None and axis < len(dims) else fresh(axis)
+        elif not is_size(size):
+            result[axis] = fresh(axis)
+    if inferred is not None:
+        others = [dim for axis, dim in enumerate(result) if axis != inferred]
+        result[inferred] = fresh(inferred) if dims is None else _quotient(dims, others)
     return tuple(result)
 
 
@@ -67,8 +70,8 @@ def _reshape(q: Query) -> Sequence[Facts]:
         rank = _length(q, 1)
         return [facts.tensor(given.dtype, None if rank is None else q.unknown_dims(rank))]
     allow_zero = bool(q.attr("allowzero", 0))
-    fresh = q.unknown_dims(len(wanted))
-    return [facts.tensor(given.dtype, reshaped(given.dims, wanted, fresh, allow_zero=allow_zero))]
+    dims = reshaped(given.dims, wanted, lambda axis: q.fresh(0, axis), allow_zero=allow_zero)
+    return [facts.tensor(given.dtype, dims)]
 
 
 def _length(q: Query, index: int) -> int | None:
@@ -159,7 +162,7 @@ def _size(q: Query) -> Sequence[Facts]:
 
 def _constant_of_shape(q: Query) -> Sequence[Facts]:
     held = q.operation.held("value")
-    dtype = ir.DataType.FLOAT if held is None else held.as_tensor().dtype
+    dtype = ir.DataType.FLOAT if held is None else held.value.dtype
     wanted = q.elements(0)
     if wanted is None:
         rank = _length(q, 0)
