@@ -31,6 +31,7 @@ class Attempt:
         remarks: what passes had to say.
         numerics: what the changes may have done to the numbers.
         before: the model as it was read.
+        warnings: what the target has to say about the model.
         files: the working files that hold the result, once written; the model first.
     """
 
@@ -40,6 +41,7 @@ class Attempt:
     remarks: tuple[Remark, ...]
     numerics: Numerics
     before: ModelFacts
+    warnings: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
 
 
@@ -62,8 +64,10 @@ def attempt(request: Request, gate: Gate, *, watch: Watch | None = None) -> Atte
             watch(run, current, ctx)
 
     runs = run_pipeline(model, request.steps, ctx, observer=observe)
-    finalize(model, request.target)
-    return Attempt(model, runs, tuple(ctx.rewrites), tuple(ctx.remarks), ctx.numerics, before)
+    warnings = finalize(model, request.target)
+    return Attempt(
+        model, runs, tuple(ctx.rewrites), tuple(ctx.remarks), ctx.numerics, before, warnings
+    )
 
 
 def write(made: Attempt, folder: Path, name: str, external: str = "auto") -> Attempt:

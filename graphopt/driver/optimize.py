@@ -158,7 +158,7 @@ def run(request: Request, say: Progress) -> Result:
         recipe=request.recipe,
         seed=request.options.seed,
         seconds=time.process_time() - started,
-        warnings=(*running.warnings, *_warnings(made.remarks)),
+        warnings=(*running.warnings, *made.warnings, *_warnings(made.remarks)),
     )
     return Result(made.model, report, path)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import onnx.defs
 import onnx_ir as ir
 
 from graphopt.errors import TargetError
@@ -20,25 +21,21 @@ _INITIALIZERS_APART = 4
 _FUNCTIONS = 8
 
 
-def finalize(model: ir.Model, target: Target) -> None:
-    """Clamps the opset imports and the IR version of `model` to the limits of `target`, in place.
+def finalize(model: ir.Model, target: Target) -> tuple[str, ...]:
+    """Clamps the opset imports and the IR version of `model` to the limits of `target`, in place; returns warnings.
 
-    An opset is moved only if every operator in use means the same at both versions.  The IR version is the smallest
-    that the model's features need, or the model's own where that is within the limits.
+    An opset is moved only if every operator in use means the same at both versions.  The IR version is the model's own
+    where that is within the limits and new enough for what the model holds.
 
     Raises:
         TargetError: an operator in use is newer than the target takes.
     """
     _drop_unused_imports(model)
-    lowest, highest = target.opset
-    for imports in (model.opset_imports, *(f.opset_imports for f in model.functions.values())):
-        version = imports.get("")
-        if version is None or lowest <= version <= highest:
-            continue
-        moved = min(max(version, lowest), highest)
-        _require_same_operators(model, version, moved, target)
-        imports[""] = moved
-        _forget_versions(model)
+    warnings = [
+        warning
+        for imports in (model.opset_imports, *(f.opset_imports for f in model.functions.values()))
+        if (warning := _clamp_opset(model, imports, target))
+    ]
     lowest, highest = target.ir_version
     needed = max(_needed_ir_version(model), lowest)
     if needed > highest:
@@ -47,6 +44,35 @@ def finalize(model: ir.Model, target: Target) -> None:
             "its element types are too new for this runtime; cast them before export"
         )
     model.ir_version = min(max(model.ir_version, needed), highest)
+    return tuple(warnings)
+
+
+def _clamp_opset(model: ir.Model, imports: dict[str, int], target: Target) -> str:
+    """Moves the import of ai.onnx into the target's range; a warning where it must stay below."""
+    version = imports.get("")
+    lowest, highest = target.opset
+    if version is None or lowest <= version <= highest:
+        return ""
+    moved = min(max(version, lowest), highest)
+    changed = sorted(_changed_operators(model, version, moved))
+    if changed and version > highest:
+        raise TargetError(
+            f"the model imports ai.onnx opset {version}, target {target.name} takes {lowest} to {highest}, and these "
+            f"operators differ between the two: {', '.join(changed)}. Export at opset {moved} or older"
+        )
+    if changed:
+        return (
+            f"the model imports ai.onnx opset {version}, target {target.name} vouches for {lowest} to {highest}: "
+            f"{', '.join(changed[:8])} may behave differently there; export at opset {lowest} or newer"
+        )
+    imports[""] = moved
+    for scope in all_graphs(model):
+        for node in scope.graph:
+            if not node.domain:
+                node.version = (
+                    None  # a node may carry the version of its domain: only the imports count now
+                )
+    return ""
 
 
 def _drop_unused_imports(model: ir.Model) -> None:
@@ -59,33 +85,49 @@ def _drop_unused_imports(model: ir.Model) -> None:
             del imports[domain]
 
 
-def _forget_versions(model: ir.Model) -> None:
-    """A node may carry the version of its domain; after a move only the imports count."""
-    for scope in all_graphs(model):
-        for node in scope.graph:
-            if not node.domain:
-                node.version = None
+def _changed_operators(model: ir.Model, version: int, moved: int) -> set[str]:
+    """Operators in use that do not mean the same at both opsets."""
+    return {
+        node.op_type
+        for scope in all_graphs(model)
+        for node in scope.graph
+        if not node.domain and not _means_the_same(node, version, moved)
+    }
 
 
-def _require_same_operators(model: ir.Model, version: int, moved: int, target: Target) -> None:
-    """Refuses a move between opsets at which an operator in use differs.
-
-    Raises:
-        TargetError: naming the operators.
-    """
-    found = {node.op_type for scope in all_graphs(model) for node in scope.graph if not node.domain}
-    changed = sorted(op for op in found if _since(op, version) != _since(op, moved))
-    if changed:
-        raise TargetError(
-            f"the model imports ai.onnx opset {version}, target {target.name} takes {target.opset[0]} to "
-            f"{target.opset[1]}, and these operators differ between the two: {', '.join(changed)}. "
-            f"Export at opset {moved}, or convert with onnx.version_converter first"
-        )
+def _means_the_same(node: ir.Node, version: int, moved: int) -> bool:
+    """Whether two opsets share the schema, or differ in nothing but element types that `node` does not use."""
+    before = operators.find_schema(node.op_type, version, "")
+    after = operators.find_schema(node.op_type, moved, "")
+    if before is None or after is None:
+        return before is after
+    if before.since_version == after.since_version:
+        return True
+    return _signature(before) == _signature(after) and _admits(after, node)
 
 
-def _since(op_type: str, version: int) -> int | None:
-    schema = operators.find_schema(op_type, version, "")
-    return None if schema is None else int(schema.since_version)
+def _signature(schema: onnx.defs.OpSchema) -> tuple[object, ...]:
+    """Everything a schema says but the element types: its documentation is where a change of meaning shows."""
+    formals = [(f.name, f.option, f.type_str) for f in (*schema.inputs, *schema.outputs)]
+    attributes = sorted((n, a.required, str(a.default_value)) for n, a in schema.attributes.items())
+    return (schema.doc, formals, attributes)
+
+
+def _admits(schema: onnx.defs.OpSchema, node: ir.Node) -> bool:
+    """Whether the schema takes the element types of `node`'s inputs and outputs; unknown ones do not count."""
+    allowed = {c.type_param_str: set(c.allowed_type_strs) for c in schema.type_constraints}
+    pairs = [
+        *zip(schema.inputs, node.inputs, strict=False),
+        *zip(schema.outputs, node.outputs, strict=False),
+    ]
+    for formal, value in pairs:
+        if value is None or value.dtype is None or not isinstance(value.type, ir.TensorType):
+            continue
+        if f"tensor({value.dtype.name.lower()})" not in allowed.get(
+            formal.type_str, {formal.type_str}
+        ):
+            return False
+    return True
 
 
 def _needed_ir_version(model: ir.Model) -> int:

@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 import graphopt
-from graphopt.errors import DataError, ModelError
+from graphopt.errors import DataError, ModelError, TargetError
 from graphopt.ir.model_file import load_model, model_to_bytes
 from graphopt.numerics import Numerics
 from graphopt.runtime.session import Session
@@ -36,9 +36,13 @@ def outputs(model: bytes, feeds: Mapping[str, Any]) -> dict[str, Any] | str:
 
 
 def sweep(case: Case) -> None:
-    result = graphopt.optimize(case.model, verify="off", strict=True)
-    assert not result.report.rolled_back
-    before, after = case.model.SerializeToString(), model_to_bytes(result.model)
+    before = case.model.SerializeToString()
+    try:
+        result = graphopt.optimize(case.model, verify="off", strict=True)
+    except TargetError:  # an opset that the runtime does not know either
+        assert all(isinstance(outputs(before, feeds), str) for feeds in case.feeds)
+        return
+    after = model_to_bytes(result.model)
     again = graphopt.optimize(case.model, verify="off", strict=True)
     assert model_to_bytes(again.model) == after, "not deterministic"
     numerics = max((r.numerics for r in result.report.rewrites), default=Numerics.EXACT)
