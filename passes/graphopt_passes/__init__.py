@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import TypeAlias
 
 from graphopt.pipeline import Pass, Repeat, RewritePass, Step
@@ -33,7 +32,7 @@ from graphopt_passes.dedupe import MergeCommonSubexpressions, MergeDuplicateCons
 from graphopt_passes.fold import FoldConstants
 from graphopt_passes.functions import InlineFunctions
 
-Maker: TypeAlias = type[Pass] | Callable[[], Pass]
+Maker: TypeAlias = Pass | type[Pass] | Callable[[], Pass]
 
 TIDY = RewritePass("tidy", (*tidy.RULES, *sequences.RULES))
 SHAPES = RewritePass("simplify-shapes", (*shapes.RULES, *slices.RULES, *broadcasts.RULES))
@@ -61,7 +60,7 @@ PASSES: Mapping[str, Maker] = {
             RemoveDeadCode,
         )
     },
-    **{family.name: partial(RewritePass, family.name, family.rules) for family in _FAMILIES},
+    **{family.name: family for family in _FAMILIES},
 }
 
 PREPARE: tuple[Step, ...] = (
