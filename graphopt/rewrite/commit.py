@@ -41,7 +41,7 @@ class Site:
         if len(new) != len(root.outputs):
             raise Skip(f"{len(new)} replacements for {len(root.outputs)} outputs", root)
         built = set(tape.nodes)
-        ctx.shapes.update(tape.nodes)
+        ctx.shapes.preview(tape.nodes, tape.constants, self.graph)
         for old, value in zip(root.outputs, new, strict=True):
             if value is None:
                 if old.uses() or old.is_graph_output():
@@ -184,6 +184,15 @@ def take_over(old: ir.Value, value: ir.Value, *, fresh: bool) -> None:
     if fresh or is_output:
         old.name = None
         value.name = name
+
+
+def discard(tape: Builder, ctx: Context) -> None:
+    """Undoes what building did to the model: new nodes count as users of the values that they read."""
+    for node in reversed(tape.nodes):
+        ctx.forget(node)
+        for index, value in enumerate(node.inputs):
+            if value is not None:
+                node.replace_input_with(index, None)
 
 
 def is_dead(node: ir.Node) -> bool:

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from graphopt.errors import PassError
 from graphopt.ir.build import Builder
 from graphopt.ir.scopes import all_graphs
-from graphopt.rewrite.commit import Site, commit, is_dead, remove
+from graphopt.rewrite.commit import Site, commit, discard, is_dead, remove
 from graphopt.rewrite.context import Context, name_of
 from graphopt.rewrite.pattern import Binding, Op, Trace, walk
 from graphopt.rewrite.rules import Facts, Match, Replacement, Rule, Skip
@@ -65,20 +65,23 @@ class Rewriter:
         Raises:
             PassError: the rules do not come to an end.
         """
+        start = len(self._ctx.rewrites)
+        changed = False
+        # What a change enables may lie beyond its neighbours: further down a deep pattern, beside a use that died, or
+        # wherever a shape became known.  So the graphs are gone through again until a whole turn changes nothing.
+        while self._turn(model, start):
+            changed = True
+        return changed
+
+    def _turn(self, model: ir.Model, start: int) -> bool:
+        """Visits every node, and what the changes on the way call for; returns whether anything changed."""
+        self._sites.clear()
         for scope in all_graphs(model):
             facts = Facts(self._ctx.shapes, self._ctx.target, scope.opsets)
             body = scope.function is not None and scope.owner is None
             self._sites[scope.graph] = Site(scope.graph, facts, is_function=body)
-        start, seen = len(self._ctx.rewrites), -1
-        changed = False
-        # What a rewrite enables may lie beyond its neighbours: further down a deep pattern, or wherever a shape became
-        # known.  So the graphs are gone through again until a whole turn makes no rewrite.
-        while len(self._ctx.rewrites) != seen:
-            seen = len(self._ctx.rewrites)
-            for scope in all_graphs(model):
-                self._work.push(scope.graph)
-            changed = self._drain(start) or changed
-        return changed
+            self._work.push(scope.graph)
+        return self._drain(start)
 
     def _drain(self, start: int) -> bool:
         """Visits the waiting nodes until none waits; returns whether anything changed."""
@@ -93,7 +96,7 @@ class Rewriter:
             if fired is not None and len(self._ctx.rewrites) - start > self._budget:
                 raise PassError(
                     f"no fixed point within {self._budget} rewrites; the last rule was {fired.name} at "
-                    f"{name_of(node)!r}: leave it out with --disable {self._ctx.pass_name}/{fired.name}",
+                    f"{self._ctx.rewrites[-1].site!r}: leave it out with --disable {self._ctx.pass_name}/{fired.name}",
                     pass_name=self._ctx.pass_name,
                 )
         return changed
@@ -103,11 +106,8 @@ class Rewriter:
         graph = node.graph
         assert graph is not None
         site = self._sites.get(graph)
-        if (
-            site is None
-        ):  # a subgraph that a rule cloned: its facts are those of any graph of the model
-            any_site = next(iter(self._sites.values()))
-            site = self._sites[graph] = Site(graph, any_site.facts, is_function=False)
+        if site is None:  # a graph that came with a rewrite: the next turn knows where it is
+            return None
         opset = site.facts.opsets.get("", 0)
         for rule in self._index.get((node.domain, node.op_type), ()):
             if rule.opset[0] <= opset <= rule.opset[1] and self._apply(rule, node, site):
@@ -123,21 +123,29 @@ class Rewriter:
             self._near_miss(rule, root, trace)
             return False
         tape = Builder()
+        new = self._built(rule, env, root, tape, site)
+        if new is None or not self._ctx.permit(rule.name, root, rule.numerics):
+            discard(tape, self._ctx)
+            return False
+        self._work.push(commit(rule.name, root, new, tape, site, self._ctx))
+        return True
+
+    def _built(
+        self, rule: Rule, env: Binding, root: ir.Node, tape: Builder, site: Site
+    ) -> Sequence[ir.Value | None] | None:
+        """What shall replace the outputs of `root`, checked; None where the rule declines or must not."""
         try:
             made = rule.build(Match(env, site.facts), tape)
             if made is None:
-                return False
+                return None
             new = _aligned(made, root)
-            _check_uses(rule.pattern, env, root)
+            _check_uses(rule.pattern, env, root, tape)
             site.check(root, new, tape, self._ctx)
         except Skip as skip:
             where = "" if skip.culprit is None else f" ({name_of(skip.culprit)})"
             self._ctx.missed(rule.name, root, f"{skip}{where}")
-            return False
-        if not self._ctx.permit(rule.name, root, rule.numerics):
-            return False
-        self._work.push(commit(rule.name, root, new, tape, site, self._ctx))
-        return True
+            return None
+        return new
 
     def _near_miss(self, rule: Rule, root: ir.Node, trace: Trace | None) -> None:
         if trace is None or trace.depth < NEAR_MISS_NODES:
@@ -162,8 +170,8 @@ def _aligned(made: Replacement, root: ir.Node) -> Sequence[ir.Value | None]:
     return (*new, *[None] * (len(root.outputs) - len(new)))
 
 
-def _check_uses(pattern: Op, env: Binding, root: ir.Node) -> None:
-    """Interior nodes must die with the root, unless the pattern says that they may be shared.
+def _check_uses(pattern: Op, env: Binding, root: ir.Node, tape: Builder) -> None:
+    """Interior nodes must die with the root, unless they may be shared, or what is new reads them.
 
     Raises:
         Skip: an interior node is used elsewhere, or lies in another graph.
@@ -171,6 +179,7 @@ def _check_uses(pattern: Op, env: Binding, root: ir.Node) -> None:
     bound: Mapping[ir.Node, Op] = {
         node: op for op in walk(pattern) if isinstance(node := env.get(op), ir.Node)
     }
+    expected = {*bound, *tape.nodes}
     for node, op in bound.items():
         if node is root or op.shared:
             continue
@@ -179,5 +188,5 @@ def _check_uses(pattern: Op, env: Binding, root: ir.Node) -> None:
         for value in node.outputs:
             if value.is_graph_output():
                 raise Skip(f"interior value {value.name!r} is a graph output", node)
-            if any(use.node not in bound for use in value.uses()):
+            if any(use.node not in expected for use in value.uses()):
                 raise Skip(f"interior value {value.name!r} has other uses", node)

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from graphopt.ir import kernels, operators, scopes
 from graphopt.ir.shapes.engine import Engine, Frame
-from graphopt.ir.shapes.facts import UNKNOWN, Dims, Facts, SymbolicData
+from graphopt.ir.shapes.facts import UNKNOWN, Dims, Facts, SymbolicData, of_tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,17 +84,23 @@ class Shapes:
         if changed_functions:
             self._define_functions()
 
-    def preview(self, nodes: Iterable[ir.Node], graph: ir.Graph) -> None:
-        """Infers nodes that no graph holds yet, in order, as if they stood in `graph`.
+    def preview(
+        self, nodes: Iterable[ir.Node], constants: Iterable[ir.Value], graph: ir.Graph
+    ) -> None:
+        """Infers nodes that no graph holds yet, in order, as if they and `constants` stood in `graph`.
 
         A rewrite is judged by what it would put into the model before it is made; `update` follows
         when it is, `forget` when it is not.
         """
         frame = self._frame(graph)
+        held = {v: of_tensor(v.const_value) for v in constants if v.const_value is not None}
+        frame.facts.update(held)
         for node in nodes:
             for value, given in zip(node.outputs, self._engine.infer(frame, node), strict=True):
                 frame.facts[value] = given
                 self._write(value, given)
+        for value in held:  # once placed, they are found like any other
+            del frame.facts[value]
 
     def _frame(self, graph: ir.Graph) -> Frame:
         """The facts that hold in a graph: those of its function's body, or of the main graph."""
@@ -127,6 +133,8 @@ class Shapes:
     def forget(self, node: ir.Node) -> None:
         """Drops what is known of a node that has been removed from the model."""
         self._levels.pop(node, None)
+        for graph in operators.subgraphs(node):
+            self._engine.owners.pop(graph, None)
         for frame in (self._main, *self._bodies.values()):
             frame.calls.pop(node, None)
             for value in node.outputs:
