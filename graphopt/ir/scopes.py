@@ -22,9 +22,9 @@ class Scope:
     Attributes:
         graph: the graph itself; for a function its body.
         opsets: the opset imports that rule its nodes.
-        owner: the node that holds the graph as attribute, or None for the main graph and function
-        bodies. parent: the scope of `owner`, or None. function: the function whose body this graph
-        is or lies in, or None.
+        owner: the node that holds the graph, or None for the main graph and function bodies.
+        parent: the scope of `owner`, or None.
+        function: the function whose body this graph is or lies in, or None.
     """
 
     graph: ir.Graph

@@ -73,8 +73,15 @@ def _attention(q: Query) -> Sequence[Facts]:
         return [facts.tensor(q.dtype(0), None)]
     sizes: tuple[int, ...] = q.attr("qkv_hidden_sizes", ())
     columns = weights[-1] if weights else bias[0] if bias else None
-    hidden = Dim.of(sizes[2]) if sizes else None if columns is None else columns // 3
-    return [facts.tensor(q.dtype(0), (*given[:2], q.fresh(0, 2) if hidden is None else hidden))]
+    hidden = Dim.of(sizes[2]) if sizes else q.fresh(0, 2) if columns is None else columns // 3
+    output = facts.tensor(q.dtype(0), (*given[:2], hidden))
+    if len(q.node.outputs) < 2:
+        return [output]
+    heads = Dim.of(q.attr("num_heads", 1))
+    past = q.dims(4)
+    total = given[1] if not q.has(4) else given[1] + past[3] if past else q.fresh(1, 3)
+    present = (2, given[0], heads, total, hidden // heads)
+    return [output, facts.tensor(q.dtype(0), q.unknown_dims(5, 1) if q.has(6) else present)]
 
 
 def _multi_head_attention(q: Query) -> Sequence[Facts]:
@@ -89,15 +96,23 @@ def _multi_head_attention(q: Query) -> Sequence[Facts]:
     else:
         hidden = value[2] if value is not None and len(value) == 3 else q.fresh(0, 2)
     output = facts.tensor(dtype, (*query[:2], hidden))
-    return [output, *_presents(q, query[0], Dim.of(q.attr("num_heads", 0)))]
+    return [output, *_multi_head_presents(q, query[0])]
 
 
-def _presents(q: Query, batch: Dim, heads: Dim) -> Sequence[Facts]:
+def _multi_head_presents(q: Query, batch: Dim) -> Sequence[Facts]:
     """Keys and values with those of the past: batch, heads, total length, head size."""
-    return [
-        facts.tensor(q.dtype(0), (batch, heads, q.fresh(i, 2), q.fresh(i, 3)))
-        for i in range(1, min(len(q.node.outputs), 3))
-    ]
+    heads = Dim.of(q.attr("num_heads", 0))
+    past, found = q.dims(6), []
+    for output in range(1, min(len(q.node.outputs), 3)):
+        given = q.dims(output)
+        total, size = q.fresh(output, 2), q.fresh(output, 3)
+        if given is not None and len(given) in (3, 4) and not q.has(8) and heads != 0:
+            size = given[2] // heads if len(given) == 3 else given[3]
+            length = given[-2]
+            if not q.has(6) or (past is not None and len(past) == 4):
+                total = length + past[2] if past is not None else length
+        found.append(facts.tensor(q.dtype(0), (batch, heads, total, size)))
+    return found
 
 
 def _group_query_attention(q: Query) -> Sequence[Facts]:
@@ -106,7 +121,8 @@ def _group_query_attention(q: Query) -> Sequence[Facts]:
     if query is None or len(query) != 3:
         return [facts.tensor(dtype, q.unknown_dims(3))]
     heads, groups = q.attr("num_heads", 0), q.attr("kv_num_heads", 0)
-    presents = _presents(q, query[0], Dim.of(groups))
+    sizes = [(q.fresh(i, 2), q.fresh(i, 3)) for i in range(1, min(len(q.node.outputs), 3))]
+    presents = [facts.tensor(dtype, (query[0], groups, *size)) for size in sizes]
     if q.has(1) and key is not None:
         return [facts.tensor(dtype, query), *presents]
     packed = not q.has(1) and heads > 0  # query, key and value side by side
