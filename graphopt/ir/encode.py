@@ -187,6 +187,7 @@ class _Encoder:
             head.string_data.extend(_strings(tensor))
             return Message(_serialized(head), _serialized(tail))
         if tensor.dtype == ir.DataType.UNDEFINED:
+            head.ClearField("data_type")
             return Message(_serialized(head), _serialized(tail))
         message = Message(_serialized(head))
         location = self._place(tensor, role)

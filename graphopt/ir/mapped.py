@@ -144,7 +144,7 @@ class HeldTensor:
         array = self.numpy() if dtype is None else self.numpy().astype(dtype, copy=False)
         return array.copy() if copy else array
 
-    def __dlpack__(self, *, stream: object = None) -> object:
+    def __dlpack__(self, *, stream: Any = None) -> Any:  # noqa: ANN401 - a PyCapsule
         return self.numpy().copy().__dlpack__(stream=stream)  # DLPack cannot say "read-only"
 
     def __dlpack_device__(self) -> tuple[int, int]:
