@@ -19,8 +19,8 @@ class ExternalData(enum.Enum):
 
     AUTO = "auto"
     NEVER = "never"
-    SINGLE_FILE = "single-file"
-    FILE_PER_TENSOR = "file-per-tensor"
+    SINGLE_FILE = "single"
+    FILE_PER_TENSOR = "per-tensor"
 
 
 @dataclasses.dataclass
