@@ -1,32 +1,6 @@
-"""`graphopt completion`: the script that teaches a shell to complete; and what there is to complete."""
+"""Names that a shell can complete; what knows them is imported when somebody asks."""
 
 from __future__ import annotations
-
-import sys
-from typing import Annotated
-
-import typer
-
-SHELLS = ("bash", "zsh", "fish", "powershell")
-
-
-def command(
-    shell: Annotated[str, typer.Argument(metavar="SHELL", help=f"One of {', '.join(SHELLS)}.")],
-) -> None:
-    """Print the completion script of a shell.
-
-    bash: add `eval "$(graphopt completion bash)"` to ~/.bashrc.  zsh: the same in ~/.zshrc.
-    fish: graphopt completion fish > ~/.config/fish/completions/graphopt.fish
-    """
-    from typer.completion import get_completion_script  # type: ignore[attr-defined]
-
-    from graphopt.cli.choice import one_of
-
-    one_of("shell", shell, SHELLS)
-    script = get_completion_script(
-        prog_name="graphopt", complete_var="_GRAPHOPT_COMPLETE", shell=shell
-    )
-    sys.stdout.write(script + "\n")
 
 
 def target_names(incomplete: str) -> list[str]:

@@ -15,7 +15,6 @@ import typer
 
 from graphopt.cli import (
     bench,
-    completion,
     diff,
     failure,
     golden,
@@ -29,7 +28,6 @@ from graphopt.cli import (
 # Markup mode None: plain help costs half the start-up time of a boxed one, and can be searched with grep.
 app = typer.Typer(
     name="graphopt",
-    add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog="Exit status: 0 done and verified; 1 verification failed, or the models differ; 2 the model, data or an "
@@ -43,7 +41,6 @@ for name, short_help, function in (
     ("bench", "latency of models, side by side", bench.command),
     ("passes", "the passes there are, and what they do", passes.command),
     ("targets", "the runtimes to emit for", targets.command),
-    ("completion", "the script that teaches a shell to complete", completion.command),
 ):
     app.command(name, short_help=short_help)(function)
 app.add_typer(golden.app, name="golden", short_help="golden cases: record, check, update")
@@ -77,7 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         _discard_stdout()
         return failure.BROKEN_PIPE
     except SystemExit as leave:
-        return leave.code if isinstance(leave.code, int) else failure.BUG
+        if isinstance(
+            leave.__context__, BrokenPipeError
+        ):  # typer makes a 1 of it, which has a meaning here
+            return failure.BROKEN_PIPE
+        return int(leave.code) if isinstance(leave.code, int) else failure.BUG
     except (Exception, KeyboardInterrupt, failure.Terminated) as error:  # noqa: BLE001  the last stop
         return failure.tell(error, as_json="--json" in args, debug=debug)
     return status
@@ -88,6 +89,8 @@ def _run(args: list[str]) -> int:
         sys.stdout.write(f"graphopt {failure.own_version()}\n")
         return 0
     status = app(args=args or ["--help"], prog_name="graphopt", standalone_mode=False)
+    if status == failure.INTERRUPTED:
+        raise KeyboardInterrupt  # typer has made a status of it, without a word
     return status if isinstance(status, int) else 0
 
 

@@ -74,9 +74,9 @@ def describe(error: BaseException) -> Failure:
     if isinstance(error, typer.TyperException):
         return Failure("usage", _usage(error), error.exit_code if error.exit_code > 1 else USAGE)
     if isinstance(error, KeyboardInterrupt | typer.Abort):
-        return Failure("interrupted", "interrupted; nothing was written", INTERRUPTED)
+        return Failure("interrupted", "interrupted", INTERRUPTED)
     if isinstance(error, Terminated):
-        return Failure("interrupted", "terminated; nothing was written", 128 + error.signum)
+        return Failure("interrupted", "terminated", 128 + error.signum)
     if isinstance(error, OSError) and error.strerror:
         where = f" '{error.filename}'" if error.filename else ""
         return Failure("system", f"the system refused{where}: {error.strerror}", USAGE)

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from graphopt.cli import completion, options
+from graphopt.cli.choice import one_of
 from graphopt.cli.progress import progress
 
 if TYPE_CHECKING:
     from graphopt.report.run import RunReport
 
+EXTERNAL = ("auto", "never", "single", "per-tensor")
 REPORT_SUFFIXES = (".json", ".md")
 
 
@@ -85,7 +87,7 @@ def command(
         str,
         typer.Option(
             "--external",
-            metavar="auto|never|single|per-tensor",
+            metavar="|".join(EXTERNAL),
             help="Where weights go: beside the model from 2 GiB on, never, in one file, in one file a tensor.",
         ),
     ] = "auto",
@@ -109,6 +111,7 @@ def command(
     out and named. Nothing else than OUT is written, and an existing OUT stays as it is when something fails.
     """
     limit = None if fold_limit is None else parse_bytes(fold_limit)
+    one_of("place for weights", external, EXTERNAL)
     check_report_path(report)
     from graphopt.driver import optimize
 

@@ -53,6 +53,20 @@ def documentation(info: PassInfo) -> str:
     return "\n\n".join(doc for doc in docs if doc) or info.doc
 
 
+def reflow(doc: str) -> str:
+    """Joins the lines of each sentence, so that they break where the terminal ends; pictures stay as they are."""
+    lines: list[str] = []
+    is_open = False
+    for line in doc.splitlines():
+        is_picture = line[:1].isspace() or line.startswith(("Before:", "After:"))
+        if is_open and line and not is_picture:
+            lines[-1] += f" {line}"
+        else:
+            lines.append(line)
+        is_open = bool(line) and not is_picture
+    return "\n".join(lines)
+
+
 def _rules(info: PassInfo) -> tuple[Rule, ...]:
     rules = getattr(info.maker, "rules", ())
     return tuple(rules) if isinstance(rules, tuple) else ()
@@ -76,7 +90,7 @@ def _details(info: PassInfo) -> list[RenderableType]:
     about = {"pass": info.name, "numerics": info.numerics.name.lower(), "from": info.source}
     if info.options:
         about["options"] = "\n".join(map(str, info.options))
-    parts: list[RenderableType] = [facts(about), text(""), text(documentation(info))]
+    parts: list[RenderableType] = [facts(about), text(""), text(reflow(documentation(info)))]
     rules = _rules(info)
     if rules:
         table = grid("rule", "numerics", "rewrite", fixed="1")
