@@ -134,10 +134,9 @@ def expand_to_constant(m: Match, g: Builder) -> ir.Value | None:
     if before is None or after is None:
         return None
     aligned = (*[None] * (len(after) - len(before)), *before)
-    target = [1 if a == b else b.value for a, b in zip(aligned, after, strict=True)]
-    if any(size is None for size in target):
+    if any(not b.is_static and a != b for a, b in zip(aligned, after, strict=True)):
         return None
-    return g.op("Expand", m[x], g.ints([int(size or 0) for size in target], name="shape"))
+    return g.op("Expand", m[x], g.ints([1 if b.value is None else b.value for b in after]))
 
 
 @exact(cast_filled)

@@ -336,10 +336,16 @@ class _Emitter:
             demand.user.replace_input_with(demand.index, value)
             changed.append(demand.user)
         self._ctx.shapes.update(changed)
-        for node in reversed(tuple(self._survey.arithmetic)):
-            if node.graph is not None and is_dead(node):
-                remove(node, self._ctx)
+        self._sweep()
         return bool(changed)
+
+    def _sweep(self) -> None:
+        """Removes the arithmetic that nothing reads any more, and what only it read."""
+        waiting = list(self._survey.arithmetic)
+        while waiting:
+            node = waiting.pop()
+            if node.graph is not None and is_dead(node):
+                waiting.extend(remove(node, self._ctx))
 
     @staticmethod
     def _is_fed(demand: Demand, pieces: Sequence[Piece]) -> bool:
