@@ -146,7 +146,8 @@ def _kind(kind: ir.TypeProtocol | None) -> Kind:
 
 def _dim(dim: int | ir.SymbolicDim) -> Dim:
     if isinstance(dim, int):
-        return dim
+        # Exporters of old wrote -1 for a dimension that is free.
+        return dim if dim >= 0 else None
     return dim.value
 
 

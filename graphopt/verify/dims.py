@@ -72,7 +72,22 @@ _PRIMES: Mapping[Sort, int] = {Sort.BATCH: 3, Sort.PAST: 5, Sort.LENGTH: 13, Sor
 class Dims:
     """The symbols of some inputs, which of them are free, and what the others follow from."""
 
-    def __init__(self, specs: Sequence[TensorSpec], fixed: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        specs: Sequence[TensorSpec],
+        fixed: Mapping[str, int] | None = None,
+        stated: Mapping[tuple[str, int], int] | None = None,
+    ) -> None:
+        """Reads the symbols.
+
+        Args:
+            specs: the inputs.
+            fixed: sizes that somebody asked for.
+            stated: sizes that the model demands, by input and axis.
+
+        Raises:
+            DataError: a symbol asked for is not one of the inputs'.
+        """
         self._specs = specs
         self._expressions: dict[str, ast.expr] = {}
         self.sorts: dict[str, Sort] = {}
@@ -80,7 +95,7 @@ class Dims:
             for axis, dim in enumerate(spec.shape or ()):
                 self._note(spec, axis, dim)
         self._link_totals()
-        self.fixed = self._checked(fixed or {})
+        self.fixed = self._demanded(stated or {}) | self._checked(fixed or {})
 
     def shape(self, spec: TensorSpec, dims: DimSet) -> tuple[int, ...] | None:
         """The shape of one input under an assignment; None where its rank is unknown."""
@@ -113,6 +128,7 @@ class Dims:
                         "typical",
                         {Sort.BATCH: batch, Sort.PAST: 4, Sort.LENGTH: length, Sort.SIDE: side},
                     )
+        yield self._set("typical", dict.fromkeys(Sort, 1))
 
     def further(self, typical: DimSet) -> Iterator[tuple[DimSet, ...]]:
         """Further sets once one has run: for each, what to try in turn until one runs."""
@@ -188,6 +204,15 @@ class Dims:
                     f"The dimension '{name}' cannot be {size}: give a number from 0 up."
                 )
         return dict(fixed)
+
+    def _demanded(self, stated: Mapping[tuple[str, int], int]) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for spec in self._specs:
+            for axis, dim in enumerate(spec.shape or ()):
+                name = dim if dim is not None else _anonymous(spec, axis)
+                if (spec.name, axis) in stated and isinstance(name, str) and name in self.sorts:
+                    found.setdefault(name, stated[spec.name, axis])
+        return found
 
     def _size(self, spec: TensorSpec, axis: int, dim: Dim, dims: DimSet) -> int:
         if isinstance(dim, int):

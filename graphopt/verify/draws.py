@@ -61,9 +61,11 @@ class Draws:
 
     def _normals(self, count: int) -> Array:
         raw = self._raw(4 * count).reshape(4, count)
-        # Twelve lanes of sixteen bits carry the sum, the fourth word the digits below them.
-        lanes = np.ascontiguousarray(raw[:3]).view(np.uint16).reshape(3, count, 4)
-        total = lanes.astype(np.int64).sum(axis=(0, 2)).astype(np.float64)
+        # Twelve lanes of sixteen bits carry the sum, the fourth word the digits below them. Lanes are
+        # added in pairs of 32 bits, all words at once.
+        low = np.uint64(0x0000FFFF0000FFFF)
+        pairs = sum((word & low) + ((word >> np.uint64(16)) & low) for word in raw[:3])
+        total = ((pairs & np.uint64(0xFFFFFFFF)) + (pairs >> np.uint64(32))).astype(np.float64)
         fine = (raw[3] >> np.uint64(32)).astype(np.float64) * 2.0**-32
         return np.asarray((total + 6 + fine - 0.5) * 2.0**-16 - 6)
 

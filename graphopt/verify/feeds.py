@@ -16,6 +16,7 @@ from graphopt.verify.dims import Dims, DimSet
 from graphopt.verify.draws import Draws
 from graphopt.verify.feed_files import Feed, read_feeds
 from graphopt.verify.roles import Role, Use, input_roles
+from graphopt.verify.stated import stated_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,10 +25,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Dropped", "Feed", "FoundFeeds", "find_feeds", "make_feeds", "read_feeds"]
 
-MAX_ELEMENTS = 1 << 24
-"""Of all inputs of one feed: beyond, a set of dimensions is not tried."""
+MAX_ELEMENTS = 1 << 22
+"""Of all inputs of one feed: beyond, a set of dimensions is not tried if a smaller one could be."""
 
-MAX_ATTEMPTS = 48
+MAX_LEAST_ELEMENTS = 1 << 28
+"""Of the smallest feed that a model takes: beyond, none is made."""
+
+MAX_ATTEMPTS = 64
 """Sets of dimensions tried before a model is given up as one that no generated feed can run."""
 
 _OVERRIDE_BYTES = 1 << 26  # overriding larger defaults would only test the copying of weights
@@ -154,8 +158,9 @@ class _Search:
     def attempt(self, dims: DimSet, variation: Variation) -> bool:
         """Whether one feed runs; it is kept if so, else dropped with the reason."""
         name = f"{variation.name}, {dims}" if dims.sizes else variation.name
-        if self._maker.elements(dims) > MAX_ELEMENTS:
-            self.dropped.append(Dropped(name, f"more than {MAX_ELEMENTS} elements"))
+        limit = MAX_ELEMENTS if self._maker.can_shrink(dims) else MAX_LEAST_ELEMENTS
+        if self._maker.elements(dims) > limit:
+            self.dropped.append(Dropped(name, f"more than {limit} elements"))
             return False
         feed = Feed(name, self._maker.feed(dims, variation))
         reason = self._refuses(feed)
@@ -184,7 +189,8 @@ class _Maker:
         self._seed = seed
         self._roles = input_roles(model)
         self._defaults = {value.name or "": value for value in model.graph.inputs}
-        self.dims = Dims([spec for spec in self._specs if not spec.overridable], fixed)
+        required = [spec for spec in self._specs if not spec.overridable]
+        self.dims = Dims(required, fixed, stated_sizes(model))
         uses = {self._roles[spec.name].use for spec in self._specs if not spec.overridable}
         self.has_masks = bool(uses & {Use.MASK, Use.ADDITIVE_MASK})
         self._has_flags = bool(uses & {Use.FLAG, Use.CHOICE})
@@ -210,6 +216,10 @@ class _Maker:
             yield Variation("optionals absent", stream=-1)
         if any(self._overrides(spec) for spec in self._specs):
             yield Variation("defaults overridden", override=True)
+
+    def can_shrink(self, dims: DimSet) -> bool:
+        """Whether some dimension could be smaller."""
+        return any(size > 1 and name not in self.dims.fixed for name, size in dims.sizes)
 
     def elements(self, dims: DimSet) -> int:
         """Elements of all inputs together."""

@@ -296,18 +296,18 @@ def _inverse(trail: _Trail, bound: Bound | None) -> Bound | None:
 
 def _extents(node: ir.Node, index: int) -> list[Bound]:
     value = node.inputs[index] if index < len(node.inputs) else None
-    shape = _shape(value)
+    shape = shape_of(value)
     return [] if shape is None else [d for d in map(_bound, shape) if d is not None]
 
 
 def _extent(node: ir.Node, index: int, axis: int) -> Bound | None:
-    shape = _shape(node.inputs[index]) if index < len(node.inputs) else None
+    shape = shape_of(node.inputs[index]) if index < len(node.inputs) else None
     if shape is None or not -len(shape) <= axis < len(shape):
         return None
     return _bound(shape[axis])
 
 
-def _shape(value: ir.Value | None) -> ir.Shape | None:
+def shape_of(value: ir.Value | None) -> ir.Shape | None:
     """The shape of a value, looked up through operators that keep it."""
     for _ in range(16):
         if value is None:

@@ -199,11 +199,14 @@ def test_a_model_that_refuses_everything_is_given_up() -> None:
 
 
 def test_a_feed_too_large_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feeds_module, "MAX_ELEMENTS", 10)
+    monkeypatch.setattr(feeds_module, "MAX_ELEMENTS", 6)
+    monkeypatch.setattr(feeds_module, "MAX_LEAST_ELEMENTS", 10)
     found = find_feeds(
         ir.from_proto(proto("g (float[11] x) => (float[11] y) { y = Relu(x) }")), lambda _: None
     )
     assert [dropped.reason for dropped in found.dropped] == ["more than 10 elements"]
+    free = ir.from_proto(proto("g (float[t,5] x) => (float[t,5] y) { y = Relu(x) }"))
+    assert {feed.values["x"].shape for feed in find_feeds(free, lambda _: None).feeds} == {(1, 5)}
 
 
 def test_an_unknown_dimension_is_refused() -> None:
