@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,8 +32,9 @@ COMMANDS = ("optimize", "inspect", "verify", "diff", "bench", "golden", "passes"
 
 
 @pytest.fixture
-def fails(monkeypatch: pytest.MonkeyPatch) -> Fails:
+def fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fails:
     """Makes the command line raise."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
     def arrange(error: BaseException) -> None:
         def broken(**_: object) -> int:
@@ -182,7 +184,6 @@ def test_a_bug_says_where_its_traceback_is(run: Run, fails: Fails) -> None:
     assert "bug of graphopt, please report it: ZeroDivisionError: by zero." in ran.message
     path = Path(re.search(r"The traceback is in (\S+);", ran.message)[1])  # type: ignore[index]
     text = path.read_text()
-    path.unlink()
     assert "ZeroDivisionError" in text
     assert text.startswith("graphopt ")
 

@@ -1,0 +1,129 @@
+"""What a run looks like when something went wrong, and the progress line."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+
+import pytest
+
+from graphopt.cli import progress as progress_module
+from graphopt.cli.console import show
+from graphopt.cli.progress import progress
+from graphopt.cli.run_tables import run_tables
+from graphopt.report.facts import ModelFacts
+from graphopt.report.run import RolledBack, RunReport, VerificationFacts
+from graphopt.rewrite.context import Remark, RemarkKind
+from graphopt.verify.compare import OutputReport
+
+FACTS = ModelFacts("a.onnx", 100, None, 9, {"": 18}, 4, {"Add": 4}, 8, 32)
+
+
+def report(verification: VerificationFacts, **more: object) -> RunReport:
+    return RunReport(FACTS, FACTS, "cpu", "fp32", (), verification, **more)  # type: ignore[arg-type]
+
+
+def shown(facts: RunReport, capsys: pytest.CaptureFixture[str], *, every: bool = False) -> str:
+    show(*run_tables(facts, every_remark=every))
+    return capsys.readouterr().out
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+
+
+def test_a_failed_verification_shows_every_wrong_output(capsys: pytest.CaptureFixture[str]) -> None:
+    right = [OutputReport(f"right{i}", passed=True, equal=True) for i in range(9)]
+    wrong = [OutputReport(f"wrong{i}", passed=False, equal=False, why="too far") for i in range(9)]
+    facts = VerificationFacts(
+        "final", False, "reordered", (*right, *wrong), 3, "output 'wrong0': too far"
+    )
+    out = shown(report(facts), capsys)
+    assert "differs  output 'wrong0': too far (gate: reordered)" in out
+    assert all(f"wrong{i}" in out for i in range(9))
+    assert "right0" not in out
+    assert "… and 9 more outputs, all equal" in out
+
+
+def test_what_was_rolled_back_is_named_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    facts = report(
+        VerificationFacts("final", True, "exact", (), 1),
+        rolled_back=(
+            RolledBack("tidy", "drop", "v7", "NaN"),
+            RolledBack("fold", "", "", "it raised"),
+        ),
+        warnings=("mind the step",),
+    )
+    out = shown(facts, capsys)
+    assert "left out  tidy/drop at 'v7': NaN" in out
+    assert "left out  fold: it raised" in out
+    assert "warning: mind the step" in out
+
+
+REMARKS = tuple(
+    Remark(RemarkKind.MISSED, "conv", "fold", f"n{i}", f"'n{i}' has other uses") for i in range(5)
+)
+
+
+def test_remarks_are_counted_by_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    out = shown(report(VerificationFacts("off"), remarks=REMARKS), capsys)
+    assert [line.split() for line in out.splitlines() if "conv/fold" in line] == [
+        ["conv/fold", "5", "…", "has", "other", "uses"]
+    ]
+
+
+def test_every_remark_is_listed_if_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    out = shown(report(VerificationFacts("off"), remarks=REMARKS), capsys, every=True)
+    assert out.count("conv/fold") == 5
+
+
+def test_many_reasons_are_cut_and_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    many = tuple(Remark(RemarkKind.NOTE, "p", f"r{i}", "", f"reason {i}") for i in range(11))
+    assert "… and 3 other reasons" in shown(report(VerificationFacts("off"), remarks=many), capsys)
+
+
+def test_colours_are_off_when_nobody_looks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "\x1b" not in shown(report(VerificationFacts("off")), capsys)
+
+
+class Terminal(io.StringIO):
+    """A stderr that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    return screen
+
+
+def test_progress_shows_what_takes_long(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress_module, "DELAY_SECONDS", 0.0)
+    with progress(quiet=False) as say:
+        say("running the [reference]", 0.5)
+        time.sleep(0.2)
+    assert "running the [reference]" in terminal.getvalue()
+
+
+def test_progress_is_silent_for_what_is_quick(terminal: Terminal) -> None:
+    with progress(quiet=False) as say:
+        say("reading", None)
+    assert terminal.getvalue() == ""
+
+
+def test_progress_is_silent_when_asked_to_be(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress_module, "DELAY_SECONDS", 0.0)
+    with progress(quiet=True) as say:
+        say("reading", None)
+        time.sleep(0.05)
+    assert terminal.getvalue() == ""
