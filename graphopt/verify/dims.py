@@ -40,6 +40,7 @@ class DimSet:
 # What to try in place of a typical length or image side when the model does not run with it: powers of two,
 # multiples of the strides of detectors, windows of audio models, then odd ones.
 _LENGTHS = (
+    2,
     16,
     32,
     64,

@@ -247,8 +247,8 @@ class _Maker:
         role = self._roles[spec.name]
         bound = self._bound(role, dims)
         if shape is None:
-            # The rank is unknown: a matrix is what most operators take.
-            shape = (2, 3)
+            # The rank is unknown: a square matrix is what most operators take, products of inputs too.
+            shape = (4, 4)
         request = _Request(spec.dtype, shape, role, bound, variation)
         if spec.kind in {Kind.SEQUENCE, Kind.OPTIONAL_SEQUENCE}:
             return [_array(request, stream) for _ in range(3)]

@@ -102,6 +102,7 @@ _PLAIN_SINKS: dict[tuple[str, int], Use] = {
     ("CumSum", 1): Use.AXIS,
     ("DequantizeLinear", 1): Use.POSITIVE,
     ("Div", 1): Use.POSITIVE,
+    ("Dropout", 1): Use.AXIS,
     ("Dropout", 2): Use.FLAG,
     ("Expand", 1): Use.SHAPE,
     ("If", 0): Use.FLAG,

@@ -108,7 +108,6 @@ class ReferenceRun:
         outputs: of the reference, by feed.
         dropped: generated feeds that the reference refuses.
         excluded: outputs that cannot be compared, and why.
-        notes: what a report should say about the reference.
         unverifiable: why nothing can be compared, or "".
 
     Raises:
@@ -136,8 +135,8 @@ class ReferenceRun:
         self.feeds: tuple[Feed, ...] = ()
         self.outputs: list[dict[str, Any]] = []
         self.dropped: tuple[Dropped, ...] = ()
-        self.notes: list[str] = []
         self.unverifiable = ""
+        self._repeated: set[int] = set()
         self._origins = origins.output_origins(graph)
         taps = tuple(dict.fromkeys(o.scores for o in self._origins.values() if o.scores))
         try:
@@ -165,7 +164,11 @@ class ReferenceRun:
         """Compares one candidate with the reference on every feed."""
         options = options or VerifyOptions()
         profile = self.profile(options)
-        about = {"profile": profile.name, "dropped": self.dropped, "excluded": dict(self.excluded)}
+        about: dict[str, Any] = {
+            "profile": profile.name,
+            "dropped": self.dropped,
+            "excluded": dict(self.excluded),
+        }
         try:
             graph = load_model(candidate)
         except ModelError as error:
@@ -174,14 +177,15 @@ class ReferenceRun:
         if faults:
             return self._failed(about | {"contract": tuple(faults)}, faults[0])
         if self.unverifiable:
-            return Verification(Status.UNVERIFIED, profile.name, reason=self.unverifiable, dropped=self.dropped,
-                                excluded=dict(self.excluded), notes=tuple(self.notes))  # fmt: skip
+            return Verification(
+                Status.UNVERIFIED, reason=self.unverifiable, notes=tuple(notes), **about
+            )
         try:
             reports = self._compare(_session(candidate), profile, options)
         except GraphoptError as error:
             return self._failed(about, f"the candidate cannot be run: {error}")
         deployed = self._deployed(candidate, options)
-        return self._verdict(about, reports, deployed, notes)
+        return self._verdict(about | {"excluded": dict(self.excluded)}, reports, deployed, notes)
 
     def _refuses(self, feed: Feed) -> str | None:
         try:
@@ -193,28 +197,32 @@ class ReferenceRun:
 
     def _examine(self) -> None:
         """Notes what the reference does by itself: nothing at all, or something else every time."""
-        names = [spec.name for spec in self.output_specs]
         if not self.feeds:
-            last = self.dropped[-1] if self.dropped else None
+            # The first refusal is of the most natural feed; later ones grope.
+            first = self.dropped[0] if self.dropped else None
             tried = (
-                f"{len(self.dropped)} generated inputs were refused, the last: {last.reason}"
-                if last
-                else ""
+                f"{len(self.dropped)} generated ones were refused, the first ({first.name}): {first.reason}"
+                if first
+                else "none were given."
             )
-            self.unverifiable = (
-                f"no inputs to compare on: {tried or 'none were given'} Give some with --inputs."
-            )
+            self.unverifiable = f"no inputs to compare on: {tried} Give some with --inputs."
             return
-        again = self._session.run(self.feeds[0].values)
-        exact = profile_for(Numerics.EXACT)
-        for name in names:
-            if (
-                name not in self.excluded
-                and not compare(name, self.outputs[0][name], again[name], exact).equal
-            ):
-                self.excluded[name] = "differs between two runs of the reference"
-        if all(name in self.excluded for name in names):
+        self._exclude_unstable(0)
+        if all(spec.name in self.excluded for spec in self.output_specs):
             self.unverifiable = "every output is random: " + "; ".join(self.excluded.values())
+
+    def _exclude_unstable(self, index: int) -> None:
+        """Excludes outputs that the reference itself gives otherwise when a feed is run again."""
+        if index in self._repeated:
+            return
+        self._repeated.add(index)
+        again = self._session.run(self.feeds[index].values)
+        exact = profile_for(Numerics.EXACT)
+        for spec in self.output_specs:
+            name = spec.name
+            same = compare(name, self.outputs[index][name], again[name], exact).equal
+            if name not in self.excluded and not same:
+                self.excluded[name] = "differs between two runs of the reference"
 
     def _contract(
         self, inputs: Sequence[Any], outputs: Sequence[Any], options: VerifyOptions
@@ -250,13 +258,16 @@ class ReferenceRun:
                     profile,
                     self._hint(name, index, profile),
                 )
+                if not report.passed:
+                    # Memory that nobody initialised, say, may show on some feeds only.
+                    self._exclude_unstable(index)
                 if not report.passed and profile.numerics is Numerics.REORDERED:
                     noise = self._noise(index) if noise is None else noise
                     report = _forgive_noise(report, noise.get(name, 0.0))
                 reports[name].append(dataclasses.replace(report, feed=feed.name))
             if options.fail_fast and any(not r[-1].passed for r in reports.values() if r):
                 break
-        return reports
+        return {name: found for name, found in reports.items() if name not in self.excluded}
 
     def _hint(self, name: str, index: int, profile: Profile) -> Hint:
         made = self._origins.get(name, origins.OutputOrigin())
@@ -313,10 +324,12 @@ class ReferenceRun:
         wrong = next((report for report in outputs if not report.passed), None)
         reason = f"output '{wrong.name}' on feed '{wrong.feed}': {wrong.why}" if wrong else ""
         notes = [
-            *self.notes,
             *notes,
             *(f"output '{name}' {why}" for name, why in self.excluded.items()),
         ]
+        if not outputs:
+            reason = "every output is random: " + "; ".join(self.excluded.values())
+            return Verification(Status.UNVERIFIED, reason=reason, notes=tuple(notes), **about)
         return Verification(
             Status.FAILED if wrong else Status.PASSED,
             outputs=outputs,
@@ -328,7 +341,7 @@ class ReferenceRun:
         )
 
     def _failed(self, about: dict[str, Any], reason: str) -> Verification:
-        return Verification(Status.FAILED, reason=reason, notes=tuple(self.notes), **about)
+        return Verification(Status.FAILED, reason=reason, **about)
 
 
 def verify(
