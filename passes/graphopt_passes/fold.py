@@ -14,7 +14,7 @@ from graphopt.ir.mapped import MappedTensor
 from graphopt.ir.scopes import Scope, all_graphs, all_nodes, captures, dependencies
 from graphopt.ir.sparse import CooTensor
 from graphopt.numerics import Numerics
-from graphopt.rewrite import Context, is_dead, remove
+from graphopt.rewrite import Context, is_dead, name_of, remove
 from graphopt.rewrite.relink import place_constant
 from graphopt_passes.constants import TIED_BYTES
 
@@ -446,11 +446,20 @@ def _apply(results: Mapping[ir.Value, ir.TensorProtocol], region: Region, ctx: C
         scope = region.scopes.get(node) or region.homes[node]
         _store(value, tensor, node, scope, ctx)
         stale.append(node)
+    folded = tuple(stale)
     while stale:
         node = stale.pop()
         if node.graph is not None and is_dead(node):
             users.pop(node, None)
             stale.extend(remove(node, ctx))
+    for node in folded:
+        if (
+            node.graph is not None
+        ):  # other outputs are still read: the schema may insist on this one
+            for value in node.outputs:
+                value.name = (
+                    ctx.names.fresh(f"{name_of(node)}_unused") if value.name is None else value.name
+                )
     ctx.shapes.update([user for user in users if user.graph is not None])
     return len(ctx.rewrites) > before
 
