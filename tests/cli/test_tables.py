@@ -95,8 +95,8 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+def look_at(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """Puts a terminal in the place of stderr; not as a fixture, since pytest sets stderr anew after those."""
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setenv("TERM", "xterm")
@@ -104,8 +104,9 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
 
 
 def test_progress_shows_what_takes_long(
-    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    terminal = look_at(monkeypatch)
     monkeypatch.setattr(progress_module, "DELAY_SECONDS", 0.0)
     with progress(quiet=False) as say:
         say("running the [reference]", 0.5)
@@ -113,15 +114,17 @@ def test_progress_shows_what_takes_long(
     assert "running the [reference]" in terminal.getvalue()
 
 
-def test_progress_is_silent_for_what_is_quick(terminal: Terminal) -> None:
+def test_progress_is_silent_for_what_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = look_at(monkeypatch)
     with progress(quiet=False) as say:
         say("reading", None)
     assert terminal.getvalue() == ""
 
 
 def test_progress_is_silent_when_asked_to_be(
-    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    terminal = look_at(monkeypatch)
     monkeypatch.setattr(progress_module, "DELAY_SECONDS", 0.0)
     with progress(quiet=True) as say:
         say("reading", None)
