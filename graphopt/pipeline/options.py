@@ -6,11 +6,13 @@ are its parameters.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import enum
 import inspect
 import pathlib
+import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -78,11 +80,17 @@ def _of_parameters(maker: Any) -> Iterable[OptionInfo]:  # noqa: ANN401
 
 
 def _hints(owner: Any) -> Mapping[str, Any]:  # noqa: ANN401
-    """Declared types; none where a name in them exists for type checkers alone."""
+    """Declared types; those left out in which a name exists for type checkers alone."""
     try:
         return typing.get_type_hints(owner)
     except NameError:
-        return {}
+        module = vars(sys.modules[owner.__module__])
+    found: dict[str, Any] = {}
+    for name, declared in inspect.get_annotations(owner).items():
+        alone = types.SimpleNamespace(__annotations__={name: declared})
+        with contextlib.suppress(NameError):
+            found.update(typing.get_type_hints(alone, module))
+    return found
 
 
 def convert(option: OptionInfo, value: Any, where: str, *, text: bool) -> Any:  # noqa: ANN401

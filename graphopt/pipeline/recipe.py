@@ -205,8 +205,10 @@ def to_spec(step: Step) -> str:
         OptionError: the pass was made in Python and no recipe can name it.
     """
     if isinstance(step, Repeat):
-        limit = {} if step.limit == Repeat(()).limit else {"limit": step.limit}
-        return format_spec(step.name, {"passes": [to_spec(each) for each in step.passes], **limit})
+        group = Repeat(())
+        said = {"name": step.name, "limit": step.limit}
+        changed = {key: value for key, value in said.items() if value != getattr(group, key)}
+        return format_spec(group.name, {"passes": [*map(to_spec, step.passes)], **changed})
     name, maker = _named(step)
     defaults = {option.name: option.default for option in options_of(maker)}
     values = {option.name: option.default for option in options_of(step)}

@@ -24,9 +24,11 @@ from graphopt.targets import Precision, Target
 GROUP = "graphopt.passes"
 _OURS = "graphopt"
 _FALLBACK = "portable"
+_GROUP = Repeat(())
 _REPEAT = (
     OptionInfo("passes", tuple[str, ...], ()),
-    OptionInfo("limit", int, Repeat(()).limit),
+    OptionInfo("limit", int, _GROUP.limit),
+    OptionInfo("name", str, _GROUP.name),
 )
 
 
@@ -135,7 +137,7 @@ def make_step(spec: PassSpec) -> Step:
     Raises:
         OptionError: unknown pass, unknown option, or a value that does not fit.
     """
-    if spec.name == Repeat(()).name:
+    if spec.name == _GROUP.name:
         return _repeat(spec)
     if ":" in spec.name:
         return configure(load(spec.name, spec.where), spec)
@@ -181,7 +183,7 @@ def _repeat(spec: PassSpec) -> Repeat:
     passes = tuple(step for step in inner if not isinstance(step, Repeat))
     if not passes or len(passes) < len(inner):
         raise OptionError(f"{where}: give it passes=[name, …]; a group cannot hold another group")
-    return Repeat(passes, options.get("limit", Repeat(()).limit))
+    return dataclasses.replace(_GROUP, **{**options, "passes": passes})
 
 
 def _packages() -> Iterator[_Package]:
