@@ -108,6 +108,7 @@ class ReferenceRun:
         outputs: of the reference, by feed.
         dropped: generated feeds that the reference refuses.
         excluded: outputs that cannot be compared, and why.
+        notes: what every verification against this reference shall say besides.
         unverifiable: why nothing can be compared, or "".
 
     Raises:
@@ -135,6 +136,7 @@ class ReferenceRun:
         self.feeds: tuple[Feed, ...] = ()
         self.outputs: list[dict[str, Any]] = []
         self.dropped: tuple[Dropped, ...] = ()
+        self.notes: list[str] = []
         self.unverifiable = ""
         self._repeated: set[int] = set()
         self._origins = origins.output_origins(graph)
@@ -174,6 +176,7 @@ class ReferenceRun:
         except ModelError as error:
             return self._failed(about, f"the candidate cannot be read: {error}")
         faults, notes = self._contract(input_specs(graph), output_specs(graph), options)
+        notes = [*self.notes, *notes]
         if faults:
             return self._failed(about | {"contract": tuple(faults)}, faults[0])
         if self.unverifiable:
@@ -341,7 +344,7 @@ class ReferenceRun:
         )
 
     def _failed(self, about: dict[str, Any], reason: str) -> Verification:
-        return Verification(Status.FAILED, reason=reason, **about)
+        return Verification(Status.FAILED, reason=reason, notes=tuple(self.notes), **about)
 
 
 def verify(

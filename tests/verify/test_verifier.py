@@ -101,6 +101,13 @@ def test_a_reference_is_run_once_for_many_candidates(monkeypatch: pytest.MonkeyP
     assert len(runs) <= again + feeds + 2
 
 
+def test_notes_on_the_reference_are_in_every_verification() -> None:
+    reference = ReferenceRun(mlp())
+    reference.notes.append("an older runtime")
+    for candidate in (mlp(), mlp(2), b"\xff"):
+        assert "an older runtime" in verify(reference, candidate).notes
+
+
 def test_given_feeds_are_used_alone() -> None:
     feed = Feed("mine", {"x": np.zeros((1, 4), np.float32)})
     found = verify(mlp(-1), mlp(-2), [feed])
