@@ -454,7 +454,8 @@ def _render(atom: polynomial.Atom) -> str:
     if isinstance(atom, Symbol):
         return atom.name
     if isinstance(atom.args, tuple) and atom.op in ("//", "*"):
-        return f"(({atom.args[0]}) {atom.op} ({atom.args[1]}))"
+        left, right = (f"({arg})" if " " in str(arg) else str(arg) for arg in atom.args)
+        return f"({left} {atom.op} {right})"
     texts = map(str, atom.args)
     ordered = texts if isinstance(atom.args, tuple) else sorted(texts)
     return f"{atom.op}({', '.join(ordered)})"

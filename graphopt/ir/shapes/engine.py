@@ -245,9 +245,12 @@ class Engine:
         """The facts of a call, as if the function were inlined."""
         if self._nesting >= _MAX_CALLS:
             return None
+        try:
+            bindings = _bindings(function, query.operation)
+        except kernels.REFUSALS:  # passes on a parameter of a body that nobody calls
+            return None
         self._nesting += 1
         called = frame.calls.get(query.node)
-        bindings = _bindings(function, query.operation)
         if called is None or called.bindings != bindings:
             depth = self._depth(frame, query.node.outputs[0]) if query.node.outputs else 0
             called = Frame(function.opset_imports, bindings, depth)

@@ -117,7 +117,9 @@ def sliced(size: Dim, start: Dim, end: Dim, step: Dim) -> Dim | None:
         return _sliced_backward(size, start, end, -pace)
     if start.value is not None and start.value < 0 and _is_infinite(end):
         return ceildiv(minimum((size, -start.value)), pace)
-    first, last = _bound(size, start), _bound(size, end)
+    # A start beyond the end gives 0 whether it is clamped or not.
+    unclamped = start.lower is not None and start.lower >= 0
+    first, last = start if unclamped else _bound(size, start), _bound(size, end)
     if first is None or last is None:
         return None
     return ceildiv(maximum((last - first, 0)), pace)
