@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import onnx_ir as ir
 
-from graphopt.errors import PassError
+from graphopt.errors import ModelError, PassError
 from graphopt.ir.model_file import skeleton_bytes
 from graphopt.ir.scopes import all_graphs, all_nodes
 from graphopt.numerics import Numerics
@@ -50,23 +50,33 @@ class SurgeonPass:
     numerics: Numerics = Numerics.REORDERED
 
     def run(self, model: ir.Model, ctx: Context) -> bool:
-        """Rewrites `model`; returns whether anything changed."""
-        # graphsurgeon is imported by whoever uses it, not by every run.
-        from graphopt.ir.surgeon import from_surgeon, to_surgeon  # noqa: PLC0415
+        """Rewrites `model`; returns whether anything changed.
 
+        Raises:
+            PassError: graphsurgeon cannot hold the model, or the function left a graph that is no model.
+        """
         if not ctx.permit(self.name, SITE, self.numerics):
             return False
         before = Snapshot.of(model)
-        graph = to_surgeon(model)
-        result = self.function(graph)
-        if result is not None and not isinstance(result, type(graph)):
-            raise _wrong_result(self.name, result, "an onnx_graphsurgeon.Graph or None")
-        new = from_surgeon(graph if result is None else result, like=model)
+        try:
+            new = self._run(model)
+        except ModelError as error:  # the model was sound: a run can go on without the pass
+            raise PassError(f"pass {self.name}: {error}", pass_name=self.name) from error
         if Snapshot.of(new) == before:
             return False
         replace_contents(model, new)
         ctx.refresh()
         return True
+
+    def _run(self, model: ir.Model) -> ir.Model:
+        # graphsurgeon is imported by whoever uses it, not by every run.
+        from graphopt.ir.surgeon import from_surgeon, to_surgeon  # noqa: PLC0415
+
+        graph = to_surgeon(model)
+        result = self.function(graph)
+        if result is not None and not isinstance(result, type(graph)):
+            raise _wrong_result(self.name, result, "an onnx_graphsurgeon.Graph or None")
+        return from_surgeon(graph if result is None else result, like=model)
 
 
 @dataclasses.dataclass(frozen=True)
