@@ -77,6 +77,14 @@ def text(content: object, style: str = "") -> Text:
     return Text(escape(str(content)), style=style)
 
 
+def line(*parts: str | tuple[str, str]) -> Text:
+    """One text out of several, each plain or with a style."""
+    from rich.text import Text
+
+    styled = [(part, "") if isinstance(part, str) else part for part in parts]
+    return Text.assemble(*((escape(content), style) for content, style in styled))
+
+
 def count(number: int | None) -> str:
     """`12 345 678`; a dash for None."""
     return NONE if number is None else f"{number:,}".replace(",", "\N{THIN SPACE}")

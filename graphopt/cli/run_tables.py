@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from graphopt.cli.console import change, count, grid, scaled, size, text
+from graphopt.cli.console import change, count, grid, line, scaled, size, text
 from graphopt.cli.verification import outputs_table, verdict
 
 if TYPE_CHECKING:
@@ -39,8 +39,7 @@ def _summary(report: RunReport) -> RenderableType:
     asked = f"target {report.target}, precision {report.precision}"
     recipe = f", recipe {report.recipe}" if report.recipe else ""
     spent = f", {report.seconds:.1f} s CPU" if report.seconds is not None else ""
-    line = text(f"{source} → {made}", "bold")
-    return line.append_text(text(f"\n{asked}{recipe}{spent}", "dim"))
+    return line((f"{source} → {made}", "bold"), (f"\n{asked}{recipe}{spent}", "dim"))
 
 
 def _sizes(report: RunReport) -> RenderableType:
@@ -87,17 +86,13 @@ def _passes(report: RunReport) -> RenderableType | None:
 def _verification(report: RunReport) -> list[RenderableType]:
     found = report.verification
     if found.mode == "off":
-        return [
-            text("unverified", "bold yellow").append_text(
-                text("  --verify off: nothing was compared")
-            )
-        ]
+        return [line(("unverified", "bold yellow"), "  --verify off: nothing was compared")]
     parts: list[RenderableType] = [verdict(found.passed, found.profile, found.feeds, found.reason)]
     if found.outputs:
         wrong = [each for each in found.outputs if not each.passed]
         right = [each for each in found.outputs if each.passed]
         shown = [*wrong, *right][: max(MAX_OUTPUTS, len(wrong))]
-        parts.append(outputs_table(shown))
+        parts.append(outputs_table(shown, found.reason))
         if len(shown) < len(found.outputs):
             parts.append(
                 text(f"… and {len(found.outputs) - len(shown)} more outputs, all equal", "dim")
@@ -111,8 +106,8 @@ def _rolled_back(report: RunReport) -> list[RenderableType]:
     for each in report.rolled_back:
         rule = f"/{each.rule}" if each.rule else ""
         where = f" at {each.site!r}" if each.site else ""
-        line = text(f"left out  {each.pass_name}{rule}{where}: ", "bold yellow")
-        parts.append(line.append_text(text(each.reason)))
+        what = f"left out  {each.pass_name}{rule}{where}: "
+        parts.append(line((what, "bold yellow"), each.reason))
     return [text(""), *parts] if parts else []
 
 
@@ -136,9 +131,7 @@ def _remarks(remarks: Sequence[Remark], *, every_remark: bool) -> list[Renderabl
 
 def without_names(reason: str) -> str:
     """A reason with the names of values and nodes left out, so that the same reason counts once."""
-    for name in re.findall(r"'([^']*)'", reason):
-        reason = reason.replace(f" ({name})", "")
-    return re.sub(r"'[^']*'", "…", reason)
+    return re.sub(r"'[^']*'", "…", re.sub(r" \(\S+\)$", "", reason))
 
 
 def _more(hidden: int) -> list[Text]:

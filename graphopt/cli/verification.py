@@ -14,20 +14,21 @@ if TYPE_CHECKING:
 
 def verdict(passed: bool | None, profile: str, feeds: int, reason: str) -> Text:
     """One line: verified, differs, or unverified, and why."""
-    from graphopt.cli.console import text
+    from graphopt.cli.console import line
 
     on = f"{feeds} {'input' if feeds == 1 else 'inputs'}"
     if passed:
         equal = "bit-equal to" if profile == "exact" else "equal to"
-        line = text("verified", "bold green")
-        return line.append_text(text(f"  {equal} the reference on {on} (gate: {profile})"))
+        return line(
+            ("verified", "bold green"), f"  {equal} the reference on {on} (gate: {profile})"
+        )
     if passed is None:
-        return text("unverified", "bold yellow").append_text(text(f"  {reason}"))
-    return text("differs", "bold red").append_text(text(f"  {reason} (gate: {profile})"))
+        return line(("unverified", "bold yellow"), f"  {reason}")
+    return line(("differs", "bold red"), f"  {reason} (gate: {profile})")
 
 
-def outputs_table(outputs: Sequence[OutputReport]) -> RenderableType:
-    """One row an output: the numbers, and what failed or was forgiven."""
+def outputs_table(outputs: Sequence[OutputReport], said: str = "") -> RenderableType:
+    """One row an output: the numbers, and what failed or was forgiven, unless it is `said` already."""
     from graphopt.cli.console import NONE, grid, text
 
     table = grid("output", "max|d|", "/RMS", "SQNR", "cosine", "", right="1234")
@@ -41,7 +42,7 @@ def outputs_table(outputs: Sequence[OutputReport]) -> RenderableType:
             _number(each.max_over_rms),
             decibels,
             NONE if each.cosine is None else _cosine(each.cosine),
-            text(equal if each.equal or not each.why else f"{equal}: {each.why}", style),
+            text(equal if not each.why or each.why in said else f"{equal}: {each.why}", style),
         )
     return table
 

@@ -155,7 +155,7 @@ def _parts(found: Verification) -> list[RenderableType]:
     said = verdict(found.passed, found.profile, len(found.feeds), found.reason)
     parts: list[RenderableType] = [said]
     if found.outputs:
-        parts.append(outputs_table(found.outputs))
+        parts.append(outputs_table(found.outputs, found.reason))
     parts += [text(f"contract: {line}", "red") for line in found.contract]
     if found.deployed:
         parts += [text(""), text("with the runtime's own optimisations", "bold")]
