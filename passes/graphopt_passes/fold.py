@@ -16,7 +16,7 @@ from graphopt.ir.sparse import CooTensor
 from graphopt.numerics import Numerics
 from graphopt.rewrite import Context, is_dead, name_of, remove
 from graphopt.rewrite.relink import place_constant
-from graphopt_passes.constants import TIED_BYTES
+from graphopt_passes.constants import TIED_BYTES, is_tied
 
 RULE = "fold-constant"
 SCRATCH_BYTES = 256 << 20
@@ -58,14 +58,14 @@ class Region:
 
     Attributes:
         scopes: the nodes to compute, in order, outer graphs first, and where each lies.
-        inside: nodes within subgraphs of those: they are computed with their owners.
+        inside: nodes within subgraphs of those, which are computed with their owner.
         given: values of other nodes whose elements shape inference knows.
         homes: where the producers of `given` lie.
         constant_bytes: of all constants of the model.
     """
 
     scopes: dict[ir.Node, Scope]
-    inside: set[ir.Node]
+    inside: dict[ir.Node, ir.Node]
     given: dict[ir.Value, ir.TensorProtocol]
     homes: dict[ir.Node, Scope]
     constant_bytes: int
@@ -80,7 +80,7 @@ class Region:
 def collect(model: ir.Model, ctx: Context) -> Region:
     """Finds all nodes that can be computed without a feed, in one walk."""
     functions = frozenset(model.functions)
-    region = Region({}, set(), {}, {}, _constant_bytes(model))
+    region = Region({}, {}, {}, {}, _constant_bytes(model))
     for scope in all_graphs(model):
         for node in scope.graph:
             if node in region.inside or _is_constant_node(node):
@@ -88,7 +88,7 @@ def collect(model: ir.Model, ctx: Context) -> Region:
             if _is_foldable(node, scope, region, functions) and not _explodes(node, ctx):
                 region.scopes[node] = scope
                 for graph in operators.subgraphs(node):
-                    region.inside.update(all_nodes(graph))
+                    region.inside.update(dict.fromkeys(all_nodes(graph), node))
             else:
                 _give(node, scope, region, ctx)
     return region
@@ -176,40 +176,34 @@ def _give(node: ir.Node, scope: Scope, region: Region, ctx: Context) -> None:
             region.homes[node] = scope
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
 class Fold:
     """A node whose results are stored.
 
     Attributes:
         node: the node.
         outputs: those of its outputs that something reads.
-        size: their bytes.
-        growth: what they add to the model, constants that die with them deducted.
-        claims: those constants.
+        growth: what they add to the model in bytes, constants that die with them deducted.
     """
 
     node: ir.Node
     outputs: tuple[ir.Value, ...]
-    size: int = 0
-    growth: int = 0
-    claims: tuple[ir.Value, ...] = ()
+    growth: int
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Choice:
     """What one walk decided.
 
     Attributes:
         folds: the nodes whose results are stored, last first.
         given: values that shape inference knows, to be stored.
-        kept: nodes of the region that stay nodes.
-        claimed: constants that die with a fold.
+        kept: nodes of the region that stay nodes, and why.
     """
 
     folds: list[Fold] = dataclasses.field(default_factory=list)
     given: list[ir.Value] = dataclasses.field(default_factory=list)
-    kept: set[ir.Node] = dataclasses.field(default_factory=set)
-    claimed: set[ir.Value] = dataclasses.field(default_factory=set)
+    kept: dict[ir.Node, str] = dataclasses.field(default_factory=dict)
 
 
 class _Planner:
@@ -221,20 +215,21 @@ class _Planner:
         self._limit = ctx.options.fold_limit_bytes
         self._small = min(TIED_BYTES, self._limit)
         self._refused: dict[ir.Node, str] = {}
+        self._failed: dict[ir.Node, str] = {}
         self._sizes: dict[ir.Value, int] = {}
 
     def plan(self) -> Mapping[ir.Value, ir.TensorProtocol]:
         """The results to store, in order.  Nothing in the model changes."""
         while True:
             choice = self._choose()
-            if self._overdrawn(choice):
+            if self._is_too_much(choice):
                 continue
             results, failures = self._compute(choice)
             if failures:
                 self._drop(failures)
             elif not self._has_outgrown(choice, results):
                 break
-        for node, reason in self._refused.items():
+        for node, reason in {**self._failed, **choice.kept}.items():
             self._ctx.missed(RULE, node, reason)
         return results
 
@@ -243,14 +238,13 @@ class _Planner:
         wanted = self._demand()
         choice = Choice()
         for node in reversed(self._region.scopes):
-            outputs = [value for value in node.outputs if value in wanted]
+            outputs = tuple(value for value in node.outputs if value in wanted)
             if not outputs:
                 continue
-            fold = Fold(node, tuple(outputs))
-            reason = self._refused.get(node) or self._refusal(fold, choice)
+            fold = Fold(node, outputs, self._growth(node, outputs))
+            reason = self._refused.get(node) or self._refusal(fold)
             if reason:
-                self._refused[node] = reason
-                choice.kept.update(_with_inner(node))
+                choice.kept[node] = reason
                 wanted.update(dependencies(node))
             else:
                 choice.folds.append(fold)
@@ -265,40 +259,53 @@ class _Planner:
             value
             for value in (*ours, *region.given)
             if value.is_graph_output()
-            or any(
-                u.node not in region.scopes and u.node not in region.inside for u in value.uses()
-            )
+            or any(self._home(use.node) not in region.scopes for use in value.uses())
         }
 
-    def _refusal(self, fold: Fold, choice: Choice) -> str:
+    def _home(self, node: ir.Node) -> ir.Node:
+        """The node of the region that a node is computed with: itself, or the one whose subgraph holds it."""
+        return self._region.inside.get(node, node)
+
+    def _refusal(self, fold: Fold) -> str:
         """Why the outputs of a node should not be stored, or ""."""
         if not all(_is_storable(value) for value in fold.outputs):
             return "its result is no tensor, which is all that a model can store"
-        fold.size = sum(self._size(value) or 0 for value in fold.outputs)
-        if fold.size <= self._small:
+        if fold.growth <= self._small:
             return ""
-        cone, leaves = self._cone(fold.node)
-        dying = [v for v in leaves if v not in choice.claimed and self._feeds_only(v, cone)]
-        fold.growth = fold.size - sum(_held_bytes(value) for value in dying)
-        lasting = any(_held_bytes(v) > self._small for v in leaves if v not in dying)
-        copies = lasting and fold.node.op_type in COPIES and not fold.node.domain
-        if fold.growth > (self._small if copies else self._limit):
-            return (
-                f"its result of {fold.size} bytes would make the model {fold.growth} bytes larger"
-                + (": the constant that it comes from has other uses" if copies else "")
-            )
-        fold.claims = tuple(dying)
-        choice.claimed.update(dying)
-        return ""
+        copies = fold.node.op_type in COPIES and not fold.node.domain
+        tied = copies and any(is_tied(v) for v in fold.node.inputs[:1] if v is not None)
+        if fold.growth <= self._limit and not tied:
+            return ""
+        return f"its result would make the model {fold.growth} bytes larger" + (
+            ": the constant that it comes from has other uses" if tied else ""
+        )
+
+    def _growth(self, node: ir.Node, outputs: Sequence[ir.Value]) -> int:
+        """Bytes that the results add, less those of the constants that nothing else needs."""
+        size = sum(self._size(value) or 0 for value in outputs)
+        if size <= self._small:
+            return size
+        return size - sum(_held_bytes(value) for value in self._dying(node))
 
     def _size(self, value: ir.Value) -> int | None:
         return self._sizes.get(value, known_bytes(value, self._ctx))
 
-    def _cone(self, node: ir.Node) -> tuple[set[ir.Node], list[ir.Value]]:
-        """The nodes of the region that a node needs, itself included, and the constants at their feet."""
-        cone = {node}
+    def _dying(self, node: ir.Node) -> list[ir.Value]:
+        """The constants that are needed for nothing but this node, on whatever way."""
+        cone, leaves = self._cone([node])
+        leaky = [
+            each
+            for each in cone
+            if each is not node and not all(self._ends_in(value, cone) for value in each.outputs)
+        ]
+        needed = set(self._cone(leaky)[1])
+        return [v for v in leaves if v not in needed and self._ends_in(v, cone)]
+
+    def _cone(self, tips: Sequence[ir.Node]) -> tuple[set[ir.Node], list[ir.Value]]:
+        """The nodes of the region that some need, themselves included, and the constants at their feet."""
+        cone = set(tips)
         leaves: dict[ir.Value, None] = {}
-        pending = [node]
+        pending = list(tips)
         while pending:
             for value in dependencies(pending.pop()):
                 producer = value.producer()
@@ -312,32 +319,24 @@ class _Planner:
                     leaves[value] = None
         return cone, list(leaves)
 
-    def _feeds_only(self, value: ir.Value, cone: set[ir.Node]) -> bool:
-        """Whether a constant dies with the nodes of a cone."""
+    def _ends_in(self, value: ir.Value, cone: set[ir.Node]) -> bool:
+        """Whether only nodes of a cone read a value."""
         if value.is_graph_output():
             return False
-        return all(u.node in cone or u.node in self._region.inside for u in value.uses())
+        return all(self._home(use.node) in cone for use in value.uses())
 
-    def _overdrawn(self, choice: Choice) -> bool:
-        """Refuses folds that count on a constant that stays after all, and growing folds that are too much together."""
-        broken = [fold for fold in choice.folds if any(self._stays(v, choice) for v in fold.claims)]
-        for fold in broken:
-            self._refused[fold.node] = (
-                f"its result of {fold.size} bytes would stand beside a constant that something else still needs"
-            )
+    def _is_too_much(self, choice: Choice) -> bool:
+        """Refuses results that each may grow the model, but together by too much."""
         growing = [fold for fold in choice.folds if fold.growth > self._small]
         total = sum(fold.growth for fold in growing)
-        if not broken and total > self._limit + self._region.constant_bytes // 8:
-            broken = growing
-            for fold in growing:
-                self._refused[fold.node] = (
-                    f"{len(growing)} such results would make a model with {self._region.constant_bytes} bytes of "
-                    f"constants {total} bytes larger"
-                )
-        return bool(broken)
-
-    def _stays(self, value: ir.Value, choice: Choice) -> bool:
-        return any(use.node in choice.kept for use in value.uses())
+        if total <= self._limit + self._region.constant_bytes // 8:
+            return False
+        for fold in growing:
+            self._refused[fold.node] = (
+                f"{len(growing)} such results would make a model with {self._region.constant_bytes} bytes of constants "
+                f"{total} bytes larger"
+            )
+        return True
 
     def _compute(
         self, choice: Choice
@@ -352,7 +351,7 @@ class _Planner:
                 results[fold.outputs[0]] = seen
                 continue
             wanted.extend(fold.outputs)
-            needed |= self._cone(fold.node)[0]
+            needed |= self._cone([fold.node])[0]
         failures: dict[ir.Node, str] = {}
         for opsets, nodes in self._by_imports(needed):
             done = evaluate(nodes, wanted, opsets, known=self._region.given)
@@ -390,10 +389,7 @@ class _Planner:
             if node in failures or any(v.producer() in gone for v in dependencies(node)):
                 gone.add(node)
                 del region.scopes[node]
-                for graph in operators.subgraphs(node):
-                    region.inside.difference_update(all_nodes(graph))
-        for node, reason in failures.items():
-            self._refused[node] = reason
+        self._failed.update(failures)
 
     def _has_outgrown(self, choice: Choice, results: Mapping[ir.Value, ir.TensorProtocol]) -> bool:
         """Whether a result whose size was unknown is so large that the choice must be made again."""

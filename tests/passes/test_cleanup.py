@@ -36,7 +36,7 @@ def test_upgrade_ir_makes_initializers_constant() -> None:
     apply([UpgradeIr()], model)
     assert model.ir_version == 4
     assert [v.name for v in model.graph.inputs] == ["x"]
-    feed = {"x": np.float32([3, 4])}
+    feed = {"x": np.array([3, 4], np.float32)}
     np.testing.assert_array_equal(run(save(model), feed)[0], run(parse(IR3), feed)[0])
 
 
@@ -101,7 +101,7 @@ def test_lift_sparse_constant() -> None:
         "g (float[3] x) => (float[3] y) { c = Constant<value_float = 1.0>()  y = Add(x, c) }"
     )
     sparse = onnx.helper.make_sparse_tensor(
-        onnx.numpy_helper.from_array(np.float32([5])),
+        onnx.numpy_helper.from_array(np.array([5], np.float32)),
         onnx.numpy_helper.from_array(np.array([1])),
         [3],
     )
@@ -178,7 +178,8 @@ def test_unused_graph_inputs_stay() -> None:
 
 
 def test_unused_overridable_initializer_stays() -> None:
-    text = '<ir_version: 8, opset_import: ["": 18]> g (float[2] x, float[1] w) => (float[2] y) <float[1] w = {1.0}> { y = Neg(x) }'
+    text = """<ir_version: 8, opset_import: ["": 18]> g (float[2] x, float[1] w) => (float[2] y)
+        <float[1] w = {1.0}> { y = Neg(x) }"""
     model = load(text)
     assert not apply([RemoveDeadCode()], model).rewrites
 

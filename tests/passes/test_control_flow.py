@@ -6,9 +6,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-
 from graphopt_passes.cleanup import RemoveDeadCode
 from graphopt_passes.control_flow import InlineControlFlow
+
 from tests.rewriting import apply, check, parse, run
 
 STEPS = [InlineControlFlow(), RemoveDeadCode()]
@@ -82,7 +82,9 @@ def test_names_of_siblings_do_not_clash() -> None:
 
 
 def test_nested_branches() -> None:
-    inner = branches("() => (float[2] p) { p = Exp(o) }", "() => (float[2] q) { q = Neg(o) }", outputs="a")
+    inner = branches(
+        "() => (float[2] p) { p = Exp(o) }", "() => (float[2] q) { q = Neg(o) }", outputs="a"
+    )
     check(
         STEPS,
         "g (float[2] x) => (float[2] y) <bool c = {1}> { o = Abs(x) "
@@ -93,14 +95,20 @@ def test_nested_branches() -> None:
 
 
 def test_decided_branch_within_an_undecided_one() -> None:
-    inner = branches("() => (float[2] p) { p = Exp(x) }", "() => (float[2] q) { q = Neg(x) }", outputs="a")
+    inner = branches(
+        "() => (float[2] p) { p = Exp(x) }", "() => (float[2] q) { q = Neg(x) }", outputs="a"
+    )
     check(
         STEPS,
         "g (float[2] x, bool d) => (float[2] y) <bool c = {0}> { "
-        + branches(f"() => (float[2] a) {{ {inner} }}", "() => (float[2] b) { b = Abs(x) }", cond="d")
+        + branches(
+            f"() => (float[2] a) {{ {inner} }}", "() => (float[2] b) { b = Abs(x) }", cond="d"
+        )
         + "}",
         "g (float[2] x, bool d) => (float[2] y) { "
-        + branches("() => (float[2] a) { a = Neg(x) }", "() => (float[2] b) { b = Abs(x) }", cond="d")
+        + branches(
+            "() => (float[2] a) { a = Neg(x) }", "() => (float[2] b) { b = Abs(x) }", cond="d"
+        )
         + "}",
     )
 
@@ -123,7 +131,9 @@ def test_branch_whose_output_is_an_initializer() -> None:
     model = ir.from_proto(
         parse(
             "g (float[2] x) => (float[2] y) <bool c = {1}> {"
-            + branches("() => (float[2] w) <float[2] w = {1, 2}> { }", "() => (float[2] b) { b = Neg(x) }")
+            + branches(
+                "() => (float[2] w) <float[2] w = {1, 2}> { }", "() => (float[2] b) { b = Neg(x) }"
+            )
             + "}"
         )
     )

@@ -26,7 +26,14 @@ def test_equal_constants_become_one() -> None:
     )  # fmt: skip
     apply(MERGE, model)
     assert list(model.graph.initializers) == ["a", "c"]
-    assert [v.name for n in model.graph for v in n.inputs] == ["x", "a", "t", "a", "u", "c"]
+    assert [v.name for n in model.graph for v in n.inputs if v is not None] == [
+        "x",
+        "a",
+        "t",
+        "a",
+        "u",
+        "c",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -111,10 +118,10 @@ def test_digest_of_a_mapped_tensor_is_that_of_its_elements(tmp_path: Path) -> No
 
 
 def test_sparse_and_dense_constants_are_told_apart() -> None:
-    values, indices = ir.tensor(np.float32([1])), ir.tensor(np.array([0]))
+    values, indices = ir.tensor(np.array([1], np.float32)), ir.tensor(np.array([0]))
     sparse = CooTensor(values, indices, [2])
     assert digest(sparse) == digest(CooTensor(values, indices, [2]))
-    assert digest(sparse) != digest(ir.tensor(np.float32([1, 0])))
+    assert digest(sparse) != digest(ir.tensor(np.array([1, 0], np.float32)))
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.float8_e4m3fn, ml_dtypes.int4, ml_dtypes.bfloat16])
@@ -298,7 +305,8 @@ def test_functions_are_searched_on_their_own() -> None:
 
 
 def test_attributes_that_are_parameters_are_compared_by_name() -> None:
-    text = """<ir_version: 9, opset_import: ["": 18, "l": 1]> g (float[2] x) => (float[2] y) {{ y = l.f<p = 0.1, q = 0.2>(x) }}
+    text = """<ir_version: 9, opset_import: ["": 18, "l": 1]>
+        g (float[2] x) => (float[2] y) {{ y = l.f<p = 0.1, q = 0.2>(x) }}
         <domain: "l", opset_import: ["": 18]> f <p, q> (a) => (b)
         {{ c = LeakyRelu<alpha: float = @p>(a)  d = LeakyRelu<alpha: float = @{other}>(a)  b = Add(c, d) }}"""
     model = ir.from_proto(parse(text.format(other="q")))

@@ -6,11 +6,11 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from graphopt_passes.cleanup import RemoveDeadCode
+from graphopt_passes.functions import InlineFunctions
 
 from graphopt.ir.check import violations
 from graphopt.rewrite import Context
-from graphopt_passes.cleanup import RemoveDeadCode
-from graphopt_passes.functions import InlineFunctions
 from tests.rewriting import apply, make_feeds, parse, run, structure
 
 STEPS = [InlineFunctions(), RemoveDeadCode()]
@@ -44,7 +44,9 @@ def test_call_becomes_body() -> None:
         """g (float[N] x, float[N] z) => (float[N] y) { t = l.f(x, z) y = Neg(t) }
         <domain: "l", opset_import: ["": 18]> f (a, b) => (c) { d = Add(a, b) c = Exp(d) }"""
     )
-    same(model, "g (float[N] x, float[N] z) => (float[N] y) { d = Add(x, z) t = Exp(d) y = Neg(t) }")
+    same(
+        model, "g (float[N] x, float[N] z) => (float[N] y) { d = Add(x, z) t = Exp(d) y = Neg(t) }"
+    )
     assert not model.functions
     assert dict(model.opset_imports) == {"": 18}
     assert [v.name for node in model.graph for v in node.outputs] == ["t_d", "t", "y"]
@@ -64,7 +66,10 @@ def test_function_that_returns_its_input() -> None:
         <domain: "l", opset_import: ["": 18]> f (a) => (a, a2) { a2 = Neg(a) }""",
         exact=False,
     )
-    same(model, "g (float[N] x) => (float[N] y, float[N] z) { t = Neg(x) y = Identity(x) z = Exp(t) }")
+    same(
+        model,
+        "g (float[N] x) => (float[N] y, float[N] z) { t = Neg(x) y = Identity(x) z = Exp(t) }",
+    )
 
 
 def test_two_calls_get_names_of_their_own() -> None:

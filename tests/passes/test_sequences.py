@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
-
 from graphopt_passes import sequences
+
 from tests.rewriting import apply, check, parse
 
 RULES = sequences.RULES
@@ -110,7 +110,8 @@ def test_editing_a_construct(edit: str, result: str) -> None:
     header = "g (float[N] x, float[N] z, float[N] w) => (float[M] y) "
     check(
         RULES,
-        header + f"{at(1)} {{ s = SequenceConstruct(x, z) {edit} y = ConcatFromSequence<axis = 0>(t) }}",
+        header
+        + f"{at(1)} {{ s = SequenceConstruct(x, z) {edit} y = ConcatFromSequence<axis = 0>(t) }}",
         header + f"{{ y = Concat<axis = 0>({result}) }}",
     )
 
@@ -144,7 +145,8 @@ SPLIT = "g (float[4,3] x) => (float[A,B] y) "
 def test_pieces_of_a_split() -> None:
     check(
         RULES,
-        SPLIT + "<int64 n = {2}, int64 p = {1}, int64 q = {0}> { s = SplitToSequence(x, n) a = SequenceAt(s, p)"
+        SPLIT
+        + "<int64 n = {2}, int64 p = {1}, int64 q = {0}> { s = SplitToSequence(x, n) a = SequenceAt(s, p)"
         " b = SequenceAt(s, q) y = Sub(a, b) }",
         SPLIT + "<int64[2] n = {2, 2}> { b, a = Split<axis = 0>(x, n) y = Sub(a, b) }",
     )
@@ -171,7 +173,8 @@ def test_given_pieces_of_a_dynamic_dim() -> None:
 def test_given_pieces_in_an_old_opset() -> None:
     check(
         RULES,
-        SPLIT + "<int64[2] n = {1, 3}, int64 p = {1}> { s = SplitToSequence(x, n) y = SequenceAt(s, p) }",
+        SPLIT
+        + "<int64[2] n = {1, 3}, int64 p = {1}> { s = SplitToSequence(x, n) y = SequenceAt(s, p) }",
         SPLIT + "{ b, y = Split<axis = 0, split = [1, 3]>(x) }",
         opset=11,
     )
@@ -198,7 +201,8 @@ def test_rows_with_keepdims_read_as_a_whole() -> None:
 def test_split_into_one_piece() -> None:
     check(
         RULES,
-        SPLIT + "<int64 n = {9}, int64 p = {0}> { s = SplitToSequence(x, n) t = SequenceAt(s, p) y = Neg(t) }",
+        SPLIT
+        + "<int64 n = {9}, int64 p = {0}> { s = SplitToSequence(x, n) t = SequenceAt(s, p) y = Neg(t) }",
         SPLIT + "{ y = Neg(x) }",
     )
 
@@ -222,12 +226,16 @@ def test_split_of_a_dynamic_dim_stays(split: str, missed: str) -> None:
 def test_split_read_at_an_unknown_position_stays() -> None:
     check(
         RULES,
-        SPLIT.replace("x)", "x, int64 p)") + "<int64 n = {2}> { s = SplitToSequence(x, n) y = SequenceAt(s, p) }",
+        SPLIT.replace("x)", "x, int64 p)")
+        + "<int64 n = {2}> { s = SplitToSequence(x, n) y = SequenceAt(s, p) }",
     )
 
 
 def test_pieces_that_do_not_add_up_stay() -> None:
-    text = SPLIT + "<int64[2] n = {1, 2}, int64 p = {1}> { s = SplitToSequence(x, n) y = SequenceAt(s, p) }"
+    text = (
+        SPLIT
+        + "<int64[2] n = {1, 2}, int64 p = {1}> { s = SplitToSequence(x, n) y = SequenceAt(s, p) }"
+    )
     ctx = apply(RULES, ir.from_proto(parse(text)))
     assert not ctx.rewrites
     assert "do not make up a dim of 4" in ctx.remarks[0].reason
