@@ -43,6 +43,12 @@ def _refuse_quantized(value: ir.Value) -> None:
         raise Skip("the weight is quantised: runtimes look for a plain MatMul on it", maker)
 
 
+def _is_computed(value: ir.Value) -> bool:
+    """Whether the graph computes the operand from others: then it is no weight at all."""
+    maker = value.producer()
+    return maker is not None and maker.op_type not in ("Constant", "DequantizeLinear")
+
+
 def _is_matrix(m: Match, *operands: Var | Op) -> bool:
     dims = [m.dims(v) for v in operands]
     return all(d is not None and len(d) == 2 for d in dims)
@@ -232,7 +238,7 @@ scaled = Op("Mul|Div", matmul, k)
 def fold_scale_into_matmul(m: Match, g: Builder) -> ir.Value | None:
     """`MatMul(x, W) * s` -> `MatMul(x, W*s)`, s a number or one per column [N], W constant [K, N]."""
     dims = m.dims(matmul)
-    if dims is None or m.array(w).ndim != 2:
+    if dims is None or _is_computed(m[w]) or m.array(w).ndim != 2:
         return None
     _demand_floats(m, w)
     factor = _factor(m, m[scaled], rank=len(dims), size=Dim.of(m.array(w).shape[1]))
@@ -247,7 +253,12 @@ product_of_scaled = Op("MatMul", scaled_x, w)
 def fold_input_scale_into_matmul(m: Match, g: Builder) -> ir.Value | None:
     """`MatMul(x * s, W)` -> `MatMul(x, s*W)`, s a number or one per row of W [K]; x must have the product's shape."""
     dims = m.dims(x)
-    if dims is None or m.array(w).ndim != 2 or dims[-1:] != (m.array(w).shape[0],):
+    if (
+        dims is None
+        or _is_computed(m[w])
+        or m.array(w).ndim != 2
+        or dims[-1:] != (m.array(w).shape[0],)
+    ):
         return None
     _demand_floats(m, w)
     factor = _factor(m, m[scaled_x], rank=len(dims), size=dims[-1])
@@ -295,7 +306,7 @@ tied_product = Op("MatMul", a, Op("Transpose", w, shared=True))
 def fuse_transposed_weight(m: Match, g: Builder) -> ir.Value | None:
     """`MatMul(a, W^T)` -> `FusedMatMul(a, W, transB=1)` for a constant W with other uses: no transposed copy of it.
 
-    Source: com.microsoft FusedMatMul-1 of ONNX Runtime, which folds the Transpose of any constant when it loads a model.
+    Source: com.microsoft FusedMatMul-1; ONNX Runtime folds the Transpose of any constant when it loads a model.
     """
     swap, rank = _maker(m[tied_product], 1), len(m.known_dims(w))
     swaps = (*range(rank - 2), rank - 1, rank - 2)
@@ -314,6 +325,8 @@ chain = Op("MatMul", first, w2)
 @rule(chain)
 def merge_constant_products(m: Match, g: Builder) -> ir.Value | None:
     """`(x @ A) @ B` -> `x @ (A @ B)`, A [K, R], B [R, N], where that is no larger: K*N <= K*R + R*N."""
+    if _is_computed(m[w]) or _is_computed(m[w2]):
+        return None
     left_, right_ = m.array(w), m.array(w2)
     if left_.ndim != 2 or right_.ndim != 2 or m.dtype(first) not in FLOATS:
         return None

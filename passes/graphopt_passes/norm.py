@@ -57,7 +57,7 @@ def fuse_centred_quotient(m: Match, g: Builder) -> ir.Value | None:
     The means are over the same trailing axes; over all of H, W, … of [N, C, H, W, …] it is an instance normalisation.
     Source: LayerNormalization-17, InstanceNormalization-6.
     """
-    return _centred(m, g)
+    return _centred(m, g, centred_quotient)
 
 
 @rule(centred_product, opset=OPSETS, benefit=3)
@@ -66,7 +66,7 @@ def fuse_centred_product(m: Match, g: Builder) -> ir.Value | None:
 
     Source: LayerNormalization-17, InstanceNormalization-6.
     """
-    return _centred(m, g)
+    return _centred(m, g, centred_product)
 
 
 @rule(quotient, opset=OPSETS, benefit=2)
@@ -87,18 +87,51 @@ def fuse_rms_product(m: Match, g: Builder) -> ir.Value | None:
     return _rms(m, g)
 
 
-def _centred(m: Match, g: Builder) -> ir.Value | None:
+def _centred(m: Match, g: Builder, root: Op) -> ir.Value | None:
     over = _trailing_axes(m, m[mean])
-    if over is None or _trailing_axes(m, m[variance]) != over:
+    if over is None:
+        return _channels_first(m, g)
+    if _trailing_axes(m, m[variance]) != over:
         return None
     dims, dtype = m.known_dims(x), m.dtype(x)
     epsilon = _epsilon(m)
-    if len(over) == len(dims) - 2 > 1:
+    emits = m.emits("LayerNormalization", dtype=dtype)
+    known = all(dims[a].is_static for a in over)
+    if len(over) == len(dims) - 2 > 1 and not (emits and known and not _is_scaled(m, root, dims)):
         return _instance(m, g, dims[1], epsilon)
-    if not m.emits("LayerNormalization", dtype=dtype):
+    if not emits:
         raise Skip(f"the target has no LayerNormalization for {dtype} at opset {m.opset()}", m[x])
     ones = _ones(g, dtype, [dims[a] for a in over], m[x])
     return g.op("LayerNormalization", m[x], ones, axis=-len(over), epsilon=epsilon)
+
+
+def _channels_first(m: Match, g: Builder) -> ir.Value | None:
+    """The means are over axis 1 of [N, C, H, …]: a layer normalisation between two Transpose, where that pays."""
+    dims, dtype = m.known_dims(x), m.dtype(x)
+    axes = [given_axes(m, m[op], 18) for op in (mean, variance)]
+    keeps = all(m.attr(op, "keepdims", 1) for op in (mean, variance))
+    if (
+        len(dims) < 3
+        or not keeps
+        or any(a is None or from_front(a, len(dims)) != (1,) for a in axes)
+    ):
+        return None
+    if not m.emits("LayerNormalization", dtype=dtype, form="channels-first"):
+        raise Skip("the target gains nothing by a normalisation between two Transpose", m[x])
+    ones, epsilon = _ones(g, dtype, [dims[1]], m[x]), _epsilon(m)
+    last = g.op("Transpose", m[x], perm=(0, *range(2, len(dims)), 1))
+    normal = g.op("LayerNormalization", last, ones, axis=-1, epsilon=epsilon)
+    return g.op("Transpose", normal, perm=(0, len(dims) - 1, *range(1, len(dims) - 1)))
+
+
+def _is_scaled(m: Match, root: Op, dims: tuple[Dim, ...]) -> bool:
+    """Whether a constant per channel scales the normalised value, as an instance normalisation can take it in."""
+    channels = dims[1].value
+    users = [user for user, _ in m.out(root).uses() if user.op_type == "Mul"]
+    data = [values.array(v) for user in users for v in user.inputs]
+    return channels is not None and any(
+        d is not None and d.size > 1 and along(d, len(dims), 1, channels) is not None for d in data
+    )
 
 
 def _instance(m: Match, g: Builder, channels: Dim, epsilon: float) -> ir.Value:
@@ -232,7 +265,7 @@ def _per_element(
 
 
 @rule(shifted_norm, opset=OPSETS)
-def fold_addend_into_norm(m: Match, g: Builder) -> ir.Value:
+def fold_addend_into_norm(m: Match, g: Builder) -> ir.Value | None:
     """`Norm(x, s, b) + f` -> `Norm(x, s, b + f)`, f one number per element of s.
 
     RMSNormalization has no bias.  Source: LayerNormalization-17, InstanceNormalization-6.
@@ -242,11 +275,60 @@ def fold_addend_into_norm(m: Match, g: Builder) -> ir.Value:
         raise Skip("there is no bias to take the addend", node)
     if values.constant(m[factor]) is None:
         if m.get(shift) is not None or m.dims(factor) != m.dims(scale):
-            raise Skip("the addend is computed, and not of the bias's shape", m[factor])
+            return None  # a residual connection
         return g.op(node.op_type, m[x], m[scale], m[factor], like=node)
     total = m.wide(shift, 0.0) + _per_element(m, node, factor)
     bias = g.const(narrow(total, m.dtype(factor), m[factor]), name="bias")
     return g.op(node.op_type, m[x], m[scale], bias, like=node)
+
+
+layer_norm = Op("LayerNormalization", x, scale, shift)
+channels_first = Op("Transpose", layer_norm)
+scaled_channels = Op("Mul", channels_first, factor)
+shifted_channels = Op("Add", channels_first, factor)
+
+
+@rule(scaled_channels, opset=OPSETS)
+def fold_factor_through_transpose(m: Match, g: Builder) -> ir.Value | None:
+    """`Transpose(LayerNorm(x, s, b)) * f` -> `Transpose(LayerNorm(x, s*f, b*f))`, f one number per channel [C, 1, …].
+
+    Source: LayerNormalization-17.
+    """
+    number = _per_channel(m)
+    if number is None:
+        return None
+    bias = m.get(shift)
+    if bias is not None:
+        bias = g.const(narrow(m.wide(shift) * number, bias.dtype, bias), name="bias")
+    weight = g.const(narrow(m.wide(scale) * number, m.dtype(scale), m[scale]), name="scale")
+    normal = g.op("LayerNormalization", m[x], weight, bias, like=m[layer_norm])
+    return g.op("Transpose", normal, like=m[channels_first])
+
+
+@rule(shifted_channels, opset=OPSETS)
+def fold_addend_through_transpose(m: Match, g: Builder) -> ir.Value | None:
+    """`Transpose(LayerNorm(x, s, b)) + f` -> `Transpose(LayerNorm(x, s, b + f))`, f one number per channel [C, 1, …].
+
+    Source: LayerNormalization-17.
+    """
+    number = _per_channel(m)
+    if number is None:
+        return None
+    total = narrow(m.wide(shift, 0.0) + number, m.dtype(factor), m[factor])
+    bias = g.const(total, name="bias")
+    normal = g.op("LayerNormalization", m[x], m[scale], bias, like=m[layer_norm])
+    return g.op("Transpose", normal, like=m[channels_first])
+
+
+def _per_channel(m: Match) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]] | None:
+    """A constant beside the transposed result, per element of the scale; None where it varies otherwise."""
+    node, dims, data = m[layer_norm], m.known_dims(x), values.array(m[factor])
+    size = values.constant(m[scale])
+    axis = int(m.attr(node, "axis", -1)) % len(dims)
+    if data is None or size is None or axis != len(dims) - 1 or len(node.outputs) > 1:
+        return None
+    perm = tuple(m.attr(channels_first, "perm", ())) or tuple(reversed(range(len(dims))))
+    return along(data, len(dims), perm.index(len(dims) - 1), int(size.size))
 
 
 raised = Op("Cast", x)
@@ -280,5 +362,7 @@ RULES: tuple[Rule, ...] = (
     fuse_rms_product,
     fold_factor_into_norm,
     fold_addend_into_norm,
+    fold_factor_through_transpose,
+    fold_addend_through_transpose,
     fold_casts_into_norm,
 )

@@ -241,7 +241,8 @@ def test_batchnorm_of_rank_3_or_in_training_stays() -> None:
         missed="not the columns",
     )
     _check(
-        f"{X} <float[4,6] w, {BN}> {{ p = Gemm(x, w) y, m, v = BatchNormalization<training_mode=1>(p, ga, be, me, va) }}",
+        f"{X} <float[4,6] w, {BN}>"
+        "{ p = Gemm(x, w) y, m, v = BatchNormalization<training_mode=1>(p, ga, be, me, va) }",
         missed="training",
         dims=(3, 4),
     )

@@ -1,0 +1,207 @@
+"""Arithmetic with constants around matrix products, at a distance: through views, transposes and other products.
+
+    Before:  q = Reshape(x W + b); y = (q kT) / 8;      z = Transpose(BatchNormalization(Transpose(x)))
+    After:   q = Reshape(x W/8 + b/8); y = q kT;        z = x * s + t
+
+Changes numerics: reordered; weights are folded in float64.  Leaves alone: tied weights, values with other uses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.ir import values
+from graphopt.ir.build import Builder
+from graphopt.rewrite import Match, Op, Rule, Skip, Var, rule
+from graphopt_passes.constants import along, narrow, on_axis, refuse_tied
+
+OPSETS = (7, 10_000)
+FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+VIEWS = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity"})
+MAX_STEPS = 6
+
+x, y, w = Var(), Var(), Var()
+k = Var(const=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Path:
+    """How a number reaches a product with a constant weight.
+
+    Attributes:
+        steps: nodes that a factor commutes with, from the far end, each with the input that it enters by.
+        weight: the constant weight.
+        product: the MatMul or Gemm on it.
+        addend: the constant that an Add gives to the product, if any.
+    """
+
+    steps: tuple[tuple[ir.Node, int], ...]
+    weight: ir.Value
+    product: ir.Node
+    addend: ir.Value | None
+
+
+def _find(value: ir.Value, graph: ir.Graph | None) -> Path | None:
+    """The way from a value up to a product with a constant weight, through values that nothing else needs."""
+    steps: list[tuple[ir.Node, int]] = []
+    addend: ir.Value | None = None
+    for _ in range(MAX_STEPS):
+        node = value.producer()
+        alone = len(value.uses()) == 1 and not value.is_graph_output()
+        if node is None or node.domain or node.graph is not graph or not alone:
+            return None
+        if node.op_type in ("MatMul", "Gemm") and values.is_constant(node.inputs[1]):
+            weight = node.inputs[1]
+            assert weight is not None
+            return Path(tuple(steps), weight, node, addend)
+        source = 0
+        if node.op_type == "Add" and addend is None:
+            source = 1 if values.is_constant(node.inputs[0]) else 0
+            addend = node.inputs[1 - source]
+            if not values.is_constant(addend):
+                return None
+        elif addend is not None:
+            return None  # an Add before the product, and after something else: no bias of it
+        elif node.op_type in VIEWS or node.op_type == "MatMul":
+            steps.append((node, 0))
+        else:
+            return None
+        entered = node.inputs[source]
+        if entered is None:
+            return None
+        value = entered
+    return None
+
+
+scaled = Op("Mul|Div", y, k)
+
+
+@rule(scaled, opset=OPSETS)
+def fold_distant_scale_into_weight(m: Match, g: Builder) -> ir.Value | None:
+    """`f(x W + b) * s` -> `f(x (W*s) + b*s)` for a number s; f: views, and products with f's value on the left.
+
+    The 1/sqrt(d) of attention, before or after the product of queries and keys, goes into the queries' weight.
+    """
+    path = _find(m[y], m[scaled].graph)
+    if path is None or not (path.steps or path.addend) or m.dtype(y) not in FLOATS:
+        return None
+    number = values.scalar(m[k])
+    if number is None or m.dims(scaled) is None or m.dims(scaled) != m.dims(y):
+        return None
+    if m[scaled].op_type == "Div" and number == 0:
+        return None
+    factor = 1 / number if m[scaled].op_type == "Div" else float(number)
+    return _rebuild(g, path, factor)
+
+
+def _rebuild(g: Builder, path: Path, factor: float) -> ir.Value:
+    """The path with weight and addends times `factor`."""
+    refuse_tied(path.weight)
+    inputs = list(path.product.inputs)
+    inputs[1] = _times(g, path.weight, factor)
+    if len(inputs) > 2 and inputs[2] is not None:
+        if not values.is_constant(inputs[2]):
+            raise Skip("the addend of the product is computed", path.product)
+        inputs[2] = _times(g, inputs[2], factor)
+    value = g.op(path.product.op_type, *inputs, like=path.product)
+    if path.addend is not None:
+        value = g.op("Add", value, _times(g, path.addend, factor))
+    for node, index in reversed(path.steps):
+        others = [value if i == index else v for i, v in enumerate(node.inputs)]
+        value = g.op(node.op_type, *others, like=node)
+    return value
+
+
+def _times(g: Builder, constant: ir.Value, factor: float) -> ir.Value:
+    data = values.array(constant)
+    assert data is not None
+    scaled_data = narrow(data.astype(np.float64) * factor, constant.dtype, constant)
+    return g.const(scaled_data, name="weight")
+
+
+shifted = Op("Add", x, k)
+product = Op("MatMul", shifted, w)
+bias = Var(const=True)
+biased = Op("Add", product, bias)
+
+
+@rule(biased, opset=OPSETS)
+def fold_shift_before_product(m: Match, g: Builder) -> ir.Value | None:
+    """`(x + t) W + b` -> `x W + (b + t W)`, t a number or one per row of W [K], b one per column [N]."""
+    weight = values.array(m[w])
+    dims = m.dims(x)
+    if weight is None or weight.ndim != 2 or dims is None or m.dtype(x) not in FLOATS:
+        return None
+    shift = along(m.array(k), len(dims), -1, weight.shape[0])
+    addend = along(m.array(bias), len(m.known_dims(product)), -1, weight.shape[1])
+    if shift is None or addend is None or dims[-1] != weight.shape[0]:
+        return None
+    total = addend + shift @ weight.astype(np.float64)
+    constant = g.const(narrow(total, m.dtype(x), m[bias]), name="bias")
+    return g.op("Add", g.op("MatMul", m[x], m[w]), constant)
+
+
+c = Var(optional=True)
+shifted_gemm = Op("Gemm", shifted, w, c)
+
+
+@rule(shifted_gemm, opset=OPSETS)
+def fold_shift_before_gemm(m: Match, g: Builder) -> ir.Value | None:
+    """`Gemm(x + t, W, b)` -> `Gemm(x, W, b + t W)`, t a number or one per row of W [K]; alpha and beta considered."""
+    node, weight, dims = m[shifted_gemm], values.array(m[w]), m.dims(x)
+    if weight is None or dims is None or len(dims) != 2 or m.dtype(x) not in FLOATS:
+        return None
+    if m.attr(node, "transA", 0) or (m.get(c) is not None and values.array(m[c]) is None):
+        return None
+    matrix = weight.T if m.attr(node, "transB", 0) else weight
+    shift = along(m.array(k), 2, 1, matrix.shape[0])
+    if shift is None or dims[1] != matrix.shape[0]:
+        return None
+    alpha, beta = (float(m.attr(node, name, 1.0)) for name in ("alpha", "beta"))
+    held = m.wide(c, 0.0) * (beta if m.get(c) is not None else 0.0)
+    total = held + alpha * (shift @ matrix.astype(np.float64))
+    constant = g.const(narrow(total, m.dtype(x), m[w]), name="bias")
+    return g.op("Gemm", m[x], m[w], constant, like=node, beta=None)
+
+
+gamma, beta_, mean, var = (Var(const=True) for _ in range(4))
+there = Op("Transpose", x)
+normalized = Op("BatchNormalization", there, gamma, beta_, mean, var)
+back = Op("Transpose", normalized)
+
+
+@rule(back, opset=(9, 10_000))
+def unfold_batchnorm_between_transposes(m: Match, g: Builder) -> ir.Value | None:
+    """`Transpose(BN(Transpose(x, p)), q)` -> `x * s + t` where q undoes p; s, t: [C, 1, …] on the channel's axis of x.
+
+    Source: BatchNormalization-9, -14 in inference mode.
+    """
+    rank = len(m.known_dims(x))
+    first, second = (_perm(m, m[op], rank) for op in (there, back))
+    if [first[i] for i in second] != list(range(rank)):
+        return None
+    node = m[normalized]
+    if m.attr(node, "training_mode", 0) or any(v.uses() for v in node.outputs[1:]):
+        raise Skip("BatchNormalization in training mode", node)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        scale = m.wide(gamma) / np.sqrt(m.wide(var) + float(m.attr(node, "epsilon", 1e-5)))
+    shift = m.wide(beta_) - m.wide(mean) * scale
+    trailing = rank - first[1]
+    s, t = (narrow(on_axis(v, trailing, 0), m.dtype(x), m[gamma]) for v in (scale, shift))
+    return g.op("Add", g.op("Mul", m[x], g.const(s, name="scale")), g.const(t, name="shift"))
+
+
+def _perm(m: Match, node: ir.Node, rank: int) -> Sequence[int]:
+    return tuple(m.attr(node, "perm", ())) or tuple(reversed(range(rank)))
+
+
+RULES: tuple[Rule, ...] = (
+    fold_distant_scale_into_weight,
+    fold_shift_before_product,
+    fold_shift_before_gemm,
+    unfold_batchnorm_between_transposes,
+)

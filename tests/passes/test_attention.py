@@ -1,0 +1,191 @@
+"""Attention out of its parts, and the guard against rows that are masked throughout."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from graphopt_passes import attention
+
+from tests.rewriting import apply, check, make_feeds, parse, run
+
+QKV = "float[B,2,S,4] q, float[B,2,L,4] k, float[B,2,L,4] v"
+G = f"g ({QKV}) => (float[B,2,S,4] y) <float s = {{0.5}}, float r = {{2.0}}, float zero = {{0.0}}> "
+KT = "t = Transpose<perm=[0,1,3,2]>(k)"
+GUARD = "n = IsNaN(p) w = Where(n, zero, p) y = MatMul(w, v)"
+
+
+def _check(before: str, after: str | None = None, **options: object) -> None:
+    check(attention.RULES, before, after, tolerance=1e-5, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("body", "scale"),
+    [
+        (f"{KT} z = MatMul(q, t)", 1.0),
+        (f"{KT} a = MatMul(q, t) z = Mul(a, s)", 0.5),
+        (f"{KT} a = MatMul(q, t) z = Div(a, r)", 0.5),
+        (f"{KT} c = Mul(q, s) z = MatMul(c, t)", 0.5),
+        (f"{KT} c = Mul(q, s) d = Mul(t, s) z = MatMul(c, d)", 0.25),
+        (f"{KT} c = Mul(q, s) d = Div(t, s) z = MatMul(c, d)", 1.0),
+    ],
+)
+@pytest.mark.parametrize("tail", ["y = MatMul(p, v)", GUARD])
+def test_attention_without_mask(body: str, scale: float, tail: str) -> None:
+    _check(
+        f"{G} {{ {body} p = Softmax(z) {tail} }}",
+        f"g ({QKV}) => (float[B,2,S,4] y) {{ y = Attention<scale={scale}>(q, k, v) }}",
+        opset=23,
+    )
+
+
+def test_attention_of_keys_transposed_at_once() -> None:
+    """Keys [B, L, H, D] go to [B, H, D, L] in one Transpose, which becomes the other."""
+    qkv = QKV.replace("float[B,2,L,4] k", "float[B,L,2,4] k")
+    _check(
+        f"g ({qkv}) => (float[B,2,S,4] y) {{ t = Transpose<perm=[0,2,3,1]>(k) z = MatMul(q, t)"
+        " p = Softmax(z) y = MatMul(p, v) }",
+        f"g ({qkv}) => (float[B,2,S,4] y) {{ t = Transpose<perm=[0,2,1,3]>(k)"
+        " y = Attention<scale=1.0>(q, t, v) }",
+        opset=23,
+    )
+    qkv = QKV.replace("float[B,2,L,4] k", "float[B,2,4,L] k")
+    _check(
+        f"g ({qkv}) => (float[B,2,S,4] y) {{ z = MatMul(q, k) p = Softmax(z) y = MatMul(p, v) }}",
+        f"g ({qkv}) => (float[B,2,S,4] y) {{ t = Transpose<perm=[0,1,3,2]>(k)"
+        " y = Attention<scale=1.0>(q, t, v) }",
+        opset=23,
+    )
+
+
+MASKED = f"g ({QKV}, bool[B,1,S,L] c) => (float[B,2,S,4] y) <float s = {{0.5}}, float zero = {{0.0}}, float no"
+
+
+def test_mask_that_spares_every_row() -> None:
+    _check(
+        f"{MASKED} = {{-10000.0}}> {{ m = Where(c, zero, no) {KT} a = MatMul(q, t) z = Add(a, m)"
+        " p = Softmax(z) y = MatMul(p, v) }",
+        f"{MASKED} = {{-10000.0}}> {{ m = Where(c, zero, no) y = Attention<scale=1.0>(q, k, v, m) }}",
+        opset=23,
+    )
+
+
+@pytest.mark.parametrize("number", [-np.inf, np.finfo(np.float32).min])
+@pytest.mark.parametrize("tail", ["y = MatMul(p, v)", GUARD])
+def test_fully_masked_rows(number: float, tail: str) -> None:
+    """Attention answers 0 where the guard does; NaN and an even spread are not its answers."""
+    proto = parse(
+        f"{MASKED}> {{ m = Where(c, zero, no) {KT} a = MatMul(q, t) z = Add(a, m) p = Softmax(z) {tail} }}",
+        opset=23,
+    )
+    held = next(t for t in proto.graph.initializer if t.name == "no")
+    held.CopyFrom(onnx.numpy_helper.from_array(np.asarray(number, np.float32), "no"))
+    model = ir.from_proto(proto)
+    ctx = apply(attention.RULES, model)
+    fused = any(node.op_type == "Attention" for node in model.graph)
+    assert fused == (tail == GUARD and number == -np.inf)
+    assert fused or any("throughout" in remark.reason for remark in ctx.remarks)
+    feeds = make_feeds(proto, 0)
+    feeds["c"][:, :, 0] = False
+    got, expected = run(ir.to_proto(model), feeds)[0], run(proto, feeds)[0]
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_mask_from_outside_stays() -> None:
+    _check(
+        f"g ({QKV}, float[S,L] m) => (float[B,2,S,4] y)"
+        f"{{ {KT} a = MatMul(q, t) z = Add(a, m) p = Softmax(z) y = MatMul(p, v) }}",
+        opset=23,
+        missed="masked throughout",
+    )
+
+
+def test_mask_that_broadens_stays() -> None:
+    _check(
+        "g (float[1,2,3,4] q, float[1,2,5,4] k, float[1,2,5,4] v, bool[2,1,3,5] c) => (float[2,2,3,4] y)"
+        f"<float zero, float no> {{ m = Where(c, zero, no) {KT} a = MatMul(q, t) z = Add(a, m)"
+        " p = Softmax(z) y = MatMul(p, v) }",
+        opset=23,
+        missed="broadens",
+    )
+
+
+@pytest.mark.parametrize(
+    ("graph", "body", "reason"),
+    [
+        (G, f"{KT} z = MatMul(q, t) p = Softmax<axis=2>(z) y = MatMul(p, v)", ""),
+        (
+            G.replace("zero", "x").replace("{0.5}", "{-0.5}"),
+            f"{KT} c = Mul(q, s) z = MatMul(c, t) p = Softmax(z) y = MatMul(p, v)",
+            "",
+        ),
+        (
+            G.replace("float[B,2,L,4] v", "float[1,1,L,4] v"),
+            f"{KT} z = MatMul(q, t) p = Softmax(z) y = MatMul(p, v)",
+            "differ",
+        ),
+    ],
+)
+def test_other_products_stay(graph: str, body: str, reason: str) -> None:
+    _check(f"{graph} {{ {body} }}", opset=23, missed=reason)
+
+
+def test_attention_below_its_opset_or_elsewhere_stays() -> None:
+    text = f"{G} {{ {KT} z = MatMul(q, t) p = Softmax(z) y = MatMul(p, v) }}"
+    _check(text, opset=22)
+    _check(text, opset=23, target="portable", missed="no Attention")
+
+
+def test_fully_masked_rows_on_a_target_of_unknown_answer_stay() -> None:
+    proto = parse(
+        f"{MASKED}> {{ m = Where(c, zero, no) {KT} a = MatMul(q, t) z = Add(a, m) p = Softmax(z) {GUARD} }}",
+        opset=23,
+    )
+    held = next(t for t in proto.graph.initializer if t.name == "no")
+    held.CopyFrom(onnx.numpy_helper.from_array(np.asarray(-np.inf, np.float32), "no"))
+    ctx = apply(attention.RULES, ir.from_proto(proto), target="cuda")
+    assert not ctx.rewrites
+    assert any("not known" in remark.reason for remark in ctx.remarks)
+
+
+def test_weights_that_are_an_output_stay() -> None:
+    _check(
+        G.replace("y)", "y, float[B,2,S,L] p)", 1)
+        + f"{{ {KT} z = MatMul(q, t) p = Softmax(z) y = MatMul(p, v) }}",
+        opset=23,
+        missed="graph output",
+    )
+
+
+H = "g (float[B,S,4] a, float[B,4,L] b) => (float[B,S,L] y) <float s = {0.5}, float zero = {0.0}"
+
+
+@pytest.mark.parametrize("number", ["", ", float m = {-1e30}", ", float[2] m = {0.0, -3e38}"])
+def test_guard_of_rows_that_cannot_be_masked(number: str) -> None:
+    g = H.replace("L]", "2]") + number + "> "
+    add = "z = Add(x, m)" if number else "z = Identity(x)"
+    head = f"r = MatMul(a, b) x = Mul(r, s) {add}"
+    _check(
+        f"{g} {{ {head} p = Softmax(z) n = IsNaN(p) y = Where(n, zero, p) }}",
+        f"{g} {{ {head} y = Softmax(z) }}",
+    )
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "z = Relu(a)",
+        "z = Identity(a)",
+        "r = MatMul(a, b) z = Add(r, c)",
+        "r = MatMul(a, b) z = Div(s, r)",
+        "r = MatMul(a, b) o = Add(r, low) z = Add(o, low)",
+    ],
+)
+def test_guard_of_rows_that_may_be_masked_stays(head: str) -> None:
+    _check(
+        "g (float[2,2,2] a, float[2,2,2] b, float[2,2] c) => (float[2,2,2] y)"
+        "<float s = {0.5}, float zero = {0.0}, float low = {-3e38}>"
+        f"{{ {head} p = Softmax(z) n = IsNaN(p) y = Where(n, zero, p) }}",
+        missed="masked throughout",
+    )

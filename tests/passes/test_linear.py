@@ -1,0 +1,173 @@
+"""Constants that reach a weight through views, transposes and other products."""
+
+from __future__ import annotations
+
+import pytest
+from graphopt_passes import linear
+
+from tests.rewriting import check
+
+HEADS = "int64[4] s = {0,0,2,3}"
+
+
+def _check(before: str, after: str | None = None, **options: object) -> None:
+    check(linear.RULES, before, after, tolerance=1e-5, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("op", ["Mul(t, f)", "Mul(f, t)", "Div(t, f)"])
+def test_scale_of_queries(op: str) -> None:
+    g = "g (float[B,S,4] x) => (float[B,2,S,3] y) "
+    _check(
+        g + f"<float[4,6] w, float[6] b, {HEADS}, float f = {{0.3}}>"
+        "{ p = MatMul(x, w) q = Add(b, p) r = Reshape(q, s) t = Transpose<perm=[0,2,1,3]>(r)"
+        f" y = {op} }}",
+        g + f"<float[4,6] w, float[6] b, {HEADS}>"
+        "{ p = MatMul(x, w) q = Add(p, b) r = Reshape(q, s) y = Transpose<perm=[0,2,1,3]>(r) }",
+    )
+
+
+def test_scale_of_scores() -> None:
+    g = "g (float[B,S,4] x, float[B,2,3,S] k) => (float[B,2,S,S] y) "
+    _check(
+        g + f"<float[4,6] w, {HEADS}, float[1] f = {{0.3}}>"
+        "{ p = MatMul(x, w) r = Reshape(p, s) t = Transpose<perm=[0,2,1,3]>(r) a = MatMul(t, k) y = Mul(a, f) }",
+        g + f"<float[4,6] w, {HEADS}>"
+        "{ p = MatMul(x, w) r = Reshape(p, s) t = Transpose<perm=[0,2,1,3]>(r) y = MatMul(t, k) }",
+    )
+
+
+def test_scale_of_gemm_through_a_view() -> None:
+    g = "g (float[6,4] x) => (float[2,3,6] y) <int64[3] s = {2,3,6}, float[4,6] w, float[6] b"
+    _check(
+        g + ", float f> { p = Gemm<alpha=2.0>(x, w, b) r = Reshape(p, s) y = Mul(r, f) }",
+        g + "> { p = Gemm<alpha=2.0>(x, w, b) y = Reshape(p, s) }",
+    )
+
+
+@pytest.mark.parametrize(
+    ("inputs", "consts", "body"),
+    [
+        ("", "float[3] f", "p = MatMul(x, w) r = Reshape(p, s) y = Mul(r, f)"),
+        (
+            "",
+            "float f, float[2,3] c",
+            "p = MatMul(x, w) r = Reshape(p, s) q = Add(r, c) y = Mul(q, f)",
+        ),
+        ("", "float f", "p = MatMul(x, w) r = Reshape(p, s) q = Relu(r) y = Mul(q, f)"),
+        ("", "float f = {0.0}", "p = MatMul(x, w) r = Reshape(p, s) y = Div(r, f)"),
+        ("", "float f", "p = MatMul(x, w) r = Reshape(p, s) y = Div(f, r)"),
+        (
+            ", float[6] b",
+            "float f",
+            "p = MatMul(x, w) q = Add(p, b) r = Reshape(q, s) y = Mul(r, f)",
+        ),
+    ],
+)
+def test_what_does_not_commute_stays(inputs: str, consts: str, body: str) -> None:
+    _check(
+        f"g (float[B,S,4] x{inputs}) => (float[B,S,2,3] y) <float[4,6] w, {HEADS}, {consts}> {{ {body} }}",
+        feeds=[] if "0.0" in consts else None,
+    )
+
+
+def test_path_with_another_use_stays() -> None:
+    _check(
+        f"g (float[B,S,4] x) => (float[B,S,2,3] y, float[B,S,6] z) <float[4,6] w, {HEADS}, float f>"
+        "{ p = MatMul(x, w) r = Reshape(p, s) y = Mul(r, f) z = Relu(p) }"
+    )
+
+
+def test_scale_of_a_tied_weight_stays() -> None:
+    _check(
+        "g (float[B,64] x) => (float[B,8,8] y, float[B,64] z)"
+        "<float[64,64] w, int64[3] s = {0,8,8}, float f>"
+        "{ p = MatMul(x, w) r = Reshape(p, s) y = Mul(r, f) z = MatMul(x, w) }",
+        missed="2 uses",
+    )
+
+
+def test_computed_addend_of_gemm_stays() -> None:
+    _check(
+        "g (float[6,4] x, float[6] b) => (float[2,3,6] y) <int64[3] s = {2,3,6}, float[4,6] w, float f>"
+        "{ p = Gemm(x, w, b) r = Reshape(p, s) y = Mul(r, f) }",
+        missed="computed",
+    )
+
+
+def test_shift_before_product() -> None:
+    g = "g (float[B,S,4] x) => (float[B,S,6] y) <float[4,6] w, float[6] b"
+    _check(
+        g + ", float[4] t> { q = Add(x, t) p = MatMul(q, w) y = Add(p, b) }",
+        g + "> { p = MatMul(x, w) y = Add(p, b) }",
+    )
+
+
+def test_shift_before_gemm() -> None:
+    g = "g (float[M,4] x) => (float[M,6] y) "
+    _check(
+        g + "<float[6,4] w, float[6] b, float[4] t>"
+        "{ q = Add(x, t) y = Gemm<transB=1, alpha=2.0, beta=3.0>(q, w, b) }",
+        g + "<float[6,4] w, float[6] b> { y = Gemm<transB=1, alpha=2.0>(x, w, b) }",
+    )
+    _check(
+        g + "<float[4,6] w, float t> { q = Add(x, t) y = Gemm(q, w) }",
+        g + "<float[4,6] w, float[6] b> { y = Gemm(x, w, b) }",
+    )
+
+
+@pytest.mark.parametrize(
+    ("x", "t", "tail"),
+    [
+        ("M,1", "4", "p = MatMul(q, w) y = Add(p, b)"),
+        ("3,4", "3,1", "p = MatMul(q, w) y = Add(p, b)"),
+        ("3,4", "4", "p = MatMul(q, w) y = Add(p, c)"),
+        ("3,4", "4", "p = MatMul(q, v) y = Add(p, b)"),
+        ("M,1", "4", "y = Gemm(q, w)"),
+        ("3,4", "3,1", "y = Gemm(q, w)"),
+        ("3,4", "4", "y = Gemm(q, v)"),
+        ("3,4", "4", "y = Gemm(q, w, d)"),
+        ("4,3", "3", "y = Gemm<transA=1>(q, w)"),
+    ],
+)
+def test_shift_that_is_not_per_row_stays(x: str, t: str, tail: str) -> None:
+    m = "M" if x.startswith("M") else "3"
+    _check(
+        f"g (float[{x}] x, float[4,6] v, float[6] d) => (float[{m},6] y)"
+        f"<float[4,6] w, float[6] b, float[3,1] c, float[{t}] t> {{ q = Add(x, t) {tail} }}"
+    )
+
+
+BN = "float[4] ga, float[4] be, float[4] me, float[4] va"
+
+
+def test_batchnorm_between_transposes() -> None:
+    g = "g (float[B,S,4] x) => (float[B,S,4] y) "
+    _check(
+        g + f"<{BN}> {{ t = Transpose<perm=[0,2,1]>(x) n = BatchNormalization(t, ga, be, me, va)"
+        " y = Transpose<perm=[0,2,1]>(n) }",
+        g + "<float[4] s, float[4] t> { m = Mul(x, s) y = Add(m, t) }",
+    )
+    g = "g (float[4,B,5] x) => (float[4,B,5] y) "
+    _check(
+        g + f"<{BN}> {{ t = Transpose<perm=[1,0,2]>(x) n = BatchNormalization(t, ga, be, me, va)"
+        " y = Transpose<perm=[1,0,2]>(n) }",
+        g + "<float[4,1,1] s, float[4,1,1] t> { m = Mul(x, s) y = Add(m, t) }",
+    )
+
+
+def test_transposes_that_do_not_cancel_stay() -> None:
+    _check(
+        f"g (float[5,6,4] x) => (float[6,4,5] y) <{BN}>"
+        "{ t = Transpose<perm=[0,2,1]>(x) n = BatchNormalization(t, ga, be, me, va)"
+        " y = Transpose<perm=[2,1,0]>(n) }"
+    )
+
+
+def test_batchnorm_in_training_between_transposes_stays() -> None:
+    _check(
+        f"g (float[B,S,4] x) => (float[B,S,4] y) <{BN}>"
+        "{ t = Transpose<perm=[0,2,1]>(x) n, m, v = BatchNormalization<training_mode=1>(t, ga, be, me, va)"
+        " y = Transpose<perm=[0,2,1]>(n) }",
+        missed="training",
+        dims=(3, 4),
+    )
