@@ -93,9 +93,9 @@ class _Run:
         functions: Functions,
     ) -> None:
         self.reasons: dict[ir.Node, str] = {}
-        self._opsets = opsets
+        self.opsets = opsets
         self._known = known
-        self._functions = functions
+        self.functions = functions
 
     def tensor(self, value: ir.Value) -> ir.TensorProtocol | None:
         """The tensor of a value, or None."""
@@ -105,9 +105,7 @@ class _Run:
         """Computes a node by its kernel; whether that was possible."""
         if node.op_type == "Constant" and not node.domain:
             return values.constant(node.outputs[0]) is not None
-        kernel = (
-            None if node.op_identifier() in self._functions else numpy_kernel(node, self._opsets)
-        )
+        kernel = None if node.op_identifier() in self.functions else numpy_kernel(node, self.opsets)
         tensors = [None if value is None else self.tensor(value) for value in node.inputs]
         absent = (v is not None and t is None for v, t in zip(node.inputs, tensors, strict=True))
         if kernel is None or any(absent):
@@ -170,20 +168,6 @@ class _Run:
                 self._known[value] = _tensor(array)
         return None
 
-    def proto_of(self, node: ir.Node) -> onnx.NodeProto:
-        """A node in onnx's form."""
-        return ir.serde.serialize_node(node)
-
-    @property
-    def opsets(self) -> operators.Opsets:
-        """The opset imports that rule the nodes."""
-        return self._opsets
-
-    @property
-    def functions(self) -> Functions:
-        """The functions that nodes may call."""
-        return self._functions
-
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
@@ -201,7 +185,7 @@ def _plan(
     graph = onnx.GraphProto(name="constants")
     names = _names(nodes)
     for node in nodes:
-        proto = run.proto_of(node)
+        proto = ir.serde.serialize_node(node)
         proto.input[:] = ["" if value is None else names[value] for value in node.inputs]
         outputs = [
             "" if value.name == "" and not value.uses() else names[value] for value in node.outputs

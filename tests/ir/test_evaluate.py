@@ -97,7 +97,7 @@ EXACT = [
     INTEGERS + "y = ReduceProd<keepdims = 0>(i)",
     INTEGERS + "y = Max(i, i)",
     "b = Constant<value_int = 9>() l = Constant<value_int = 0>() s = Constant<value_int = -2>() y = Range(b, l, s)",
-    I
+    INTEGERS
     + "d = Constant<value_int = 4>() v = Constant<value = float[2] {0.0, 2.0}>() y = OneHot(i, d, v)",
 ]
 

@@ -154,6 +154,19 @@ def test_shape_arithmetic_of_exporters(body: str, inputs: str, expected: str) ->
     assert dims_of(body, inputs) == expected
 
 
+def test_resize_rounds_as_float32_does() -> None:
+    body = """s = Constant<value_floats = [1.0, 0.7]>()  y = Resize(x, , s)"""
+    assert dims_of(body, "float[N, 10] x") == "N, 7"
+    half = body.replace("0.7", "1.5")
+    assert dims_of(half, "float[N, H] x") == "N, (H // 2) + H"
+
+
+def test_ranges_of_floats_are_counted_as_runtimes_count() -> None:
+    body = """a = Constant<value_float = 0.0>()  b = Constant<value_float = 0.7>()
+        d = Constant<value_float = 0.1>()  y = Range(a, b, d)"""
+    assert dims_of(body) == "7"
+
+
 def test_integer_division_truncates_toward_zero() -> None:
     body = """s = Shape(x)  z = Constant<value_int = 0>()  n = Gather(s, z)  m = Neg(n)
         two = Constant<value_int = 2>()  y = Div(m, two)"""

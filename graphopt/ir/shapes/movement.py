@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from graphopt.ir.shapes import facts
@@ -259,7 +260,8 @@ def _scaled(size: Dim, factor: Dim | Ratio | float) -> Dim | None:
     if not isinstance(factor, float):
         return None
     if size.value is not None:
-        return Dim.of(math.floor(size.value * factor))
+        # Runtimes multiply in float32, where 10 * 0.7 is 7.
+        return Dim.of(math.floor(np.float32(size.value) * np.float32(factor)))
     number, by = factor.as_integer_ratio()
     # Powers of two and whole numbers: the runtime's float32 product is exact.
     return size * number // by if by <= 1024 and number < 1 << 16 else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from graphopt.ir import kernels
@@ -180,7 +181,10 @@ def _range(q: Query) -> Sequence[Facts]:
             gap = limit - start if step > 0 else start - limit
             return [facts.tensor(dtype, (maximum((ceildiv(gap, abs(step)), 0)),))]
     if isinstance(start, float) and isinstance(limit, float) and isinstance(delta, float) and delta:
-        return [facts.tensor(dtype, (max(0, math.ceil((limit - start) / delta)),))]
+        # Runtimes subtract in the element type and divide in double precision.
+        narrow = np.float64 if dtype == ir.DataType.DOUBLE else np.float32
+        distance = float(narrow(limit) - narrow(start))
+        return [facts.tensor(dtype, (max(0, math.ceil(distance / delta)),))]
     return [facts.tensor(dtype, q.unknown_dims(1))]
 
 
