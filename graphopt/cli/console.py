@@ -108,14 +108,15 @@ def size(number: int | None) -> str:
 
 
 def change(before: float, after: float) -> str:
-    """`-59 %`, `+3 %`, `=`."""
+    """`-59 %`, `+3.1 %`, `-0.02 %`, `=`."""
     if before == after:
         return "="
     if not before:
         return "new"
     percent = (after - before) / before * 100
     sign = "\N{MINUS SIGN}" if percent < 0 else "+"
-    return f"{sign}{abs(percent):.{0 if abs(percent) >= 9.95 else 1}f} %"
+    digits = 0 if abs(percent) >= 9.95 else 1 if abs(percent) >= 0.095 else 2
+    return f"{sign}{abs(percent):.{digits}f} %"
 
 
 def facts(rows: Mapping[str, object]) -> Table:

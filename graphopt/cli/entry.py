@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -64,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the program's name; those of the process by default.
     """
     args = list(sys.argv[1:] if argv is None else argv)
+    _print_what_can_be_printed()
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
     try:
@@ -92,6 +94,13 @@ def _run(args: list[str]) -> int:
     if status == failure.INTERRUPTED:
         raise KeyboardInterrupt  # typer has made a status of it, without a word
     return status if isinstance(status, int) else 0
+
+
+def _print_what_can_be_printed() -> None:
+    """Lets a terminal that knows no UTF-8 show a question mark where it would otherwise end the run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import sys
 import tempfile
 import textwrap
 import traceback
-from typing import Any
 
 import typer
 
@@ -59,9 +58,7 @@ def tell(error: BaseException, *, as_json: bool, debug: bool) -> int:
     for note in getattr(error, "__notes__", ()):
         sys.stderr.write(f"{note}\n")
     if as_json:
-        body: dict[str, Any] = {"graphopt": own_version(), "error": dataclasses.asdict(failure)}
-        report = getattr(error, "report", None)
-        body |= {"report": report.to_json()} if report is not None else {}
+        body = {"graphopt": own_version(), "error": dataclasses.asdict(failure)}
         sys.stdout.write(json.dumps(body, indent=2, allow_nan=False) + "\n")
     return failure.exit_status
 

@@ -229,6 +229,17 @@ def test_a_closed_pipe_is_no_error() -> None:
     assert done.stderr == ""
 
 
+def test_a_terminal_without_utf8_gets_question_marks(model: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "graphopt", "diff", str(model), str(model)],
+        capture_output=True,
+        check=False,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b" ? " in done.stdout
+
+
 def test_a_pipe_closed_while_writing_is_quiet(run: Run, fails: Fails) -> None:
     fails(BrokenPipeError())
     ran = run("inspect")

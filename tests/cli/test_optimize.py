@@ -176,6 +176,11 @@ def test_an_existing_output_is_replaced(run: Run, model: Path, out: Path) -> Non
     assert operators(out) == ["Add", "Relu"]
 
 
+def test_a_model_can_be_optimised_in_place(run: Run, model: Path) -> None:
+    assert run("optimize", model, "-o", model).status == 0
+    assert operators(model) == ["Add", "Relu"]
+
+
 def test_every_remark_is_listed_if_asked_for(run: Run, model: Path, out: Path) -> None:
     ran = run("optimize", model, "-o", out, "--remarks", "--json")
     assert all(
@@ -227,8 +232,8 @@ def test_numbers_are_short() -> None:
     assert size(4_320_000) == "4.32 MB"
     assert size(None) == "\N{EN DASH}"
     assert count(1234567) == "1\N{THIN SPACE}234\N{THIN SPACE}567"
-    assert [change(*pair) for pair in ((10, 10), (10, 5), (1000, 1001), (0, 3))] == [
-        "=", "\N{MINUS SIGN}50 %", "+0.1 %", "new",
+    assert [change(*pair) for pair in ((10, 10), (10, 5), (1000, 1001), (10000, 10002), (0, 3))] == [
+        "=", "\N{MINUS SIGN}50 %", "+0.1 %", "+0.02 %", "new",
     ]  # fmt: skip
 
 

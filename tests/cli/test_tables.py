@@ -9,7 +9,7 @@ import time
 import pytest
 
 from graphopt.cli import progress as progress_module
-from graphopt.cli.console import show
+from graphopt.cli.console import show, text
 from graphopt.cli.progress import progress
 from graphopt.cli.run_tables import run_tables
 from graphopt.report.facts import ModelFacts
@@ -93,6 +93,19 @@ class Terminal(io.StringIO):
 
     def isatty(self) -> bool:
         return True
+
+
+@pytest.mark.parametrize(("wish", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
+def test_colours_are_off_where_they_are_not_wanted(
+    monkeypatch: pytest.MonkeyPatch, wish: dict[str, str], coloured: bool
+) -> None:
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in {"TERM": "xterm", **wish}.items():
+        monkeypatch.setenv(name, value)
+    show(text("differs", "red"))
+    assert ("\x1b[31m" in screen.getvalue()) is coloured
 
 
 def look_at(monkeypatch: pytest.MonkeyPatch) -> Terminal:
