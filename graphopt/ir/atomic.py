@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from graphopt.errors import OptionError
-from graphopt.ir.mapped import CHUNK_BYTES, MappedTensor
+from graphopt.ir.mapped import MappedTensor
 from graphopt.ir.message import Piece, tensor_chunks
 
+_LARGE_BYTES = 1 << 20
 _REMEDY = {
     errno.ENOSPC: "free space there or write elsewhere",
     errno.EDQUOT: "free space within the quota or write elsewhere",
@@ -124,26 +125,31 @@ def _told(path: Path) -> Iterator[None]:
 
 
 def _stream(fd: int, pieces: Iterable[Piece]) -> None:
+    # Small pieces are gathered; what is large goes to the file from where it is.
     pending = bytearray()
+
+    def flush() -> None:
+        _write_all(fd, pending)
+        pending.clear()
+
     for piece in pieces:
-        if isinstance(piece, bytes):
-            pending += piece
-            continue
         if (
             isinstance(piece, MappedTensor)
-            and piece.nbytes >= CHUNK_BYTES // 8
             and piece.mapping is not None
+            and piece.nbytes >= _LARGE_BYTES
         ):
-            _write_all(fd, pending)
-            pending.clear()
+            flush()
             _copy(fd, piece)
             continue
-        for chunk in tensor_chunks(piece):
+        for chunk in (piece,) if isinstance(piece, bytes) else tensor_chunks(piece):
+            if len(chunk) >= _LARGE_BYTES:
+                flush()
+                _write_all(fd, chunk)
+                continue
             pending += chunk
-            if len(pending) >= CHUNK_BYTES:
-                _write_all(fd, pending)
-                pending.clear()
-    _write_all(fd, pending)
+            if len(pending) >= _LARGE_BYTES:
+                flush()
+    flush()
 
 
 def _copy(fd: int, tensor: MappedTensor) -> None:
@@ -174,7 +180,7 @@ _NO_KERNEL_COPY = (
 )
 
 
-def _write_all(fd: int, data: bytes | bytearray) -> None:
+def _write_all(fd: int, data: bytes | bytearray | memoryview) -> None:
     with memoryview(data) as view:
         done = 0
         while done < len(view):

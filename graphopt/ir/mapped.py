@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 import mmap
@@ -91,7 +92,7 @@ class Notes:
     metadata_props: dict[str, str] | None = None
 
 
-class HeldTensor:
+class HeldTensor(abc.ABC):
     """What our tensors share: name and notes, and the array protocols on top of `numpy()`."""
 
     __slots__ = (
@@ -126,13 +127,13 @@ class HeldTensor:
         """The bytes of the elements, packed as in `raw_data`."""
         return (self.size * self.dtype.bitwidth + 7) // 8
 
+    @abc.abstractmethod
     def numpy(self) -> np.ndarray[Any, Any]:
         """The elements."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def tobytes(self) -> bytes:
         """The elements in the form of `raw_data`."""
-        raise NotImplementedError
 
     def tofile(self, file: IO[bytes]) -> None:
         """Writes the elements in the form of `raw_data`."""
@@ -165,7 +166,7 @@ class MappedTensor(HeldTensor):
 
     def __init__(
         self,
-        source: MappedFile | bytes,
+        source: MappedFile | bytes | memoryview,
         dtype: ir.DataType,
         dims: Sequence[int],
         *,

@@ -16,6 +16,7 @@ from graphopt.ir import notes
 from graphopt.ir.external import ModelFolder
 from graphopt.ir.mapped import MappedFile, MappedTensor, Notes
 from graphopt.ir.sparse import CooTensor
+from graphopt.ir.wire import VARINTS, packed_integers
 
 _T = onnx.TensorProto
 _MAX_ELEMENTS = 2**63 - 1
@@ -32,6 +33,7 @@ _FIELD: dict[int, tuple[str, str]] = {
     _T.UINT64: ("uint64_data", "<u8"),
     _T.UINT32: ("uint64_data", "<u8"),
 }
+_TYPED_FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,10 @@ class TensorReader:
                 f"{where}: is one segment of a tensor; join the segments before, no runtime reads them"
             )
         described = _notes(proto)
+        if self._stayed_as_varints(proto):
+            return MappedTensor(
+                self._varints(proto, dtype, dims, where), dtype, dims, notes=described
+            )
         if proto.data_location == _T.EXTERNAL:
             source, offset = self._external(proto, dtype, dims, where)
             return MappedTensor(source, dtype, dims, offset=offset, notes=described)
@@ -89,6 +95,37 @@ class TensorReader:
         except ModelError as error:
             raise ModelError(f"{where}: {error}") from error
 
+    def _stayed_as_varints(self, proto: onnx.TensorProto) -> bool:
+        return self.token is not None and any(
+            entry.value == self.token + VARINTS for entry in proto.external_data
+        )
+
+    def _varints(
+        self, proto: onnx.TensorProto, dtype: ir.DataType, dims: Sequence[int], where: str
+    ) -> bytes | memoryview:
+        """The data of a large tensor that is kept as packed integers."""
+        entries = _entries(proto)
+        self._check_once(proto, where)
+        assert self.body is not None
+        data = self.body.data if isinstance(self.body, MappedFile) else memoryview(self.body)
+        offset, length = int(entries["offset"]), int(entries["length"])
+        stored = np.dtype(_FIELD.get(proto.data_type, ("int32_data", "<i4"))[1])
+        try:
+            elements = packed_integers(data[offset : offset + length], stored)
+        except ValueError as error:
+            raise ModelError(f"{where}: {error}; the file is corrupt, export it again") from error
+        narrow = _narrowed(elements, dtype, where)
+        _check_length(narrow.nbytes, dtype, dims, where)
+        return narrow.view(np.uint8).data
+
+    @staticmethod
+    def _check_once(proto: onnx.TensorProto, where: str) -> None:
+        typed = any(len(getattr(proto, field)) for field in _TYPED_FIELDS)
+        if typed or proto.HasField("raw_data") or len(proto.external_data) != 3:
+            raise ModelError(
+                f"{where}: its data are given more than once; the file is corrupt or hostile"
+            )
+
     def _external(
         self, proto: onnx.TensorProto, dtype: ir.DataType, dims: Sequence[int], where: str
     ) -> tuple[MappedFile | bytes, int]:
@@ -96,15 +133,12 @@ class TensorReader:
             raise ModelError(
                 f"{where}: {dtype} cannot be kept as external data; store it in the model"
             )
-        entries = {notes.name(entry.key): notes.name(entry.value) for entry in proto.external_data}
+        entries = _entries(proto)
         location = entries.get("location", "")
         offset = _number(entries, "offset", where) or 0
         length = _number(entries, "length", where)
         if self.body is not None and location == self.token:
-            if proto.HasField("raw_data") or len(proto.external_data) != 3:
-                raise ModelError(
-                    f"{where}: its data are given more than once; the file is corrupt or hostile"
-                )
+            self._check_once(proto, where)
             source: MappedFile | bytes = self.body
         elif self.folder is None:
             raise ModelError(
@@ -120,6 +154,10 @@ class TensorReader:
                 f"which has {size}; it may be truncated or belong to another model"
             )
         return source, offset
+
+
+def _entries(proto: onnx.TensorProto) -> dict[str, str]:
+    return {notes.name(entry.key): notes.name(entry.value) for entry in proto.external_data}
 
 
 def _notes(proto: onnx.TensorProto) -> Notes:

@@ -14,6 +14,9 @@ import re
 import secrets
 from collections.abc import Callable, Iterator
 from functools import cache
+from typing import Any
+
+import numpy as np
 
 from graphopt.errors import ModelError
 
@@ -21,11 +24,17 @@ LARGE_BYTES = 1024  # smaller payloads cost more as references than as copies
 MAX_DEPTH = 100  # protobuf's own limit of nested messages: no runtime could read a deeper file
 
 _RELEASE_BYTES = 8 << 20
+_PIECE_BYTES = 1 << 20
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-_DENSE_FIELD = {
-    4: (1, 14),
-    10: (11, 15),
-}  # packed float_data, double_data: the dtypes whose raw form they are
+# Fields of packed numbers (float_data, double_data; int32_data, int64_data, uint64_data) and the dtypes that
+# are kept in them. The former are what raw_data would be; the latter are varints.
+_DENSE_FIELD: dict[int, tuple[int, ...]] = {4: (1, 14), 10: (11, 15)}
+_VARINT_FIELD: dict[int, tuple[int, ...]] = {
+    5: (2, 3, 4, 5, 6, 9, 10, *range(16, 29)),
+    7: (7,),
+    11: (12, 13),
+}
+VARINTS = "/varints"  # after the token: the payload is packed integers
 _DATA_TYPE, _NAME, _RAW_DATA, _DATA_LOCATION = 2, 8, 9, 14
 _CHILDREN: dict[str, dict[int, str]] = {
     "ModelProto": {7: "GraphProto", 25: "FunctionProto"},
@@ -78,6 +87,44 @@ def scan(data: memoryview, origin: str, release: Callable[[], None] = lambda: No
     scanner = _Scanner(data, origin, "\0" + secrets.token_hex(16), release)
     stripped = scanner.message("ModelProto", 0, len(data), 0)
     return Skeleton(bytes(data) if stripped is None else stripped, scanner.token)
+
+
+def packed_integers(data: memoryview, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    """The integers of a packed field; beyond the width of `dtype` they wrap, as protobuf's do.
+
+    In pieces: protobuf itself would take eight bytes an element, Python objects forty.
+
+    Raises:
+        ValueError: a varint does not end, or is longer than ten bytes.
+    """
+    raw = np.frombuffer(data, np.uint8)
+    pieces = [raw[at : at + _PIECE_BYTES] for at in range(0, raw.size, _PIECE_BYTES)]
+    numbers: np.ndarray[Any, Any] = np.empty(
+        sum(int(np.count_nonzero(piece < 0x80)) for piece in pieces), dtype
+    )
+    at = filled = 0
+    while at < raw.size:
+        piece = raw[at : at + _PIECE_BYTES]
+        stops = np.flatnonzero(piece < 0x80)
+        if not stops.size:
+            raise ValueError("a varint does not end")
+        numbers[filled : filled + stops.size] = _integers(piece, stops).view(np.int64).astype(dtype)
+        at, filled = at + int(stops[-1]) + 1, filled + stops.size
+    return numbers
+
+
+def _integers(data: np.ndarray[Any, Any], stops: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """[N] uint64: the varints of `data` that end at `stops`."""
+    starts = np.concatenate([[0], stops[:-1] + 1])
+    lengths = stops - starts + 1
+    if int(lengths.max()) > 10:
+        raise ValueError("a varint is longer than ten bytes")
+    values: np.ndarray[Any, Any] = (data[starts] & 0x7F).astype(np.uint64)
+    for index in range(1, int(lengths.max())):
+        longer = np.flatnonzero(lengths > index)
+        bits = (data[starts[longer] + index] & 0x7F).astype(np.uint64)
+        values[longer] |= bits << np.uint64(7 * index)
+    return values
 
 
 def varint(value: int) -> bytes:
@@ -157,7 +204,7 @@ class _Scanner:
             [
                 self.data[start : payload.start],
                 self.data[payload.stop : stop],
-                _entry("location", self.token),
+                _entry("location", self.token + VARINTS * (payload.number in _VARINT_FIELD)),
                 _entry("offset", str(payload.body)),
                 _entry("length", str(payload.stop - payload.body)),
                 varint(_DATA_LOCATION << 3) + b"\x01",
@@ -176,7 +223,8 @@ class _Scanner:
     def _is_payload(field: Field, data_type: int) -> bool:
         if field.kind != _BYTES:
             return False
-        return field.number == _RAW_DATA or data_type in _DENSE_FIELD.get(field.number, ())
+        typed = _DENSE_FIELD.get(field.number) or _VARINT_FIELD.get(field.number, ())
+        return field.number == _RAW_DATA or data_type in typed
 
     def _fields(self, at: int, stop: int) -> Iterator[Field]:
         while at < stop:

@@ -171,9 +171,10 @@ def test_every_dtype_is_read_and_written(name: str, repeat: int) -> None:
     assert round_trip(proto).graph.initializer[0] == proto.graph.initializer[0]
 
 
+@pytest.mark.parametrize("repeat", [1, 5000], ids=["small", "large"])
 @pytest.mark.parametrize("name", ARRAYS)
-def test_every_typed_field_is_read(name: str) -> None:
-    dtype, array = ir.DataType[name], ARRAYS[name]
+def test_every_typed_field_is_read(name: str, repeat: int) -> None:
+    dtype, array = ir.DataType[name], np.tile(ARRAYS[name], repeat)
     tensor = TensorProto(name="w", data_type=dtype, dims=array.shape)
     if name in ("FLOAT", "COMPLEX64"):
         tensor.float_data.extend(array.view(np.float32).tolist())
@@ -191,7 +192,9 @@ def test_every_typed_field_is_read(name: str) -> None:
         tensor.int32_data.extend(array.tolist())
     else:
         tensor.int32_data.extend(array.view(f"u{array.itemsize}").tolist())
-    assert weight(with_weights(tensor)).numpy().tobytes() == array.tobytes()
+    proto = with_weights(tensor)
+    for source in (proto, proto.SerializeToString()):
+        assert weight(source).numpy().tobytes() == array.tobytes()
 
 
 def test_strings_are_kept() -> None:

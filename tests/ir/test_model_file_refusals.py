@@ -175,6 +175,10 @@ def test_types_too_deep_for_a_message_are_refused() -> None:
             "the weights have been stripped",
         ),
         (
+            TensorProto(name="w", data_type=7, dims=[3000], int64_data=range(2999)),
+            "are 24000 bytes, its data are 23992",
+        ),
+        (
             TensorProto(name="w", data_type=1, dims=[2], float_data=[1]),
             "are 8 bytes, its data are 4",
         ),
@@ -207,6 +211,15 @@ def test_data_given_twice_are_refused() -> None:
     data = blob(7, blob(1, node + blob(5, attribute + again)))
     with pytest.raises(ModelError, match="its data are given more than once"):
         load_model(data)
+
+
+def test_broken_packed_integers_are_refused() -> None:
+    data = model_with(
+        TensorProto(name="w", data_type=7, dims=[2000], int64_data=range(2000))
+    ).SerializeToString()
+    last = data.index(b"\xcf\x0f")  # 1999
+    with pytest.raises(ModelError, match="tensor 'w': a varint does not end"):
+        load_model(data[: last + 1] + b"\xff" + data[last + 2 :])
 
 
 def test_lying_sparse_tensors_are_refused() -> None:

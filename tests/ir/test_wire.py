@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from onnx import TensorProto
 
 from graphopt.errors import ModelError
 from graphopt.ir import wire
-from graphopt.ir.wire import LARGE_BYTES, blob, scan, varint
+from graphopt.ir.wire import LARGE_BYTES, blob, packed_integers, scan, varint
 
 
 def field(number: int, kind: int, body: bytes) -> bytes:
@@ -162,6 +163,36 @@ def test_any_bytes_are_scanned_or_refused(data: bytes) -> None:
         assert "m: not a whole ONNX file" in str(error)  # noqa: PT017
     else:
         assert len(skeleton.data) <= len(data)
+
+
+@given(st.lists(st.integers(-(2**63), 2**63 - 1), max_size=20))
+def test_packed_integers_are_read_as_protobuf_reads_them(numbers: list[int]) -> None:
+    data = TensorProto(int64_data=numbers).SerializeToString()
+    body = memoryview(data)[2 if len(data) < 130 else 3 :]
+    found = packed_integers(body, np.dtype("<i8"))
+    assert found.tolist() == numbers
+    assert packed_integers(body, np.dtype("u1")).tolist() == [n % 256 for n in numbers]
+
+
+def test_packed_integers_are_read_across_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = [3**k for k in range(39)] * 3
+    data = TensorProto(int64_data=numbers).SerializeToString()
+    for size in (10, 11, 64):
+        monkeypatch.setattr(wire, "_PIECE_BYTES", size)
+        assert packed_integers(memoryview(data)[3:], np.dtype("<i8")).tolist() == numbers
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"\x80" * 3, "does not end"),
+        (b"\x01" + b"\x80" * 3, "does not end"),
+        (b"\x80" * 10 + b"\0", "longer than ten"),
+    ],
+)
+def test_broken_packed_integers_are_refused(data: bytes, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        packed_integers(memoryview(data), np.dtype("<i8"))
 
 
 @given(st.integers(0, 2**63))
