@@ -352,7 +352,7 @@ def _integers(request: _Request, stream: Draws) -> Array:
             target.reshape(-1)[:1] = -1
         return target
     if role.use is Use.AXIS:
-        return np.zeros(shape, np.int64)
+        return np.arange(math.prod(shape)).reshape(shape)
     if role.use is Use.POSITIVE:
         return (
             0.5 + stream.uniform(shape)
@@ -412,7 +412,7 @@ _WORDS = ("", "a", "B", "the quick brown fox", "über", "0", "-1.5", "日本")
 def _strings(request: _Request, stream: Draws) -> Array:
     words = (*request.role.words, *_WORDS)
     picks = stream.integers(request.shape, 0, len(words))
-    return np.array(words, object)[picks].reshape(request.shape)
+    return np.array([words[pick] for pick in picks.reshape(-1)], object).reshape(request.shape)
 
 
 def _map(spec: TensorSpec, stream: Draws) -> dict[int | str, Any]:

@@ -31,7 +31,7 @@ class Use(enum.IntEnum):
     POSITIVE = 1  # a scale, a variance, a divisor
     CHOICE = 2  # compared with constants
     COUNT = 3  # how many: repetitions, ends of slices, k
-    AXIS = 4  # zero is always right
+    AXIS = 4  # counting from zero is always right
     LENGTH = 5  # 1 .. bound
     INDEX = 6  # 0 .. bound - 1
     SHAPE = 7  # target of Expand
@@ -97,9 +97,14 @@ _CARRIERS: dict[str, tuple[int, ...] | None] = {
 _PLAIN_SINKS: dict[tuple[str, int], Use] = {
     ("BatchNormalization", 4): Use.POSITIVE,
     ("BitShift", 1): Use.COUNT,
+    ("Col2Im", 1): Use.COUNT,
+    ("Col2Im", 2): Use.COUNT,
     ("Compress", 1): Use.MASK,
     ("ConstantOfShape", 0): Use.COUNT,
+    ("CumProd", 1): Use.AXIS,
     ("CumSum", 1): Use.AXIS,
+    ("DFT", 1): Use.COUNT,
+    ("DFT", 2): Use.AXIS,
     ("DequantizeLinear", 1): Use.POSITIVE,
     ("Div", 1): Use.POSITIVE,
     ("Dropout", 1): Use.AXIS,
@@ -108,8 +113,11 @@ _PLAIN_SINKS: dict[tuple[str, int], Use] = {
     ("If", 0): Use.FLAG,
     ("Loop", 0): Use.COUNT,
     ("Loop", 1): Use.FLAG,
+    ("MaxUnpool", 1): Use.INDEX,
     ("Mod", 1): Use.POSITIVE,
     ("NonMaxSuppression", 2): Use.COUNT,
+    ("NonMaxSuppression", 3): Use.AXIS,
+    ("NonMaxSuppression", 4): Use.AXIS,
     ("OneHot", 1): Use.COUNT,
     ("Pad", 1): Use.COUNT,
     ("QuantizeLinear", 1): Use.POSITIVE,
@@ -117,8 +125,10 @@ _PLAIN_SINKS: dict[tuple[str, int], Use] = {
     ("Range", 1): Use.COUNT,
     ("Range", 2): Use.POSITIVE,
     ("Reshape", 1): Use.RESHAPE,
-    ("Resize", 2): Use.POSITIVE,
+    ("Resize", 2): Use.SHAPE,
     ("Resize", 3): Use.COUNT,
+    ("STFT", 1): Use.POSITIVE,
+    ("STFT", 3): Use.POSITIVE,
     ("SequenceAt", 1): Use.AXIS,
     ("SequenceErase", 1): Use.AXIS,
     ("SequenceInsert", 2): Use.AXIS,
@@ -126,11 +136,14 @@ _PLAIN_SINKS: dict[tuple[str, int], Use] = {
     ("Slice", 2): Use.COUNT,
     ("Slice", 3): Use.AXIS,
     ("Slice", 4): Use.POSITIVE,
+    ("SplitToSequence", 1): Use.POSITIVE,
     ("Squeeze", 1): Use.AXIS,
+    ("TensorScatter", 2): Use.AXIS,
     ("Tile", 1): Use.COUNT,
     ("TopK", 1): Use.COUNT,
     ("Trilu", 1): Use.AXIS,
     ("Unsqueeze", 1): Use.AXIS,
+    ("Upsample", 1): Use.SHAPE,
     ("Where", 0): Use.MASK,
 }
 
@@ -148,7 +161,8 @@ _TABLE_SINKS: dict[tuple[str, int], tuple[Use, int, int | str]] = {
     ("RNN", 4): (Use.LENGTH, 0, 0),
     ("ReverseSequence", 1): (Use.LENGTH, 0, "time_axis"),
     ("RoiAlign", 2): (Use.INDEX, 0, 0),
-    ("RotaryEmbedding", 1): (Use.INDEX, 2, 0),
+    ("RotaryEmbedding", 3): (Use.INDEX, 1, 0),
+    ("Scatter", 1): (Use.INDEX, 0, "axis"),
     ("ScatterElements", 1): (Use.INDEX, 0, "axis"),
     ("SoftmaxCrossEntropyLoss", 1): (Use.INDEX, 0, 1),
 }
@@ -269,7 +283,13 @@ def _moved(trail: _Trail, node: ir.Node, index: int) -> Iterator[_Trail]:
 
 def _sink(trail: _Trail, node: ir.Node, index: int) -> Iterator[_Finding]:
     key = (node.op_type, index)
-    if key in _PLAIN_SINKS:
+    if node.op_type == "RotaryEmbedding" and node.domain == operators.MICROSOFT:
+        # There the positions come second, before the tables; in ONNX's operator last.
+        if index == 1:
+            yield Use.INDEX, _extent(node, 2, 0)
+    elif node.op_type.startswith("Reduce") and index == 1:
+        yield Use.AXIS, None
+    elif key in _PLAIN_SINKS:
         yield _PLAIN_SINKS[key], None
     elif key in _TABLE_SINKS:
         use, table, axis = _TABLE_SINKS[key]

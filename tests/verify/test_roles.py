@@ -10,7 +10,7 @@ import pytest
 
 from graphopt.verify.roles import Role, Use, input_roles
 
-HEAD = '<ir_version: 10, opset_import: ["" : 17, "my" : 1]>'
+HEAD = '<ir_version: 10, opset_import: ["" : 17, "my" : 1, "com.microsoft" : 1]>'
 
 
 def roles(text: str) -> dict[str, Role]:
@@ -46,6 +46,10 @@ def role(
         ("y = Reshape(table, x)", Use.RESHAPE, ()),
         ("y = ConstantOfShape(x)", Use.COUNT, ()),
         ("y = CumSum(table, x)", Use.AXIS, ()),
+        ("y = ReduceSum(table, x)", Use.AXIS, ()),
+        ("y = com.microsoft.RotaryEmbedding(two, x, table, table)", Use.INDEX, (10,)),
+        ("y = com.microsoft.RotaryEmbedding(two, z, x, table)", Use.NUMBER, ()),
+        ("y = RotaryEmbedding(two, table, table, x)", Use.INDEX, (10,)),
         ("y = Div(two, x)", Use.POSITIVE, ()),
         ("y = Neg(x)", Use.NUMBER, ()),
         ("y = If (c) <then_branch = t () => (float a) { a = Gather(table, x) },"
@@ -138,7 +142,7 @@ def test_a_trip_count_tries_none_one_and_several() -> None:
 
 
 def test_words_of_the_model_are_collected() -> None:
-    head = HEAD.replace('"my" : 1', '"ai.onnx.ml" : 2')
+    head = HEAD.replace('"my" : 1, "com.microsoft" : 1', '"ai.onnx.ml" : 2')
     text = """g (string[n] x) => (int64[n] y)
               { y = ai.onnx.ml.LabelEncoder<keys_strings = ["cat", "dog"], values_int64s = [0, 1]>(x) }"""
     assert input_roles(ir.from_proto(onnx.parser.parse_model(head + text)))["x"].words == (
