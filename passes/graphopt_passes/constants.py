@@ -41,6 +41,20 @@ def refuse_tied(value: ir.Value) -> None:
         raise Skip(f"weight {value.name!r} has {uses} uses: folding would store it twice", value)
 
 
+def feeds_products_only(value: ir.Value) -> bool:
+    """Whether every use of a value is a product with a constant matrix of its own, where arithmetic can go."""
+    users = live_uses(value)
+    return not value.is_graph_output() and all(
+        user.op_type in ("MatMul", "Gemm")
+        and user.inputs[0] is value
+        and (matrix := values.constant(user.inputs[1])) is not None
+        and len(matrix.shape) == 2
+        and user.inputs[1] is not None
+        and not is_tied(user.inputs[1])
+        for user in users
+    )
+
+
 def narrow(
     wide: Wide, dtype: ir.DataType | None, culprit: ir.Value | None = None
 ) -> npt.NDArray[Any]:

@@ -17,7 +17,15 @@ import onnx_ir as ir
 from graphopt.ir.build import Builder
 from graphopt.ir.shapes import Dim
 from graphopt.rewrite import Either, Match, Op, Rule, Skip, Var, rule
-from graphopt_passes.constants import Wide, along, is_tied, narrow, on_axis, refuse_tied
+from graphopt_passes.constants import (
+    Wide,
+    along,
+    feeds_products_only,
+    is_tied,
+    narrow,
+    on_axis,
+    refuse_tied,
+)
 
 OPSETS = (7, 10_000)
 """Opsets of multidirectional broadcasting, in Gemm as in Add."""
@@ -245,13 +253,16 @@ def fold_scale_into_matmul(m: Match, g: Builder) -> ir.Value | None:
     return g.op("MatMul", m[x], _times(m, g, w, factor))
 
 
-scaled_x = Op("Mul|Div", x, k)
+scaled_x = Op("Mul|Div", x, k, shared=True)
 product_of_scaled = Op("MatMul", scaled_x, w)
 
 
 @rule(product_of_scaled, opset=OPSETS)
 def fold_input_scale_into_matmul(m: Match, g: Builder) -> ir.Value | None:
-    """`MatMul(x * s, W)` -> `MatMul(x, s*W)`, s a number or one per row of W [K]; x must have the product's shape."""
+    """`MatMul(x * s, W)` -> `MatMul(x, s*W)`, s a number or one per row of W [K]; x must have the product's shape.
+
+    Where `x * s` has several uses, all must be products with constants: a norm's scale before queries, keys and values.
+    """
     dims = m.dims(x)
     if (
         dims is None
@@ -261,6 +272,8 @@ def fold_input_scale_into_matmul(m: Match, g: Builder) -> ir.Value | None:
     ):
         return None
     _demand_floats(m, w)
+    if not feeds_products_only(m.out(scaled_x)):
+        raise Skip("the scaled value is used elsewhere", m[scaled_x])
     factor = _factor(m, m[scaled_x], rank=len(dims), size=dims[-1])
     return g.op("MatMul", m[x], _times(m, g, w, on_axis(factor, 2, 0)))
 

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from graphopt.ir import values
 from graphopt.ir.build import Builder
 from graphopt.rewrite import Match, Op, Rule, Skip, Var, rule
-from graphopt_passes.constants import along, narrow, on_axis, refuse_tied
+from graphopt_passes.constants import Wide, along, feeds_products_only, narrow, on_axis, refuse_tied
 
 OPSETS = (7, 10_000)
 FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -123,7 +123,7 @@ def _times(g: Builder, constant: ir.Value, factor: float) -> ir.Value:
     return g.const(scaled_data, name="weight")
 
 
-shifted = Op("Add", x, k)
+shifted = Op("Add|Sub", x, k, shared=True)
 product = Op("MatMul", shifted, w)
 bias = Var(const=True)
 biased = Op("Add", product, bias)
@@ -133,37 +133,59 @@ biased = Op("Add", product, bias)
 def fold_shift_before_product(m: Match, g: Builder) -> ir.Value | None:
     """`(x + t) W + b` -> `x W + (b + t W)`, t a number or one per row of W [K], b one per column [N]."""
     weight = values.array(m[w])
-    dims = m.dims(x)
-    if weight is None or weight.ndim != 2 or dims is None or m.dtype(x) not in FLOATS:
+    if weight is None or weight.ndim != 2:
         return None
-    shift = along(m.array(k), len(dims), -1, weight.shape[0])
+    shift = _per_row(m, shifted, weight.shape[0])
     addend = along(m.array(bias), len(m.known_dims(product)), -1, weight.shape[1])
-    if shift is None or addend is None or dims[-1] != weight.shape[0]:
+    if shift is None or addend is None:
         return None
     total = addend + shift @ weight.astype(np.float64)
     constant = g.const(narrow(total, m.dtype(x), m[bias]), name="bias")
     return g.op("Add", g.op("MatMul", m[x], m[w]), constant)
 
 
+def _per_row(m: Match, operator: Op, rows: int) -> Wide | None:
+    """The constant of arithmetic before a product, per row of the weight; None where it may not go there.
+
+    It is negative for Sub, and the reciprocal for Div.
+    """
+    dims, op_type = m.dims(x), m[operator].op_type
+    if dims is None or m.dtype(x) not in FLOATS or not dims or dims[-1] != rows:
+        return None
+    number = along(m.array(k), len(dims), -1, rows)
+    if number is None or not feeds_products_only(m.out(operator)):
+        return None
+    with np.errstate(divide="ignore"):
+        return {"Sub": -number, "Div": 1 / number}.get(op_type, number)
+
+
 c = Var(optional=True)
-shifted_gemm = Op("Gemm", shifted, w, c)
+entering = Op("Add|Sub|Mul|Div", x, k, shared=True)
+entered = Op("Gemm", entering, w, c)
 
 
-@rule(shifted_gemm, opset=OPSETS)
-def fold_shift_before_gemm(m: Match, g: Builder) -> ir.Value | None:
-    """`Gemm(x + t, W, b)` -> `Gemm(x, W, b + t W)`, t a number or one per row of W [K]; alpha and beta considered."""
-    node, weight, dims = m[shifted_gemm], values.array(m[w]), m.dims(x)
-    if weight is None or dims is None or len(dims) != 2 or m.dtype(x) not in FLOATS:
+@rule(entered, opset=OPSETS)
+def fold_arithmetic_before_gemm(m: Match, g: Builder) -> ir.Value | None:
+    """`Gemm(x + t, W, b)` -> `Gemm(x, W, b + t W)`, `Gemm(x * s, W, b)` -> `Gemm(x, s W, b)`.
+
+    s, t: a number, or one per row of W [K].  Source: Gemm-7.
+    """
+    node, weight = m[entered], values.array(m[w])
+    if weight is None or m.attr(node, "transA", 0):
         return None
-    if m.attr(node, "transA", 0) or (m.get(c) is not None and values.array(m[c]) is None):
+    row = 1 if m.attr(node, "transB", 0) else 0
+    number = _per_row(m, entering, weight.shape[row])
+    if number is None:
         return None
-    matrix = weight.T if m.attr(node, "transB", 0) else weight
-    shift = along(m.array(k), 2, 1, matrix.shape[0])
-    if shift is None or dims[1] != matrix.shape[0]:
+    if m[entering].op_type in ("Mul", "Div"):
+        refuse_tied(m[w])
+        matrix = narrow(weight.astype(np.float64) * on_axis(number, 2, row), m.dtype(w), m[w])
+        return g.op("Gemm", m[x], g.const(matrix, name="weight"), m.get(c), like=node)
+    if m.get(c) is not None and not values.is_constant(m[c]):
         return None
     alpha, beta = (float(m.attr(node, name, 1.0)) for name in ("alpha", "beta"))
     held = m.wide(c, 0.0) * (beta if m.get(c) is not None else 0.0)
-    total = held + alpha * (shift @ matrix.astype(np.float64))
+    total = held + alpha * (number @ np.moveaxis(weight.astype(np.float64), row, 0))
     constant = g.const(narrow(total, m.dtype(x), m[w]), name="bias")
     return g.op("Gemm", m[x], m[w], constant, like=node, beta=None)
 
@@ -202,6 +224,6 @@ def _perm(m: Match, node: ir.Node, rank: int) -> Sequence[int]:
 RULES: tuple[Rule, ...] = (
     fold_distant_scale_into_weight,
     fold_shift_before_product,
-    fold_shift_before_gemm,
+    fold_arithmetic_before_gemm,
     unfold_batchnorm_between_transposes,
 )

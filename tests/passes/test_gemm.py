@@ -206,6 +206,22 @@ def test_scale_before_matmul(op: str) -> None:
     )
 
 
+def test_scale_before_several_products() -> None:
+    g = "g (float[B,M,4] x) => (float[B,M,6] y, float[B,M,5] z) <float[4,6] w, float[4,5] v"
+    _check(
+        g + ", float[4] s> { p = Mul(x, s) y = MatMul(p, w) z = MatMul(p, v) }",
+        g + "> { y = MatMul(x, w) z = MatMul(x, v) }",
+    )
+
+
+def test_scale_before_a_product_and_something_else_stays() -> None:
+    _check(
+        "g (float[B,M,4] x) => (float[B,M,6] y, float[B,M,4] z) <float[4,6] w, float[4] s>"
+        "{ p = Mul(x, s) y = MatMul(p, w) z = Relu(p) }",
+        missed="used elsewhere",
+    )
+
+
 def test_scale_before_matmul_that_broadens_stays() -> None:
     _check(
         "g (float[M,1] x) => (float[M,6] y) <float[4,6] w, float[4] s> { p = Mul(x, s) y = MatMul(p, w) }"

@@ -115,6 +115,32 @@ def test_shift_before_gemm() -> None:
     )
 
 
+@pytest.mark.parametrize("op", ["Mul(x, t)", "Div(x, t)"])
+@pytest.mark.parametrize(("flag", "shape"), [(0, "4,6"), (1, "6,4")])
+def test_scale_before_gemm(op: str, flag: int, shape: str) -> None:
+    g = f"g (float[M,4] x) => (float[M,6] y) <float[{shape}] w, float[6] b"
+    _check(
+        g + f", float[4] t> {{ q = {op} y = Gemm<transB={flag}>(q, w, b) }}",
+        g + f"> {{ y = Gemm<transB={flag}>(x, w, b) }}",
+    )
+
+
+def test_shift_before_several_products() -> None:
+    g = "g (float[B,S,4] x) => (float[B,S,6] y, float[B,S,2] z) <float[4,6] w, float[6] b, float[4,2] v, float[2] c"
+    _check(
+        g + ", float[4] t>"
+        "{ q = Sub(x, t) p = MatMul(q, w) y = Add(p, b) o = MatMul(q, v) z = Add(o, c) }",
+        g + "> { p = MatMul(x, w) y = Add(p, b) o = MatMul(x, v) z = Add(o, c) }",
+    )
+
+
+def test_shift_with_another_use_stays() -> None:
+    _check(
+        "g (float[B,S,4] x) => (float[B,S,6] y, float[B,S,4] z) <float[4,6] w, float[6] b, float[4] t>"
+        "{ q = Add(x, t) p = MatMul(q, w) y = Add(p, b) z = Relu(q) }"
+    )
+
+
 @pytest.mark.parametrize(
     ("x", "t", "tail"),
     [
