@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
@@ -20,24 +20,29 @@ if TYPE_CHECKING:
 
 LEVELS = ("disabled", "basic", "extended", "all")
 
+Models: TypeAlias = Annotated[
+    list[Path], typer.Argument(metavar="MODEL…", help="Models that take the same inputs.")
+]
+Seconds: TypeAlias = Annotated[
+    float, typer.Option("--seconds", metavar="S", min=0.0, help="How long to measure, in all.")
+]
+Threads: TypeAlias = Annotated[
+    int, typer.Option("--threads", metavar="N", min=1, help="Threads inside an operator.")
+]
+Level: TypeAlias = Annotated[
+    str,
+    typer.Option("--level", metavar="|".join(LEVELS), help="ONNX Runtime's own optimisations."),
+]
+
 
 def command(
-    models: Annotated[
-        list[Path], typer.Argument(metavar="MODEL…", help="Models that take the same inputs.")
-    ],
+    models: Models,
     inputs: options.Inputs = None,
     seed: options.Seed = 0,
     dims: options.Dims = None,
-    seconds: Annotated[
-        float, typer.Option("--seconds", metavar="S", min=0.0, help="How long to measure, in all.")
-    ] = 5.0,
-    threads: Annotated[
-        int, typer.Option("--threads", metavar="N", min=1, help="Threads inside an operator.")
-    ] = 1,
-    level: Annotated[
-        str,
-        typer.Option("--level", metavar="|".join(LEVELS), help="ONNX Runtime's own optimisations."),
-    ] = "all",
+    seconds: Seconds = 5.0,
+    threads: Threads = 1,
+    level: Level = "all",
     as_json: options.Json = False,
 ) -> int:
     """Measure the latency of models side by side on the CPU: one run of each in turn, so that a busy machine is fair.
@@ -48,27 +53,22 @@ def command(
     from graphopt.cli.console import show, show_json
     from graphopt.cli.inspect import parse_dims
     from graphopt.cli.verify import given_feeds, runnable
-    from graphopt.report.plain import graphopt_version, plain
     from graphopt.runtime.measure import measure
     from graphopt.runtime.session import OptimizationLevel, Session
     from graphopt.verify.verifier import ReferenceRun
 
-    sizes = parse_dims(dims or ())
+    sizes, chosen = parse_dims(dims or ()), OptimizationLevel[level.upper()]
     with progress(quiet=as_json) as say:
         say("loading", None)
         ready = [runnable(path) for path in models]
         feeds = None if inputs is None else given_feeds(inputs, models[0])
         feed = first_feed(ReferenceRun(ready[0], feeds, seed=seed, dims=sizes))
-        chosen = OptimizationLevel[level.upper()]
         sessions = [Session(model, level=chosen, threads=threads) for model in ready]
         say("measuring", None)
         found = measure(sessions, [feed.values] * len(sessions), seconds=seconds)
     if as_json:
-        rows = [
-            {"model": str(path), **plain(each)} for path, each in zip(models, found, strict=True)
-        ]
         about = {"feed": feed.name, "threads": threads, "level": level}
-        show_json({"graphopt": graphopt_version(), **about, "models": rows})
+        show_json(about | _plain(models, found))
     else:
         show(_table(models, found))
     return 0
@@ -101,3 +101,10 @@ def _table(models: list[Path], found: list[Latency]) -> RenderableType:
             str(each.rounds),
         )
     return table
+
+
+def _plain(models: list[Path], found: list[Latency]) -> dict[str, Any]:
+    from graphopt.report.plain import graphopt_version, plain
+
+    rows = [{"model": str(path), **plain(each)} for path, each in zip(models, found, strict=True)]
+    return {"graphopt": graphopt_version(), "models": rows}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
-from graphopt.cli import completion, options
+from graphopt.cli import options
 from graphopt.cli.progress import progress
 from graphopt.errors import DataError, OptionError
 
@@ -39,16 +39,7 @@ def record_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the new case.")],
     inputs: options.Inputs = None,
     seed: options.Seed = 0,
-    target: Annotated[
-        str | None,
-        typer.Option(
-            "--target",
-            "-t",
-            metavar="NAME",
-            help="What to emit for. [default: cpu]",
-            autocompletion=completion.target_names,
-        ),
-    ] = None,
+    target: options.Target = None,
     recipe: Annotated[
         Path | None,
         typer.Option("--recipe", metavar="FILE", help="Recipe in TOML; the case keeps its text."),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
@@ -18,90 +18,92 @@ if TYPE_CHECKING:
 EXTERNAL = ("auto", "never", "single", "per-tensor")
 REPORT_SUFFIXES = (".json", ".md")
 
+Output: TypeAlias = Annotated[
+    Path, typer.Option("--output", "-o", metavar="OUT", help="File to write, x.onnx.")
+]
+Precision: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--precision", metavar="NAME", help="fp32: every dtype as it is. [default: fp32]"),
+]
+Recipe: TypeAlias = Annotated[
+    Path | None,
+    typer.Option("--recipe", metavar="FILE", help="Recipe in TOML; options given here win."),
+]
+Passes: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--pass",
+        metavar="SPEC",
+        help="Run this pass too, after the others: name, name{option=value} or module:object. Repeatable.",
+        autocompletion=completion.pass_names,
+    ),
+]
+Disable: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--disable",
+        metavar="NAME",
+        help="Leave out a pass (pass) or one rule of it (pass/rule). Repeatable.",
+        autocompletion=completion.pass_names,
+    ),
+]
+Verify: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--verify",
+        metavar="final|each|off",
+        help="Compare with the original at the end, after each pass, or not at all. [default: final]",
+    ),
+]
+Seed: TypeAlias = Annotated[
+    int | None,
+    typer.Option("--seed", metavar="N", help="Seed of everything random. [default: 0]"),
+]
+FoldLimit: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--fold-limit",
+        metavar="BYTES",
+        help="How much larger than what it replaces a folded constant may be: 65536, 64k, 16M. [default: 1 MiB]",
+    ),
+]
+External: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--external",
+        metavar="|".join(EXTERNAL),
+        help="Where weights go: beside the model from 2 GiB on, never, in one file, in one file a tensor.",
+    ),
+]
+Remarks: TypeAlias = Annotated[
+    bool, typer.Option("--remarks", help="Look for near misses too, and list every remark.")
+]
+Strict: TypeAlias = Annotated[
+    bool,
+    typer.Option("--strict", help="Fail where a pass fails, instead of leaving it out."),
+]
+Report: TypeAlias = Annotated[
+    Path | None,
+    typer.Option("--report", metavar="FILE", help="Write the report: .json or .md."),
+]
+
 
 def command(
     model: options.Model,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="OUT", help="File to write, x.onnx.")
-    ],
-    target: Annotated[
-        str | None,
-        typer.Option(
-            "--target",
-            "-t",
-            metavar="NAME",
-            help="What to emit for: cpu, cuda, tensorrt, portable … (graphopt targets). [default: cpu]",
-            autocompletion=completion.target_names,
-        ),
-    ] = None,
-    precision: Annotated[
-        str | None,
-        typer.Option(
-            "--precision", metavar="NAME", help="fp32: every dtype as it is. [default: fp32]"
-        ),
-    ] = None,
-    recipe: Annotated[
-        Path | None,
-        typer.Option("--recipe", metavar="FILE", help="Recipe in TOML; options given here win."),
-    ] = None,
-    extra: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--pass",
-            metavar="SPEC",
-            help="Run this pass too, after the others: name, name{option=value} or module:object. Repeatable.",
-            autocompletion=completion.pass_names,
-        ),
-    ] = None,
-    disable: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--disable",
-            metavar="NAME",
-            help="Leave out a pass (pass) or one rule of it (pass/rule). Repeatable.",
-            autocompletion=completion.pass_names,
-        ),
-    ] = None,
-    verify: Annotated[
-        str | None,
-        typer.Option(
-            "--verify",
-            metavar="final|each|off",
-            help="Compare with the original at the end, after each pass, or not at all. [default: final]",
-        ),
-    ] = None,
+    output: Output,
+    target: options.Target = None,
+    precision: Precision = None,
+    recipe: Recipe = None,
+    extra: Passes = None,
+    disable: Disable = None,
+    verify: Verify = None,
     inputs: options.Inputs = None,
-    seed: Annotated[
-        int | None,
-        typer.Option("--seed", metavar="N", help="Seed of everything random. [default: 0]"),
-    ] = None,
-    fold_limit: Annotated[
-        str | None,
-        typer.Option(
-            "--fold-limit",
-            metavar="BYTES",
-            help="How much larger than what it replaces a folded constant may be: 65536, 64k, 16M. [default: 1 MiB]",
-        ),
-    ] = None,
-    external: Annotated[
-        str,
-        typer.Option(
-            "--external",
-            metavar="|".join(EXTERNAL),
-            help="Where weights go: beside the model from 2 GiB on, never, in one file, in one file a tensor.",
-        ),
-    ] = "auto",
-    remarks: Annotated[
-        bool, typer.Option("--remarks", help="Look for near misses too, and list every remark.")
-    ] = False,
-    strict: Annotated[
-        bool,
-        typer.Option("--strict", help="Fail where a pass fails, instead of leaving it out."),
-    ] = False,
-    report: Annotated[
-        Path | None,
-        typer.Option("--report", metavar="FILE", help="Write the report: .json or .md."),
-    ] = None,
+    seed: Seed = None,
+    fold_limit: FoldLimit = None,
+    external: External = "auto",
+    remarks: Remarks = False,
+    strict: Strict = False,
+    report: Report = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> int:

@@ -35,13 +35,13 @@ Dims: TypeAlias = Annotated[
         help="Sizes of symbolic dimensions: batch=1,seq=128; an unnamed one is INPUT:AXIS=N.",
     ),
 ]
-TargetName: TypeAlias = Annotated[
-    str,
+Target: TypeAlias = Annotated[
+    str | None,
     typer.Option(
         "--target",
         "-t",
         metavar="NAME",
-        help="What to emit for: cpu, cuda, tensorrt, portable … (graphopt targets).",
+        help="What to emit for: cpu, cuda, tensorrt, portable … (graphopt targets). [default: cpu]",
         autocompletion=completion.target_names,
     ),
 ]

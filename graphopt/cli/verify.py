@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
@@ -21,44 +21,53 @@ if TYPE_CHECKING:
 PROFILES = ("exact", "reordered", "fp16", "bf16", "int8")
 
 
+Reference: TypeAlias = Annotated[
+    Path, typer.Argument(metavar="REFERENCE", help="The model that is right by definition.")
+]
+Candidate: TypeAlias = Annotated[
+    Path, typer.Argument(metavar="CANDIDATE", help="The model to compare with it.")
+]
+Profile: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--profile",
+        metavar="NAME",
+        help="What may differ: exact (no bit), reordered (float rounding), fp16, bf16, int8 (an error budget).",
+    ),
+]
+Tolerance: TypeAlias = Annotated[
+    float | None,
+    typer.Option(
+        "--tolerance", metavar="X", help="Accept max|d| / RMS(reference) up to X instead."
+    ),
+]
+Sqnr: TypeAlias = Annotated[
+    float | None,
+    typer.Option("--sqnr", metavar="DB", help="Require this signal to noise ratio instead."),
+]
+Cosine: TypeAlias = Annotated[
+    float | None, typer.Option("--cosine", metavar="C", help="Require this cosine instead.")
+]
+Deployed: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--deployed",
+        help="Run CANDIDATE with the runtime's own optimisations too, for information.",
+    ),
+]
+
+
 def command(
-    reference: Annotated[
-        Path, typer.Argument(metavar="REFERENCE", help="The model that is right by definition.")
-    ],
-    candidate: Annotated[
-        Path, typer.Argument(metavar="CANDIDATE", help="The model to compare with it.")
-    ],
+    reference: Reference,
+    candidate: Candidate,
     inputs: options.Inputs = None,
     seed: options.Seed = 0,
     dims: options.Dims = None,
-    profile: Annotated[
-        str,
-        typer.Option(
-            "--profile",
-            metavar="NAME",
-            help="What may differ: exact (no bit), reordered (float rounding), fp16, bf16, int8 (an error budget).",
-        ),
-    ] = "reordered",
-    tolerance: Annotated[
-        float | None,
-        typer.Option(
-            "--tolerance", metavar="X", help="Accept max|d| / RMS(reference) up to X instead."
-        ),
-    ] = None,
-    sqnr: Annotated[
-        float | None,
-        typer.Option("--sqnr", metavar="DB", help="Require this signal to noise ratio instead."),
-    ] = None,
-    cosine: Annotated[
-        float | None, typer.Option("--cosine", metavar="C", help="Require this cosine instead.")
-    ] = None,
-    deployed: Annotated[
-        bool,
-        typer.Option(
-            "--deployed",
-            help="Run CANDIDATE with the runtime's own optimisations too, for information.",
-        ),
-    ] = False,
+    profile: Profile = "reordered",
+    tolerance: Tolerance = None,
+    sqnr: Sqnr = None,
+    cosine: Cosine = None,
+    deployed: Deployed = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> int:
