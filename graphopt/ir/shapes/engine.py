@@ -189,7 +189,7 @@ class Engine:
     def _constant(self, frame: Frame, node: ir.Node) -> Facts:
         """The facts of a Constant node."""
         tensor = values.constant(node.outputs[0])
-        if tensor is None:  # its value is a parameter of the function
+        if tensor is None and frame.bindings is not kernels.UNBOUND:  # a parameter of the function
             for name in node.attributes:
                 bound = kernels.Operation(node, 0, frame.bindings).held(name)
                 tensor = None if bound is None else values.constant_of_attribute(name, bound)
