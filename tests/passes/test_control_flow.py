@@ -9,9 +9,10 @@ import pytest
 from graphopt_passes.cleanup import RemoveDeadCode
 from graphopt_passes.control_flow import InlineControlFlow
 
+from graphopt.pipeline import Step
 from tests.rewriting import apply, check, parse, run
 
-STEPS = [InlineControlFlow(), RemoveDeadCode()]
+STEPS: tuple[Step, ...] = (InlineControlFlow(), RemoveDeadCode())
 
 
 def branches(then: str, other: str, *, outputs: str = "y", cond: str = "c") -> str:
@@ -184,7 +185,7 @@ STEP = "(int64 i, bool ci, float[2] v) => (bool co, float[2] w) { co = Identity(
 
 @pytest.mark.parametrize(
     ("count", "condition"),
-    [("zero", "d"), ("m", "false"), ("negative", ""), ("m", "false"), ("", "false")],
+    [("zero", "d"), ("m", "false"), ("negative", ""), ("", "false")],
 )
 def test_loop_that_never_runs(count: str, condition: str) -> None:
     check(

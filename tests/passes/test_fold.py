@@ -15,12 +15,12 @@ from graphopt.ir.check import violations
 from graphopt.ir.mapped import MappedTensor
 from graphopt.ir.model_file import load_model
 from graphopt.ir.sparse import CooTensor
-from graphopt.pipeline import run_pipeline
+from graphopt.pipeline import Step, run_pipeline
 from graphopt.rewrite import Context, Gate, Options
 from graphopt.targets import get_target
 from tests.rewriting import apply, check, parse, run
 
-STEPS = [FoldConstants(), RemoveDeadCode()]
+STEPS: tuple[Step, ...] = (FoldConstants(), RemoveDeadCode())
 
 
 def fold(text: str, *, limit: int = 1 << 20) -> tuple[ir.Model, Context]:
@@ -39,7 +39,7 @@ def kinds(model: ir.Model) -> list[str]:
 
 def test_region_folds_in_one_sweep() -> None:
     ctx = check(
-        [FoldConstants(), RemoveDeadCode()],
+        STEPS,
         "g (float[2] x) => (float[2] y) <float[2] a = {1, 4}> { b = Sqrt(a) c = Neg(b) d = Mul(c, b) y = Add(x, d) }",
         "g (float[2] x) => (float[2] y) <float[2] d = {-1, -4}> { y = Add(x, d) }",
     )

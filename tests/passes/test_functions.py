@@ -10,10 +10,11 @@ from graphopt_passes.cleanup import RemoveDeadCode
 from graphopt_passes.functions import InlineFunctions
 
 from graphopt.ir.check import violations
+from graphopt.pipeline import Step
 from graphopt.rewrite import Context
 from tests.rewriting import apply, make_feeds, parse, run, structure
 
-STEPS = [InlineFunctions(), RemoveDeadCode()]
+STEPS: tuple[Step, ...] = (InlineFunctions(), RemoveDeadCode())
 HEADER = '<ir_version: 10, opset_import: ["": 18, "l": 1]>\n'
 
 

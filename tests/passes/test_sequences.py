@@ -70,7 +70,8 @@ def test_length_that_is_an_output_gets_a_producer() -> None:
 def test_concat_of_construct() -> None:
     check(
         RULES,
-        "g (float[N,2] x, float[M,2] z) => (float[K,2] y) { s = SequenceConstruct(x, z) y = ConcatFromSequence<axis = 0>(s) }",
+        "g (float[N,2] x, float[M,2] z) => (float[K,2] y)"
+        " { s = SequenceConstruct(x, z) y = ConcatFromSequence<axis = 0>(s) }",
         "g (float[N,2] x, float[M,2] z) => (float[K,2] y) { y = Concat<axis = 0>(x, z) }",
     )
 

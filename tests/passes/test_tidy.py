@@ -231,7 +231,8 @@ def test_resize_in_old_spellings_goes() -> None:
     [
         "s = Constant<value_floats = [1.0, 1.0, 1.5, 1.1]>() t = Resize(h, , s)",
         's = Constant<value_ints = [1, 2, 4, 4]>() '
-        'r = Constant<value_floats = [0.0, 0.0, 0.5, 0.5, 1.0, 1.0, 1.0, 1.0]>() t = Resize<coordinate_transformation_mode = "tf_crop_and_resize", mode = "linear">(h, r, , s)',
+        'r = Constant<value_floats = [0.0, 0.0, 0.5, 0.5, 1.0, 1.0, 1.0, 1.0]>()'
+        ' t = Resize<coordinate_transformation_mode = "tf_crop_and_resize", mode = "linear">(h, r, , s)',
     ],
 )  # fmt: skip
 def test_resize_that_resamples_stays(body: str) -> None:
