@@ -71,7 +71,7 @@ def command(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> int:
-    """Run both models on the same inputs and compare each output; the exit status is 1 if they differ.
+    """Run both models on the same inputs and compare each output; the exit status is 1 if they differ or cannot run.
 
     Both run in ONNX Runtime on the CPU with its own optimisations off.
     """
