@@ -23,7 +23,7 @@ from graphopt.driver.result import Result
 from graphopt.pipeline import Pass, Step
 from graphopt.pipeline.recipe import Recipe
 from graphopt.pipeline.registry import load_pass, pipeline_for
-from graphopt.rewrite import Options
+from graphopt.rewrite import Calibration, Options
 from graphopt.targets import Precision, Target
 
 
@@ -41,6 +41,10 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
     seed: int | None = None,
     fold_limit_bytes: int | None = None,
     external: str = "auto",
+    calibration: Calibration | str | os.PathLike[str] | Feeds | None = None,
+    budget: str | None = None,
+    sparsity: str | None = None,
+    force: bool = False,
     remarks: bool = False,
     strict: bool = False,
     progress: Progress | None = None,
@@ -60,6 +64,10 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
         seed: of everything random.
         fold_limit_bytes: how much larger than what it makes dead a folded constant may be.
         external: where weights go: auto (beside the model from 2 GiB on), never, single, per-tensor.
+        calibration: samples for passes that decide by data: a path, feeds, or a `Calibration`.
+        budget: the error that a lossy run may make, such as "sqnr>=30".
+        sparsity: what to prune: "0.8", "2:4", "channels:0.5".
+        force: emit what the target is known to run slower.
         remarks: search for near misses and report them.
         strict: raise where a pass or a rewrite fails, instead of leaving it out.
         progress: called with the stage that begins, and how much of it is done if that is known.
@@ -90,6 +98,10 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
             seed=_first(seed, held.seed, 0),
             fold_limit_bytes=_first(fold_limit_bytes, held.fold_limit_bytes, DEFAULT_FOLD_LIMIT),
             trace_misses=remarks,
+            calibration=_calibration(calibration),
+            budget=budget,
+            sparsity=sparsity,
+            force=force,
         ),
         verify=VerifyMode(
             parse_choice("verify mode", verify or held.verify or "final", VerifyMode)
@@ -100,6 +112,12 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
         recipe=str(recipe) if isinstance(recipe, str | os.PathLike) else None,
     )
     return run(request, progress or (lambda _stage, _part: None))
+
+
+def _calibration(given: Calibration | str | os.PathLike[str] | Feeds | None) -> Calibration | None:
+    if given is None or isinstance(given, Calibration):
+        return given
+    return Calibration(Path(given) if isinstance(given, str | os.PathLike) else given)
 
 
 def _first(*given: int | None) -> int:

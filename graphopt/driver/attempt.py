@@ -57,7 +57,7 @@ def attempt(request: Request, gate: Gate, *, watch: Watch | None = None) -> Atte
     source = request.source
     path = Path(source) if isinstance(source, str | os.PathLike) else None
     before = model_facts(model, path, with_hash=False)
-    ctx = Context(model, request.target, request.options, gate)
+    ctx = Context(model, request.target, request.options, gate, cache=request.cache)
 
     def observe(run: PassRun, current: ir.Model) -> None:
         if watch is not None:

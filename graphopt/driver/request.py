@@ -51,6 +51,7 @@ class Request:
         strict: whether a failing pass or rewrite ends the run instead of being left out.
         external: where weights go: auto, never, single, per-tensor.
         recipe: the recipe in words, for the report.
+        cache: shared by all replays of the run; see `Context.cache`.
     """
 
     source: Source
@@ -65,6 +66,7 @@ class Request:
     strict: bool
     external: str
     recipe: str | None = None
+    cache: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def parse_choice(kind: str, text: str, enumeration: type[enum.StrEnum]) -> str:
@@ -85,15 +87,9 @@ def parse_precision(text: str) -> Precision:
     """The precision called `text`.
 
     Raises:
-        OptionError: unknown, or not built into this version.
+        OptionError: unknown.
     """
-    precision = Precision(parse_choice("precision", text, Precision))
-    if precision is not Precision.FP32:
-        raise OptionError(
-            f"precision {precision} is not available in this version of graphopt: only fp32 is (it keeps every "
-            "dtype of the model as it is); leave --precision out"
-        )
-    return precision
+    return Precision(parse_choice("precision", text, Precision))
 
 
 def parse_gate(disabled: Sequence[str], steps: Sequence[Step]) -> Gate:

@@ -2,6 +2,7 @@
 
 from graphopt.rewrite.commit import ORIGIN_KEY, RULE_KEY, is_dead, remove
 from graphopt.rewrite.context import (
+    Calibration,
     Context,
     Gate,
     Options,
@@ -17,6 +18,7 @@ from graphopt.rewrite.rules import Facts, Match, Rule, Skip, exact, rule
 __all__ = [
     "ORIGIN_KEY",
     "RULE_KEY",
+    "Calibration",
     "Context",
     "Either",
     "Facts",

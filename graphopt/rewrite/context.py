@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -103,6 +105,21 @@ class Gate:
 
 
 @dataclasses.dataclass(frozen=True)
+class Calibration:
+    """Samples of what the model will see, for passes that decide by data.
+
+    Attributes:
+        source: a path (npz, folder of npz, ONNX `test_data_set_*`, folder of images) or feeds by input name.
+        preprocess: a file that says how images become inputs.
+        limit: how many samples to use at most; None for all.
+    """
+
+    source: Path | Sequence[Mapping[str, Any]]
+    preprocess: Path | None = None
+    limit: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Options:
     """What the user may set for a whole run.
 
@@ -110,11 +127,19 @@ class Options:
         seed: for whatever draws random numbers.
         fold_limit_bytes: how much larger than the constants that it makes dead a folded constant may be.
         trace_misses: whether to search for near misses (slower: every failed match is looked at).
+        calibration: samples, for passes that decide by data; None where the user gave none.
+        budget: the error that a lossy run may make, as the user wrote it; None for the default of the precision.
+        sparsity: what to prune, as the user wrote it.
+        force: emit what the target is known to run slower.
     """
 
     seed: int = 0
     fold_limit_bytes: int = 1 << 20
     trace_misses: bool = False
+    calibration: Calibration | None = None
+    budget: str | None = None
+    sparsity: str | None = None
+    force: bool = False
 
 
 @dataclasses.dataclass
@@ -129,6 +154,7 @@ class Context:
         remarks: what passes had to say, in order.
         rewrites: what was changed, in order.
         pass_name: the pass that is running.
+        cache: what is dear and the same in every replay of a run (statistics, by fingerprint); never a decision.
     """
 
     model: ir.Model
@@ -138,6 +164,7 @@ class Context:
     remarks: list[Remark] = dataclasses.field(default_factory=list)
     rewrites: list[Rewrite] = dataclasses.field(default_factory=list)
     pass_name: str = ""
+    cache: MutableMapping[str, Any] = dataclasses.field(default_factory=dict)
 
     _said: set[Remark] = dataclasses.field(default_factory=set, init=False, repr=False)
     _shapes: Shapes | None = dataclasses.field(default=None, init=False, repr=False)
@@ -145,7 +172,7 @@ class Context:
 
     @property
     def shapes(self) -> Shapes:
-        """Shape facts of the whole model, inferred when first asked for; whoever changes the graph keeps them current."""
+        """Shape facts of the model, inferred when first asked for; whoever changes the graph keeps them current."""
         if self._shapes is None:
             self._shapes = Shapes(self.model)
         return self._shapes

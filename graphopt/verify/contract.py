@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import onnx_ir as ir
+
 from graphopt.runtime.specs import dtype_name, name_list
 
 if TYPE_CHECKING:
@@ -73,7 +75,9 @@ def _name_faults(
 
 
 def _type_faults(what: str, reference: TensorSpec, candidate: TensorSpec) -> list[str]:
-    faults = []
+    faults: list[str] = []
+    if reference.dtype is ir.DataType.UNDEFINED:
+        return faults  # the file states no type at all: stating the inferred one takes nothing from a caller
     if reference.kind is not candidate.kind:
         faults.append(
             f"{what} '{reference.name}' is a {candidate.kind.value}, the reference has a {reference.kind.value}"

@@ -60,3 +60,10 @@ def test_defaults_stay_overridable() -> None:
     assert input_faults((X, W), (X, fixed)) != []
     assert dropped_defaults((X, W), (X,)) == ["w"]
     assert dropped_defaults((X, W), (X, W)) == []
+
+
+def test_an_output_without_a_stated_type_may_get_one() -> None:
+    untyped = TensorSpec("y", ir.DataType.UNDEFINED, None)
+    typed = TensorSpec("y", ir.DataType.FLOAT, (2, 3))
+    assert not output_faults([untyped], [typed])
+    assert output_faults([typed], [untyped])
