@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from graphopt.ir import values
 from graphopt.ir.build import Builder
-from graphopt.ir.shapes import Dim
+from graphopt.ir.shapes import Dim, product
 from graphopt.rewrite import Match, Op, Skip, Var, exact
 from graphopt_passes.constants import given_axes
 
@@ -113,6 +113,9 @@ view_view = Op(_VIEWS, _view, ...)
 _plain_view = Op(_VIEWS, x, ..., shared=True)
 transposed_view = Op("Transpose", _plain_view)
 computed_reshape = Op("Reshape", x, s)
+_joined_view = Op(_VIEWS, x, ..., shared=True)
+_transposed = Op("Transpose", _joined_view)
+viewed_transpose = Op(_VIEWS, _transposed, ...)
 
 
 def reshape_target(before: Sequence[Dim], after: Sequence[Dim]) -> tuple[int, ...] | None:
@@ -219,6 +222,43 @@ def join_transpose_into_view(m: Match, g: Builder) -> ir.Value | None:
     )
 
 
+@exact(viewed_transpose)
+def transpose_instead_of_transposed_view(m: Match, g: Builder) -> ir.Value | None:
+    """`Reshape(Transpose(Reshape(x)))` -> `Transpose(x)` where the first joins neighbours and the last parts them.
+
+
+    x: [a, b, c, d] -> [a*b, c, d] -> [a*b, d, c] -> [a, b, d, c] is Transpose(x, [0, 1, 3, 2]): how torch.export spells
+    the transposed key of an attention.  Source: ONNX Reshape-5, Transpose-1.
+    """
+    before, middle, after = m.dims(x), m.dims(_joined_view), m.dims(viewed_transpose)
+    perm = permutation(m, m[_transposed])
+    if before is None or middle is None or after is None or perm is None:
+        return None
+    groups = _groups(before, middle)
+    if groups is None:
+        return None
+    order = [axis for place in perm for axis in groups[place]]
+    if after != tuple(before[axis] for axis in order):
+        return None
+    return g.op("Transpose", m[x], perm=order)
+
+
+def _groups(before: Sequence[Dim], joined: Sequence[Dim]) -> list[list[int]] | None:
+    """Which neighbouring axes of `before` each axis of `joined` joins; None where it does anything else."""
+    groups: list[list[int]] = []
+    axis = 0
+    for size in joined:
+        group = [axis]
+        axis += 1
+        while axis < len(before) and product(before[i] for i in group) != size:
+            group.append(axis)
+            axis += 1
+        if group[-1] >= len(before) or product(before[i] for i in group) != size:
+            return None
+        groups.append(group)
+    return groups if axis == len(before) else None
+
+
 @exact(computed_reshape)
 def reshape_to_constant(m: Match, g: Builder) -> ir.Value | None:
     """`Reshape(x, computed)` -> `Reshape(x, constant)`: known dims, 0 for dims of x in place, at most one -1.
@@ -239,6 +279,7 @@ def reshape_to_constant(m: Match, g: Builder) -> ir.Value | None:
 RULES = (
     join_casts,
     join_transposes,
+    transpose_instead_of_transposed_view,
     join_views,
     join_transpose_into_view,
     reshape_to_constant,

@@ -210,3 +210,28 @@ def test_reshape_to_an_empty_tensor_stays() -> None:
         before="""g (float[0,N] x) => (float[P,Q] y) <int64[1] i = {1}, int64[1] z = {0}>
             { s = Shape(x)  n = Gather(s, i)  r = Concat<axis = 0>(n, z)  y = Reshape<allowzero = 1>(x, r) }""",
     )
+
+
+def test_transpose_of_joined_dims_is_a_transpose_of_all() -> None:
+    """The transposed key of torch.export: heads and batch joined around a matrix transpose."""
+    head = "g (float[B,4,S,8] x) => (float[B,4,8,S] y)"
+    check(
+        RULES,
+        before=f"""{head} <int64[1] lead = {{-1}}, int64[1] c8 = {{8}}, int64[1] c4 = {{4}}, int64[1] i2 = {{2}}> {{
+            s = Shape(x)  n = Gather(s, i2)  p = Concat<axis = 0>(lead, n, c8)  q = Concat<axis = 0>(lead, c4, c8, n)
+            r = Reshape(x, p)  t = Transpose<perm = [0, 2, 1]>(r)  y = Reshape(t, q) }}""",
+        after=f"{head} {{ y = Transpose<perm = [0, 1, 3, 2]>(x) }}",
+    )
+
+
+@pytest.mark.parametrize(
+    ("middle", "perm", "out"),
+    [("6, 4", "1, 0", "4, 3, 2"), ("3, 8", "1, 0", "4, 2, 3"), ("2, 12", "1, 0", "3, 4, 2")],
+)
+def test_transpose_of_dims_joined_otherwise(middle: str, perm: str, out: str) -> None:
+    """Only dims that are joined as neighbours and parted alike come back as axes of x: [2, 3, 4]."""
+    head = f"g (float[2,3,4] x) => (float[{out}] y)"
+    before = f"""{head} <int64[2] m = {{{middle}}}, int64[3] o = {{{out}}}>
+        {{ r = Reshape(x, m)  t = Transpose<perm = [{perm}]>(r)  y = Reshape(t, o) }}"""
+    after = f"{head} {{ y = Transpose<perm = [1, 2, 0]>(x) }}" if middle == "2, 12" else None
+    check(RULES, before=before, after=after)
