@@ -226,7 +226,6 @@ def join_transpose_into_view(m: Match, g: Builder) -> ir.Value | None:
 def transpose_instead_of_transposed_view(m: Match, g: Builder) -> ir.Value | None:
     """`Reshape(Transpose(Reshape(x)))` -> `Transpose(x)` where the first joins neighbours and the last parts them.
 
-
     x: [a, b, c, d] -> [a*b, c, d] -> [a*b, d, c] -> [a, b, d, c] is Transpose(x, [0, 1, 3, 2]): how torch.export spells
     the transposed key of an attention.  Source: ONNX Reshape-5, Transpose-1.
     """
