@@ -141,7 +141,7 @@ attention = Op("MatMul", Either(guard, weights), v)
 def fuse_attention(m: Match, g: Builder) -> ir.Value | None:
     """`Softmax(q kT * s + mask) v` -> `Attention(q, k, v, mask, scale=s)`.
 
-    q: [B, H, S, D], kT: [B, H, D, L], v: [B, H, L, E], mask: broadcasts to [B, H, S, L].
+    q: [B, H, S, D], kT: [B, H, D, L], v: [B, H, L, E], mask: […, S, L], broadcasts to [B, H, S, L].
     With the guard, rows that are masked with -infinity throughout are zero in both; without it they are NaN before.
     Source: Attention-23.
     """
@@ -190,9 +190,10 @@ def _refuse_mask(m: Match) -> None:
     shape = m.known_dims(value)
     queries, keys = m.known_dims(q), m.known_dims(k_t)
     whole = (*queries[:3], keys[3])
-    if len(shape) > 4 or any(
-        a not in (1, b) for a, b in zip(shape[::-1], whole[::-1], strict=False)
-    ):
+    # The operator's text lets the last two broadcast as well; ONNX Runtime 1.31 refuses that.
+    if not 2 <= len(shape) <= 4 or shape[-2:] != whole[2:]:
+        raise Skip("the mask does not end in [S, L]", value)
+    if any(a not in (1, b) for a, b in zip(shape[-3::-1], whole[1::-1], strict=False)):
         raise Skip("the mask broadens the scores", value)
     reach = _reach(value)
     if reach is None or (reach.masked and not m.has(guard)):

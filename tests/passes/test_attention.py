@@ -111,6 +111,28 @@ def test_mask_that_broadens_stays() -> None:
     )
 
 
+@pytest.mark.parametrize("m", ["float m", "float[5] m", "float[1,5] m", "float[1,1,3,1] m"])
+def test_mask_that_broadcasts_over_queries_or_keys_stays(m: str) -> None:
+    _check(
+        "g (float[1,2,3,4] q, float[1,2,5,4] k, float[1,2,5,4] v) => (float[1,2,3,4] y)"
+        f"<{m}> {{ {KT} a = MatMul(q, t) z = Add(a, m) p = Softmax(z) y = MatMul(p, v) }}",
+        opset=23,
+        missed="does not end in [S, L]",
+    )
+
+
+@pytest.mark.parametrize(
+    "m", ["float[3,5] m", "float[2,3,5] m", "float[1,1,3,5] m", "float[2,1,3,5] m"]
+)
+def test_constant_mask(m: str) -> None:
+    g = "g (float[2,2,3,4] q, float[2,2,5,4] k, float[2,2,5,4] v) => (float[2,2,3,4] y)"
+    _check(
+        f"{g} <{m}> {{ {KT} a = MatMul(q, t) z = Add(a, m) p = Softmax(z) y = MatMul(p, v) }}",
+        f"{g} <{m}> {{ y = Attention<scale=1.0>(q, k, v, m) }}",
+        opset=23,
+    )
+
+
 @pytest.mark.parametrize(
     ("graph", "body", "reason"),
     [
