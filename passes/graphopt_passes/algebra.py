@@ -103,6 +103,8 @@ def spell_sum_of_two_as_add(m: Match, g: Builder) -> ir.Value:
 
 # --- chains of constants
 
+_CANCELLED = 0.25  # of the larger constant: what is left below that has lost two bits
+
 _first_factor = Op("Mul|Div", x, c1)
 factors = Op("Mul|Div", _first_factor, c2)
 _first_addend = Op("Add|Sub", x, c1)
@@ -136,6 +138,14 @@ def _refuse_underflow(m: Match, joined: npt.NDArray[Any]) -> None:
         raise Skip("the joined constant underflows", m[c2])
 
 
+def _refuse_cancellation(m: Match, joined: npt.NDArray[Any]) -> None:
+    if not _is_float(m, c1):
+        return
+    size = np.maximum(np.abs(m.wide(c1)), np.abs(m.wide(c2)))
+    if bool((np.abs(joined.astype(np.float64)) < size * _CANCELLED).any()):
+        raise Skip("the constants cancel, which hides a rounding of the sum", m[c2])
+
+
 @rule(factors)
 def join_factors(m: Match, g: Builder) -> ir.Value | None:
     """`(x * c1) * c2` -> `x * (c1 * c2)`, and every mix of `*` and `/` by constants.
@@ -158,10 +168,13 @@ def join_factors(m: Match, g: Builder) -> ir.Value | None:
 def join_addends(m: Match, g: Builder) -> ir.Value:
     """`(x + c1) + c2` -> `x + (c1 + c2)`, and every mix of `+` and `-`.  Integers wrap alike.
 
-    Source: ONNX Add-7, Sub-7.
+    Declines where the constants nearly cancel: then the original rounds x to the precision of c1, and the result differs
+    by far more than a rounding.  Source: ONNX Add-7, Sub-7.
     """
     join = _ADDENDS[m[_first_addend].op_type, m[addends].op_type]
-    return g.op("Add", m[x], g.const(_join(m, join)))
+    joined = _join(m, join)
+    _refuse_cancellation(m, joined)
+    return g.op("Add", m[x], g.const(joined))
 
 
 _ADDENDS: Mapping[tuple[str, str], Callable[[Any, Any], Any]] = {
@@ -176,8 +189,10 @@ mirrored = Op("Sub", c2, Op("Add", x, c1))
 
 @rule(mirrored)
 def join_minuend(m: Match, g: Builder) -> ir.Value:
-    """`c2 - (x + c1)` -> `(c2 - c1) - x`.  Source: ONNX Sub-7."""
-    return g.op("Sub", g.const(_join(m, lambda a, b: b - a)), m[x])
+    """`c2 - (x + c1)` -> `(c2 - c1) - x`, where the constants do not cancel.  Source: ONNX Sub-7."""
+    joined = _join(m, lambda a, b: b - a)
+    _refuse_cancellation(m, joined)
+    return g.op("Sub", g.const(joined), m[x])
 
 
 # --- signs

@@ -269,10 +269,24 @@ def reshape_to_constant(m: Match, g: Builder) -> ir.Value | None:
     before, after = m.dims(x), m.dims(computed_reshape)
     if before is None or after is None:
         return None
+    if _contradicts(m.out(computed_reshape), after):
+        raise Skip("the shape declared for the graph output is wrong", m[s])
     target = reshape_target(before, after)
     if target is None:
         raise Skip("more than one unknown dim has to be computed", m[s])
     return g.op("Reshape", m[x], g.ints(target, name="shape"))
+
+
+def _contradicts(value: ir.Value, dims: Sequence[Dim]) -> bool:
+    """Whether a graph output is declared with another shape: a constant would bring that to light, and be refused."""
+    if not value.is_graph_output() or value.shape is None:
+        return False
+    declared = [size if isinstance(size, int) else None for size in value.shape]
+    if len(declared) != len(dims):
+        return True
+    return any(
+        a is not None and b.is_static and b != a for a, b in zip(declared, dims, strict=True)
+    )
 
 
 RULES = (

@@ -146,6 +146,16 @@ def test_constant_minus_sum_joins() -> None:
     )
 
 
+@pytest.mark.parametrize("body", ["t = Add(x, a)  y = Sub(t, b)", "t = Add(x, a)  y = Sub(b, t)"])
+def test_addends_that_cancel_stay(body: str) -> None:
+    """(x + 1e6) - 1e6 rounds x; a result without that rounding is better, but not the same."""
+    check(
+        RULES,
+        before=f"g (float[N] x) => (float[N] y) <float a = {{1e6}}, float b = {{1e6}}> {{ {body} }}",
+        missed="constants cancel",
+    )
+
+
 def test_integer_factors_wrap_alike() -> None:
     check(
         RULES,

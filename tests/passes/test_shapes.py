@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import onnx_ir as ir
 import pytest
 from graphopt_passes.shapes import RULES
 
-from tests.rewriting import check
+from tests.rewriting import apply, check, parse, structure
 
 
 @pytest.mark.parametrize(
@@ -235,3 +236,14 @@ def test_transpose_of_dims_joined_otherwise(middle: str, perm: str, out: str) ->
         {{ r = Reshape(x, m)  t = Transpose<perm = [{perm}]>(r)  y = Reshape(t, o) }}"""
     after = f"{head} {{ y = Transpose<perm = [1, 2, 0]>(x) }}" if middle == "2, 12" else None
     check(RULES, before=before, after=after)
+
+
+def test_reshape_of_a_wrongly_declared_output_stays() -> None:
+    """The file says [N, 5]; shape inference cannot see the contradiction until the shape is a constant."""
+    text = """g (float[N,4] x) => (float[N,5] y) <int64[1] c = {0}, int64[1] d = {4}> {
+        s = Shape(x)  n = Gather(s, c)  r = Concat<axis = 0>(n, d)  y = Reshape(x, r) }"""
+    model = ir.from_proto(parse(text))
+    before = structure(model)
+    ctx = apply(RULES, model)
+    assert structure(model) == before
+    assert any("is wrong" in remark.reason for remark in ctx.remarks)
