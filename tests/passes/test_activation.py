@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 
+import onnx_ir as ir
 import pytest
 from graphopt_passes import activation
 
-from tests.rewriting import check
+from tests.rewriting import apply, check, parse
 
 MS = '<ir_version: 9, opset_import: ["" : {}, "com.microsoft" : 1]>\n'
 NUMBERS = (
@@ -82,6 +83,31 @@ def test_gelu_that_the_target_lacks_stays(f: str, head: str, reason: str) -> Non
         opset=17,
         target="portable",
         missed=reason,
+    )
+
+
+def test_gelu_in_a_function_imports_the_contrib_domain_there_too() -> None:
+    text = (
+        '<ir_version: 9, opset_import: ["" : 17, "my" : 1]>\n'
+        "g (float[N,5] x) => (float[N,5] y) { y = my.act(x) }\n"
+        '<opset_import: ["" : 17], domain: "my">\n'
+        "act (x) => (y) { h = Constant<value = float {0.5}>() r = Constant<value = float {1.4142135}>()"
+        " o = Constant<value = float {1.0}>()"
+        " u = Div(x, r) f = Erf(u) g = Add(f, o) q = Mul(x, h) y = Mul(q, g) }"
+    )
+    model = ir.from_proto(parse(text))
+    assert apply(activation.RULES, model).rewrites
+    function = next(iter(model.functions.values()))
+    assert function.opset_imports["com.microsoft"] == model.opset_imports["com.microsoft"] == 1
+
+
+def test_gelu_of_nothing() -> None:
+    check(
+        activation.RULES,
+        before=f"{G} {{ {ERF[0]} f = Erf(u) {TAILS[0]} }}",
+        after=f"{AFTER} {{ y = Gelu(x) }}",
+        opset=20,
+        dims=(0,),
     )
 
 

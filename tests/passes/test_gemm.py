@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 from graphopt_passes import gemm
@@ -31,6 +32,17 @@ def test_matmul_of_two_inputs_and_add() -> None:
     _check(
         "g (float[M,K] x, float[K,N] w, float[M,1] c) => (float[M,N] y) { p = MatMul(x, w) y = Add(p, c) }",
         "g (float[M,K] x, float[K,N] w, float[M,1] c) => (float[M,N] y) { y = Gemm(x, w, c) }",
+    )
+
+
+@pytest.mark.parametrize("sizes", [(0, 2, 3), (2, 0, 3), (2, 3, 0)])
+def test_empty_product_and_add(sizes: tuple[int, int, int]) -> None:
+    m, k, n = sizes
+    feed = {"x": np.ones((m, k), np.float32), "w": np.ones((k, n), np.float32)}
+    _check(
+        "g (float[M,K] x, float[K,N] w, float[M,1] c) => (float[M,N] y) { p = MatMul(x, w) y = Add(p, c) }",
+        "g (float[M,K] x, float[K,N] w, float[M,1] c) => (float[M,N] y) { y = Gemm(x, w, c) }",
+        feeds=[{**feed, "c": np.ones((m, 1), np.float32)}],
     )
 
 

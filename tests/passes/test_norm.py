@@ -296,6 +296,16 @@ def test_instance_norm(shape: str) -> None:
     )
 
 
+def test_norm_of_no_rows() -> None:
+    check(
+        norm.RULES,
+        _graph("N,8") + f"{{ {MEAN} {_moment(ROOTS[0])} y = Identity(n) }}",
+        "g (float[N,8] x) => (float[N,8] y) <float[8] s>"
+        "{ n = LayerNormalization<axis=-1, epsilon=0.00001>(x, s) y = Identity(n) }",
+        dims=(0,),
+    )
+
+
 CHANNELS = "int64[1] a = {1}"
 
 
