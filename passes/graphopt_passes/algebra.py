@@ -168,8 +168,8 @@ def join_factors(m: Match, g: Builder) -> ir.Value | None:
 def join_addends(m: Match, g: Builder) -> ir.Value:
     """`(x + c1) + c2` -> `x + (c1 + c2)`, and every mix of `+` and `-`.  Integers wrap alike.
 
-    Declines where the constants nearly cancel: then the original rounds x to the precision of c1, and the result differs
-    by far more than a rounding.  Source: ONNX Add-7, Sub-7.
+    Declines where the constants nearly cancel: then the original rounds x to the precision of c1, and the result
+    differs by far more than a rounding.  Source: ONNX Add-7, Sub-7.
     """
     join = _ADDENDS[m[_first_addend].op_type, m[addends].op_type]
     joined = _join(m, join)

@@ -35,7 +35,7 @@ class Region:
     """Nodes that may run on transposed tensors, and what changes at their edges.
 
     Attributes:
-        nodes: the nodes, in order.
+        nodes: the nodes.
         perm: every tensor in the region is `Transpose(t, perm)` of the tensor that it becomes.
         sources: the Transposes that feed it by that permutation.
         removed: Transposes that go.
@@ -121,7 +121,7 @@ def _grow(
             waiting.extend(m for m in makers if m is not None and _permutation(m) is None)
     if not inside or len(inside) > _REGION_LIMIT:
         return None
-    return _weigh(tuple(n for n in scope.graph if n in inside), perm)
+    return _weigh(tuple(inside), perm)
 
 
 def _is_free(value: ir.Value, perm: Perm, inside: Mapping[ir.Node, None]) -> bool:
