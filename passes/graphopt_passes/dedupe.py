@@ -133,9 +133,17 @@ def _probe(tensor: ir.TensorProtocol) -> Key:
         or tensor.nbytes <= PROBE_BYTES
     ):
         return b"".join(bytes(piece) for piece in _pieces(tensor))
+    at = (0, tensor.nbytes // 2, tensor.nbytes - PROBE_BYTES)
+    return b"".join(_bytes_at(tensor, offset) for offset in at)
+
+
+def _bytes_at(tensor: ir.TensorProtocol, offset: int) -> bytes:
+    """`PROBE_BYTES` of the contents; read past the mapping, where touching one byte brings in pages around it."""
+    mapping = tensor.mapping if isinstance(tensor, MappedTensor) else None
+    if mapping is not None:
+        return b"".join(mapping[0].chunks(mapping[1] + offset, PROBE_BYTES))
     data = tensor.raw if isinstance(tensor, MappedTensor) else _raw(tensor)
-    middle = len(data) // 2
-    return b"".join(bytes(data[at:][:PROBE_BYTES]) for at in (0, middle, len(data) - PROBE_BYTES))
+    return bytes(data[offset : offset + PROBE_BYTES])
 
 
 def _pieces(tensor: ir.TensorProtocol) -> Iterator[bytes | memoryview]:

@@ -141,7 +141,7 @@ def generate(seed: int) -> onnx.ModelProto:
         oh.make_node("Add", ["a", "b"], ["c"]),
         oh.make_node("LeakyRelu", ["c"], ["d"]),
     ]
-    body[1].attribute.append(onnx.AttributeProto(name="alpha", type=1, ref_attr_name="slope"))
+    body[1].attribute.append(onnx.AttributeProto(name="alpha", type="FLOAT", ref_attr_name="slope"))
     imports = [oh.make_opsetid("", 18)]
     function = oh.make_function("l", "f", ["a", "b"], ["d"], body, imports, ["slope"])
     inputs = [*map(_info, ("x", "z")), oh.make_tensor_value_info("flag", 9, [])]
