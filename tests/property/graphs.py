@@ -133,7 +133,8 @@ def casts(g: Grower) -> None:
 def dropout(g: Grower) -> None:
     x = g.pick()
     assert x is not None
-    inputs = g.draw(st.sampled_from([[x.name], [x.name, "", ""], [x.name, g.floats(())]]))
+    ratio = g.constant(np.array(0.25, np.float32))
+    inputs = g.draw(st.sampled_from([[x.name], [x.name, "", ""], [x.name, ratio]]))
     name, mask = g.fresh("v"), g.fresh("v")
     outputs = g.draw(st.sampled_from([[name], [name, mask], [name, ""]]))
     g.nodes.append(helper.make_node("Dropout", inputs, outputs))

@@ -58,7 +58,7 @@ def check(steps: tuple[Step, ...], proto: onnx.ModelProto, target: str = "cpu") 
 
 def instance(name: str) -> Pass:
     maker = PASSES[name]
-    return maker if isinstance(maker, Pass) else maker()
+    return maker() if isinstance(maker, type) else maker
 
 
 @pytest.mark.parametrize("name", sorted(PASSES))
