@@ -123,6 +123,28 @@ def _times(g: Builder, constant: ir.Value, factor: float) -> ir.Value:
     return g.const(scaled_data, name="weight")
 
 
+left, right = Var(), Var()
+left_number, right_number = Var(const=True), Var(const=True)
+left_scaled, right_scaled = Op("Mul|Div", left, left_number), Op("Mul|Div", right, right_number)
+doubly_scaled = Op("MatMul", left_scaled, right_scaled)
+
+
+@rule(doubly_scaled, opset=OPSETS)
+def merge_scales_of_product(m: Match, g: Builder) -> ir.Value | None:
+    """`(a * s) @ (b * t)` -> `(a * (s*t)) @ b` for numbers s, t: the queries are scaled, not all the keys."""
+    total = 1.0
+    sides = ((left_scaled, left, left_number), (right_scaled, right, right_number))
+    for operator, operand, constant in sides:
+        number = values.scalar(m[constant])
+        if number is None or number == 0 or m.dtype(operand) not in FLOATS:
+            return None
+        if m.dims(operand) is None or m.dims(operand) != m.dims(operator):
+            return None
+        total *= 1 / number if m[operator].op_type == "Div" else number
+    factor = narrow(np.asarray(total, np.float64), m.dtype(left), m[left_number])
+    return g.op("MatMul", g.op("Mul", m[left], g.const(factor, name="scale")), m[right])
+
+
 shifted = Op("Add|Sub", x, k, shared=True)
 product = Op("MatMul", shifted, w)
 bias = Var(const=True)
@@ -222,6 +244,7 @@ def _perm(m: Match, node: ir.Node, rank: int) -> Sequence[int]:
 
 
 RULES: tuple[Rule, ...] = (
+    merge_scales_of_product,
     fold_distant_scale_into_weight,
     fold_shift_before_product,
     fold_arithmetic_before_gemm,

@@ -94,6 +94,36 @@ def test_computed_addend_of_gemm_stays() -> None:
     )
 
 
+@pytest.mark.parametrize(("a", "b"), [("Mul(q, s)", "Mul(s, k)"), ("Div(q, s)", "Div(k, s)")])
+def test_scales_of_both_factors(a: str, b: str) -> None:
+    g = "g (float[B,S,4] q, float[B,4,L] k) => (float[B,S,L] y) "
+    _check(
+        g + f"<float s = {{0.5}}> {{ c = {a} d = {b} y = MatMul(c, d) }}",
+        g + "<float s> { c = Mul(q, s) y = MatMul(c, k) }",
+    )
+
+
+@pytest.mark.parametrize(
+    ("s", "body"),
+    [
+        ("float[4,1] s", "c = Mul(q, r) d = Mul(k, s) y = MatMul(c, d)"),
+        ("float[1,1,1] s", "c = Mul(q, s) d = Mul(k, r) y = MatMul(c, d)"),
+        ("float s", "c = Div(s, q) d = Mul(k, s) y = MatMul(c, d)"),
+        ("float s = {0.0}", "c = Mul(q, s) d = Mul(k, s) y = MatMul(c, d)"),
+    ],
+)
+def test_scales_that_do_not_merge_stay(s: str, body: str) -> None:
+    out = "1,3,5" if "1,1,1" in s else "3,5"
+    _check(f"g (float[3,4] q, float[4,5] k) => (float[{out}] y) <{s}, float r> {{ {body} }}")
+
+
+def test_scales_of_integers_stay() -> None:
+    _check(
+        "g (int32[3,4] q, int32[4,5] k) => (int32[3,5] y) <int32 s = {3}>"
+        "{ c = Mul(q, s) d = Mul(k, s) y = MatMul(c, d) }"
+    )
+
+
 def test_shift_before_product() -> None:
     g = "g (float[B,S,4] x) => (float[B,S,6] y) <float[4,6] w, float[6] b"
     _check(
