@@ -55,7 +55,10 @@ def test_narrow_refuses_what_does_not_fit() -> None:
 
 
 def test_small_constants_may_be_duplicated() -> None:
-    text = "g (float[64,64] x) => (float[64,64] y, float[64,64] z) <float[64,{n}] w> {{ y = {op}(x, w) z = {op}(w, x) }}"
+    text = (
+        "g (float[64,64] x) => (float[64,64] y, float[64,64] z) <float[64,{n}] w>"
+        "{{ y = {op}(x, w) z = {op}(w, x) }}"
+    )
     for n, op, tied in ((64, "MatMul", True), (1, "Mul", False)):
         graph = ir.from_proto(parse(text.format(n=n, op=op))).graph
         weight = graph.initializers["w"]
