@@ -196,8 +196,13 @@ def discard(tape: Builder, ctx: Context) -> None:
 
 
 def is_dead(node: ir.Node) -> bool:
-    """Whether no output of `node` is used or leaves its graph.  ONNX operators have no other effect."""
-    return not any(value.is_graph_output() or value.uses() for value in node.outputs)
+    """Whether no output of `node` is used or leaves its graph.
+
+    ONNX operators have no other effect; one without outputs is a custom sink, and that is all it is there for.
+    """
+    return bool(node.outputs) and not any(
+        value.is_graph_output() or value.uses() for value in node.outputs
+    )
 
 
 def remove(node: ir.Node, ctx: Context) -> list[ir.Node]:

@@ -76,6 +76,8 @@ class Rewriter:
     def _turn(self, model: ir.Model, start: int) -> bool:
         """Visits every node, and what the changes on the way call for; returns whether anything changed."""
         self._sites.clear()
+        if not model.graph.outputs:  # all of it would be dead, and no runtime takes an empty graph
+            return False
         for scope in all_graphs(model):
             facts = Facts(self._ctx.shapes, self._ctx.target, scope.opsets)
             body = scope.function is not None and scope.owner is None

@@ -115,8 +115,8 @@ class RemoveDeadCode:
     Before:  y, mask = Dropout(x)   d = Exp(x)   initializers w (unused)
     After:   y = Dropout(x)
     Changes numerics: exact.  Leaves alone: graph inputs, used or not; initializers that are graph inputs or that a
-    quantization annotation names; the import of ai.onnx; outputs whose presence means something (BatchNormalization
-    before opset 14).
+    quantization annotation names; custom operators without outputs; the import of ai.onnx; models without outputs;
+    outputs whose presence means something (BatchNormalization before opset 14).
     """
 
     name: ClassVar[str] = "remove-dead-code"
@@ -124,6 +124,8 @@ class RemoveDeadCode:
 
     def run(self, model: ir.Model, ctx: Context) -> bool:
         """Rewrites `model`; returns whether anything changed."""
+        if not model.graph.outputs:  # all of it would be dead, and no runtime takes an empty graph
+            return False
         steps = (
             _remove_nodes,
             _omit_outputs,

@@ -7,14 +7,17 @@ import onnx
 import onnx.parser
 import onnx_ir as ir
 import pytest
+from graphopt_passes import tidy
 from graphopt_passes.cleanup import LiftConstants, RemoveDeadCode, UpgradeIr
 
 from graphopt.ir.check import violations
 from graphopt.ir.model_file import load_model
-from graphopt.pipeline import run_pipeline
+from graphopt.pipeline import RewritePass, Step, run_pipeline
 from graphopt.rewrite import Context, Gate
 from graphopt.targets import get_target
 from tests.rewriting import apply, check, make_feeds, parse, run
+
+REMOVERS: tuple[Step, ...] = (RewritePass("tidy", tidy.RULES), RemoveDeadCode())
 
 IR3 = """<ir_version: 3, opset_import: ["" : 9]>
 g (float[2] x, float[2] w) => (float[2] y) <float[2] w = {1.0, 2.0}> { y = Add(x, w) }"""
@@ -250,3 +253,21 @@ def test_the_gate_keeps_a_dead_node() -> None:
     ctx = Context(model, get_target("cpu"), gate=Gate(limit=1))
     run_pipeline(model, [RemoveDeadCode()], ctx)
     assert [n.op_type for n in model.graph] == ["Exp", "Neg"]
+
+
+def test_custom_operator_without_outputs_stays() -> None:
+    text = """<ir_version: 9, opset_import: ["": 18, "c": 1]>
+        g (float[2] x) => (float[2] y) { t = Exp(x) y = Neg(x) }"""
+    proto = parse(text)
+    proto.graph.node.append(onnx.helper.make_node("Print", ["t"], [], domain="c"))
+    model = ir.from_proto(proto)
+    apply(REMOVERS, model)
+    assert [node.op_type for node in model.graph] == ["Exp", "Neg", "Print"]
+
+
+def test_model_without_outputs_is_left_alone() -> None:
+    proto = parse("g (float[2] x) => (float[2] y) { y = Exp(x) }")
+    del proto.graph.output[:]
+    model = ir.from_proto(proto)
+    apply(REMOVERS, model)
+    assert len(model.graph) == 1
