@@ -54,7 +54,9 @@ def record_command(
 
     with progress(quiet=quiet or as_json) as say:
         feeds = None if inputs is None else given_feeds(inputs, model)
-        case = record(folder, model, optimizer(say), feeds=feeds, recipe=text, seed=seed)
+        case = record(
+            folder, model, optimizer(say), feeds=feeds, recipe=text, seed=seed, ci=in_ci()
+        )
     return _tell(GoldenReport((case,)), as_json=as_json, quiet=quiet)
 
 
@@ -86,9 +88,16 @@ def update_command(
 
     _require_folder(folder)
     with progress(quiet=quiet or as_json) as say:
-        # CI is what every provider sets: a run there must not write what nobody will review.
-        found = update(folder, optimizer(say), accept=accept, ci=bool(os.environ.get("CI")))
+        found = update(folder, optimizer(say), accept=accept, ci=in_ci())
     return _tell(found, as_json=as_json, quiet=quiet)
+
+
+def in_ci() -> bool:
+    """Whether this is a run of continuous integration, which must not write what nobody will review.
+
+    CI is what every provider sets.
+    """
+    return os.environ.get("CI", "").lower() not in {"", "0", "false"}
 
 
 def recipe_text(target: str | None, recipe: Path | None) -> str:
@@ -162,6 +171,7 @@ def _parts(found: GoldenReport) -> list[RenderableType]:
     parts: list[RenderableType] = [table]
     for case in found.cases:
         parts += [text(f"{case.name}: {line}", "red") for line in case.failures]
+        parts += [text(f"{case.name}: note: {line}", "yellow") for line in case.notes]
     parts += [text(f"no case mentions {path}", "yellow") for path in found.orphans]
     return parts
 

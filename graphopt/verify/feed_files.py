@@ -54,7 +54,7 @@ def read_feeds(path: Path, specs: Sequence[TensorSpec]) -> list[Feed]:
         DataError: nothing is there or cannot be read, an input is missing, unknown, or of another dtype,
             rank or size, or two inputs disagree about a symbolic dimension.
     """
-    feeds = [_checked(feed, specs) for feed in _read(path, specs)]
+    feeds = [check_feed(feed, specs) for feed in _read(path, specs)]
     if not feeds:
         raise DataError(f"'{path}' holds no inputs; give {FORMS}.")
     return feeds
@@ -64,7 +64,7 @@ def _read(path: Path, specs: Sequence[TensorSpec]) -> Iterator[Feed]:
     if path.is_dir():
         yield from _read_folder(path, specs)
     elif path.suffix == ".npz":
-        yield Feed(str(path), _read_npz(path))
+        yield Feed(str(path), read_npz(path))
     elif path.suffix == ".json":
         yield from _read_json(path, specs)
     elif not path.exists():
@@ -77,20 +77,25 @@ def _read_folder(path: Path, specs: Sequence[TensorSpec]) -> Iterator[Feed]:
     if any(path.glob("input_*.pb")):
         yield Feed(str(path), _read_data_set(path, specs))
         return
-    for entry in sorted(path.iterdir(), key=_natural):
+    for entry in sorted(path.iterdir(), key=natural_order):
         if entry.is_dir() and any(entry.glob("input_*.pb")):
             yield Feed(str(entry), _read_data_set(entry, specs))
         elif entry.suffix == ".npz":
-            yield Feed(str(entry), _read_npz(entry))
+            yield Feed(str(entry), read_npz(entry))
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
+def natural_order(path: Path) -> list[tuple[int, str]]:
     """Orders input_2 before input_10."""
     parts = re.findall(r"\d+|\D+", path.name)
     return [(int(part), "") if part.isdigit() else (0, part) for part in parts]
 
 
-def _read_npz(path: Path) -> dict[str, Any]:
+def read_npz(path: Path) -> dict[str, Any]:
+    """The arrays of an npz file by name.
+
+    Raises:
+        DataError: it cannot be read as one.
+    """
     try:
         # Opened here: np.load of NumPy 2.4 leaves its own handle open when the archive is broken.
         with path.open("rb") as file:
@@ -141,7 +146,7 @@ def _from_lists(value: object, dtype: ir.DataType | None, where: str, name: str)
 
 def _read_data_set(path: Path, specs: Sequence[TensorSpec]) -> dict[str, Any]:
     """An ONNX test data set: by the names in the files where those are the model's, else by order."""
-    files = sorted(path.glob("input_*.pb"), key=_natural)
+    files = sorted(path.glob("input_*.pb"), key=natural_order)
     required = [spec for spec in specs if not spec.overridable]
     ordered = [*required, *(spec for spec in specs if spec.overridable)]
     if len(files) > len(ordered):
@@ -192,8 +197,12 @@ def _value_of(proto: Any) -> Any:  # noqa: ANN401
     return onnx.numpy_helper.to_optional(proto)
 
 
-def _checked(feed: Feed, specs: Sequence[TensorSpec]) -> Feed:
-    """The feed with arrays in the dtypes of the model."""
+def check_feed(feed: Feed, specs: Sequence[TensorSpec]) -> Feed:
+    """The feed with arrays in the dtypes of the model.
+
+    Raises:
+        DataError: an input is missing, unknown, or does not fit; the message names feed and input.
+    """
     known = {spec.name: spec for spec in specs}
     for name in feed.values:
         if name not in known:

@@ -27,10 +27,13 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 
 MANIFEST = "golden.json"
 STRUCTURE = "structure.txt"
-SCHEMA = 1
+SCHEMA = 2
 
-MAX_STORED_BYTES = 1 << 20
+MAX_STORED_BYTES = 1 << 16
 """Larger arrays are not put under version control: outputs are summarised, generated inputs made again."""
+
+MAX_CASE_BYTES = 1 << 19
+"""What all stored values of a case may take together; the rest is treated as if it were too large."""
 
 SAMPLES = 64
 

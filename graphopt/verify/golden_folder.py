@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from typing import TYPE_CHECKING, Any
@@ -111,9 +110,3 @@ def read_manifest(case: Path) -> dict[str, Any]:
             f"'{path}' has schema {seen}; this version reads {SCHEMA}. Record the case again."
         )
     return manifest
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -150,14 +150,105 @@ def test_an_optimiser_that_fails_fails_the_case(case: Path) -> None:
     assert update(case, broken, ci=False).cases[0].failures == ("ModelError: no such thing",)
 
 
-def test_a_changed_source_is_noticed(case: Path) -> None:
+def rewrite_source(case: Path, change: Change) -> None:
+    proto = onnx.load(case / "model.onnx")
+    change(proto)
+    (case / "model.onnx").write_bytes(proto.SerializeToString())
+
+
+def other_operator(proto: onnx.ModelProto) -> None:
+    proto.graph.node[2].op_type = "Neg"
+
+
+def other_weight(proto: onnx.ModelProto) -> None:
+    proto.graph.initializer[0].CopyFrom(helper.from_array(np.ones(4, np.float32), "k"))
+
+
+@pytest.mark.parametrize(
+    ("change", "what"), [(other_operator, "structure"), (other_weight, "weights")]
+)
+def test_a_changed_source_is_noticed(case: Path, change: Change, what: str) -> None:
+    rewrite_source(case, change)
+    told = f"is not the one that was recorded: its {what} changed"
+    assert told in check(case, optimiser(drop_identity)).cases[0].failures[0]
+    (refused,) = update(case, optimiser(keep), ci=False).cases
+    assert told in refused.failures[0]
+    assert not refused.written
+    assert update(case, optimiser(keep), accept=True, ci=False).cases[0].written
+    assert check(case, optimiser(keep)).passed
+
+
+def test_names_and_documentation_of_the_source_do_not_count(case: Path) -> None:
+    def rename(proto: onnx.ModelProto) -> None:
+        proto.doc_string = "another"
+        proto.producer_version = "2"
+        proto.graph.node[0].output[0] = proto.graph.node[1].input[0] = "renamed"
+
+    rewrite_source(case, rename)
+    assert check(case, optimiser(drop_identity)).passed
+
+
+def test_a_missing_or_broken_source_fails(case: Path) -> None:
     (case / "model.onnx").write_bytes(b"other")
-    assert (
-        "is not the one that was recorded"
-        in check(case, optimiser(drop_identity)).cases[0].failures[0]
-    )
+    assert "ModelError" in check(case, optimiser(drop_identity)).cases[0].failures[0]
     (case / "model.onnx").unlink()
-    assert not check(case, optimiser(drop_identity)).passed
+    assert "is missing" in check(case, optimiser(drop_identity)).cases[0].failures[0]
+
+
+def test_another_runtime_is_told_and_is_no_failure(tmp_path: Path, source: Path) -> None:
+    """Another version that computes otherwise: outputs and errors of then say nothing about the model."""
+    case = tmp_path / "case"
+    rounding = optimiser(scale_output(1 + 5e-6))
+    record(case, source, rounding, recipe="tidy")
+    manifest = manifest_of(case)
+    manifest["runtime"]["version"] = "0.1"
+    manifest["errors"]["y"] = 1e-12
+    (case / "golden.json").write_text(json.dumps(manifest))
+    stored = case / "test_data_set_0" / "output_0.pb"
+    stored.write_bytes(helper.from_array(np.zeros((2, 4), np.float32), "y").SerializeToString())
+    (found,) = check(case, rounding).cases
+    assert found.passed, found.failures
+    assert found.notes[0].startswith("recorded with onnxruntime 0.1, checked with ")
+    assert "the source itself computes otherwise under this runtime: output 'y'" in found.notes[1]
+    assert "grew from 1e-12" in found.notes[2]
+    (wrong,) = check(case, optimiser(scale_output(1.01))).cases
+    assert not wrong.passed, "the model's own faults are told all the same"
+
+
+def test_stored_outputs_that_the_source_does_not_give_fail(case: Path) -> None:
+    stored = case / "test_data_set_0" / "output_0.pb"
+    stored.write_bytes(helper.from_array(np.zeros((2, 4), np.float32), "y").SerializeToString())
+    (found,) = check(case, optimiser(drop_identity)).cases
+    assert "the source itself does not compute what was recorded" in found.failures[0]
+
+
+def test_external_weights_come_along(tmp_path: Path, source: Path) -> None:
+    away = tmp_path / "away"
+    away.mkdir()
+    proto = onnx.load(source)
+    k = helper.to_array(proto.graph.initializer[0])
+    proto.graph.initializer[0].CopyFrom(helper.from_array(k, "k"))  # as bytes, which may lie apart
+    onnx.save(proto, away / "m.onnx", save_as_external_data=True, size_threshold=0)
+    assert len(list(away.iterdir())) == 2
+    folder = tmp_path / "case"
+    record(folder, away / "m.onnx", optimiser(drop_identity), recipe="tidy")
+    shutil.rmtree(away)
+    assert check(folder, optimiser(drop_identity)).passed
+
+
+def test_ci_replaces_no_case(case: Path, tmp_path: Path, source: Path) -> None:
+    with pytest.raises(OptionError, match="not updated in continuous integration"):
+        record(case, source, optimiser(keep), recipe="tidy", ci=True)
+    assert record(tmp_path / "new", source, optimiser(keep), recipe="tidy", ci=True).written
+
+
+def test_a_case_has_a_cap(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphopt.verify.golden_case.MAX_CASE_BYTES", 100)
+    folder = tmp_path / "case"
+    record(folder, source, optimiser(drop_identity), recipe="tidy")
+    stored = [path.stat().st_size for path in folder.glob("test_data_set_*/*.pb")]
+    assert len(stored) == 3, "32 bytes each, without their envelopes"
+    assert check(folder, optimiser(drop_identity)).passed
 
 
 def test_a_changed_input_is_noticed(case: Path) -> None:
@@ -259,7 +350,7 @@ def test_an_unreadable_manifest_is_named(case: Path, content: str) -> None:
 def test_large_values_are_summarised_and_generated_again(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("graphopt.verify.golden.MAX_STORED_BYTES", 40)
+    monkeypatch.setattr("graphopt.verify.golden_case.MAX_STORED_BYTES", 40)
     folder = tmp_path / "case"
     record(folder, source, optimiser(drop_identity), recipe="tidy")
     first, *_ = manifest_of(folder)["data_sets"]
