@@ -12,6 +12,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from graphopt.deferred import SELDOM_USED, Deferring
+
 if TYPE_CHECKING:
     from graphopt.driver import Result, optimize
     from graphopt.errors import (
@@ -82,6 +84,8 @@ _HOMES = {
     "graphopt.targets": ("Precision", "Target"),
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names}
+
+Deferring(SELDOM_USED).install()  # here, because it must be there before anything imports onnx_ir
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401
