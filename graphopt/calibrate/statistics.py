@@ -1,0 +1,312 @@
+"""What values look like over all samples: one pass, memory that does not grow, the same bits in any order.
+
+A histogram on the bfloat16 bit pattern of each element needs no range beforehand, adds up across samples and processes,
+and is fine where values are dense: its bins are 2^-7 to 2^-8 of what they hold.  Minimum and maximum are exact.  Sums
+are kept as two integers, so that adding them is associative and any split over workers gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Executor
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from graphopt.errors import DataError
+from graphopt.runtime.session import OptimizationLevel, Session, SessionOptions
+from graphopt.verify.feed_files import Feed
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+
+KEYS = 1 << 16
+SENTINEL = 1e9
+"""Magnitude from which on a value is a mask or a sentinel, not a signal: they are counted, not measured."""
+
+DENSE = 1 << 16
+"""Elements of one tensor and sample that are all counted; of larger ones, every n-th."""
+
+STRIDES = (1, 2, 3, 5, 7, 11, 13, 17, 31)
+"""Steps through a large tensor: primes, so that no step falls in with its rows or channels."""
+
+_HIGH, _LOW = 2.0**12, 2.0**50
+"""Units of the two halves of an exact sum."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Statistics:
+    """One value over some samples.
+
+    Attributes:
+        histogram: how many elements have each bfloat16 pattern; large tensors are counted in part: int64 [65536].
+        minimum: the least finite element that is no sentinel; +inf where there was none.
+        maximum: the greatest; -inf where there was none.
+        low_sum: sum over samples of the least element of each, in two integers: int64 [2].
+        high_sum: of the greatest: int64 [2].
+        samples: how many had a finite element.
+        elements: how many there were in all.
+        excluded: how many were NaN, infinite or sentinels.
+        channel_sum: sums by index of axis 1 (axis -1 for `last`), in two integers: int64 [2, channels].
+        last_sum: the same by index of the last axis.
+    """
+
+    histogram: Array
+    minimum: float = np.inf
+    maximum: float = -np.inf
+    low_sum: Array = dataclasses.field(default_factory=lambda: np.zeros(2, np.int64))
+    high_sum: Array = dataclasses.field(default_factory=lambda: np.zeros(2, np.int64))
+    samples: int = 0
+    elements: int = 0
+    excluded: int = 0
+    channel_sum: Array = dataclasses.field(default_factory=lambda: np.zeros((2, 0), np.int64))
+    last_sum: Array = dataclasses.field(default_factory=lambda: np.zeros((2, 0), np.int64))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no element was finite."""
+        return self.samples == 0
+
+    @property
+    def mean_range(self) -> tuple[float, float]:
+        """Means over samples of the least and of the greatest element."""
+        count = max(self.samples, 1)
+        return float(_joined(self.low_sum)) / count, float(_joined(self.high_sum)) / count
+
+    def channel_means(self, axis: int) -> Array | None:
+        """Mean of each index of axis 1 or -1, float64; None where its size varied or something was excluded."""
+        sums = self.channel_sum if axis == 1 else self.last_sum
+        channels = sums.shape[1]
+        if channels == 0 or self.excluded or self.elements == 0:
+            return None
+        return np.asarray(_joined(sums) * channels / self.elements)
+
+    def merged(self, other: Statistics) -> Statistics:
+        """Of both sets of samples; associative and commutative to the last bit."""
+        return Statistics(
+            histogram=self.histogram + other.histogram,
+            minimum=min(self.minimum, other.minimum),
+            maximum=max(self.maximum, other.maximum),
+            low_sum=_carried(self.low_sum + other.low_sum),
+            high_sum=_carried(self.high_sum + other.high_sum),
+            samples=self.samples + other.samples,
+            elements=self.elements + other.elements,
+            excluded=self.excluded + other.excluded,
+            channel_sum=_added(self.channel_sum, other.channel_sum, self, other),
+            last_sum=_added(self.last_sum, other.last_sum, self, other),
+        )
+
+
+def empty() -> Statistics:
+    """Of no sample at all: the neutral element of `merged`."""
+    return Statistics(np.zeros(KEYS, np.int64))
+
+
+def observe(array: Array) -> Statistics:
+    """Statistics of one value in one sample; of floats of any width."""
+    flat = np.ascontiguousarray(array, np.float32)
+    if flat.size == 0:
+        return empty()
+    low, high = float(flat.min()), float(flat.max())
+    excluded = 0
+    kept = flat.reshape(-1)
+    if not -SENTINEL < low <= high < SENTINEL:
+        kept = kept[np.abs(kept) < SENTINEL]  # NaN compares false
+        excluded = flat.size - kept.size
+        if kept.size == 0:
+            return dataclasses.replace(empty(), elements=flat.size, excluded=excluded)
+        low, high = float(kept.min()), float(kept.max())
+    counted = kept[:: _stride(kept.size)]
+    keys = np.ascontiguousarray(counted).view(np.uint32) >> 16
+    return Statistics(
+        histogram=np.bincount(keys, minlength=KEYS),
+        minimum=low,
+        maximum=high,
+        low_sum=_split(np.float64(low)),
+        high_sum=_split(np.float64(high)),
+        samples=1,
+        elements=flat.size,
+        excluded=excluded,
+        channel_sum=_axis_sums(flat, 1, excluded),
+        last_sum=_axis_sums(flat, flat.ndim - 1, excluded),
+    )
+
+
+def _stride(size: int) -> int:
+    wanted = size // DENSE
+    return next((step for step in STRIDES if step >= wanted), STRIDES[-1])
+
+
+def _axis_sums(array: Array, axis: int, excluded: int) -> Array:
+    if excluded or axis >= array.ndim or axis < 1:
+        return np.zeros((2, 0), np.int64)
+    others = tuple(i for i in range(array.ndim) if i != axis)
+    return _split(array.sum(axis=others, dtype=np.float64))
+
+
+def _split(sums: Any) -> Array:  # noqa: ANN401
+    """A float64 as integers: multiples of 2^-12 and what is left in multiples of 2^-62."""
+    scaled = np.asarray(sums, np.float64) * _HIGH
+    high = np.floor(scaled)
+    return np.stack([high.astype(np.int64), np.rint((scaled - high) * _LOW).astype(np.int64)])
+
+
+def _joined(halves: Array) -> Array:
+    return np.asarray((halves[0].astype(np.float64) + halves[1] / _LOW) / _HIGH)
+
+
+def _carried(halves: Array) -> Array:
+    """The same sum with its lower half below one unit of the upper: one form a number."""
+    unit = np.int64(_LOW)
+    carry = halves[1] // unit
+    return np.stack([halves[0] + carry, halves[1] - carry * unit])
+
+
+def _added(mine: Array, theirs: Array, me: Statistics, other: Statistics) -> Array:
+    if me.elements == 0:
+        return theirs
+    if other.elements == 0:
+        return mine
+    same = mine.shape == theirs.shape
+    return _carried(mine + theirs) if same else np.zeros((2, 0), np.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collected:
+    """Statistics of many values over many samples.
+
+    Attributes:
+        values: by name.
+        samples: how many samples were run.
+    """
+
+    values: Mapping[str, Statistics]
+    samples: int
+
+    def merged(self, other: Collected) -> Collected:
+        """Of both sets of samples."""
+        names = dict.fromkeys((*self.values, *other.values))
+        none = empty()
+        return Collected(
+            {n: self.values.get(n, none).merged(other.values.get(n, none)) for n in names},
+            self.samples + other.samples,
+        )
+
+    def save(self, path: Path) -> None:
+        """Writes the statistics as npz; the same statistics give the same bytes."""
+        names = list(self.values)
+        arrays: dict[str, Array] = {}
+        for index, name in enumerate(names):
+            found = self.values[name]
+            keys = np.flatnonzero(found.histogram)
+            arrays[f"{index}.keys"] = keys
+            arrays[f"{index}.counts"] = found.histogram[keys]
+            arrays[f"{index}.range"] = np.array([found.minimum, found.maximum])
+            arrays[f"{index}.sums"] = np.stack([found.low_sum, found.high_sum])
+            arrays[f"{index}.numbers"] = np.array([found.samples, found.elements, found.excluded])
+            arrays[f"{index}.channels"] = found.channel_sum
+            arrays[f"{index}.last"] = found.last_sum
+        head = json.dumps({"version": 1, "samples": self.samples, "names": names})
+        with path.open("wb") as file:
+            np.savez(file, head=np.frombuffer(head.encode(), np.uint8), **arrays)  # type: ignore[arg-type, unused-ignore]
+
+    @classmethod
+    def load(cls, path: Path) -> Collected:
+        """Reads what `save` wrote.
+
+        Raises:
+            DataError: the file holds something else.
+        """
+        try:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+                head = json.loads(bytes(archive["head"]))
+                values = {
+                    name: _restored(archive, index) for index, name in enumerate(head["names"])
+                }
+                return cls(values, int(head["samples"]))
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            raise DataError(
+                f"'{path}' cannot be read as calibration statistics: {error}. Collect them again."
+            ) from error
+
+
+def _restored(archive: Any, index: int) -> Statistics:  # noqa: ANN401
+    histogram = np.zeros(KEYS, np.int64)
+    histogram[archive[f"{index}.keys"]] = archive[f"{index}.counts"]
+    low, high = (float(x) for x in archive[f"{index}.range"])
+    samples, elements, excluded = (int(x) for x in archive[f"{index}.numbers"])
+    sums = archive[f"{index}.sums"]
+    return Statistics(
+        histogram,
+        low,
+        high,
+        sums[0],
+        sums[1],
+        samples,
+        elements,
+        excluded,
+        archive[f"{index}.channels"],
+        archive[f"{index}.last"],
+    )
+
+
+def collect(
+    model: bytes | Path,
+    names: Sequence[str],
+    feeds: Iterable[Feed],
+    *,
+    threads: int = 1,
+    executor: Executor | None = None,
+    chunk: int = 8,
+) -> Collected:
+    """Statistics of the named values of the main graph over all feeds, in one pass.
+
+    Args:
+        model: the model; values keep their names.
+        names: the values.
+        feeds: complete samples.
+        threads: inside one operator.
+        executor: runs chunks of samples elsewhere; the result has the same bits.
+        chunk: samples that one task takes.
+
+    Raises:
+        ModelError: the model fails on a sample, or has no such value.
+    """
+    if executor is None:
+        return _collect_here(model, tuple(names), feeds, threads)
+    found = Collected({}, 0)
+    iterator = iter(feeds)
+    while window := list(islice(iterator, chunk * _WINDOW)):
+        parts = [window[i : i + chunk] for i in range(0, len(window), chunk)]
+        tasks = [executor.submit(_collect_here, model, tuple(names), p, threads) for p in parts]
+        for task in tasks:
+            found = found.merged(task.result())
+    return found
+
+
+_WINDOW = 16
+"""Tasks in flight: what bounds the samples in memory."""
+
+
+def _collect_here(
+    model: bytes | Path, names: tuple[str, ...], feeds: Iterable[Feed], threads: int
+) -> Collected:
+    folder = model.parent if isinstance(model, Path) else None
+    options = SessionOptions(threads=threads, external_folder=folder, extra_outputs=names)
+    # Fused as deployed: observed values stay, and what is quantised is what will run.
+    session = Session(model, level=OptimizationLevel.ALL, options=options)
+    inputs = {spec.name for spec in session.inputs}
+    tapped = [name for name in names if name not in inputs]
+    found: dict[str, Statistics] = {name: empty() for name in names}
+    count = 0
+    for feed in feeds:
+        results = session.run(feed.values, tapped) if tapped else {}
+        count += 1
+        for name in names:
+            array = results.get(name, feed.values.get(name))
+            if array is not None:
+                found[name] = found[name].merged(observe(array))
+    return Collected(found, count)

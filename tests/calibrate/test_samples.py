@@ -1,0 +1,125 @@
+"""Samples from every source, and what is said about those that do not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from graphopt.calibrate.samples import read_samples
+from graphopt.errors import DataError, OptionError
+from graphopt.rewrite import Calibration
+from graphopt.runtime.specs import TensorSpec
+
+IMAGE = (TensorSpec("x", ir.DataType.FLOAT, (1, 2)),)
+FREE = (TensorSpec("x", ir.DataType.FLOAT, ("n", 2)), TensorSpec("k", ir.DataType.INT64, ()))
+
+
+def shapes(
+    source: Path | list[dict[str, object]], specs: tuple[TensorSpec, ...]
+) -> list[tuple[int, ...]]:
+    return [feed.values["x"].shape for feed in read_samples(Calibration(source), specs)]
+
+
+def test_rows_of_equal_rank_are_fed_one_at_a_time(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=np.ones((3, 2), np.float32))
+    assert shapes(tmp_path / "a.npz", IMAGE) == [(1, 2)] * 3
+
+
+def test_a_leading_axis_more_is_the_samples(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=np.ones((3, 5, 2), np.float32), k=np.arange(3))
+    assert shapes(tmp_path / "a.npz", FREE) == [(5, 2)] * 3
+
+
+def test_one_feed_as_it_is(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=np.ones((3, 2), np.float32), k=np.int64(1))
+    assert shapes(tmp_path / "a.npz", FREE) == [(3, 2)]
+
+
+def test_a_folder_of_npz_in_natural_order_and_its_limit(tmp_path: Path) -> None:
+    for index in (10, 2):
+        np.savez(tmp_path / f"s{index}.npz", x=np.full((1, 2), index, np.float32))
+    feeds = list(read_samples(Calibration(tmp_path), IMAGE))
+    assert [feed.values["x"][0, 0] for feed in feeds] == [2, 10]
+    assert len(list(read_samples(Calibration(tmp_path, limit=1), IMAGE))) == 1
+
+
+def test_an_onnx_data_set(tmp_path: Path) -> None:
+    folder = tmp_path / "test_data_set_0"
+    folder.mkdir()
+    tensor = onnx.numpy_helper.from_array(np.ones((1, 2), np.float32), "x")
+    (folder / "input_0.pb").write_bytes(tensor.SerializeToString())
+    assert shapes(tmp_path, IMAGE) == shapes(folder, IMAGE) == [(1, 2)]
+
+
+def test_feeds_from_python_can_be_read_again() -> None:
+    samples = read_samples(Calibration([{"x": np.ones((1, 2), np.float32)}]), IMAGE)
+    assert len(list(samples)) == len(list(samples)) == 1
+
+
+def test_different_numbers_of_rows_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=np.ones((3, 5, 2), np.float32), k=np.arange(4))
+    with pytest.raises(DataError, match=r"different numbers of samples \('x': 3, 'k': 4\)"):
+        shapes(tmp_path / "a.npz", FREE)
+
+
+def test_a_sample_that_does_not_fit_is_named() -> None:
+    with pytest.raises(DataError, match=r"'sample 0': the input 'x' must be float\[1,2\]"):
+        shapes([{"x": np.ones((1, 3), np.float32)}], IMAGE)
+    with pytest.raises(DataError, match=r"'sample 0' lacks the input 'k'"):
+        shapes([{"x": np.ones((1, 2), np.float32)}], FREE)
+
+
+@pytest.mark.parametrize(
+    ("limit", "error"), [(0, "--samples must be 1 or more"), (-1, "-1 calibration samples")]
+)
+def test_a_limit_below_one_is_refused(limit: int, error: str) -> None:
+    with pytest.raises(OptionError, match=error):
+        read_samples(Calibration([], limit=limit), IMAGE)
+
+
+def test_no_samples_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is empty"):
+        read_samples(Calibration([]), IMAGE)
+    with pytest.raises(DataError, match="holds no"):
+        read_samples(Calibration(tmp_path), IMAGE)
+    with pytest.raises(DataError, match="there is no file or folder"):
+        read_samples(Calibration(tmp_path / "absent"), IMAGE)
+
+
+def test_images_become_inputs(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image", reason="needs pillow")
+    pixels = np.zeros((8, 16, 3), np.uint8)
+    pixels[..., 0] = 255
+    image.fromarray(pixels).save(tmp_path / "a.png")
+    recipe = tmp_path / "pre.toml"
+    recipe.write_text(
+        "resize = 4\ncrop = 4\nscale = 255\nmean = [0.5, 0.5, 0.5]\nstd = [0.5, 0.5, 0.5]\n"
+    )
+    specs = (TensorSpec("image", ir.DataType.FLOAT, (1, 3, 4, 4)),)
+    feed = next(iter(read_samples(Calibration(tmp_path, recipe), specs)))
+    assert feed.values["image"][0, :, 0, 0].tolist() == [1, -1, -1]
+    with pytest.raises(OptionError, match="--preprocess FILE"):
+        read_samples(Calibration(tmp_path), specs)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("crops = 3", "crops"),
+        ("layout = 'CHW'", "layout is NCHW or NHWC"),
+        ("std = [0.0]", "divides by zero"),
+        ("crop = 64", "smaller than the crop of 64 x 64"),
+    ],
+)
+def test_a_faulty_preprocessing_file(tmp_path: Path, text: str, error: str) -> None:
+    image = pytest.importorskip("PIL.Image", reason="needs pillow")
+    image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
+    recipe = tmp_path / "pre.toml"
+    recipe.write_text(text)
+    specs = (TensorSpec("image", ir.DataType.FLOAT, (1, 3, 8, 8)),)
+    with pytest.raises((OptionError, DataError), match=error):
+        list(read_samples(Calibration(tmp_path, recipe), specs))

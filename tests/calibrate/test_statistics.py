@@ -1,0 +1,101 @@
+"""Statistics against NumPy, and the same bits in any order."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from graphopt.calibrate.statistics import Collected, Statistics, collect, empty, observe
+from graphopt.errors import DataError
+from graphopt.verify.feed_files import Feed
+from tests.rewriting import parse
+
+RNG = np.random.default_rng(0)
+SAMPLES = [RNG.normal(size=(2, 3, 5, 7)).astype(np.float32) for _ in range(6)]
+MODEL = parse("g (float[n,3] x) => (float[n,3] y) { r = Relu(x)  y = Neg(r) }").SerializeToString()
+
+
+def same(a: Statistics, b: Statistics) -> bool:
+    fields = vars(a)
+    return all(np.array_equal(value, vars(b)[name]) for name, value in fields.items())
+
+
+def merged(order: list[int]) -> Statistics:
+    found = empty()
+    for index in order:
+        found = found.merged(observe(SAMPLES[index]))
+    return found
+
+
+def test_extremes_counts_and_means() -> None:
+    found, x = merged([0, 1, 2, 3, 4, 5]), np.stack(SAMPLES)
+    assert (found.minimum, found.maximum) == (x.min(), x.max())
+    assert found.histogram.sum() == found.elements == x.size
+    means = found.channel_means(1)
+    assert means is not None
+    np.testing.assert_allclose(means, x.mean(axis=(0, 1, 3, 4), dtype=np.float64), rtol=1e-12)
+    last = found.channel_means(-1)
+    assert last is not None
+    np.testing.assert_allclose(last, x.mean(axis=(0, 1, 2, 3), dtype=np.float64), rtol=1e-12)
+
+
+def test_any_order_and_grouping_gives_the_same_bits() -> None:
+    left = merged([0, 1, 2]).merged(merged([3, 4, 5]))
+    assert same(left, merged([5, 3, 1, 0, 2, 4]))
+
+
+def test_what_is_not_a_signal_is_counted_apart() -> None:
+    x = np.array([[1, np.nan, -np.inf, -3.4e38, 1e9, -2]], np.float32)
+    found = observe(x)
+    assert (found.minimum, found.maximum, found.excluded) == (-2, 1, 4)
+    assert found.channel_means(1) is None
+    nothing = observe(np.array([np.nan], np.float32))
+    assert nothing.is_empty
+    assert nothing.excluded == 1
+
+
+def test_an_empty_tensor_says_nothing() -> None:
+    assert same(observe(np.zeros((0, 3), np.float32)), empty())
+
+
+def test_channels_of_varying_number_have_no_means() -> None:
+    found = observe(np.ones((2, 3), np.float32)).merged(observe(np.ones((2, 4), np.float32)))
+    assert found.channel_means(1) is None
+
+
+def test_large_tensors_are_counted_in_part() -> None:
+    x = RNG.normal(size=1 << 18).astype(np.float32)
+    found = observe(x)
+    assert found.histogram.sum() < x.size
+    assert found.maximum == x.max()
+
+
+def feeds() -> list[Feed]:
+    return [
+        Feed(str(i), {"x": RNG.normal(size=(i % 3 + 1, 3)).astype(np.float32)}) for i in range(7)
+    ]
+
+
+def test_workers_give_the_same_bits_and_files_the_same_bytes(tmp_path: Path) -> None:
+    given = feeds()
+    alone = collect(MODEL, ["r", "x"], given)
+    with ThreadPoolExecutor(2) as pool:
+        shared = collect(MODEL, ["r", "x"], given, executor=pool, chunk=2)
+    alone.save(tmp_path / "a.npz")
+    shared.save(tmp_path / "b.npz")
+    assert alone.samples == 7
+    assert alone.values["r"].minimum == 0.0 > alone.values["x"].minimum
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    again = Collected.load(tmp_path / "a.npz")
+    assert again.samples == 7
+    assert all(same(again.values[name], found) for name, found in alone.values.items())
+
+
+def test_another_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    np.savez(path, x=np.ones(3))
+    with pytest.raises(DataError, match="cannot be read as calibration statistics"):
+        Collected.load(path)
