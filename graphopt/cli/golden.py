@@ -14,11 +14,8 @@ from graphopt.cli.progress import progress
 from graphopt.errors import DataError, OptionError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from rich.console import RenderableType
 
-    from graphopt.numerics import Numerics
     from graphopt.verify.golden import CaseReport, ErrorChange, GoldenReport
 
 app = typer.Typer(rich_markup_mode=None)
@@ -50,12 +47,13 @@ def record_command(
     """Record a case: optimise MODEL, verify the result, and write inputs, outputs and structure to DIR."""
     text = recipe_text(target, recipe)
     from graphopt.cli.verify import given_feeds
+    from graphopt.driver.golden import golden_optimizer
     from graphopt.verify.golden import GoldenReport, record
 
     with progress(quiet=quiet or as_json) as say:
         feeds = None if inputs is None else given_feeds(inputs, model)
         case = record(
-            folder, model, optimizer(say), feeds=feeds, recipe=text, seed=seed, ci=in_ci()
+            folder, model, golden_optimizer(say), feeds=feeds, recipe=text, seed=seed, ci=in_ci()
         )
     return _tell(GoldenReport((case,)), as_json=as_json, quiet=quiet)
 
@@ -65,11 +63,12 @@ def check_command(
     folder: Folder, as_json: options.Json = False, quiet: options.Quiet = False
 ) -> int:
     """Optimise the model of each case again; the exit status is 1 if numbers, operators or structure changed."""
+    from graphopt.driver.golden import golden_optimizer
     from graphopt.verify.golden import check
 
     _require_folder(folder)
     with progress(quiet=quiet or as_json) as say:
-        found = check(folder, optimizer(say))
+        found = check(folder, golden_optimizer(say))
     return _tell(found, as_json=as_json, quiet=quiet)
 
 
@@ -84,11 +83,12 @@ def update_command(
     quiet: options.Quiet = False,
 ) -> int:
     """Record each case again on its own inputs, and show old and new errors."""
+    from graphopt.driver.golden import golden_optimizer
     from graphopt.verify.golden import update
 
     _require_folder(folder)
     with progress(quiet=quiet or as_json) as say:
-        found = update(folder, optimizer(say), accept=accept, ci=in_ci())
+        found = update(folder, golden_optimizer(say), accept=accept, ci=in_ci())
     return _tell(found, as_json=as_json, quiet=quiet)
 
 
@@ -120,23 +120,6 @@ def recipe_text(target: str | None, recipe: Path | None) -> str:
 
     Recipe.load(recipe)  # refuses it now, not when the case is checked
     return recipe.read_text(encoding="utf-8")
-
-
-def optimizer(say: Callable[[str, float | None], None]) -> Callable[[Path, Path, str], Numerics]:
-    """The driver as golden cases call it: source, output, recipe in TOML."""
-    import tomllib
-
-    from graphopt.driver import optimize
-    from graphopt.numerics import Numerics
-    from graphopt.pipeline.recipe import Recipe
-
-    def run(source: Path, output: Path, recipe: str) -> Numerics:
-        chosen = Recipe.from_table(tomllib.loads(recipe), "recipe of the golden case")
-        # Golden cases compare the result themselves, with the numbers that were recorded.
-        result = optimize(source, output=output, recipe=chosen, verify="off", progress=say)
-        return max((r.numerics for r in result.report.rewrites), default=Numerics.EXACT)
-
-    return run
 
 
 def _require_folder(folder: Path) -> None:

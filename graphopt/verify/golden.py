@@ -38,7 +38,19 @@ from graphopt.verify.golden_folder import (
 from graphopt.verify.structure import op_histogram, structure
 from graphopt.verify.verifier import ReferenceRun, VerifyOptions
 
-__all__ = ["CaseReport", "ErrorChange", "GoldenReport", "Optimize", "check", "record", "update"]
+__all__ = [
+    "CaseReport",
+    "ErrorChange",
+    "GoldenReport",
+    "Optimize",
+    "check",
+    "check_case",
+    "check_made",
+    "record",
+    "renew",
+    "update",
+    "update_case",
+]
 
 GROWTH = 4.0
 """An error that grows by more than this fails, even within the tolerance …"""
@@ -219,7 +231,7 @@ def update_case(case: Path, optimize: Optimize, name: str = "", *, accept: bool)
     try:
         reason = _source_change(source, manifest)
         if reason and not accept:
-            return CaseReport(name, (f"not written, {reason}; pass --accept to write",))
+            return CaseReport(name, (f"not written, {reason}; accept it to write",))
         feeds = None if generator is not None else stored_feeds(case, manifest)
         seed = 0 if generator is None else generator["seed"]
         with tempfile.TemporaryDirectory(prefix="graphopt-golden-") as scratch:
@@ -232,7 +244,7 @@ def update_case(case: Path, optimize: Optimize, name: str = "", *, accept: bool)
             if worse and not accept:
                 told = ", ".join(f"'{c.output}' {c.recorded:.3g} → {c.now:.3g}" for c in worse)
                 return CaseReport(
-                    name, (f"not written, errors grew: {told}; pass --accept to write",), changes
+                    name, (f"not written, errors grew: {told}; accept it to write",), changes
                 )
             if accept:
                 remove_orphans(case, manifest)
@@ -240,6 +252,40 @@ def update_case(case: Path, optimize: Optimize, name: str = "", *, accept: bool)
     except GraphoptError as error:
         return CaseReport(name, (f"{type(error).__name__}: {error}",))
     return CaseReport(name, (), changes, made.verification.outputs, written=True)
+
+
+def check_made(case: Path, model: Path, optimize: Optimize, *, recipe: str = "") -> CaseReport:
+    """Checks a case whose source was just made again, by an export under test say: it must be the recorded one."""
+    if not (case / MANIFEST).is_file():
+        return CaseReport(
+            case.name, (f"there is no golden case '{case}' yet; record it with --graphopt-update",)
+        )
+    manifest = read_manifest(case)
+    if recipe != manifest["recipe"]:
+        return CaseReport(
+            case.name, (f"recorded with the recipe {manifest['recipe']!r}, not {recipe!r}",)
+        )
+    if reason := _source_change(model, manifest):
+        return CaseReport(case.name, (reason,))
+    return check_case(case, optimize)
+
+
+def renew(
+    case: Path, model: Path, optimize: Optimize, *, recipe: str = "", accept: bool
+) -> CaseReport:
+    """Records a case whose source was just made, or records it again, on its own inputs if the source is the same.
+
+    Another source, or an error that grew, is written with `accept` only.
+    """
+    if not (case / MANIFEST).is_file():
+        return record(case, model, optimize, recipe=recipe)
+    manifest = read_manifest(case)
+    reason = _source_change(model, manifest)
+    if not reason and recipe == manifest["recipe"]:
+        return update_case(case, optimize, accept=accept)
+    if reason and not accept:
+        return CaseReport(case.name, (f"not written, {reason}; accept it to write",))
+    return record(case, model, optimize, recipe=recipe)
 
 
 def _refuse_ci(ci: bool) -> None:

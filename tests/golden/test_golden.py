@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from graphopt.cli.golden import optimizer
+from graphopt.driver.golden import golden_optimizer
 from graphopt.verify.golden import check_case
 from graphopt.verify.golden_folder import find_cases, find_orphans
 
@@ -16,13 +16,9 @@ CASES = find_cases(ROOT)
 MAX_BYTES = 1 << 20
 
 
-def _silent(stage: str, part: float | None) -> None:
-    """Progress that nobody watches."""
-
-
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_a_case_holds(case: Path) -> None:
-    report = check_case(case, optimizer(_silent))
+    report = check_case(case, golden_optimizer())
     assert report.passed, "\n".join(report.failures)
 
 
