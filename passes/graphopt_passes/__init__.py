@@ -12,10 +12,12 @@ from graphopt.pipeline import Pass, Repeat, RewritePass, Step
 from graphopt_passes import (
     activation,
     algebra,
+    attention,
     bounds,
     broadcasts,
     conv,
     gemm,
+    linear,
     norm,
     padding,
     powers,
@@ -40,11 +42,21 @@ ALGEBRA = RewritePass(
     "simplify-algebra", (*algebra.RULES, *bounds.RULES, *powers.RULES, *reductions.RULES)
 )
 FUSE_CONV = RewritePass("fuse-conv", (*conv.RULES, *padding.RULES))
-FUSE_GEMM = RewritePass("fuse-gemm", gemm.RULES)
+FUSE_ATTENTION = RewritePass("fuse-attention", attention.RULES)
+FUSE_GEMM = RewritePass("fuse-gemm", (*gemm.RULES, *linear.RULES))
 FUSE_ACTIVATION = RewritePass("fuse-activation", (*activation.RULES, *softmax.RULES))
 FUSE_NORM = RewritePass("fuse-norm", norm.RULES)
 
-_FAMILIES = (TIDY, SHAPES, ALGEBRA, FUSE_CONV, FUSE_GEMM, FUSE_ACTIVATION, FUSE_NORM)
+_FAMILIES = (
+    TIDY,
+    SHAPES,
+    ALGEBRA,
+    FUSE_CONV,
+    FUSE_ATTENTION,
+    FUSE_GEMM,
+    FUSE_ACTIVATION,
+    FUSE_NORM,
+)
 
 PASSES: Mapping[str, Maker] = {
     **{
@@ -85,6 +97,7 @@ CLEAN = Repeat(
 
 FUSE = Repeat(
     (
+        FUSE_ATTENTION,  # first: it reads the scales of queries and keys, which gemm folds away
         FUSE_NORM,  # before gemm: a scale folded into weights would hide the affine part of a norm
         FUSE_ACTIVATION,
         FUSE_CONV,

@@ -7,9 +7,10 @@ import onnx.checker
 import onnx_ir as ir
 import pytest
 from graphopt_passes import PASSES, PIPELINES
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
+from graphopt.errors import ModelError
 from graphopt.ir import fingerprint
 from graphopt.ir.check import violations
 from graphopt.ir.model_file import load_model, model_to_bytes, to_proto
@@ -50,7 +51,12 @@ def check(steps: tuple[Step, ...], proto: onnx.ModelProto, target: str = "cpu") 
     )
     original, result = Session(proto.SerializeToString()), Session(after)
     for seed in (0, 1):
-        expected, seen = original.run(graphs.feeds(seed)), result.run(graphs.feeds(seed))
+        try:
+            expected = original.run(graphs.feeds(seed))
+        except ModelError:
+            # ONNX Runtime 1.31 drops a Cast pair that only a branch captures, then misses its output.
+            reject()
+        seen = result.run(graphs.feeds(seed))
         for name, value in expected.items():
             report = compare(name, value, seen[name], profile)
             assert report.passed, (report, [(r.pass_name, r.rule, r.site) for r in ctx.rewrites])
