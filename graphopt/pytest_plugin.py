@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 MANIFEST = "golden.json"
 FIXTURE_FOLDER = "__golden__"
 _NOTES = "graphopt_notes"
-
-
-class GoldenError(Exception):
-    """A golden case does not hold; the message lists why."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -79,7 +75,7 @@ class GoldenItem(pytest.Item):
     """Checks one case, or records it again with `--graphopt-update`."""
 
     def runtest(self) -> None:
-        """Raises GoldenError where the case does not hold."""
+        """Fails where the case does not hold."""
         from graphopt.driver.golden import golden_optimizer  # noqa: PLC0415
         from graphopt.verify.golden import check_case, update_case  # noqa: PLC0415
 
@@ -90,16 +86,6 @@ class GoldenItem(pytest.Item):
         else:
             report = check_case(case, golden_optimizer())
         _settle(report, self.user_properties)
-
-    def repr_failure(
-        self,
-        excinfo: pytest.ExceptionInfo[BaseException],
-        style: Any = None,  # noqa: ANN401  pytest keeps its type to itself
-    ) -> Any:  # noqa: ANN401
-        """What does not hold, without the stack."""
-        if isinstance(excinfo.value, GoldenError):
-            return str(excinfo.value)
-        return super().repr_failure(excinfo, style)
 
     def reportinfo(self) -> tuple[Path, None, str]:
         """Where the case lies."""
@@ -154,11 +140,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def _settle(report: CaseReport, properties: list[tuple[str, object]]) -> None:
-    """Keeps what the summary shall say; raises where the case does not hold.
-
-    Raises:
-        GoldenError: it does not.
-    """
+    """Keeps what the summary shall say; fails the test, without a stack, where the case does not hold."""
     notes = [f"{report.name}: {note}" for note in report.notes]
     if report.written:
         told = ", ".join(
@@ -168,7 +150,7 @@ def _settle(report: CaseReport, properties: list[tuple[str, object]]) -> None:
     if notes:
         properties.append((_NOTES, notes))
     if not report.passed:
-        raise GoldenError("\n".join(f"{report.name}: {line}" for line in report.failures))
+        pytest.fail("\n".join(f"{report.name}: {line}" for line in report.failures), pytrace=False)
 
 
 def _number(number: float | None) -> str:
