@@ -198,7 +198,7 @@ _COMMUTATIVE = frozenset(
 )
 _QUANTIZATION = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
 
-_HOLDERS = frozenset({"If", "Loop", "Scan", "SequenceMap"})
+HOLDERS = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 """The operators of ai.onnx with graphs among their attributes (onnx 1.23)."""
 
 _PYTHON_TYPES: Mapping[ir.AttributeType, type] = {
@@ -283,7 +283,7 @@ def describe(node: ir.Node) -> str:
 
 def subgraphs(node: ir.Node) -> tuple[ir.Graph, ...]:
     """The graphs that the node holds as attributes, in the order of its attributes."""
-    if not node.domain and node.op_type not in _HOLDERS:
+    if not node.domain and node.op_type not in HOLDERS:
         return ()  # asked of every node of every walk
     graphs: list[ir.Graph] = []
     for held in node.attributes.values():

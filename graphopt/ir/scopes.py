@@ -59,7 +59,7 @@ def nested(scope: Scope) -> Iterator[Scope]:
         inner = [
             dataclasses.replace(current, graph=graph, owner=node, parent=current)
             for node in current.graph
-            if node.attributes
+            if node.op_type in operators.HOLDERS or node.domain
             for graph in operators.subgraphs(node)
         ]
         stack.extend(reversed(inner))

@@ -44,11 +44,13 @@ def run_pipeline(
         if observer is not None:
             observer(run, model)
 
+    nodes = count(model)
     for step in steps:
         if isinstance(step, Repeat):
-            _repeat(step, model, ctx, record)
+            nodes = _repeat(step, model, ctx, nodes, record)
         else:
-            record(_run(step, model, ctx))
+            record(_run(step, model, ctx, nodes))
+            nodes = runs[-1].nodes_after
     return tuple(runs)
 
 
@@ -61,17 +63,21 @@ def flatten(steps: Iterable[Step]) -> tuple[Pass, ...]:
 
 
 def _repeat(
-    group: Repeat, model: ir.Model, ctx: Context, record: Callable[[PassRun], None]
-) -> None:
-    """Runs the passes of a group in turn; a pass is left out while nothing changed since its last run."""
+    group: Repeat, model: ir.Model, ctx: Context, nodes: int, record: Callable[[PassRun], None]
+) -> int:
+    """Runs the passes of a group in turn; a pass is left out while nothing changed since its last run.
+
+    Returns how many nodes there are then; `nodes` is how many there were before.
+    """
     quiet = 0
     for turn in range(group.limit):
         for each in group.passes:
-            run = _run(each, model, ctx)
+            run = _run(each, model, ctx, nodes)
             record(run)
+            nodes = run.nodes_after
             quiet = 0 if run.changed else quiet + 1
             if quiet >= len(group.passes):
-                return
+                return nodes
         if turn == group.limit - 1:
             ctx.pass_name = group.name
             ctx.remark(
@@ -81,11 +87,13 @@ def _repeat(
                 f"still changing after {group.limit} turns of {', '.join(p.name for p in group.passes)}; "
                 "a second optimisation of the result may find more",
             )
+    return nodes
 
 
-def _run(step: Pass, model: ir.Model, ctx: Context) -> PassRun:
+def _run(step: Pass, model: ir.Model, ctx: Context, nodes: int) -> PassRun:
+    """One execution of a pass over a model of `nodes` nodes, which are counted again only if it changed anything."""
     if step.name in ctx.gate.passes:
-        return PassRun(step.name, changed=False, rewrites=0, seconds=0.0, nodes_after=count(model))
+        return PassRun(step.name, changed=False, rewrites=0, seconds=0.0, nodes_after=nodes)
     ctx.pass_name = step.name
     before = len(ctx.rewrites)
     started = time.process_time()
@@ -102,7 +110,8 @@ def _run(step: Pass, model: ir.Model, ctx: Context) -> PassRun:
     seconds = time.process_time() - started
     if changed:
         _check(step, model)
-    return PassRun(step.name, changed, len(ctx.rewrites) - before, seconds, count(model))
+        nodes = count(model)
+    return PassRun(step.name, changed, len(ctx.rewrites) - before, seconds, nodes)
 
 
 def _check(step: Pass, model: ir.Model) -> None:

@@ -231,9 +231,9 @@ def name_of(site: ir.Node | ir.Value | str) -> str:
     """A stable name for a node: its first named output, which survives where node names are absent."""
     if isinstance(site, str):
         return site
-    if isinstance(site, ir.Value):
-        return site.name or ""
-    return next((v.name for v in site.outputs if v.name), None) or site.name or ""
+    if isinstance(site, ir.Node):
+        return next((v.name for v in site.outputs if v.name), None) or site.name or ""
+    return site.name or ""
 
 
 def describe(nodes: Sequence[ir.Node]) -> str:

@@ -294,7 +294,7 @@ class _Keys:
                 yield name, held
 
     def _attribute(self, held: object, local: dict[ir.Value, Key]) -> Key:
-        if not isinstance(held, ir.Attr):
+        if isinstance(held, (str, int, float)) or not isinstance(held, ir.Attr):
             return _plain(held)
         if held.is_ref():
             return "ref", held.ref_attr_name
@@ -338,12 +338,16 @@ def _attribute_names(op_type: str, version: int, domain: str) -> tuple[str, ...]
 
 def _plain(held: object) -> Key:
     """A hashable form of an attribute's value; floats as text, so that NaN equals NaN and 0.0 differs from -0.0."""
-    if isinstance(held, ir.TensorProtocol):
-        return digest(held)
+    if isinstance(
+        held, (str, int, bytes)
+    ):  # most are: asking for a protocol first takes longer than all the rest
+        return held
     if isinstance(held, float):
         return "float", repr(held)
     if isinstance(held, (tuple, list)):
         return tuple(_plain(each) for each in held)
+    if isinstance(held, ir.TensorProtocol):
+        return digest(held)
     if isinstance(held, ir.TypeAndShape):
         return str(held.type), str(held.shape)
-    return held if isinstance(held, (str, int, bytes)) else repr(held)
+    return repr(held)
