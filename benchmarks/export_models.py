@@ -45,7 +45,7 @@ class Export:
     output: str
 
 
-class Last(torch.nn.Module):
+class Last(torch.nn.Module):  # type: ignore[misc]  # torch is untyped where it is not installed
     """Calls a transformers model by keyword and returns one tensor of its output."""
 
     def __init__(self, model: torch.nn.Module, names: tuple[str, ...], key: str) -> None:

@@ -23,7 +23,7 @@ import onnxruntime as ort
 from graphopt.ir import operators, values
 from graphopt.ir.check import violations
 from graphopt.numerics import Numerics
-from graphopt.pipeline import Pass, Repeat, RewritePass, Step, flatten, run_pipeline
+from graphopt.pipeline import RewritePass, Step, run_pipeline
 from graphopt.rewrite import Context, Options, RemarkKind, Rule
 from graphopt.targets import Target, get_target
 
@@ -215,8 +215,3 @@ def compare(
             wide = a.astype(np.float64)
             rms = np.sqrt(np.mean(wide**2)) or 1.0
             assert np.max(np.abs(wide - b.astype(np.float64))) / rms <= tolerance
-
-
-def every_pass(steps: Sequence[Step]) -> tuple[Pass, ...]:
-    """The passes of a pipeline, groups opened."""
-    return flatten(step for step in steps if isinstance(step, Pass | Repeat))

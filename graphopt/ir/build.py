@@ -105,7 +105,7 @@ class Builder:
         tensor = ir.tensor(data) if isinstance(data, np.ndarray | np.generic) else data
         value = ir.Value(
             name=name,
-            shape=ir.Shape(tensor.shape),
+            shape=ir.Shape(tensor.shape.numpy()),
             type=ir.TensorType(tensor.dtype),
             const_value=tensor,
         )

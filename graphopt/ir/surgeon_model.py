@@ -268,7 +268,7 @@ class _Frame:
         version = self.opsets.get(_domain(node.domain), 0)
         schema = operators.find_schema(node.op, version, _domain(node.domain)) if version else None
         declared = None if schema is None else schema.attributes.get(name)
-        kind = None if declared is None else ir.AttributeType(declared.type.value)
+        kind = None if declared is None else ir.AttributeType(declared.type.value)  # type: ignore[attr-defined]
         return _from_attribute(name, value, held, f"{self.where}, {_say(node)}", kind)
 
     @staticmethod

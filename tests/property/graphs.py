@@ -57,7 +57,7 @@ class Grower:
         same = [n for n, t in self.constants.items() if tuple(t.dims) == shape and t.data_type == 1]
         kind = self.draw(st.sampled_from(["random", "one", "zero", "shared", "two"]))
         if kind == "shared" and same:
-            return self.draw(st.sampled_from(same))
+            return str(self.draw(st.sampled_from(same)))
         fill = {"one": 1.0, "zero": 0.0, "two": 2.0}.get(kind)
         seed = self.draw(st.integers(0, 3))
         data = np.random.default_rng(seed).uniform(0.5, 1.5, shape).astype(np.float32)

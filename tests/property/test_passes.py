@@ -16,6 +16,7 @@ from graphopt.ir.check import violations
 from graphopt.ir.model_file import load_model, model_to_bytes, to_proto
 from graphopt.numerics import Numerics
 from graphopt.pipeline import Pass, Step
+from graphopt.pipeline.registry import load_pass
 from graphopt.rewrite import Context
 from graphopt.runtime.session import Session
 from graphopt.verify.compare import compare, profile_for
@@ -63,8 +64,9 @@ def check(steps: tuple[Step, ...], proto: onnx.ModelProto, target: str = "cpu") 
 
 
 def instance(name: str) -> Pass:
-    maker = PASSES[name]
-    return maker() if isinstance(maker, type) else maker
+    step = load_pass(name)
+    assert isinstance(step, Pass)
+    return step
 
 
 @pytest.mark.parametrize("name", sorted(PASSES))
