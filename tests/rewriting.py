@@ -4,8 +4,9 @@
         before="g (float[2,3,8,8] x) => (float[2,4,6,6] y) <float[4,3,3,3] w, float[4] s, …> { k = Conv(x, w)  y = … }",
         after="g (float[2,3,8,8] x) => (float[2,4,6,6] y) <float[4,3,3,3] w, float[4] b> { y = Conv(x, w, b) }")
 
-A constant declared in `<…>` without data is filled from a seed.  Float inputs include NaN, infinities and signed zeros when
-the rules call themselves exact.  Both sides run in ONNX Runtime with optimisations off: otherwise it would fuse them alike.
+A constant declared in `<…>` without data is filled from a seed.  Float inputs include NaN, infinities and signed zeros
+when the rules call themselves exact.  Both sides run in ONNX Runtime with optimisations off: otherwise it would fuse
+them alike.
 """
 
 from __future__ import annotations
