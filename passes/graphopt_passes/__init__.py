@@ -16,7 +16,9 @@ from graphopt_passes import (
     bounds,
     broadcasts,
     conv,
+    einsum,
     gemm,
+    layout,
     linear,
     norm,
     padding,
@@ -33,19 +35,25 @@ from graphopt_passes.control_flow import InlineControlFlow
 from graphopt_passes.dedupe import MergeCommonSubexpressions, MergeDuplicateConstants
 from graphopt_passes.fold import FoldConstants
 from graphopt_passes.functions import InlineFunctions
+from graphopt_passes.shape_sources import RebuildShapes
+from graphopt_passes.transposes import CancelTransposes
 
 Maker: TypeAlias = Pass | type[Pass] | Callable[[], Pass]
 
 TIDY = RewritePass("tidy", (*tidy.RULES, *sequences.RULES))
-SHAPES = RewritePass("simplify-shapes", (*shapes.RULES, *slices.RULES, *broadcasts.RULES))
+SHAPES = RewritePass(
+    "simplify-shapes", (*shapes.RULES, *slices.RULES, *broadcasts.RULES, *layout.RULES)
+)
 ALGEBRA = RewritePass(
-    "simplify-algebra", (*algebra.RULES, *bounds.RULES, *powers.RULES, *reductions.RULES)
+    "simplify-algebra",
+    (*algebra.RULES, *bounds.RULES, *powers.RULES, *reductions.RULES, *einsum.RULES),
 )
 FUSE_CONV = RewritePass("fuse-conv", (*conv.RULES, *padding.RULES))
 FUSE_ATTENTION = RewritePass("fuse-attention", attention.RULES)
 FUSE_GEMM = RewritePass("fuse-gemm", (*gemm.RULES, *linear.RULES))
 FUSE_ACTIVATION = RewritePass("fuse-activation", (*activation.RULES, *softmax.RULES))
 FUSE_NORM = RewritePass("fuse-norm", norm.RULES)
+LOWER_POWERS = RewritePass("lower-powers", powers.LOWERING)
 
 _FAMILIES = (
     TIDY,
@@ -67,6 +75,8 @@ PASSES: Mapping[str, Maker] = {
             LiftConstants,
             FoldConstants,
             InlineControlFlow,
+            CancelTransposes,
+            RebuildShapes,
             MergeDuplicateConstants,
             MergeCommonSubexpressions,
             RemoveDeadCode,
@@ -88,6 +98,8 @@ CLEAN = Repeat(
         InlineControlFlow(),
         SHAPES,
         ALGEBRA,
+        CancelTransposes(),
+        RebuildShapes(),  # after the Reshape and Expand rules, which take away most of what it serves
         MergeDuplicateConstants(),  # before subexpressions: equal constants make equal nodes
         MergeCommonSubexpressions(),
         RemoveDeadCode(),
@@ -106,6 +118,8 @@ FUSE = Repeat(
         TIDY,
         SHAPES,
         ALGEBRA,
+        CancelTransposes(),
+        RebuildShapes(),
         MergeDuplicateConstants(),
         MergeCommonSubexpressions(),
         RemoveDeadCode(),
@@ -113,7 +127,8 @@ FUSE = Repeat(
     name="fuse",
 )
 
-_FP32 = (*PREPARE, CLEAN, FUSE)
+# Powers are lowered last: x**3 as two products is faster and one node more, and the GELU patterns read the power.
+_FP32 = (*PREPARE, CLEAN, FUSE, LOWER_POWERS)
 
 PIPELINES: Mapping[tuple[str, str], tuple[Step, ...]] = {
     (target, "fp32"): _FP32 for target in ("cpu", "cuda", "tensorrt", "portable")
