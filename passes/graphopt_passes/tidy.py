@@ -14,7 +14,7 @@ import onnx_ir as ir
 from graphopt.ir import values
 from graphopt.ir.build import Builder
 from graphopt.ir.shapes import Dim
-from graphopt.rewrite import Match, Op, Rule, Skip, Var, exact
+from graphopt.rewrite import Match, Op, Rule, Skip, Var, exact, rule
 
 FAR = 2**31 - 1
 """Exporters write INT32_MAX or INT64_MAX for "to the end"."""
@@ -319,10 +319,11 @@ _condition, _a, _b = Var(), Var(), Var()
 _where = Op("Where", _condition, _a, _b)
 
 
-@exact(_where)
+@rule(_where)
 def drop_decided_where(m: Match, _g: Builder) -> ir.Value | None:
     """Where(true, a, b) -> a, Where(false, a, b) -> b, Where(c, a, a) -> a; without broadcasting.
 
+    Not EXACT: the kernel of ONNX Runtime 1.31 adds the two masked operands, and so turns -0.0 into 0.0.
     Source: ONNX Where-9 .. 16.
     """
     if m[_a] is m[_b]:
