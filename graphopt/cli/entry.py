@@ -16,6 +16,8 @@ import typer
 
 from graphopt.cli import (
     bench,
+    check,
+    densify,
     diff,
     failure,
     golden,
@@ -38,8 +40,10 @@ for name, short_help, function in (
     ("optimize", "make a model smaller and faster, proven equal", optimize.command),
     ("inspect", "what is in a model", inspect.command),
     ("verify", "run two models on the same inputs and compare", verify.command),
+    ("densify", "make sparse weights dense, for tools that cannot read them", densify.command),
     ("diff", "what changed between two models, by structure", diff.command),
     ("bench", "latency of models, side by side", bench.command),
+    ("check", "will a runtime take a model: node by node, with the reason", check.command),
     ("passes", "the passes there are, and what they do", passes.command),
     ("targets", "the runtimes to emit for", targets.command),
 ):

@@ -1,0 +1,338 @@
+"""Writes constants that are mostly zero as (values, indices), where the target reads that and the file shrinks.
+
+Sparse storage is a matter of the file: passes, checks and shape inference see dense tensors, because `onnx.checker`'s
+full check, strict shape inference and most tools refuse `graph.sparse_initializer`.  So this is the last step before
+writing, on a clone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from graphopt.ir.model_file import load_model
+from graphopt.ir.scopes import Scope, all_graphs
+from graphopt.ir.sparse import CooTensor
+from graphopt.targets import SparseStyle
+
+MIN_ELEMENTS = 4096
+"""Smaller tensors save less than the reader of the file would have to learn."""
+
+WORTH_A_TENSOR = 0.90
+"""A tensor is stored sparse only below this share of its dense bytes."""
+
+WORTH_A_FILE = 0.95
+"""... and only if all weights together shrink to this share."""
+
+MAX_BYTES = 1_800_000_000
+"""ONNX keeps sparse tensors inside the model, which protobuf limits to 2 GiB."""
+
+_INDEX_BYTES = 8
+_OVERHEAD = (96, 32)  # names, dims and tags of a sparse and of a dense tensor, about
+_CHUNK = 1 << 20
+_STORED = frozenset(
+    {
+        ir.DataType.FLOAT,
+        ir.DataType.DOUBLE,
+        ir.DataType.FLOAT16,
+        ir.DataType.BFLOAT16,
+        ir.DataType.INT8,
+        ir.DataType.UINT8,
+        ir.DataType.INT32,
+        ir.DataType.INT64,
+    }
+)
+"""What ONNX Runtime 1.31 expands; it refuses 4-bit values."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseFacts:
+    """What storing weights sparse did, or would do, for the file.
+
+    Attributes:
+        style: the form in the file.
+        tensors: how many are stored sparse.
+        elements: of the constants at least half zero.
+        zeros: among those.
+        dense_bytes: all constants, dense.
+        stored_bytes: all constants as they are in the file.
+        compressed_bytes: all constants dense, those at least half zero deflated: what a zip of the dense file takes.
+        reason: why nothing is stored sparse although the target reads it, or "".
+    """
+
+    style: SparseStyle
+    tensors: int
+    elements: int
+    zeros: int
+    dense_bytes: int
+    stored_bytes: int
+    compressed_bytes: int
+    reason: str = ""
+
+    def sentences(self) -> tuple[str, ...]:
+        """What a user should know, in words."""
+        sizes = (
+            f"{self.zeros / max(self.elements, 1):.1%} of {self.elements} weights are zero: all constants take "
+            f"{self.dense_bytes} bytes dense, {self.stored_bytes} in this file, {self.compressed_bytes} dense and "
+            "deflated"
+        )
+        speed = (
+            "zeros make the file smaller, not the model faster: runtimes expand sparse weights when they load, and "
+            "dense kernels multiply by zero; only removed channels (--sparsity channels:R) and, on NVIDIA tensor "
+            "cores, 2:4 patterns save time"
+        )
+        return (sizes, speed, *([self.reason] if self.reason else []))
+
+
+def sparse_form(
+    model: ir.Model, style: SparseStyle, *, external: bool = False
+) -> tuple[ir.Model, SparseFacts | None]:
+    """The model as it is to be written, and what that is about; None where no large constant is half zero.
+
+    The model itself stays as it is; a clone is made only if something changes.  Bits are kept: -0.0 and NaN count as
+    values.  Left dense: small tensors, graph inputs and outputs, types that ONNX Runtime cannot expand, and everything
+    where the file would shrink by less than 5 %.  Tensors that came sparse come out in the chosen style as well.
+
+    Args:
+        model: dense, or with `CooTensor`s from the file that it was read from.
+        style: what the target reads.
+        external: whether weights go to files beside the model, where ONNX has no place for sparse ones.
+    """
+    plan = _Plan.of(model)
+    style, reason = _possible(style, plan, external=external)
+    chosen = plan.paying if style is not SparseStyle.DENSE else ()
+    facts = plan.facts(style, chosen, reason)
+    if not chosen and not plan.held_sparse:
+        return model, facts
+    made = load_model(model)
+    for scope in all_graphs(made):
+        _rewrite_graph(scope, style, {entry.key for entry in chosen})
+    return made, facts
+
+
+def densify(model: ir.Model) -> ir.Model:
+    """The model with every constant dense; itself where it is dense already."""
+    return sparse_form(model, SparseStyle.DENSE)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """A constant of at least `MIN_ELEMENTS` of which half or more is zero."""
+
+    key: tuple[str, str]
+    tensor: ir.TensorProtocol
+    nonzeros: int
+    movable: bool
+
+    @property
+    def dense_bytes(self) -> int:
+        return int(self.tensor.nbytes)
+
+    @property
+    def sparse_bytes(self) -> int:
+        return self.nonzeros * (self.tensor.dtype.bitwidth // 8 + _INDEX_BYTES)
+
+    @property
+    def pays(self) -> bool:
+        sparse, dense = _OVERHEAD
+        return (
+            self.movable
+            and self.tensor.dtype in _STORED
+            and self.sparse_bytes + sparse < WORTH_A_TENSOR * (self.dense_bytes + dense)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What there is to decide on."""
+
+    entries: tuple[_Entry, ...]
+    total_bytes: int
+    held_sparse: bool
+
+    @classmethod
+    def of(cls, model: ir.Model) -> _Plan:
+        entries, total, held = [], 0, False
+        for key, tensor, movable in _constants(model):
+            total += int(tensor.nbytes)
+            held = held or isinstance(tensor, CooTensor)
+            nonzeros = _nonzeros(tensor)
+            if nonzeros is not None:
+                entries.append(_Entry(key, tensor, nonzeros, movable))
+        return cls(tuple(entries), total, held)
+
+    @property
+    def paying(self) -> tuple[_Entry, ...]:
+        return tuple(entry for entry in self.entries if entry.pays)
+
+    @property
+    def saved(self) -> int:
+        return sum(entry.dense_bytes - entry.sparse_bytes for entry in self.paying)
+
+    def facts(
+        self, style: SparseStyle, chosen: tuple[_Entry, ...], reason: str
+    ) -> SparseFacts | None:
+        if not self.entries:
+            return None
+        saved = sum(entry.dense_bytes - entry.sparse_bytes for entry in chosen)
+        squeezed = sum(entry.dense_bytes - _deflated(entry.tensor) for entry in self.entries)
+        return SparseFacts(
+            style=style if chosen else SparseStyle.DENSE,
+            tensors=len(chosen),
+            elements=sum(entry.tensor.size for entry in self.entries),
+            zeros=sum(entry.tensor.size - entry.nonzeros for entry in self.entries),
+            dense_bytes=self.total_bytes,
+            stored_bytes=self.total_bytes - saved,
+            compressed_bytes=self.total_bytes - squeezed,
+            reason=reason,
+        )
+
+
+def _possible(style: SparseStyle, plan: _Plan, *, external: bool) -> tuple[SparseStyle, str]:
+    """The style that the file can have, and why it is not the one asked for."""
+    if style is SparseStyle.DENSE or not plan.entries:
+        return SparseStyle.DENSE, ""
+    if external:
+        return (
+            SparseStyle.DENSE,
+            "weights beside the model stay dense: ONNX has no place for sparse ones there",
+        )
+    left = plan.total_bytes - plan.saved
+    if left > MAX_BYTES:
+        reason = f"even sparse, the weights take {left} bytes, too many to lie in the model: they stay dense, beside it"
+        return SparseStyle.DENSE, reason
+    if left > WORTH_A_FILE * plan.total_bytes:
+        return (
+            SparseStyle.DENSE,
+            "stored dense: (value, index) pairs would take 95 % of the dense bytes or more",
+        )
+    return style, ""
+
+
+def _constants(model: ir.Model) -> Iterator[tuple[tuple[str, str], ir.TensorProtocol, bool]]:
+    """Each constant with a key that a clone shares, and whether it may take another form."""
+    for scope in all_graphs(model):
+        for name, value in scope.graph.initializers.items():
+            if value.const_value is not None:
+                movable = not (value.is_graph_input() or value.is_graph_output())
+                yield (scope.path, name), value.const_value, movable
+        for node in scope.graph:
+            tensor = _held(node)
+            if tensor is not None:
+                yield (
+                    (scope.path, node.outputs[0].name or ""),
+                    tensor,
+                    isinstance(tensor, CooTensor),
+                )
+
+
+def _held(node: ir.Node) -> ir.TensorProtocol | None:
+    """The tensor in the attribute `value` of a Constant node."""
+    attribute = (
+        node.attributes.get("value") if node.op_type == "Constant" and not node.domain else None
+    )
+    if attribute is None or attribute.is_ref() or attribute.type != ir.AttributeType.TENSOR:
+        return None
+    return attribute.as_tensor()
+
+
+def _nonzeros(tensor: ir.TensorProtocol) -> int | None:
+    """How many elements have a bit set; None for a tensor that is small, of another kind, or less than half zero.
+
+    Dense weights are given up on as soon as half of them are known not to be zero.
+    """
+    if tensor.size < MIN_ELEMENTS or not (tensor.dtype in _STORED or _is_wide(tensor.dtype)):
+        return None
+    if isinstance(tensor, CooTensor):
+        bits = _bits(tensor.values)
+        count = int(np.count_nonzero(bits))
+        return count if 2 * count <= tensor.size else None
+    bits, count = _bits(tensor), 0
+    for start in range(0, bits.size, _CHUNK):
+        count += int(np.count_nonzero(bits[start : start + _CHUNK]))
+        if 2 * count > bits.size:
+            return None
+    return count
+
+
+def _is_wide(dtype: ir.DataType) -> bool:
+    """Whether elements fill whole bytes, so that their bits can be looked at."""
+    return dtype not in (ir.DataType.STRING, ir.DataType.UNDEFINED) and dtype.bitwidth in (
+        8,
+        16,
+        32,
+        64,
+    )
+
+
+def _bits(tensor: ir.TensorProtocol) -> npt.NDArray[np.unsignedinteger]:
+    """The elements as flat unsigned integers: 0 is +0.0 and nothing else."""
+    array = np.ascontiguousarray(tensor.numpy()).reshape(-1)
+    return array.view(f"u{array.dtype.itemsize}")
+
+
+def _deflated(tensor: ir.TensorProtocol) -> int:
+    return min(len(zlib.compress(tensor.tobytes(), 1)), int(tensor.nbytes))
+
+
+def _rewrite_graph(scope: Scope, style: SparseStyle, chosen: set[tuple[str, str]]) -> None:
+    """Gives the constants of one graph of the clone their form."""
+    graph = scope.graph
+    for name, value in tuple(graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None:
+            continue
+        if (scope.path, name) not in chosen:
+            value.const_value = _dense(tensor)
+        elif style is SparseStyle.INITIALIZER:
+            value.const_value = as_coo(tensor, name)
+        else:
+            _move_into_node(graph, value, as_coo(tensor, name))
+    for node in graph:
+        tensor = _held(node)
+        if isinstance(tensor, CooTensor):
+            name = node.outputs[0].name or ""
+            keeps = (scope.path, name) in chosen
+            made = as_coo(tensor, name) if keeps else _dense(tensor)
+            node.attributes["value"] = ir.AttrTensor("value", made)
+
+
+def _move_into_node(graph: ir.Graph, value: ir.Value, tensor: CooTensor) -> None:
+    """Makes an initializer the output of a Constant node at the head of its graph."""
+    name = value.name
+    del graph.initializers[name or ""]
+    node = ir.Node("", "Constant", [], attributes=[ir.AttrTensor("value", tensor)], num_outputs=1)
+    output = node.outputs[0]
+    output.type, output.shape = value.type, value.shape
+    value.replace_all_uses_with(output)
+    output.name = name
+    first = next(iter(graph), None)
+    if first is None:
+        graph.append(node)
+    else:
+        graph.insert_before(first, node)
+
+
+def as_coo(tensor: ir.TensorProtocol, name: str) -> CooTensor:
+    """The tensor as values and ascending flat int64 indices, the one form that checkers and runtimes agree on."""
+    flat = np.ascontiguousarray(tensor.numpy()).reshape(-1)
+    indices = np.flatnonzero(flat.view(f"u{flat.dtype.itemsize}"))
+    values = ir.Tensor(flat[indices], tensor.dtype, name=name)
+    dims = tensor.shape.numpy()
+    return CooTensor(
+        values, ir.Tensor(indices.astype(np.int64), name=f"{name}__idx"), dims, name=name
+    )
+
+
+def _dense(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    if not isinstance(tensor, CooTensor):
+        return tensor
+    shape = ir.Shape(tensor.dims)
+    if tensor.dtype == ir.DataType.STRING:
+        return ir.StringTensor(tensor.numpy().reshape(-1).tolist(), shape=shape, name=tensor.name)
+    return ir.Tensor(tensor.numpy(), tensor.dtype, shape=shape, name=tensor.name)
