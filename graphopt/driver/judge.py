@@ -2,34 +2,48 @@
 
 from __future__ import annotations
 
+import os
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 import onnx_ir as ir
 
+from graphopt.calibrate.samples import read_samples
 from graphopt.driver.attempt import Attempt
+from graphopt.driver.half import budget_of, told, truth_of
 from graphopt.driver.request import Progress, Request, VerifyMode
 from graphopt.emit import finalize
 from graphopt.errors import TargetError, VerifyError
 from graphopt.ir.model_file import load_model, save_model
+from graphopt.numerics import Numerics
 from graphopt.pipeline import PassRun
 from graphopt.report.run import VerificationFacts
-from graphopt.rewrite import Context
+from graphopt.rewrite import Context, Rewrite
 from graphopt.runtime.specs import input_specs
 from graphopt.targets import get_target
+from graphopt.verify.divergence import Divergence, agrees_at, first_divergence
+from graphopt.verify.budget import budget_for
+from graphopt.verify.compare import Budget
 from graphopt.verify.feeds import Feed, read_feeds
 from graphopt.verify.verifier import ReferenceRun, Verification, VerifyOptions
+
+CALIBRATION_FEEDS = 8
+"""Calibration samples that stand in for inputs where the user gave no others: what a lossy run was made for."""
 
 
 class EachFailure(VerifyError):
     """With `verify each`: the numbers were right before a pass and wrong after it.
 
-    `count` is how many rewrites had been made by then.
+    Attributes:
+        rewrites: those made by then.
+        file: the model as it was then, written.
     """
 
-    def __init__(self, message: str, count: int) -> None:
+    def __init__(self, message: str, rewrites: tuple[Rewrite, ...], file: Path) -> None:
         super().__init__(message)
-        self.count = count
+        self.rewrites = rewrites
+        self.file = file
 
 
 class Judge:
@@ -40,6 +54,8 @@ class Judge:
         self._folder = folder
         self._say = say
         self._reference: ReferenceRun | None = None
+        self._reference_file = Path()
+        self._failing: str | None = None
         self.file_name = "model.onnx" if request.output is None else request.output.name
 
     def verdict(self, made: Attempt) -> VerificationFacts:
@@ -50,8 +66,37 @@ class Judge:
         return self._facts(self._compare(made))
 
     def is_right(self, made: Attempt) -> bool:
-        """Whether the written attempt may stand, at the first feed that tells."""
-        return self._compare(made, fail_fast=True).passed is not False
+        """Whether the written attempt may stand, on the feed on which the last comparison failed."""
+        options = VerifyOptions(made.numerics, fail_fast=True, feed=self._failing)
+        return self.reference.verify(made.files[0], options).passed is not False
+
+    def divergence(self, file: Path, numerics: Numerics) -> Divergence | None:
+        """Where the model in a file parts from the original, on the feed on which the last comparison failed."""
+        feed = self._feed()
+        if feed is None or self.reference.unverifiable:
+            return None
+        profile = self.reference.profile(VerifyOptions(numerics))
+        return first_divergence(self._reference_file, file, feed, profile, self._folder)
+
+    def agrees_at(self, found: Divergence, made: Attempt) -> bool:
+        """Whether an attempt computes the value where another one parted from the original."""
+        feed = self._feed()
+        profile = self.reference.profile(VerifyOptions(made.numerics))
+        return feed is not None and agrees_at(found, made.files[0], feed, profile, self._folder)
+
+    @property
+    def reference_file(self) -> Path:
+        """The original as it was run."""
+        return self._reference_file
+
+    def _feed(self) -> Feed | None:
+        return next((feed for feed in self.reference.feeds if feed.name == self._failing), None)
+
+    def _noted(self, found: Verification) -> Verification:
+        """Keeps in mind on which feed a comparison failed."""
+        failed = next((report for report in found.outputs if not report.passed), None)
+        self._failing = failed.feed if failed else None
+        return found
 
     def watch(self, run: PassRun, model: ir.Model, ctx: Context) -> None:
         """Compares after a pass that changed something.
@@ -64,11 +109,13 @@ class Judge:
         snapshot = load_model(model)
         finalize(snapshot, self._request.target)
         files = save_model(snapshot, self._folder / "each.onnx")
-        options = VerifyOptions(ctx.numerics, fail_fast=True, allow_constant_defaults=True)
-        found = self.reference.verify(files[0], options)
+        options = VerifyOptions(
+            ctx.numerics, self._budget, fail_fast=True, allow_constant_defaults=True
+        )
+        found = self._noted(self.reference.verify(files[0], options))
         if found.passed is False:
             raise EachFailure(
-                f"pass {run.name} broke the numbers: {found.reason}", len(ctx.rewrites)
+                f"pass {run.name} broke the numbers: {found.reason}", tuple(ctx.rewrites), files[0]
             )
 
     @property
@@ -84,19 +131,25 @@ class Judge:
             feeds = self._feeds(file)
             seed = self._request.options.seed
             run = ReferenceRun(file, feeds, seed=seed)
+            self._reference_file = file
             if run.unverifiable and (clamped := self._clamped(file)) is not None:
                 run = self._better(run, ReferenceRun(clamped, feeds, seed=seed))
+                self._reference_file = file if run.unverifiable else clamped
             self._reference = run
         return self._reference
 
-    def _compare(self, made: Attempt, *, fail_fast: bool = False) -> Verification:
-        options = VerifyOptions(made.numerics, fail_fast=fail_fast, allow_constant_defaults=False)
-        return self.reference.verify(made.files[0], options)
+    @property
+    def _budget(self) -> Budget | None:
+        return budget_for(self._request.precision, self._request.options.budget)
+
+    def _compare(self, made: Attempt) -> Verification:
+        options = VerifyOptions(made.numerics, allow_constant_defaults=False)
+        return self._noted(self.reference.verify(made.files[0], options))
 
     def _original(self) -> Path:
         """The original as a file that ONNX Runtime reads by itself."""
         source = self._request.source
-        if isinstance(source, str | Path) and Path(source).suffix == ".onnx":
+        if isinstance(source, str | os.PathLike) and Path(source).suffix == ".onnx":
             return Path(source)
         return save_model(load_model(source), self._folder / "original.onnx")[0]
 
@@ -123,10 +176,14 @@ class Judge:
         return clamped
 
     def _feeds(self, file: Path) -> Sequence[Feed] | None:
-        """The user's inputs; None for generated ones."""
+        """The user's inputs, else the first calibration samples; None for generated ones."""
         given = self._request.inputs
         if given is None:
-            return None
+            calibration = self._request.options.calibration
+            if calibration is None:
+                return None
+            samples = read_samples(calibration, input_specs(load_model(file)))
+            return samples.first(CALIBRATION_FEEDS)
         if isinstance(given, Path):
             return read_feeds(given, input_specs(load_model(file)))
         return [Feed(f"given {i}", dict(values)) for i, values in enumerate(given)]

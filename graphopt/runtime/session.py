@@ -47,6 +47,7 @@ class SessionOptions:
             GEMM kernels, so a reference is run without.
         external_folder: where external data of a model given as bytes lies.
         extra_outputs: names of values of the main graph to return besides the outputs.
+        optimized_path: where to write the graph as the runtime will run it, to be read back.
     """
 
     threads: int = 1
@@ -54,6 +55,7 @@ class SessionOptions:
     prepack: bool = True
     external_folder: Path | None = None
     extra_outputs: tuple[str, ...] = ()
+    optimized_path: Path | None = None
 
 
 class Session:
@@ -246,6 +248,8 @@ def _create(
         settings.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(options.external_folder)
         )
+    if options.optimized_path is not None:
+        settings.optimized_model_filepath = str(options.optimized_path)
     source = str(model) if isinstance(model, Path) else model
     try:
         return ort.InferenceSession(source, settings, providers=list(options.providers))
