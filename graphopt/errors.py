@@ -49,10 +49,18 @@ class PassError(GraphoptError):
 
     Attributes:
         pass_name: the pass that failed.
-        dump: path of the model as it was before the pass, or None where it could not be written.
+        runs_before: how many executions of passes the run had behind it by then.
+        dump: path of the model as it was before the pass, or None where none was written; part of the message.
     """
 
     def __init__(self, message: str, *, pass_name: str, dump: str | None = None) -> None:
         super().__init__(message)
         self.pass_name = pass_name
+        self.runs_before = 0
         self.dump = dump
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        if self.dump is None:
+            return message
+        return f"{message}. The model as it was before the pass, without its large weights: {self.dump}"

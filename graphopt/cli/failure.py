@@ -13,7 +13,7 @@ import traceback
 
 import typer
 
-from graphopt.errors import GraphoptError, PassError
+from graphopt.errors import GraphoptError
 
 USAGE = 2
 BUG = 70
@@ -67,7 +67,7 @@ def describe(error: BaseException) -> Failure:
     """The failure that an exception stands for."""
     if isinstance(error, GraphoptError):
         kind = type(error).__name__.removesuffix("Error").lower()
-        return Failure(kind, _with_dump(error), error.exit_status)
+        return Failure(kind, str(error), error.exit_status)
     if isinstance(error, typer.TyperException):
         return Failure("usage", _usage(error), error.exit_code if error.exit_code > 1 else USAGE)
     if isinstance(error, KeyboardInterrupt | typer.Abort):
@@ -109,14 +109,6 @@ def own_version() -> str:
     from importlib.metadata import version
 
     return version("graphopt")
-
-
-def _with_dump(error: GraphoptError) -> str:
-    message = str(error)
-    dump = error.dump if isinstance(error, PassError) else None
-    if dump is None or dump in message:
-        return message
-    return f"{message} The model as it was before the pass: {dump}"
 
 
 def _usage(error: typer.TyperException) -> str:

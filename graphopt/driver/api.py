@@ -15,6 +15,7 @@ from graphopt.driver.request import (
     Source,
     VerifyMode,
     parse_choice,
+    parse_external,
     parse_gate,
     parse_precision,
     resolve_target,
@@ -47,6 +48,7 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
     force: bool = False,
     remarks: bool = False,
     strict: bool = False,
+    repro: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """The optimised model, verified against the original.
@@ -70,6 +72,7 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
         force: emit what the target is known to run slower.
         remarks: search for near misses and report them.
         strict: raise where a pass or a rewrite fails, instead of leaving it out.
+        repro: folder for the smallest model that shows the first rewrite that breaks the numbers.
         progress: called with the stage that begins, and how much of it is done if that is known.
 
     Raises:
@@ -108,7 +111,8 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
         ),
         inputs=Path(inputs) if isinstance(inputs, str | os.PathLike) else inputs,
         strict=strict,
-        external=external,
+        external=parse_external(external),
+        repro=None if repro is None else Path(repro),
         recipe=str(recipe) if isinstance(recipe, str | os.PathLike) else None,
     )
     return run(request, progress or (lambda _stage, _part: None))

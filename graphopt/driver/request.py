@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from graphopt.errors import OptionError
+from graphopt.ir.model_file import ExternalData
 from graphopt.pipeline import Pass, Step, flatten
 from graphopt.rewrite import Gate, Options
 from graphopt.targets import Precision, Target, get_target
@@ -49,8 +50,9 @@ class Request:
         verify: when to verify.
         inputs: a path to inputs, feeds, or None for generated ones.
         strict: whether a failing pass or rewrite ends the run instead of being left out.
-        external: where weights go: auto, never, single, per-tensor.
+        external: where weights go.
         recipe: the recipe in words, for the report.
+        repro: folder to write the smallest model to that shows the first rewrite that fails; None for none.
         cache: shared by all replays of the run; see `Context.cache`.
     """
 
@@ -64,12 +66,13 @@ class Request:
     verify: VerifyMode
     inputs: Path | Feeds | None
     strict: bool
-    external: str
+    external: ExternalData
     recipe: str | None = None
+    repro: Path | None = None
     cache: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def parse_choice(kind: str, text: str, enumeration: type[enum.StrEnum]) -> str:
+def parse_choice(kind: str, text: str, enumeration: type[enum.Enum]) -> str:
     """The member of `enumeration` that `text` names.
 
     Raises:
@@ -90,6 +93,15 @@ def parse_precision(text: str) -> Precision:
         OptionError: unknown.
     """
     return Precision(parse_choice("precision", text, Precision))
+
+
+def parse_external(text: str) -> ExternalData:
+    """The place for weights called `text`.
+
+    Raises:
+        OptionError: unknown.
+    """
+    return ExternalData(parse_choice("place for weights", text, ExternalData))
 
 
 def parse_gate(disabled: Sequence[str], steps: Sequence[Step]) -> Gate:

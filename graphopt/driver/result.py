@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from graphopt.driver.attempt import Attempt
+from graphopt.driver.request import parse_external
 from graphopt.errors import OptionError
 from graphopt.ir.model_file import ExternalData, save_model
 from graphopt.report.run import RunReport
@@ -38,9 +39,9 @@ class Result:
             external: where weights go: auto, never, single, per-tensor.
 
         Raises:
-            OptionError: the path cannot be written.
+            OptionError: the path cannot be written, or `external` is none of these.
         """
-        return save_model(self.model, Path(path), external=ExternalData(external))
+        return save_model(self.model, Path(path), external=parse_external(external))
 
 
 def check_output(output: Path) -> None:

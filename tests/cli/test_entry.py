@@ -197,7 +197,7 @@ def test_debug_shows_the_traceback_wherever_it_stands(run: Run, fails: Fails) ->
 
 def test_a_pass_error_says_where_the_model_was_dumped(run: Run, fails: Fails) -> None:
     fails(PassError("fold broke", pass_name="fold", dump="/somewhere/dump.onnx"))
-    assert "The model as it was before the pass: /somewhere/dump.onnx" in run("inspect").message
+    assert "without its large weights: /somewhere/dump.onnx" in run("inspect").message
 
 
 def test_notes_follow_the_message(run: Run, fails: Fails) -> None:
