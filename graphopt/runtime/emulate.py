@@ -102,7 +102,8 @@ class _Emulation:
                     value.type = ir.TensorType(found)
 
     def _node(self, node: ir.Node) -> None:
-        halves = [(value, half) for value in node.outputs if (half := half_of(value)) is not None]
+        named = [value for value in node.outputs if value.name]  # an omitted output has no name
+        halves = [(value, half) for value in named if (half := half_of(value)) is not None]
         if node.op_type == "CastLike" and not node.domain and halves:
             self._cast_like(node, halves[0][1])
         is_cast = node.op_type == "Cast" and not node.domain

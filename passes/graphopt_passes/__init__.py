@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from graphopt.pipeline import Pass, Repeat, RewritePass, Step
 from graphopt_passes import (
@@ -35,6 +35,7 @@ from graphopt_passes.control_flow import InlineControlFlow
 from graphopt_passes.dedupe import MergeCommonSubexpressions, MergeDuplicateConstants
 from graphopt_passes.fold import FoldConstants
 from graphopt_passes.functions import InlineFunctions
+from graphopt_passes.precision import CastToHalf
 from graphopt_passes.shape_sources import RebuildShapes
 from graphopt_passes.transposes import CancelTransposes
 
@@ -80,6 +81,7 @@ PASSES: Mapping[str, Maker] = {
             MergeDuplicateConstants,
             MergeCommonSubexpressions,
             RemoveDeadCode,
+            CastToHalf,
         )
     },
     **{family.name: family for family in _FAMILIES},
@@ -130,6 +132,21 @@ FUSE = Repeat(
 # Powers are lowered last: x**3 as two products is faster and one node more, and the GELU patterns read the power.
 _FP32 = (*PREPARE, CLEAN, FUSE, LOWER_POWERS)
 
+
+def _half(precision: Literal["fp16", "bf16"]) -> tuple[Step, ...]:
+    """The float32 pipeline, the casts, and what removes double ones; nothing after the casts makes float32 nodes."""
+    return (
+        *_FP32,
+        CastToHalf(precision),
+        TIDY,
+        MergeDuplicateConstants(),
+        MergeCommonSubexpressions(),
+        RemoveDeadCode(),
+    )
+
+
 PIPELINES: Mapping[tuple[str, str], tuple[Step, ...]] = {
-    (target, "fp32"): _FP32 for target in ("cpu", "cuda", "tensorrt", "portable")
+    **{(target, "fp32"): _FP32 for target in ("cpu", "cuda", "tensorrt", "portable")},
+    **{(target, "fp16"): _half("fp16") for target in ("cpu", "cuda", "tensorrt", "portable")},
+    **{(target, "bf16"): _half("bf16") for target in ("cpu", "cuda", "tensorrt", "portable")},
 }

@@ -1,0 +1,88 @@
+"""The pass that turns float32 arithmetic into half precision where that is right and pays."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import onnx_ir as ir
+
+from graphopt.errors import TargetError
+from graphopt.ir.scopes import sort
+from graphopt.numerics import Numerics
+from graphopt.rewrite import Context, RemarkKind
+from graphopt_passes.precision.apply import Emission
+from graphopt_passes.precision.flow import flow_of, sentinels
+from graphopt_passes.precision.islands import drop_islands
+from graphopt_passes.precision.legality import Legality
+from graphopt_passes.precision.plan import LIMITS, Decision, Kind, decide_all, gather
+from graphopt_passes.precision.ranges import observe
+
+_DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+_CAST_KNOWS_BF16 = 13
+
+
+@dataclasses.dataclass(frozen=True)
+class CastToHalf:
+    """y = MatMul(x, w)  ->  h = Cast<half>(x)  g = MatMul(h, w')  y = Cast<float>(g), inputs and outputs as they were.
+
+    What may be half follows from the operator's schema and the target's kernels; what must stay float32 from shapes,
+    counters, ranges seen on calibration samples (or generated inputs), weights that a half does not hold, and the cost
+    of casts.  Weights are converted, masks of large negative numbers become ones that stay finite when added.
+    """
+
+    precision: Literal["fp16", "bf16"] = "fp16"
+    name: ClassVar[str] = "cast-to-half"
+    numerics: ClassVar[Numerics] = Numerics.LOSSY
+
+    def run(self, model: ir.Model, ctx: Context) -> bool:
+        """Rewrites `model`; returns whether anything changed.
+
+        Raises:
+            TargetError: the target computes no faster in that dtype, and the run does not force it.
+        """
+        half = _DTYPES[self.precision]
+        self._check_target(half, ctx)
+        opset = model.opset_imports.get("", 0)
+        if half is ir.DataType.BFLOAT16 and opset < _CAST_KNOWS_BF16:
+            reason = f"Cast knows bfloat16 from opset 13 on, the model imports {opset}"
+            ctx.missed("cast", model.graph.name or "", reason)
+            return False
+        sort(model.graph)
+        _ = ctx.shapes  # infers the type of every value
+        flow = flow_of(model)
+        _, masked = sentinels(model, flow, LIMITS[half].greatest)
+        seen = observe(model, ctx, half, {value.name or "" for value in masked})
+        legality = Legality(ctx.target, half, model.opset_imports)
+        facts = gather(model, legality, seen.spreads, flow)
+        decisions = drop_islands(decide_all(model, facts))
+        before = len(ctx.rewrites)
+        Emission(model, decisions, half, facts.masks, ctx).run()
+        ctx.refresh()
+        _tell(decisions, seen.source, seen.why, ctx)
+        return len(ctx.rewrites) > before
+
+    def _check_target(self, half: ir.DataType, ctx: Context) -> None:
+        target = ctx.target
+        if ctx.options.force or not target.kernels or half.name in target.floats.computes:
+            return
+        raise TargetError(
+            f"target {target.name} has no {half.name.lower()} arithmetic: ONNX Runtime casts to float32 and back "
+            "around nearly every operator, which is slower than float32. Choose --target cuda or tensorrt, or --force"
+        )
+
+
+def _tell(decisions: dict[ir.Node, Decision], source: str, why: str, ctx: Context) -> None:
+    """Says on what the plan rests, and what stays float32 for which reason."""
+    if why:
+        ctx.remark(
+            RemarkKind.WARNING,
+            "plan",
+            "",
+            f"without data ({why}) the plan is conservative: give samples with --calibration",
+        )
+    else:
+        ctx.remark(RemarkKind.NOTE, "plan", "", f"ranges come from {source}")
+    for node, decision in decisions.items():
+        if decision.kind is Kind.HIGH:
+            ctx.remark(RemarkKind.NOTE, "float32", node, f"{node.op_type}: {decision.reason}")

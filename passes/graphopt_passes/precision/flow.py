@@ -1,0 +1,231 @@
+"""Where values come from and go to, through control flow too: shape paths, counters, masks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.ir import operators, values
+from graphopt.ir.scopes import all_graphs
+
+_INTEGERS = frozenset(
+    {
+        ir.DataType.INT16,
+        ir.DataType.UINT16,
+        ir.DataType.INT32,
+        ir.DataType.UINT32,
+        ir.DataType.INT64,
+        ir.DataType.UINT64,
+    }
+)
+"""Integers that a half does not hold exactly; 8 bits fit in either."""
+
+# fmt: off
+MOVEMENT = frozenset((
+    "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Concat", "Split", "Slice", "Gather",
+    "GatherElements", "GatherND", "Expand", "Tile", "DepthToSpace", "SpaceToDepth", "Trilu", "Compress", "Dropout",
+    "ReverseSequence",
+))
+FOLLOWERS = MOVEMENT | frozenset((
+    "Relu", "Neg", "Abs", "Sign", "Clip", "Max", "Min", "MaxPool", "GlobalMaxPool", "ReduceMax", "ReduceMin", "TopK",
+    "ArgMax", "ArgMin", "Pad", "Where", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "IsNaN", "IsInf",
+    "NonZero", "Floor", "Ceil", "Round", "OneHot", "MaxUnpool", "ScatterND", "ScatterElements",
+    "Shape", "Size",
+))
+"""Operators whose float results are elements of their inputs: they take the dtype that comes, and force no cast."""
+
+_COUNTING = MOVEMENT | frozenset((
+    "Add", "Sub", "Mul", "Div", "Neg", "Abs", "Floor", "Ceil", "Round", "Mod", "Max", "Min", "Clip", "CumSum", "Pow",
+    "Where",
+))
+_BOUNDARY = frozenset((
+    "MatMul", "Gemm", "Conv", "ConvTranspose", "Softmax", "LogSoftmax", "LayerNormalization", "RMSNormalization",
+    "InstanceNormalization", "GroupNormalization", "BatchNormalization", "Attention", "LSTM", "GRU", "RNN", "Tanh",
+    "Sigmoid", "QuantizeLinear", "DequantizeLinear",
+))
+_MASKING = MOVEMENT | frozenset(("Where", "Add", "Sub", "Mul", "Min", "Max", "Cast", "Neg"))
+_MASKED = frozenset(("Softmax", "LogSoftmax", "Attention", "MultiHeadAttention", "GroupQueryAttention"))
+# fmt: on
+
+Edge = tuple[ir.Node, ir.Value]
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow:
+    """Edges from each value to those that depend on it directly, with the node in between; and back."""
+
+    down: Mapping[ir.Value, list[Edge]]
+    up: Mapping[ir.Value, list[Edge]]
+
+    def reach(
+        self, seeds: Iterable[ir.Value], through: Callable[[ir.Node], bool], *, back: bool = False
+    ) -> set[ir.Value]:
+        """The values that depend on `seeds` (or that they depend on) through nodes that `through` accepts."""
+        edges = self.up if back else self.down
+        found = set(seeds)
+        pending = list(found)
+        while pending:
+            for node, value in edges.get(pending.pop(), ()):
+                if value not in found and through(node):
+                    found.add(value)
+                    pending.append(value)
+        return found
+
+
+def flow_of(model: ir.Model) -> Flow:
+    """The edges of every graph of a model."""
+    down: dict[ir.Value, list[Edge]] = {}
+    up: dict[ir.Value, list[Edge]] = {}
+    for scope in all_graphs(model):
+        for node in scope.graph:
+            for source, sink in _edges(node):
+                down.setdefault(source, []).append((node, sink))
+                up.setdefault(sink, []).append((node, source))
+    return Flow(down, up)
+
+
+def _edges(node: ir.Node) -> Iterable[tuple[ir.Value, ir.Value]]:
+    bodies = operators.subgraphs(node)
+    if not bodies:
+        for source in node.inputs:
+            if source is not None:
+                yield from ((source, sink) for sink in node.outputs)
+        return
+    for body in bodies:
+        # Loop: (trips, condition, state…) -> body (trip, condition, state…) -> (condition, state…, scans…).
+        skip = 1 if node.op_type == "Loop" else 0
+        returned = list(body.outputs)[skip:]
+        yield from zip(returned, node.outputs, strict=False)
+        yield from (
+            (source, sink)
+            for source, sink in zip(node.inputs, body.inputs, strict=False)
+            if source is not None
+        )
+        if node.op_type in ("Loop", "Scan"):
+            yield from zip(returned, list(body.inputs)[2 * skip :], strict=False)
+
+
+def is_count_cast(node: ir.Node) -> bool:
+    """Whether the node turns integers that a half need not hold into floats."""
+    source = node.inputs[0] if node.inputs else None
+    return (
+        node.op_type == "Cast"
+        and not node.domain
+        and source is not None
+        and source.dtype in _INTEGERS
+        and node.outputs[0].dtype == ir.DataType.FLOAT
+    )
+
+
+def shape_path(model: ir.Model, flow: Flow) -> set[ir.Value]:
+    """Float values between a shape, or integers, and an integer again: they must stay exact."""
+    nodes = [node for scope in all_graphs(model) for node in scope.graph if not node.domain]
+    seeds = [
+        node.outputs[0]
+        for node in nodes
+        if node.op_type in ("Shape", "Size", "NonZero") or is_count_cast(node)
+    ]
+    ends = [
+        node.inputs[0]
+        for node in nodes
+        if node.op_type == "Cast"
+        and node.inputs[0] is not None
+        and node.inputs[0].dtype == ir.DataType.FLOAT
+        and node.outputs[0].dtype in _INTEGERS
+    ]
+    ends += [v for node in nodes if node.op_type == "Range" for v in node.inputs if v is not None]
+    # The scales of Resize (second input before opset 11, third since) are sizes in disguise.
+    ends += [
+        v
+        for n in nodes
+        if n.op_type in ("Resize", "Upsample")
+        for v in n.inputs[1:]
+        if v is not None
+    ]
+
+    def arithmetic(node: ir.Node) -> bool:
+        return node.op_type not in _BOUNDARY
+
+    return flow.reach(seeds, arithmetic) & flow.reach(ends, arithmetic, back=True)
+
+
+def counters(model: ir.Model, flow: Flow, is_mask: Callable[[ir.Value], bool]) -> set[ir.Value]:
+    """Float values that count (positions, steps, ids) and what exact arithmetic makes of them.
+
+    Args:
+        model: the model.
+        flow: its edges.
+        is_mask: whether a value was seen to be 0 or 1 only.
+    """
+    found: set[ir.Value] = set()
+    for scope in all_graphs(model):
+        for node in scope.graph:
+            is_range = node.op_type == "Range" and node.outputs[0].dtype == ir.DataType.FLOAT
+            if is_range or (is_count_cast(node) and not is_mask(node.outputs[0])):
+                found.add(node.outputs[0])
+    pending = list(found)
+    while pending:
+        for node, value in flow.down.get(pending.pop(), ()):
+            if value not in found and _goes_on_counting(node, found):
+                found.add(value)
+                pending.append(value)
+    return found
+
+
+def _goes_on_counting(node: ir.Node, found: set[ir.Value]) -> bool:
+    if node.op_type in ("MatMul", "Einsum"):
+        return _is_outer_product(node)
+    known = [v in found or values.is_constant(v) for v in node.inputs if v is not None]
+    return node.op_type in _COUNTING and (all(known) or node.op_type in MOVEMENT)
+
+
+def _is_outer_product(node: ir.Node) -> bool:
+    """Whether a product multiplies positions by frequencies and adds nothing up."""
+    first = node.inputs[0]
+    if node.op_type != "MatMul" or first is None or first.shape is None or not len(first.shape):
+        return False
+    return first.shape[-1] == 1
+
+
+SENTINEL = {ir.DataType.FLOAT16: -3e4, ir.DataType.BFLOAT16: -1e38}
+"""What stands for "masked": two of them added stay finite, and the exponential of either is 0."""
+
+
+def sentinels(model: ir.Model, flow: Flow, limit: float) -> tuple[set[ir.Value], set[ir.Value]]:
+    """Constants that mask scores, below -limit, and the values that carry the mask to where a softmax ends it."""
+    constants: set[ir.Value] = set()
+    cone: set[ir.Value] = set()
+    for scope in all_graphs(model):
+        for value in scope.graph.initializers.values():
+            if not _masks(value, limit):
+                continue
+            reached = flow.reach([value], lambda node: node.op_type in _MASKING)
+            if all(_ends_in_softmax(each, reached) for each in reached):
+                constants.add(value)
+                cone |= reached
+    return constants, cone
+
+
+def _masks(value: ir.Value, limit: float) -> bool:
+    tensor = values.constant(value)
+    if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size == 0:
+        return False
+    array = tensor.numpy()
+    large = np.abs(array) > limit
+    finite = large & np.isfinite(array)
+    return bool(finite.any()) and bool((array[large] < 0).all())
+
+
+def _ends_in_softmax(value: ir.Value, reached: set[ir.Value]) -> bool:
+    """Whether all that reads the value passes the mask on or ends it."""
+    if value.is_graph_output() or not value.uses():
+        return False
+    for use in value.uses():
+        if use.node.op_type in _MASKED:
+            continue
+        if use.node.op_type not in _MASKING or not reached.issuperset(use.node.outputs[:1]):
+            return False
+    return True

@@ -1,0 +1,85 @@
+"""Whether a region in half pays: what it computes or moves against the casts at its shores."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import onnx_ir as ir
+
+from graphopt.ir import values
+from graphopt_passes.precision.legality import is_float
+from graphopt_passes.precision.plan import Decision, Kind
+
+# fmt: off
+_HEAVY = frozenset((
+    "MatMul", "Gemm", "Conv", "ConvTranspose", "Attention", "MultiHeadAttention", "GroupQueryAttention", "LSTM", "GRU",
+    "RNN", "Einsum", "FusedMatMul", "FusedConv", "DeformConv",
+))
+# fmt: on
+
+
+def drop_islands(decisions: dict[ir.Node, Decision]) -> dict[ir.Node, Decision]:
+    """The decisions, with regions left in float32 that would cost more casts than they have nodes."""
+    kept = dict(decisions)
+    for region in _regions(decisions):
+        if any(node.op_type in _HEAVY for node in region):
+            continue
+        casts = _shore(region)
+        if casts >= len(region):
+            reason = f"cost: {casts} casts around {len(region)} cheap nodes would not pay"
+            for node in region:
+                kept[node] = dataclasses.replace(kept[node], kind=Kind.HIGH, reason=reason)
+    return kept
+
+
+def _regions(decisions: dict[ir.Node, Decision]) -> list[list[ir.Node]]:
+    """Nodes in half that hand halves to one another."""
+    low = {node for node, d in decisions.items() if d.kind in (Kind.LOW, Kind.FOLLOW)}
+    seen: set[ir.Node] = set()
+    regions = []
+    for start in decisions:
+        if start not in low or start in seen:
+            continue
+        region, pending = [], [start]
+        seen.add(start)
+        while pending:
+            node = pending.pop()
+            region.append(node)
+            for mate in _mates(node):
+                if mate in low and mate not in seen:
+                    seen.add(mate)
+                    pending.append(mate)
+        regions.append(region)
+    return regions
+
+
+def _mates(node: ir.Node) -> list[ir.Node]:
+    found = [
+        maker
+        for value in node.inputs
+        if is_float(value) and value is not None and (maker := value.producer()) is not None
+    ]
+    found += [use.node for value in node.outputs if is_float(value) for use in value.uses()]
+    return found
+
+
+def _shore(region: list[ir.Node]) -> int:
+    """Values that would be cast on their way in or out."""
+    inside = set(region)
+    entering = {
+        value
+        for node in region
+        for value in node.inputs
+        if value is not None
+        and is_float(value)
+        and value.producer() not in inside
+        and not values.is_constant(value)
+    }
+    leaving = {
+        value
+        for node in region
+        for value in node.outputs
+        if is_float(value)
+        and (value.is_graph_output() or any(use.node not in inside for use in value.uses()))
+    }
+    return len(entering) + len(leaving)

@@ -1,0 +1,301 @@
+"""The decision for every node: half, float32, whatever comes, or nothing to decide; and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.ir import operators, values
+from graphopt.ir.scopes import all_graphs
+from graphopt_passes.precision import flow as flows
+from graphopt_passes.precision.legality import Legality, Slots, is_float
+from graphopt_passes.precision.ranges import Spread, spread_of
+
+MARGIN = 0.5
+"""Of the greatest half: how far observed values may go, because others will be seen later."""
+
+
+class Kind(enum.StrEnum):
+    """What happens to a node."""
+
+    LOW = "half"
+    HIGH = "float32"
+    FOLLOW = "follow"
+    """Half where what comes in is."""
+    BODY = "body"
+    """Control flow: float32 at its boundary."""
+    FIXED = "fixed"
+    """Has no float32 tensors."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What happens to one node, and why.
+
+    Attributes:
+        kind: what.
+        reason: the rule that decided, in words.
+        slots: the operands that may be half.
+    """
+
+    kind: Kind
+    reason: str = ""
+    slots: Slots = dataclasses.field(default_factory=lambda: Slots((), ()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """The numbers of a half dtype that decide.
+
+    Attributes:
+        greatest: finite magnitude.
+        error: relative rounding error of a value or weight that is accepted; a sound one makes 2^-12 (2^-9 in bf16).
+        integer: up to which integers are exact.
+    """
+
+    greatest: float
+    error: float
+    integer: int
+
+
+LIMITS = {
+    ir.DataType.FLOAT16: Limits(65504.0, 2.0**-9, 2048),
+    ir.DataType.BFLOAT16: Limits(3.3895313892515355e38, 2.0**-6, 256),
+}
+
+# fmt: off
+_RANDOM = frozenset((
+    "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial",
+))
+_REDUCTIONS = frozenset((
+    "ReduceSum", "ReduceMean", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceLogSum", "ReduceLogSumExp",
+    "ReduceProd", "GlobalAveragePool", "CumSum",
+))
+_RISKY = _REDUCTIONS | frozenset((
+    "Exp", "Pow", "Softplus", "Log", "Reciprocal", "Div", "Sqrt", "Sinh", "Cosh", "Tan", "LRN", "LpNormalization",
+    "LpPool", "GlobalLpPool", "Det", "MeanVarianceNormalization",
+))
+# fmt: on
+
+QUANTIZATION = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
+_CONTROL = frozenset({"If", "Loop", "Scan", "SequenceMap"})
+_BYTES = frozenset({ir.DataType.BOOL, ir.DataType.INT8, ir.DataType.UINT8})
+
+
+@dataclasses.dataclass
+class Facts:
+    """What is known of the model when nodes are decided.
+
+    Attributes:
+        legality: what schema and target take.
+        spreads: of values, by name; empty without data.
+        exact: values that must stay exact, with the reason.
+        masks: constants that stand for minus infinity.
+        masked: values that carry such masks.
+        forced: the user's own words, by node name or output name: "float32" or "half".
+    """
+
+    legality: Legality
+    spreads: Mapping[str, Spread]
+    exact: Mapping[ir.Value, str]
+    masks: set[ir.Value]
+    masked: set[ir.Value]
+    forced: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    _weights: dict[ir.Value, Spread] = dataclasses.field(default_factory=dict)
+
+    @property
+    def half(self) -> ir.DataType:
+        """The half dtype."""
+        return self.legality.half
+
+    @property
+    def limits(self) -> Limits:
+        """Its limits."""
+        return LIMITS[self.half]
+
+    def spread(self, value: ir.Value) -> Spread | None:
+        """What is known of a value: constants from their elements, others from observation."""
+        tensor = values.constant(value)
+        if tensor is None:
+            return self.spreads.get(value.name or "")
+        if value not in self._weights:
+            array = np.asarray(tensor.numpy(), np.float32)
+            self._weights[value] = spread_of(array, self.half, masked=value in self.masks)[0]
+        return self._weights[value]
+
+
+def gather(
+    model: ir.Model, legality: Legality, spreads: Mapping[str, Spread], flow: flows.Flow
+) -> Facts:
+    """The facts of a model.
+
+    Args:
+        model: in float32.
+        legality: what schema and target take.
+        spreads: observed, by name of value.
+        flow: edges of the model.
+    """
+
+    def is_mask(value: ir.Value) -> bool:
+        seen = spreads.get(value.name or "")
+        return seen is not None and seen.absmax <= 1 and seen.integers
+
+    exact = dict.fromkeys(
+        flows.counters(model, flow, is_mask), "counts: positions and ids need more bits"
+    )
+    exact |= dict.fromkeys(
+        flows.shape_path(model, flow), "shape path: on the way from a shape or integers to integers"
+    )
+    limit = LIMITS[legality.half].greatest
+    masks, masked = flows.sentinels(model, flow, limit)
+    return Facts(legality, spreads, exact, masks, masked)
+
+
+def decide_all(model: ir.Model, facts: Facts) -> dict[ir.Node, Decision]:
+    """The decision for every node of every graph."""
+    return {node: decide(node, facts) for scope in all_graphs(model) for node in scope.graph}
+
+
+def decide(node: ir.Node, facts: Facts) -> Decision:
+    """The decision for one node, from its operands alone."""
+    operands = [v for v in (*node.inputs, *node.outputs) if v is not None]
+    if operators.has_subgraph(node):
+        return Decision(Kind.BODY)
+    if any(isinstance(v.type, ir.SequenceType | ir.OptionalType) for v in operands):
+        return Decision(Kind.HIGH, "sequence or optional: float32 at its boundary")
+    if not any(is_float(value) for value in operands):
+        return Decision(Kind.FIXED)
+    forced = next((facts.forced[n] for n in _names(node) if n in facts.forced), None)
+    reason = "user" if forced == Kind.HIGH else _protected(node, facts)
+    if reason:
+        return Decision(Kind.HIGH, reason)
+    if node.op_type == "Cast" and not node.domain:
+        return _decide_cast(node, facts)
+    return _decide_arithmetic(node, operands, facts, forced == Kind.LOW)
+
+
+def _decide_arithmetic(
+    node: ir.Node, operands: list[ir.Value], facts: Facts, forced: bool
+) -> Decision:
+    if any(v.dtype in LIMITS for v in operands if isinstance(v.type, ir.TensorType)):
+        return Decision(Kind.HIGH, "mixes dtypes already")
+    slots = facts.legality.slots(node)
+    reason = slots.refusal or ("" if forced else _range_reason(node, slots, facts))
+    if reason:
+        return Decision(Kind.HIGH, reason)
+    follows = not node.domain and node.op_type in flows.FOLLOWERS
+    return Decision(Kind.FOLLOW if follows else Kind.LOW, slots=slots)
+
+
+def _names(node: ir.Node) -> list[str]:
+    return [n for n in (node.name, *(v.name for v in node.outputs)) if n]
+
+
+def _protected(node: ir.Node, facts: Facts) -> str:
+    """Why the node stays whatever schema, target and data say."""
+    if node.op_type in _RANDOM:
+        return "random"
+    if node.op_type in QUANTIZATION:
+        return "quantisation: scales stay float32"
+    if node.op_type in ("Range", "ConstantOfShape", "EyeLike"):
+        return (
+            "creates numbers: no runtime counts in half"
+            if node.op_type == "Range"
+            else "creates a constant"
+        )
+    for value in (*node.outputs, *node.inputs):
+        if value is not None and value in facts.exact and is_float(value):
+            ends = node.op_type in ("Cast", "Sin", "Cos")
+            if value in node.outputs or ends or node.op_type not in flows.MOVEMENT:
+                return facts.exact[value]
+    if any(_is_dequantized(value) for value in node.inputs):
+        return "quantised operands: the runtime's integer kernel expects float32 around it"
+    return ""
+
+
+def _is_dequantized(value: ir.Value | None) -> bool:
+    for _ in range(4):
+        node = None if value is None else value.producer()
+        if node is None:
+            return False
+        if node.op_type in QUANTIZATION:
+            return True
+        if node.op_type not in flows.MOVEMENT:
+            return False
+        value = node.inputs[0]
+    return False
+
+
+def _decide_cast(node: ir.Node, facts: Facts) -> Decision:
+    source, made = node.inputs[0], node.outputs[0]
+    if made.dtype != ir.DataType.FLOAT:
+        return Decision(Kind.FOLLOW, slots=Slots((True,), (False,)))
+    small = source is not None and source.dtype in _BYTES
+    exact = source is not None and source.dtype == facts.half
+    seen = facts.spread(made)
+    if small or exact or (seen is not None and seen.exact and seen.absmax <= 1):
+        return Decision(Kind.LOW, slots=Slots((False,), (True,)))
+    return Decision(Kind.HIGH, "Cast: the integers or floats that come may not fit a half")
+
+
+def _range_reason(node: ir.Node, slots: Slots, facts: Facts) -> str:
+    """Why the numbers forbid half, or ""."""
+    low = [
+        *zip(node.inputs, slots.inputs, strict=True),
+        *zip(node.outputs, slots.outputs, strict=True),
+    ]
+    unseen = False
+    for value, allowed in low:
+        if value is None or not allowed:
+            continue
+        spread = facts.spread(value)
+        if spread is None:
+            unseen = True
+        elif reason := _spread_reason(value, spread, facts):
+            return reason
+    if unseen and node.op_type in _RISKY:
+        return f"{node.op_type} without data: its range is not known"
+    if not unseen and node.op_type in _REDUCTIONS:
+        return _reduction_reason(node, facts)
+    return ""
+
+
+def _spread_reason(value: ir.Value, spread: Spread, facts: Facts) -> str:
+    limits, name = facts.limits, value.name
+    constant = values.is_constant(value)
+    if value in facts.masks:
+        return ""
+    margin = 1.0 if constant else MARGIN
+    if spread.absmax > limits.greatest * margin:
+        return f"range: |{name}| reaches {spread.absmax:.3g}"
+    if not constant and spread.integers and spread.absmax > limits.integer and not spread.exact:
+        return f"range: {name} holds integers up to {spread.absmax:.6g}"
+    if spread.error > limits.error:
+        what = "weight error" if constant else "rounding error"
+        return f"{what}: rounding {name} costs {spread.error:.2g} of its size"
+    return ""
+
+
+def _reduction_reason(node: ir.Node, facts: Facts) -> str:
+    """Whether a sum of what goes in could overflow, whatever comes out."""
+    source = node.inputs[0]
+    seen = None if source is None else facts.spread(source)
+    if source is None or seen is None:
+        return ""
+    size = _elements(source) / max(_elements(node.outputs[0]), 1)
+    squares = node.op_type in ("ReduceL2", "ReduceSumSquare")
+    total = size * (seen.absmax * seen.mean if squares else seen.mean)
+    if total > facts.limits.greatest * MARGIN:
+        return f"reduction: {size:.0f} elements of mean {seen.mean:.3g} add up to {total:.3g}"
+    return ""
+
+
+def _elements(value: ir.Value) -> float:
+    if value.shape is None:
+        return 1.0
+    return float(math.prod(dim for dim in value.shape if isinstance(dim, int)))

@@ -1,0 +1,221 @@
+"""How values spread over real inputs: one instrumented float32 run, a chunk of values at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.errors import GraphoptError
+from graphopt.ir import fingerprint
+from graphopt.ir.model_file import save_model
+from graphopt.rewrite import Context
+from graphopt.runtime.session import Session, SessionOptions
+from graphopt.runtime.specs import input_specs
+from graphopt.verify.feeds import find_feeds, read_feeds
+from graphopt_passes.precision.legality import is_float
+
+Array = np.ndarray[Any, Any]
+Feeds = Sequence[Mapping[str, Any]]
+
+MASKED = -2.9e4
+"""Elements below are masked where a mask goes: they are no part of the range."""
+
+FLOOR = 2.0**-10
+"""Scale below which a value is noise, over its scale on the first, plain input; the verifier's own."""
+
+_FIRST_CHUNK = 24
+_CHUNK_BYTES = 1 << 28
+_MAX_FEEDS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """What one value was seen to be.
+
+    Attributes:
+        absmax: greatest finite magnitude.
+        mean: greatest mean magnitude of any feed.
+        error: greatest relative error, root-mean-square, of rounding it to the half; inf where it overflows.
+        integers: every element is an integer.
+        exact: every element is exactly a half.
+    """
+
+    absmax: float = 0.0
+    mean: float = 0.0
+    error: float = 0.0
+    integers: bool = True
+    exact: bool = True
+
+    def merged(self, other: Spread) -> Spread:
+        """The worst of both."""
+        return Spread(
+            max(self.absmax, other.absmax),
+            max(self.mean, other.mean),
+            max(self.error, other.error),
+            self.integers and other.integers,
+            self.exact and other.exact,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Observed:
+    """Spreads by name of value, the feeds that showed them, and why there are none.
+
+    Attributes:
+        spreads: by name.
+        feeds: that were run.
+        source: in words: whose samples they were.
+        why: why nothing was observed, or "".
+    """
+
+    spreads: Mapping[str, Spread]
+    feeds: Feeds = ()
+    source: str = ""
+    why: str = ""
+
+
+def observe(model: ir.Model, ctx: Context, half: ir.DataType, masked: set[str]) -> Observed:
+    """The spread of every float value of the main graph, on calibration samples or on generated inputs.
+
+    Args:
+        model: in float32.
+        ctx: the run; what was observed is kept in its cache.
+        half: the dtype to round to.
+        masked: names of values that carry a mask.
+    """
+    names = [v.name for node in model.graph for v in node.outputs if is_float(v) and v.name]
+    key = (
+        f"precision-ranges {half.name} {fingerprint.structural(model)} {fingerprint.weights(model)}"
+    )
+    if key not in ctx.cache:
+        with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
+            file = save_model(model, Path(folder) / "float.onnx")[0]
+            ctx.cache[key] = _observe(model, file, names, ctx, half, masked)
+    found: Observed = ctx.cache[key]
+    return found
+
+
+def _observe(
+    model: ir.Model, file: Path, names: list[str], ctx: Context, half: ir.DataType, masked: set[str]
+) -> Observed:
+    try:
+        plain = Session(file)
+        feeds, source = samples(model, plain, ctx)
+        if not feeds:
+            return Observed({}, why="no input could be generated that the model runs with")
+        spreads = _of_inputs(model, feeds, half)
+        for chunk in _chunks(file, names, feeds[0]):
+            session = Session(file, options=SessionOptions(extra_outputs=tuple(chunk)))
+            spreads |= _measure(session, chunk, feeds, half, masked)
+    except GraphoptError as error:
+        return Observed({}, why=str(error))
+    return Observed(spreads, feeds, source)
+
+
+def samples(model: ir.Model, session: Session, ctx: Context) -> tuple[Feeds, str]:
+    """Feeds to decide on, and whose they are: the user's calibration samples, or generated ones."""
+    given = ctx.options.calibration
+    if given is not None:
+        if isinstance(given.source, Path):
+            feeds: Feeds = [f.values for f in read_feeds(given.source, input_specs(model))]
+        else:
+            feeds = list(given.source)
+        return feeds[: given.limit], "calibration samples"
+
+    def refuses(feed: Any) -> str | None:  # noqa: ANN401
+        try:
+            session.run(feed.values)
+        except GraphoptError as error:
+            return str(error)
+        return None
+
+    found = find_feeds(model, refuses, seed=ctx.options.seed, specs=session.inputs)
+    return [feed.values for feed in found.feeds[:_MAX_FEEDS]], "generated inputs"
+
+
+def _chunks(file: Path, names: list[str], feed: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Names in portions that fit in memory, judged by what the first portion takes."""
+    first = names[:_FIRST_CHUNK]
+    yield first
+    if len(names) <= len(first):
+        return
+    session = Session(file, options=SessionOptions(extra_outputs=tuple(first)))
+    held = session.run(feed)
+    size = sum(held[name].nbytes for name in first if isinstance(held.get(name), np.ndarray))
+    # Later values may be larger than the first: leave room for four times as much.
+    count = max(8, int(_CHUNK_BYTES / max(4 * size / len(first), 1)))
+    for start in range(len(first), len(names), count):
+        yield names[start : start + count]
+
+
+def _measure(
+    session: Session, names: list[str], feeds: Feeds, half: ir.DataType, masked: set[str]
+) -> dict[str, Spread]:
+    found: dict[str, Spread] = {}
+    floors: dict[str, float] = {}
+    for feed in feeds:
+        results = session.run(feed, names)
+        for name in names:
+            array = results[name]
+            if not isinstance(array, np.ndarray) or array.dtype != np.float32:
+                continue
+            floor = floors.get(name, 0.0)
+            spread, norm = spread_of(array, half, floor=floor, masked=name in masked)
+            floors.setdefault(name, norm * FLOOR)
+            found[name] = found.get(name, Spread()).merged(spread)
+    return found
+
+
+def spread_of(
+    array: Array, half: ir.DataType, *, floor: float = 0.0, masked: bool = False
+) -> tuple[Spread, float]:
+    """The spread of one array and the root mean square of its finite elements.
+
+    Args:
+        array: float32.
+        half: the dtype to round to.
+        floor: root mean square below which the array is noise.
+        masked: whether elements below `MASKED` stand for minus infinity.
+    """
+    flat = array.reshape(-1)
+    kept = flat[np.isfinite(flat) & (flat > MASKED)] if masked else flat[np.isfinite(flat)]
+    if kept.size == 0:
+        return Spread(), 0.0
+    wide = kept.astype(np.float64)
+    with np.errstate(over="ignore"):
+        rounded = kept.astype(half.numpy()).astype(np.float64)
+    magnitude = np.abs(wide)
+    norm = math.sqrt(float(np.mean(wide * wide)))
+    if not np.isfinite(rounded).all():
+        error = math.inf
+    else:
+        noise = math.sqrt(float(np.mean((wide - rounded) ** 2)))
+        error = noise / max(norm, floor) if noise else 0.0
+    spread = Spread(
+        float(magnitude.max()),
+        float(magnitude.mean()),
+        error,
+        bool((kept == np.rint(kept)).all()),
+        bool((rounded == wide).all()),
+    )
+    return spread, norm
+
+
+def _of_inputs(model: ir.Model, feeds: Feeds, half: ir.DataType) -> dict[str, Spread]:
+    found: dict[str, Spread] = {}
+    for value in model.graph.inputs:
+        floor = 0.0
+        for feed in feeds:
+            array = feed.get(value.name or "")
+            if is_float(value) and isinstance(array, np.ndarray) and array.size:
+                spread, norm = spread_of(array, half, floor=floor)
+                floor = floor or norm * FLOOR
+                found[value.name or ""] = found.get(value.name or "", Spread()).merged(spread)
+    return found
