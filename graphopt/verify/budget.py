@@ -6,16 +6,38 @@ import dataclasses
 import re
 
 from graphopt.errors import OptionError
-from graphopt.verify.compare import Budget
+from graphopt.targets import Precision
+from graphopt.verify.compare import BF16, FP16, INT8, Budget
 
 _FIELDS = {
     "max": ("max_over_rms", "<="),
     "sqnr": ("sqnr_db", ">="),
     "cosine": ("cosine", ">="),
     "argmax": ("argmax_agreement", ">="),
+    "top1-agreement": ("argmax_agreement", ">="),
     "agreement": ("agreement", ">="),
 }
-_CONDITION = re.compile(r"\s*([a-z]+)\s*(>=|<=|>|<|=)\s*([-+.\deE]+)\s*(?:db|dB)?\s*")
+_CONDITION = re.compile(r"\s*([a-z1-]+)\s*(>=|<=|>|<|=)\s*([-+.\deE]+)\s*(?:db|dB)?\s*")
+
+# One sample has one greatest element: a flip between two near ties would fail a whole run.  Who wants the rank of classes
+# gated says so: top1-agreement>=0.99.
+_QUANTISED = dataclasses.replace(INT8, argmax_agreement=None)
+_DEFAULTS = {
+    Precision.FP16: FP16,
+    Precision.BF16: BF16,
+    Precision.INT8: _QUANTISED,
+    Precision.INT8_DYNAMIC: _QUANTISED,
+    Precision.INT4_WEIGHTS: dataclasses.replace(_QUANTISED, sqnr_db=12, cosine=0.96),
+}
+
+
+def budget_for(precision: Precision, text: str | None) -> Budget | None:
+    """How much a result of `precision` may differ: as the user wrote it, else what the precision promises.
+
+    Raises:
+        OptionError: the text is no budget.
+    """
+    return _DEFAULTS.get(precision) if text is None else parse_budget(text)
 
 
 def parse_budget(text: str) -> Budget:
