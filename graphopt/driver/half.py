@@ -10,24 +10,15 @@ from graphopt.ir.model_file import load_model, save_model
 from graphopt.numerics import Numerics
 from graphopt.runtime.emulate import emulate, has_halves
 from graphopt.targets import Precision
-from graphopt.verify.budget import parse_budget
+from graphopt.verify.budget import budget_for
 from graphopt.verify.compare import BF16, FP16, Budget
 from graphopt.verify.verifier import ReferenceRun, Verification, VerifyOptions
 
-HALVES = {Precision.FP16: FP16, Precision.BF16: BF16}
-EMULATED = "run in true half precision, by emulation: ONNX Runtime on the CPU would compute in float32"
+HALVES = (Precision.FP16, Precision.BF16)
+EMULATED = (
+    "run in true half precision, by emulation: ONNX Runtime on the CPU would compute in float32"
+)
 HIDDEN = "the same file passes when ONNX Runtime runs it on the CPU as it is: that run would have hidden the failure"
-
-
-def budget_of(request: Request) -> Budget | None:
-    """How much the result may differ: what the user said, else what the precision promises.
-
-    Raises:
-        OptionError: the user's budget is none.
-    """
-    if request.options.budget is not None:
-        return parse_budget(request.options.budget)
-    return HALVES.get(request.precision)
 
 
 def verify(
@@ -42,7 +33,8 @@ def verify(
         request: the run.
         folder: for working files.
     """
-    options = dataclasses.replace(options, budget=options.budget or budget_of(request))
+    budget = options.budget or budget_for(request.precision, request.options.budget)
+    options = dataclasses.replace(options, budget=budget)
     truth = _truth(file, request, options.numerics, folder)
     found = reference.verify(truth, options)
     if truth == file or options.fail_fast:
