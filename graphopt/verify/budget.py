@@ -19,7 +19,7 @@ _FIELDS = {
 }
 _CONDITION = re.compile(r"\s*([a-z1-]+)\s*(>=|<=|>|<|=)\s*([-+.\deE]+)\s*(?:db|dB)?\s*")
 _QUANTIZED = dataclasses.replace(INT8, argmax_agreement=None)
-"""Agreement of the greatest element says little on generated inputs, whose scores are near ties: ask for it in words."""
+"""Agreement of the greatest element says little on generated inputs, whose scores are near ties."""
 
 _DEFAULTS = {
     Precision.FP16: FP16,

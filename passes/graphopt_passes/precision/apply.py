@@ -28,6 +28,7 @@ class Emission:
         decisions: by node; nodes that are not listed stay in float32.
         half: the dtype of the decisions.
         masks: constants that stand for minus infinity.
+        masked: values that carry them.
         ctx: the run.
     """
 
@@ -37,12 +38,14 @@ class Emission:
         decisions: Mapping[ir.Node, Decision],
         half: ir.DataType,
         masks: set[ir.Value],
+        masked: set[ir.Value],
         ctx: Context,
     ) -> None:
         self._model = model
         self._decisions = decisions
         self._half = half
         self._masks = masks
+        self._masked = masked - masks
         self._ctx = ctx
         self._low: set[ir.Value] = set()
         self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
@@ -73,8 +76,9 @@ class Emission:
         low = decision.kind is Kind.LOW or (
             decision.kind is Kind.FOLLOW and any(value in self._low for value in node.inputs)
         )
-        if low and not self._ctx.permit(RULE, node, LOSSY):
-            low = False
+        # A mask that is float32 here would become minus infinity, and a row of those NaN.
+        cut = any(v in self._masked and v not in self._low for v in node.inputs)
+        low = low and not cut and self._ctx.permit(RULE, node, LOSSY)
         slots = decision.slots
         for index, value in enumerate(node.inputs):
             if value is not None and (is_float(value) or value in self._low):

@@ -57,7 +57,7 @@ class CastToHalf:
         facts = gather(model, legality, seen.spreads, flow)
         decisions = drop_islands(decide_all(model, facts))
         before = len(ctx.rewrites)
-        Emission(model, decisions, half, facts.masks, ctx).run()
+        Emission(model, decisions, half, facts.masks, facts.masked, ctx).run()
         ctx.refresh()
         _tell(decisions, seen.source, seen.why, ctx)
         return len(ctx.rewrites) > before
