@@ -14,6 +14,7 @@ from graphopt.verify.budget import budget_for
 from graphopt.verify.verifier import ReferenceRun, Verification, VerifyOptions
 
 HALVES = (Precision.FP16, Precision.BF16)
+LARGE = "large"
 EMULATED = (
     "run in true half precision, by emulation: ONNX Runtime on the CPU would compute in float32"
 )
