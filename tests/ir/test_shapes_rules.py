@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import onnx_ir as ir
 import pytest
 
@@ -211,3 +213,27 @@ def test_malformed_nodes_give_unknown_and_no_exception() -> None:
 @pytest.mark.parametrize(("opset", "expected"), [(6, "N, 3, H, W"), (7, "N, 3, H, W")])
 def test_old_opsets_broadcast_to_the_first_operand(opset: int, expected: str) -> None:
     assert dims_of("y = Add(x, w)", "float[N, 3, H, W] x, float[W] w", opset) == expected
+
+
+UNKNOWN = "u = mine.Op(x) "
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (UNKNOWN + "y = Conv(u, w)", "?, 5, ?"),
+        (UNKNOWN + "y = Conv(r, u)", "N, ?, ?"),
+        (UNKNOWN + "y = ConvTranspose<group = 2>(u, w)", "?, 8, ?"),
+        (UNKNOWN + "y = ConvTranspose(r, u)", "N, ?, ?"),
+        (UNKNOWN + "y = Conv(u, u)", "unknown"),
+        (UNKNOWN + "y, h, c = LSTM<hidden_size = 6>(u, r, r)", "?, 1, ?, 6"),
+        (UNKNOWN + "h, y, c = LSTM<hidden_size = 6>(u, r, r)", "1, ?, 6"),
+        (
+            UNKNOWN + 'h, y = GRU<hidden_size = 6, direction = "bidirectional">(u, r, r)',
+            "2, ?, 6",
+        ),
+    ],
+)
+def test_weights_tell_what_an_unknown_input_does_not(body: str, expected: str) -> None:
+    found = dims_of(body, "float[N, 3, H] x, float[5, 4, 2] w, float[N, 4, H] r")
+    assert re.sub(r"\?\d+", "?", found) == expected

@@ -111,10 +111,20 @@ def _convolution(q: Query, weight: int, dtype: ir.DataType | None) -> Sequence[F
     """The rule of a convolution whose weights are input `weight`."""
     given, kernel = q.dims(0), q.dims(weight)
     if given is None or kernel is None:
-        rank = len(given or kernel or ())
-        return [facts.tensor(dtype, q.unknown_dims(rank) if rank else None)]
+        return [facts.tensor(dtype, _partial(q, given, kernel, kernel[0] if kernel else None))]
     shape = tuple(map(Dim.of, q.attr("kernel_shape", ()))) or kernel[2:]
     return [facts.tensor(dtype, (given[0], kernel[0], *windows(q, given[2:], shape)))]
+
+
+def _partial(
+    q: Query, given: Dims | None, weight: Dims | None, channels: Dim | None
+) -> Dims | None:
+    """The dims of a convolution whose input's or weights' are unknown: the result has the rank of either."""
+    known = given or weight
+    if known is None:
+        return None
+    batch, features, *spatial = q.unknown_dims(len(known))
+    return (given[0] if given else batch, features if channels is None else channels, *spatial)
 
 
 def _conv(q: Query) -> Sequence[Facts]:
@@ -132,8 +142,8 @@ def _qlinear_conv(q: Query) -> Sequence[Facts]:
 def _conv_transpose(q: Query) -> Sequence[Facts]:
     given, weight = q.dims(0), q.dims(1)
     if given is None or weight is None:
-        rank = len(given or weight or ())
-        return [facts.tensor(q.dtype(0), q.unknown_dims(rank) if rank else None)]
+        known = weight[1] * q.attr("group", 1) if weight else None
+        return [facts.tensor(q.dtype(0), _partial(q, given, weight, known))]
     channels = weight[1] * q.attr("group", 1)
     kernel = tuple(map(Dim.of, q.attr("kernel_shape", ()))) or weight[2:]
     return [facts.tensor(q.dtype(0), (given[0], channels, *_enlarged(q, given[2:], kernel)))]

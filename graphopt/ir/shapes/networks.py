@@ -45,7 +45,7 @@ def _recurrent(q: Query) -> Sequence[Facts]:
     if not int(hidden):
         hidden = recurrence[-1] if recurrence else q.fresh(0, 3)
     if given is None or len(given) != 3:
-        return [facts.tensor(dtype, q.unknown_dims(4)), *[facts.tensor(dtype, None)] * 2]
+        given = q.unknown_dims(3)  # the operator takes no other rank
     batch_first = bool(q.attr("layout", 0))
     length, batch = given[1::-1] if batch_first else given[:2]
     if batch_first:
