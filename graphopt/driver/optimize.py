@@ -9,19 +9,26 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from graphopt.driver.attempt import Attempt, attempt, write
-from graphopt.driver.blame import find_guilty
+from graphopt.driver.blame import find_among, find_guilty, find_silent
+from graphopt.driver.dump import dump_before
 from graphopt.driver.judge import EachFailure, Judge
+from graphopt.driver.repro import Fault, check_folder, write_repro
 from graphopt.driver.request import Progress, Request, VerifyMode
 from graphopt.driver.result import Result, check_output, place
 from graphopt.emit import check_model
 from graphopt.errors import PassError, VerifyError
 from graphopt.ir.model_file import load_model
+from graphopt.numerics import Numerics
+from graphopt.pipeline import flatten
 from graphopt.report.facts import model_facts
 from graphopt.report.run import RolledBack, RunReport, VerificationFacts
-from graphopt.rewrite import Gate, Remark, RemarkKind
+from graphopt.rewrite import Gate, Remark, RemarkKind, Rewrite
 
 MAX_ROLLBACKS = 16
 """How many passes or rewrites may be left out before the run gives up."""
+
+MAX_SITES = 2
+"""At how many sites a rule may be wrong before it is left out everywhere."""
 
 
 @dataclasses.dataclass
@@ -45,26 +52,39 @@ class Run:
         """
         for _ in range(MAX_ROLLBACKS):
             try:
-                made = self._compile(self.gate)
+                found = self._try()
             except PassError as fault:
                 self._leave_out_pass(fault)
                 continue
-            except EachFailure as fault:
-                self._leave_out_guilty(fault.count, str(fault), self.judge.is_right)
-                continue
-            if reason := self._invalid(made):
-                self._leave_out_guilty(len(made.rewrites), reason, is_valid)
-                continue
-            self.say("verify", None)
-            verdict = self.judge.verdict(made)
-            if verdict.passed is not False:
-                return made, verdict
-            self._leave_out_guilty(len(made.rewrites), verdict.reason, self.judge.is_right)
-        last = "; ".join(f"{r.pass_name}/{r.rule}" for r in self.rolled_back[-3:])
+            if found is not None:
+                return found
+        last = ", ".join(f"{r.pass_name}/{r.rule}".rstrip("/") for r in self.rolled_back[-3:])
         raise VerifyError(
             f"still wrong after {MAX_ROLLBACKS} rewrites and passes were left out, the last of them {last}. "
-            "Nothing was written"
+            "Nothing was written; --disable leaves out a pass or rule from the start"
         )
+
+    def _try(self) -> tuple[Attempt, VerificationFacts] | None:
+        """An attempt that holds; None where something has to be left out, and is from now on.
+
+        Raises:
+            PassError: a pass failed, in the attempt or in a replay with fewer rewrites.
+            VerifyError: as `settle`.
+        """
+        try:
+            made = self._compile(self.gate)
+        except EachFailure as fault:
+            self._leave_out_wrong(fault.rewrites, fault.file, str(fault))
+            return None
+        if reason := self._invalid(made):
+            self._leave_out_guilty(len(made.rewrites), reason, is_valid)
+            return None
+        self.say("verify", None)
+        verdict = self.judge.verdict(made)
+        if verdict.passed is not False:
+            return made, verdict
+        self._leave_out_wrong(made.rewrites, made.files[0], verdict.reason)
+        return None
 
     def _compile(self, gate: Gate) -> Attempt:
         """One attempt, in a working file if anybody will read it."""
@@ -91,10 +111,46 @@ class Run:
         return ""
 
     def _leave_out_pass(self, fault: PassError) -> None:
+        dump = dump_before(self.request, self.gate, fault)
+        fault.dump = None if dump is None else str(dump)
         if self.request.strict or fault.pass_name in self.gate.passes:
             raise fault
         self.gate = self.gate.without_pass(fault.pass_name)
         self.rolled_back.append(RolledBack(fault.pass_name, "", "", str(fault)))
+
+    def _leave_out_wrong(self, rewrites: tuple[Rewrite, ...], file: Path, reason: str) -> None:
+        """Finds what broke the numbers of the model in `file`, and gates it off.
+
+        Rewrites near the first value that differs are suspected first: a few replays settle that, on that value alone.
+        Where they are not to blame, all are searched.
+
+        Raises:
+            VerifyError: the request is strict, or nothing that can be left out is at fault.
+        """
+        self._refuse_if_strict(reason)
+        self.say("bisect", None)
+        numerics = max((each.numerics for each in rewrites), default=Numerics.EXACT)
+        found = self.judge.divergence(file, numerics)
+        if found is None:
+            self._leave_out_guilty(len(rewrites), reason, self.judge.is_right)
+            return
+        where = f"{found.value!r} ({found.operator}) is the first value to differ"
+        reason = f"{reason}; {where}, {found.spread} after it follow"
+        near = {*found.region, *found.boundary}
+        suspects = [each for each in rewrites if each.site in near]
+        gate = dataclasses.replace(self.gate, limit=len(rewrites))
+        blame = find_among(
+            self._probe, lambda made: self.judge.agrees_at(found, made), gate, suspects
+        )
+        if self.request.repro is not None and not self.rolled_back:
+            guilty = () if blame is None else blame.rewrites
+            fault = Fault(self.judge.reference_file, file, found, guilty, reason)
+            write_repro(self.request.repro, fault)
+        if blame is None:
+            self._leave_out_guilty(len(rewrites), reason, self.judge.is_right)
+            return
+        for each in blame.rewrites:
+            self._leave_out(each, reason)
 
     def _leave_out_guilty(
         self, count: int, reason: str, is_right: Callable[[Attempt], bool]
@@ -102,19 +158,47 @@ class Run:
         """Finds the rewrite among the first `count` that broke the result, and gates it off.
 
         Raises:
-            VerifyError: the request is strict, or no rewrite is at fault.
+            VerifyError: the request is strict, or nothing that can be left out is at fault.
         """
+        self._refuse_if_strict(reason)
+        self.say("bisect", None)
+        guilty = find_guilty(self._probe, is_right, self.gate, count).rewrites
+        if not guilty:
+            self._leave_out_silent(reason, is_right)
+        for each in guilty:
+            self._leave_out(each, reason)
+
+    def _leave_out(self, guilty: Rewrite, reason: str) -> None:
+        """Gates one rewrite off; its whole rule where that was wrong elsewhere too often."""
+        rule = (guilty.pass_name, guilty.rule)
+        wrong = sum((each.pass_name, each.rule) == rule for each in self.rolled_back)
+        if wrong < MAX_SITES:
+            self.gate = self.gate.without(guilty)
+        else:
+            self.gate = dataclasses.replace(self.gate, rules=self.gate.rules | {rule})
+        site = guilty.site if wrong < MAX_SITES else ""
+        self.rolled_back.append(RolledBack(*rule, site, reason))
+
+    def _refuse_if_strict(self, reason: str) -> None:
         if self.request.strict:
             raise VerifyError(f"the result is wrong: {reason}. Nothing was written")
-        self.say("bisect", None)
-        guilty = find_guilty(self._probe, is_right, self.gate, count).rewrite
-        if guilty is None:
+
+    def _leave_out_silent(self, reason: str, is_right: Callable[[Attempt], bool]) -> None:
+        """Gates off the pass that broke the result without having asked for a single rewrite.
+
+        Raises:
+            VerifyError: the result is wrong even without any pass.
+        """
+        names = [each.name for each in flatten(self.request.steps)]
+        name = find_silent(self._probe, is_right, self.gate, names)
+        if name is None:
             raise VerifyError(
                 f"the result is wrong even without any rewrite: {reason}. Nothing was written; this is a bug in "
                 "reading or writing the model, please report it with the model"
             )
-        self.gate = self.gate.without(guilty)
-        self.rolled_back.append(RolledBack(guilty.pass_name, guilty.rule, guilty.site, reason))
+        self.gate = self.gate.without_pass(name)
+        told = f"{reason}. The pass changes the model without asking ctx.permit, so all of it is left out"
+        self.rolled_back.append(RolledBack(name, "", "", told))
 
 
 def is_valid(made: Attempt) -> bool:
@@ -132,6 +216,8 @@ def run(request: Request, say: Progress) -> Result:
     say("load", None)
     if request.output is not None:
         check_output(request.output)
+    if request.repro is not None:
+        check_folder(request.repro)
     # Working files lie beside the output, so that moving them there is a rename.
     parent = None if request.output is None else request.output.parent
     with tempfile.TemporaryDirectory(prefix=".graphopt-", dir=parent) as scratch:

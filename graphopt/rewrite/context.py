@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Remark:
         rule: the rule, or the part of the pass.
         node: the node that it is about, or "".
         reason: the sentence.
+        culprit: the node or value that stands in the way, or "".
     """
 
     kind: RemarkKind
@@ -46,6 +47,7 @@ class Remark:
     rule: str
     node: str
     reason: str
+    culprit: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +100,11 @@ class Gate:
         if site in self.sites:
             return dataclasses.replace(self, rules=self.rules | {site[:2]})
         return dataclasses.replace(self, sites=self.sites | {site})
+
+    def without_all(self, rewrites: Iterable[Rewrite]) -> Gate:
+        """This gate with the sites of several rewrites left out."""
+        sites = {(each.pass_name, each.rule, each.site) for each in rewrites}
+        return dataclasses.replace(self, sites=self.sites | sites)
 
     def without_pass(self, name: str) -> Gate:
         """This gate with pass `name` left out."""
@@ -209,17 +216,29 @@ class Context:
         return True
 
     def remark(
-        self, kind: RemarkKind, rule: str, node: ir.Node | ir.Value | str, reason: str
+        self,
+        kind: RemarkKind,
+        rule: str,
+        node: ir.Node | ir.Value | str,
+        reason: str,
+        culprit: ir.Node | ir.Value | None = None,
     ) -> None:
         """Puts a remark of the running pass on record, once."""
-        remark = Remark(kind, self.pass_name, rule, name_of(node), reason)
+        guilty = "" if culprit is None else name_of(culprit)
+        remark = Remark(kind, self.pass_name, rule, name_of(node), reason, guilty)
         if remark not in self._said:
             self._said.add(remark)
             self.remarks.append(remark)
 
-    def missed(self, rule: str, node: ir.Node | ir.Value | str, reason: str) -> None:
-        """Records that `rule` recognised its pattern at `node` and declined."""
-        self.remark(RemarkKind.MISSED, rule, node, reason)
+    def missed(
+        self,
+        rule: str,
+        node: ir.Node | ir.Value | str,
+        reason: str,
+        culprit: ir.Node | ir.Value | None = None,
+    ) -> None:
+        """Records that `rule` recognised its pattern at `node` and declined, and because of what."""
+        self.remark(RemarkKind.MISSED, rule, node, reason, culprit)
 
     @property
     def numerics(self) -> Numerics:

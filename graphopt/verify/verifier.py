@@ -92,6 +92,7 @@ class VerifyOptions:
         fail_fast: stop at the first feed that fails (bisection).
         allow_constant_defaults: accept that overridable defaults became constants.
         deployed: a level to run the candidate at as well, for information.
+        feed: name of the only feed to compare on; None for all.
     """
 
     numerics: Numerics = Numerics.EXACT
@@ -99,6 +100,7 @@ class VerifyOptions:
     fail_fast: bool = False
     allow_constant_defaults: bool = False
     deployed: OptimizationLevel | None = None
+    feed: str | None = None
 
 
 class ReferenceRun:
@@ -260,6 +262,8 @@ class ReferenceRun:
         names = [spec.name for spec in self.output_specs if spec.name not in self.excluded]
         reports: dict[str, list[OutputReport]] = {name: [] for name in names}
         for index, feed in enumerate(self.feeds):
+            if options.feed not in (None, feed.name):
+                continue
             if not takes.issuperset(feed.values):
                 continue  # overrides a default that is a constant now, which the options accept
             results = _run_candidate(session, feed, names)
