@@ -23,7 +23,30 @@ Output: TypeAlias = Annotated[
 ]
 Precision: TypeAlias = Annotated[
     str | None,
-    typer.Option("--precision", metavar="NAME", help="fp32: every dtype as it is. [default: fp32]"),
+    typer.Option(
+        "--precision",
+        metavar="NAME",
+        help="fp32: every dtype as it is; fp16, bf16: half where it pays. [default: fp32]",
+    ),
+]
+Calibration: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        metavar="PATH",
+        help="Samples to decide on: npz, a folder of npz, ONNX test_data_set_*. Without, inputs are generated.",
+    ),
+]
+BudgetText: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        metavar="EXPR",
+        help="Error that a lossy run may make: sqnr>=40, max<=0.01,cosine>=0.999. [default: the precision's]",
+    ),
+]
+Force: TypeAlias = Annotated[
+    bool, typer.Option("--force", help="Emit what the target is known to run slower.")
 ]
 Recipe: TypeAlias = Annotated[
     Path | None,
@@ -93,6 +116,9 @@ def command(
     output: Output,
     target: options.Target = None,
     precision: Precision = None,
+    calibration: Calibration = None,
+    budget: BudgetText = None,
+    force: Force = False,
     recipe: Recipe = None,
     extra: Passes = None,
     disable: Disable = None,
@@ -123,6 +149,9 @@ def command(
             output=output,
             target=target,
             precision=precision,
+            calibration=calibration,
+            budget=budget,
+            force=force,
             recipe=recipe,
             passes=tuple(extra or ()),
             disable=tuple(disable or ()),
