@@ -16,6 +16,7 @@ import typer
 
 from graphopt.cli import (
     bench,
+    bisect,
     check,
     densify,
     diff,
@@ -42,6 +43,7 @@ for name, short_help, function in (
     ("verify", "run two models on the same inputs and compare", verify.command),
     ("densify", "make sparse weights dense, for tools that cannot read them", densify.command),
     ("diff", "what changed between two models, by structure", diff.command),
+    ("bisect", "which rewrite makes the result wrong, with a minimal reproduction", bisect.command),
     ("bench", "latency of models, side by side", bench.command),
     ("check", "will a runtime take a model: node by node, with the reason", check.command),
     ("passes", "the passes there are, and what they do", passes.command),

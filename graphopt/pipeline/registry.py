@@ -102,13 +102,18 @@ def pipeline_for(target: Target, precision: Precision) -> tuple[Step, ...]:
         OptionError: there is none; the message lists those of the target.
     """
     tables = [(_pipelines(package), package.source) for package in _packages()]
-    for name in (target.name, _FALLBACK):
+    for name in (target.name, target.like, _FALLBACK):
         for table, source in tables:
             steps = table.get((name, precision.value))
             if steps is not None:
                 return _checked_steps(steps, f"{source}, pipeline ({name}, {precision})")
     known = sorted(
-        {str(p) for table, _ in tables for t, p in table if t in (target.name, _FALLBACK)}
+        {
+            str(p)
+            for table, _ in tables
+            for t, p in table
+            if t in (target.name, target.like, _FALLBACK)
+        }
     )
     raise OptionError(
         f"no pipeline for target {target.name!r} at precision {precision}; there is one for: "

@@ -5,15 +5,39 @@ from __future__ import annotations
 from importlib.metadata import entry_points
 
 from graphopt.errors import OptionError
-from graphopt.targets.builtin import CPU, CUDA, PORTABLE, TENSORRT
-from graphopt.targets.target import FusedOp, Precision, Target
+from graphopt.targets.builtin import CUDA, PORTABLE, TENSORRT
+from graphopt.targets.host import host_architecture
+from graphopt.targets.target import (
+    Artefact,
+    FusedOp,
+    Precision,
+    PrecisionStyle,
+    QdqStyle,
+    SparseStyle,
+    Target,
+)
+from graphopt.targets.variants import VARIANTS, cpu_for
 
-__all__ = ["FusedOp", "Precision", "Target", "all_targets", "get_target"]
+__all__ = [
+    "Artefact",
+    "FusedOp",
+    "Precision",
+    "PrecisionStyle",
+    "QdqStyle",
+    "SparseStyle",
+    "Target",
+    "all_targets",
+    "get_target",
+]
 
 
 def all_targets() -> dict[str, Target]:
-    """Every known target by name: the built-in ones, then those of installed packages."""
-    found = {target.name: target for target in (CPU, CUDA, TENSORRT, PORTABLE)}
+    """Every known target by name: the built-in ones, then those of installed packages.
+
+    `cpu` is this machine's processor; the others of its kind are called `cpu-avx2`, `cpu-vnni`, `cpu-amx`, `cpu-arm64`.
+    """
+    cpu = cpu_for(host_architecture())
+    found = {target.name: target for target in (cpu, CUDA, TENSORRT, PORTABLE, *VARIANTS)}
     for entry in entry_points(group="graphopt.targets"):
         target = entry.load()
         if not isinstance(target, Target):

@@ -7,7 +7,15 @@ documentation recommends it; the source is beside it.
 
 from __future__ import annotations
 
-from graphopt.targets.target import FLOATS, FusedOp, Target
+from graphopt.targets.target import (
+    FLOATS,
+    Artefact,
+    FusedOp,
+    PrecisionStyle,
+    QdqStyle,
+    SparseStyle,
+    Target,
+)
 
 _FLOAT = frozenset({"FLOAT"})
 _MS = "com.microsoft"
@@ -115,6 +123,23 @@ CPU = Target(
         ),
     ),
     provider="CPUExecutionProvider",
+    kernels=("ort-cpu",),
+    qdq=QdqStyle(
+        "UINT8",
+        "INT8",
+        integer_operators=True,
+        sub_byte_weights=True,
+        source="onnxruntime/core/mlas: U8S8 kernels",
+    ),
+    sparse=SparseStyle.INITIALIZER,
+    artefacts=(Artefact.SESSION_OPTIONS,),
+    options={
+        Artefact.SESSION_OPTIONS: {
+            "graph_optimization_level": "ORT_ENABLE_ALL",
+            "execution_mode": "ORT_SEQUENTIAL",
+            "session.set_denormal_as_zero": "1",
+        }
+    },
 )
 
 CUDA = Target(
@@ -138,6 +163,31 @@ CUDA = Target(
         FusedOp("FusedMatMul", _TABLE, domain=_MS),
     ),
     provider="CUDAExecutionProvider",
+    kernels=("ort-cuda", "ort-cpu"),
+    qdq=QdqStyle(
+        "",
+        "INT8",
+        sub_byte_weights=True,
+        source="docs/OperatorKernels.md: MatMulNBits and GatherBlockQuantized, no QLinear operator",
+    ),
+    floats=PrecisionStyle(frozenset({"FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE"})),
+    sparse=SparseStyle.INITIALIZER,
+    artefacts=(Artefact.SESSION_OPTIONS, Artefact.PROVIDER_OPTIONS),
+    options={
+        Artefact.SESSION_OPTIONS: {
+            "graph_optimization_level": "ORT_ENABLE_ALL",
+            "execution_mode": "ORT_SEQUENTIAL",
+        },
+        Artefact.PROVIDER_OPTIONS: {
+            "device_id": "0",
+            "use_tf32": "1",
+            "arena_extend_strategy": "kNextPowerOfTwo",
+            "cudnn_conv_algo_search": "EXHAUSTIVE",
+            "cudnn_conv_use_max_workspace": "1",
+            "enable_cuda_graph": "0",
+            "prefer_nhwc": "0",
+        },
+    },
 )
 
 _PARSER = "imported by TensorRT's ONNX parser (onnx-tensorrt docs/operators.md, 11.1)"
@@ -165,6 +215,33 @@ TENSORRT = Target(
         FusedOp("Softmax", _PARSER, since=13, dtypes=_STATISTICS, form="inner-axis"),
         FusedOp("Gemm", _PARSER, since=7, dtypes=_STATISTICS),
     ),
+    operators="tensorrt",
+    version=(11, 1),
+    dtypes=frozenset(
+        {
+            "FLOAT",
+            "FLOAT16",
+            "BFLOAT16",
+            "DOUBLE",
+            "FLOAT8E4M3FN",
+            "FLOAT4E2M1",
+            "INT32",
+            "INT64",
+            "INT8",
+            "INT4",
+            "BOOL",
+        }
+    ),
+    io_dtypes=frozenset({"UINT8"}),
+    qdq=QdqStyle(
+        "INT8",
+        "INT8",
+        zero_points=False,
+        sub_byte_weights=True,
+        source="TensorRT documentation, explicit quantization: symmetric, zero point 0",
+    ),
+    floats=PrecisionStyle(frozenset({"FLOAT", "FLOAT16", "BFLOAT16"})),
+    artefacts=(Artefact.TRTEXEC,),
 )
 
 PORTABLE = Target(

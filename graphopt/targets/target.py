@@ -43,6 +43,61 @@ class FusedOp:
     form: str = ""
 
 
+class SparseStyle(enum.StrEnum):
+    """In which form the runtime takes weights of which most are zero."""
+
+    DENSE = "dense"
+    INITIALIZER = "sparse_initializer"
+    CONSTANT = "constant"
+
+
+class Artefact(enum.StrEnum):
+    """What a bundle holds for the runtime beside the model."""
+
+    SESSION_OPTIONS = "session_options.json"
+    PROVIDER_OPTIONS = "provider_options.json"
+    TRTEXEC = "build.sh"
+    OPENVINO_CONFIG = "config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class QdqStyle:
+    """How quantised arithmetic is written down for the target.
+
+    Attributes:
+        activations: element type of quantised activations; "" where quantising them does not pay.
+        weights: element type of quantised weights.
+        weight_bits: bits of a weight that may be used; 7 where products of 8-bit values saturate.
+        zero_points: whether activations may have a zero point other than 0.
+        per_channel: whether weights may have one scale a channel.
+        integer_operators: whether MatMulInteger, QLinearConv and their like have kernels.
+        sub_byte_weights: whether 4-bit weights, dequantised in blocks, have kernels.
+        source: who says so.
+    """
+
+    activations: str
+    weights: str
+    weight_bits: int = 8
+    zero_points: bool = True
+    per_channel: bool = True
+    integer_operators: bool = False
+    sub_byte_weights: bool = False
+    source: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionStyle:
+    """Which floats the target computes in.
+
+    Attributes:
+        computes: element types with arithmetic of their own; others are cast around each operator.
+        strongly_typed: whether the types in the graph are the types of execution, with no flag needed.
+    """
+
+    computes: frozenset[str]
+    strongly_typed: bool = True
+
+
 @dataclasses.dataclass(frozen=True)
 class Target:
     """A runtime to emit for.
@@ -56,6 +111,18 @@ class Target:
         fused: fused operators that may be introduced.
         inline_functions: whether local functions must be inlined.
         provider: the ONNX Runtime execution provider, or None where ONNX Runtime does not run it.
+        like: a target whose pipelines serve this one too; "" for none.
+        operators: the packaged table of operators that the runtime's parser takes; "" where kernels decide.
+        kernels: packaged kernel tables of ONNX Runtime, in the order in which its providers are asked.
+        version: of the runtime that the limits are of; operators that came later are refused.
+        dtypes: element types that the runtime knows at all; empty where the kernels decide.
+        io_dtypes: element types that may enter and leave the graph beyond `dtypes`.
+        architecture: processor that kernels are picked for: x86-avx2, x86-vnni, x86-amx, arm64; "" for any.
+        qdq: how quantised arithmetic is written down; None where it is not.
+        floats: which floats it computes in.
+        sparse: the form of sparse weights.
+        artefacts: what a bundle holds for it.
+        options: settings of the runtime that a bundle states, by artefact.
     """
 
     name: str
@@ -66,6 +133,18 @@ class Target:
     fused: tuple[FusedOp, ...] = ()
     inline_functions: bool = True
     provider: str | None = None
+    like: str = ""
+    operators: str = ""
+    kernels: tuple[str, ...] = ()
+    version: tuple[int, ...] = ()
+    dtypes: frozenset[str] = frozenset()
+    io_dtypes: frozenset[str] = frozenset()
+    architecture: str = ""
+    qdq: QdqStyle | None = None
+    floats: PrecisionStyle = PrecisionStyle(frozenset({"FLOAT", "DOUBLE"}))
+    sparse: SparseStyle = SparseStyle.DENSE
+    artefacts: tuple[Artefact, ...] = ()
+    options: Mapping[Artefact, Mapping[str, str]] = dataclasses.field(default_factory=dict)
 
     def emits(
         self,

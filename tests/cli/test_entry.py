@@ -28,7 +28,17 @@ from tests.cli.conftest import Run
 
 Fails = Callable[[BaseException], None]
 
-COMMANDS = ("optimize", "inspect", "verify", "diff", "bench", "golden", "passes", "targets")
+COMMANDS = (
+    "optimize",
+    "inspect",
+    "verify",
+    "diff",
+    "bisect",
+    "bench",
+    "golden",
+    "passes",
+    "targets",
+)
 
 
 @pytest.fixture
@@ -268,7 +278,7 @@ def test_sigterm_unwinds_and_is_handed_back(monkeypatch: pytest.MonkeyPatch) -> 
     [
         ("graphopt opt", {"optimize"}),
         ("graphopt optimize --tar", {"--target"}),
-        ("graphopt optimize m.onnx --target t", {"tensorrt"}),
+        ("graphopt optimize m.onnx --target t", {"tensorrt", "tensorrt-10"}),
         ("graphopt golden ", {"record", "check", "update"}),
         ("graphopt passes tid", {"tidy"}),
     ],

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import onnx
+import onnx.checker
 import onnx.shape_inference
 import onnx_ir as ir
 
@@ -20,6 +21,7 @@ from graphopt.ir.shapes.facts import UNKNOWN, Dims, Facts
 from graphopt.ir.shapes.query import Query
 
 _FAILURES = (
+    onnx.checker.ValidationError,
     onnx.shape_inference.InferenceError,
     RuntimeError,
     ValueError,

@@ -1,0 +1,64 @@
+"""What the installed ONNX Runtime says of itself: kernels and operator schemas."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import defaultdict
+from typing import Any
+
+from graphopt.runtime import onnxruntime_api
+from graphopt.targets.kernels import Kernel, KernelTable, merged
+
+_OPEN = (1 << 31) - 1
+CPU = "CPUExecutionProvider"
+
+
+@functools.cache
+def installed_kernels(provider: str = CPU) -> KernelTable | None:
+    """The kernels that the installed wheel registers for `provider`; None where it has none or does not tell."""
+    state = _state()
+    listing = getattr(state, "get_all_opkernel_def", None)
+    if listing is None:
+        return None
+    found: dict[tuple[str, str], list[Kernel]] = defaultdict(list)
+    for each in listing():
+        if each.provider != provider:
+            continue
+        since, until = each.version_range
+        types = {
+            name: frozenset(element_type(text) for text in allowed)
+            for name, allowed in each.type_constraints.items()
+        }
+        found[each.domain, each.op_name].append(
+            Kernel(since, None if until >= _OPEN else until, types)
+        )
+    if not found:
+        return None
+    version = onnxruntime_api.version()
+    source = f"get_all_opkernel_def() of the installed ONNX Runtime {version}"
+    return KernelTable(
+        provider, version, source, {key: merged(rows) for key, rows in found.items()}
+    )
+
+
+@functools.cache
+def operator_schemas() -> dict[tuple[str, str], tuple[Any, ...]]:
+    """The operator schemas that ONNX Runtime knows beside those of onnx, by (domain, operator), oldest first."""
+    listing = getattr(_state(), "get_all_operator_schema", None)
+    found: dict[tuple[str, str], list[Any]] = defaultdict(list)
+    for each in listing() if listing is not None else ():
+        found[each.domain, each.name].append(each)
+    return {key: tuple(sorted(v, key=lambda s: s.since_version)) for key, v in found.items()}
+
+
+def element_type(text: str) -> str:
+    """`tensor(float)` as the tables write it: `float`; other kinds stay as they are."""
+    match = re.fullmatch(r"tensor\((\w+)\)", text)
+    return match[1] if match else text
+
+
+def _state() -> Any:  # noqa: ANN401  a module of the extension
+    from onnxruntime.capi import onnxruntime_pybind11_state  # noqa: PLC0415
+
+    return onnxruntime_pybind11_state

@@ -1,0 +1,60 @@
+"""`graphopt check`: what it prints and returns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.cli.conftest import Run, save
+
+REFUSED = """<ir_version: 9, opset_import: ["" : 18]>
+g (float[N, 4] x) => (float[K] y) { a = Relu(x)  y = Unique(a) }"""
+
+
+def test_a_model_that_is_taken(run: Run, model: Path) -> None:
+    ran = run("check", model)
+    assert ran.status == 0
+    assert "is taken" in ran.out
+    assert "CPUExecutionProvider" in ran.out
+    assert "Identity" not in ran.out
+
+
+def test_every_node_on_request(run: Run, model: Path) -> None:
+    assert "Identity" in run("check", model, "--all").out
+
+
+def test_a_model_that_is_refused(run: Run, tmp_path: Path) -> None:
+    ran = run("check", save(tmp_path / "m.onnx", REFUSED), "--target", "tensorrt")
+    assert ran.status == 3
+    assert "Unique is not supported" in ran.out
+    assert "remedy:" in ran.out
+    assert "rule:" in ran.out
+
+
+def test_json_has_every_node(run: Run, tmp_path: Path) -> None:
+    path = save(tmp_path / "m.onnx", REFUSED)
+    body = run("check", path, "-t", "tensorrt", "--json").json
+    assert (body["verdict"], body["target"]) == ("refused", "tensorrt")
+    assert [node["verdict"] for node in body["nodes"]] == ["ok", "refused"]
+    assert body["findings"][0]["op"] == "Unique"
+    assert body["copies"] == {"to_host": [], "to_device": []}
+
+
+def test_falling_back_is_no_failure(run: Run, tmp_path: Path) -> None:
+    ran = run("check", save(tmp_path / "m.onnx", REFUSED), "-t", "cuda")
+    assert ran.status == 0
+    assert "falls-back: CUDAExecutionProvider has no kernel for Unique" in ran.out
+    assert "predicted copies in each run: 1 to the host" in ran.out
+
+
+def test_quiet_says_nothing(run: Run, model: Path) -> None:
+    assert run("check", model, "-q").out == ""
+
+
+def test_output_needs_fix(run: Run, model: Path, out: Path) -> None:
+    ran = run("check", model, "-o", out)
+    assert ran.status == 2
+    assert "goes with --fix" in ran.message
+
+
+def test_an_unknown_target(run: Run, model: Path) -> None:
+    assert run("check", model, "-t", "tpu").status == 2
