@@ -117,10 +117,12 @@ def _remarks(remarks: Sequence[Remark], *, every_remark: bool) -> list[Renderabl
     if not said:
         return []
     if every_remark:
-        table = grid("remark", "pass/rule", "at", "reason")
+        table = grid("remark", "pass/rule", "at", "reason", "because of")
         for each in said:
             rule = f"{each.pass_name}/{each.rule}"
-            table.add_row(each.kind.value, text(rule), text(each.node), text(each.reason))
+            table.add_row(
+                each.kind.value, text(rule), text(each.node), text(each.reason), text(each.culprit)
+            )
         return [text(""), table]
     groups = Counter((each.pass_name, each.rule, without_names(each.reason)) for each in said)
     table = grid("left as it is", "times", "because", right="1")
@@ -131,7 +133,7 @@ def _remarks(remarks: Sequence[Remark], *, every_remark: bool) -> list[Renderabl
 
 def without_names(reason: str) -> str:
     """A reason with the names of values and nodes left out, so that the same reason counts once."""
-    return re.sub(r"'[^']*'", "…", re.sub(r" \(\S+\)$", "", reason))
+    return re.sub(r"'[^']*'", "…", reason)
 
 
 def _more(hidden: int) -> list[Text]:

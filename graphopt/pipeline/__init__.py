@@ -1,6 +1,16 @@
 """Passes, pipelines, recipes, and where passes are found."""
 
-from graphopt.pipeline.passes import Pass, PassRun, Repeat, RewritePass
+from graphopt.pipeline.passes import Pass, PassRun, Repeat, RewritePass, drops_defaults
 from graphopt.pipeline.runner import Step, count, flatten, run_pipeline
 
-__all__ = ["Pass", "PassRun", "Repeat", "RewritePass", "Step", "count", "flatten", "run_pipeline"]
+__all__ = [
+    "Pass",
+    "PassRun",
+    "Repeat",
+    "RewritePass",
+    "Step",
+    "count",
+    "drops_defaults",
+    "flatten",
+    "run_pipeline",
+]

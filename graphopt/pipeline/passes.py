@@ -31,6 +31,11 @@ class Pass(Protocol):
         """Rewrites `model`; returns whether anything changed."""
 
 
+def drops_defaults(step: Pass) -> bool:
+    """Whether a pass declares, by an attribute of that name, that it makes overridable defaults constants."""
+    return bool(getattr(step, "drops_defaults", False))
+
+
 @dataclasses.dataclass(frozen=True)
 class RewritePass:
     """Applies the rules of a family until none fires."""

@@ -79,8 +79,12 @@ def _lists(report: RunReport) -> list[str]:
     if report.warnings:
         parts += ["## Warnings", "\n".join(f"- {_cell(each)}" for each in report.warnings)]
     if report.remarks:
-        told = [(e.kind.value, f"{e.pass_name}/{e.rule}", e.node, e.reason) for e in report.remarks]
-        parts += ["## Remarks", _table(("kind", "pass/rule", "at", "reason"), told)]
+        told = [
+            (e.kind.value, f"{e.pass_name}/{e.rule}", e.node, e.reason, e.culprit)
+            for e in report.remarks
+        ]
+        heads = ("kind", "pass/rule", "at", "reason", "because of")
+        parts += ["## Remarks", _table(heads, told)]
     return parts
 
 

@@ -61,10 +61,18 @@ class Site:
         """A graph output needs a producer of its own in its graph: it takes over the output's name."""
         producer = value.producer()
         local = producer is not None and (producer in built or producer.graph is self.graph)
+        if not local and value in _inputs(old):
+            raise Skip("", value)  # some node has to pass on a value from outside: this one may
         if not local or value.is_graph_output() or sum(v is value for v in new) > 1:
             raise Skip(
                 f"graph output {old.name!r} needs a producer of its own in this graph", value
             )
+
+
+def _inputs(value: ir.Value) -> Sequence[ir.Value | None]:
+    """What the producer of a value reads."""
+    producer = value.producer()
+    return () if producer is None else producer.inputs
 
 
 def _check_type(old: ir.Value, value: ir.Value, ctx: Context) -> None:

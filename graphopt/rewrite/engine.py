@@ -16,7 +16,7 @@ from graphopt.errors import PassError
 from graphopt.ir.build import Builder
 from graphopt.ir.scopes import all_graphs
 from graphopt.rewrite.commit import Site, commit, discard, is_dead, remove
-from graphopt.rewrite.context import Context, name_of
+from graphopt.rewrite.context import Context
 from graphopt.rewrite.pattern import Binding, Op, Trace, walk
 from graphopt.rewrite.rules import Facts, Match, Replacement, Rule, Skip
 
@@ -144,8 +144,8 @@ class Rewriter:
             _check_uses(rule.pattern, env, root, tape)
             site.check(root, new, tape, self._ctx)
         except Skip as skip:
-            where = "" if skip.culprit is None else f" ({name_of(skip.culprit)})"
-            self._ctx.missed(rule.name, root, f"{skip}{where}")
+            if str(skip):
+                self._ctx.missed(rule.name, root, str(skip), skip.culprit)
             return None
         return new
 

@@ -30,7 +30,7 @@ from graphopt_passes import (
     softmax,
     tidy,
 )
-from graphopt_passes.cleanup import LiftConstants, RemoveDeadCode, UpgradeIr
+from graphopt_passes.cleanup import FreezeDefaults, LiftConstants, RemoveDeadCode, UpgradeIr
 from graphopt_passes.control_flow import InlineControlFlow
 from graphopt_passes.dedupe import MergeCommonSubexpressions, MergeDuplicateConstants
 from graphopt_passes.fold import FoldConstants
@@ -72,6 +72,7 @@ PASSES: Mapping[str, Maker] = {
         each.name: each
         for each in (
             UpgradeIr,
+            FreezeDefaults,
             InlineFunctions,
             LiftConstants,
             FoldConstants,

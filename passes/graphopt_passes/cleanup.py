@@ -52,6 +52,43 @@ class UpgradeIr:
 
 
 @dataclasses.dataclass(frozen=True)
+class FreezeDefaults:
+    """Makes the overridable defaults of inputs constants, for models whose callers never override them.
+
+    From IR version 4 on, an initializer that is a graph input too is a default: a feed may replace it, so nothing
+    folds it or fuses it. Old exporters wrote every weight that way. Whoever knows that no caller feeds them puts this
+    pass in front of the pipeline (`prepend = ["freeze-defaults"]` in a recipe); it is in no pipeline by itself, because
+    the result takes fewer inputs than the original.
+
+    Before:  ir_version 6, inputs x, w, initializers w
+    After:   ir_version 6, inputs x,    initializers w
+    Changes numerics: exact, for callers that leave the defaults alone.  Leaves alone: inputs without a default.
+    Source: onnx/docs/IR.md, "Graphs".
+    """
+
+    name: ClassVar[str] = "freeze-defaults"
+    numerics: ClassVar[Numerics] = Numerics.EXACT
+    drops_defaults: ClassVar[bool] = True
+
+    def run(self, model: ir.Model, ctx: Context) -> bool:
+        """Rewrites `model`; returns whether anything changed."""
+        inputs = model.graph.inputs
+        frozen = {
+            value
+            for value in inputs
+            if value.is_initializer() and ctx.permit("freeze-default", value)
+        }
+        if not frozen:
+            return False
+        kept = [value for value in inputs if value not in frozen]
+        inputs.clear()
+        inputs.extend(kept)
+        model.ir_version = max(model.ir_version, 4)
+        ctx.refresh()
+        return True
+
+
+@dataclasses.dataclass(frozen=True)
 class LiftConstants:
     """Turns `Constant` nodes into initializers of the same name.
 

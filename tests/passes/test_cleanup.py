@@ -8,7 +8,7 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 from graphopt_passes import tidy
-from graphopt_passes.cleanup import LiftConstants, RemoveDeadCode, UpgradeIr
+from graphopt_passes.cleanup import FreezeDefaults, LiftConstants, RemoveDeadCode, UpgradeIr
 
 from graphopt.ir.check import violations
 from graphopt.ir.model_file import load_model
@@ -46,6 +46,23 @@ def test_upgrade_ir_makes_initializers_constant() -> None:
 def test_upgrade_ir_keeps_overridable_initializers() -> None:
     model = load(IR3.replace("ir_version: 3", "ir_version: 4"))
     assert not apply([UpgradeIr()], model).rewrites
+    assert [v.name for v in model.graph.inputs] == ["x", "w"]
+
+
+def test_freeze_defaults_makes_overridable_initializers_constant() -> None:
+    model = load(IR3.replace("ir_version: 3", "ir_version: 4"))
+    ctx = apply([FreezeDefaults()], model)
+    assert [(r.rule, r.site) for r in ctx.rewrites] == [("freeze-default", "w")]
+    assert [v.name for v in model.graph.inputs] == ["x"]
+    feed = {"x": np.array([3, 4], np.float32)}
+    np.testing.assert_array_equal(run(save(model), feed)[0], run(parse(IR3), feed)[0])
+    assert not apply([FreezeDefaults()], model).rewrites
+
+
+def test_freeze_defaults_leaves_each_where_the_gate_says_so() -> None:
+    model = load(IR3.replace("ir_version: 3", "ir_version: 4"))
+    ctx = Context(model, get_target("cpu"), gate=Gate(limit=0))
+    assert not run_pipeline(model, [FreezeDefaults()], ctx)[0].changed
     assert [v.name for v in model.graph.inputs] == ["x", "w"]
 
 

@@ -85,6 +85,7 @@ def test_json_has_the_documented_keys_and_is_strict() -> None:
             "rule": "drop|it",
             "node": "n<1>",
             "reason": "because\nso",
+            "culprit": "",
         }
     ]
     assert body["rewrites"] == [{"pass": "tidy", "rule": "drop", "count": 2}]

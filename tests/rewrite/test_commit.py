@@ -133,8 +133,8 @@ def test_one_value_cannot_be_two_outputs() -> None:
         (lambda m, g: g.op("Cast", m[x], to=ir.DataType.DOUBLE), "replaces FLOAT by DOUBLE"),
         (lambda m, g: g.op("Flatten", m[x], axis=0), "replaces dims [2, 3] by [1, 6]"),
         (lambda m, g: g.op("Reshape", m[x], g.ints([6])), "replaces rank 2 by rank 1"),
-        (lambda m, g: [g.op("Abs", m[x]), g.op("Neg", m[x])], "2 replacements for 1 outputs (y)"),
-        (lambda _m, _g: [None], "no replacement for output 'y', which is used (y)"),
+        (lambda m, g: [g.op("Abs", m[x]), g.op("Neg", m[x])], "2 replacements for 1 outputs"),
+        (lambda _m, _g: [None], "no replacement for output 'y', which is used"),
     ],
     ids=["dtype", "dims", "rank", "many", "none"],
 )

@@ -1,0 +1,93 @@
+"""What rules would do at a newer opset: asked without changing anything."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import onnx_ir as ir
+
+from graphopt.ir.build import Builder
+from graphopt.ir.scopes import all_graphs
+from graphopt.rewrite.commit import Site, discard
+from graphopt.rewrite.context import Context
+from graphopt.rewrite.engine import Rewriter
+from graphopt.rewrite.rules import Facts, Rule
+from graphopt.targets import FusedOp, Target
+
+
+def gains(rules: Sequence[Rule], model: ir.Model, ctx: Context) -> Iterator[int]:
+    """The opset that each place in `model` asks for where a rule would put an operator newer than the model.
+
+    A place that has a replacement at the model's own opset asks for none.
+    """
+    opset = model.opset_imports.get("", 0)
+    ahead = [each for each in ctx.target.fused if opset < each.since <= ctx.target.opset[1]]
+    newer = {each.op_type: each for each in ahead if not each.domain}
+    if newer:
+        yield from _Probe(rules, ctx, newer).walk(model)
+
+
+class _Probe(Rewriter):
+    """Goes through a model as the driver does, for a target that has its newer operators at any opset."""
+
+    def __init__(self, rules: Sequence[Rule], ctx: Context, newer: dict[str, FusedOp]) -> None:
+        _ = ctx.shapes  # inferred once, for both
+        mute = copy.copy(ctx)
+        mute.remarks, mute.rewrites = [], []
+        super().__init__(rules, mute)
+        self._newer = newer
+        self._target = ctx.target
+        self._ahead = _without_since(ctx.target, newer)
+
+    def walk(self, model: ir.Model) -> Iterator[int]:
+        """The opsets asked for."""
+        for scope in all_graphs(model):
+            now, ahead = (
+                Site(
+                    scope.graph,
+                    Facts(self._ctx.shapes, target, scope.opsets),
+                    is_function=scope.function is not None and scope.owner is None,
+                )
+                for target in (self._target, self._ahead)
+            )
+            for node in scope.graph:
+                wanted = self._wanted(node, ahead)
+                if wanted and not any(self._ops(r, node, now) for r in self._rules(node, now)):
+                    yield wanted
+
+    def _rules(self, node: ir.Node, site: Site) -> Iterator[Rule]:
+        opset = site.facts.opsets.get("", 0)
+        for rule in self._index.get((node.domain, node.op_type), ()):
+            if rule.opset[0] <= opset <= rule.opset[1]:
+                yield rule
+
+    def _wanted(self, node: ir.Node, site: Site) -> int:
+        """The opset of the newest operator that the first rule to fire at `node` would put; 0 if none is newer."""
+        for rule in self._rules(node, site):
+            found = self._ops(rule, node, site)
+            if found:
+                return max((self._newer[op].since for op in found if op in self._newer), default=0)
+        return 0
+
+    def _ops(self, rule: Rule, root: ir.Node, site: Site) -> frozenset[str]:
+        """The operators that `rule` would put in place of `root`; empty where it does not fire."""
+        if not rule.pattern.plausible(root):
+            return frozenset()
+        env = next(rule.pattern.match_node(root, {}), None)
+        if env is None:
+            return frozenset()
+        tape = Builder()
+        made = self._built(rule, env, root, tape, site)
+        found = frozenset(node.op_type for node in tape.nodes if not node.domain)
+        discard(tape, self._ctx)
+        return found if made is not None else frozenset()
+
+
+def _without_since(target: Target, newer: dict[str, FusedOp]) -> Target:
+    fused = tuple(
+        dataclasses.replace(each, since=1) if each.op_type in newer else each
+        for each in target.fused
+    )
+    return dataclasses.replace(target, fused=fused)
