@@ -26,7 +26,8 @@ Action: TypeAlias = Callable[["Match", Builder], Replacement]
 class Skip(Exception):
     """A rule declines a match that it recognised.  The reason becomes a remark, never a stack trace.
 
-    An empty reason is for what nobody could ever change: it makes no remark.  A rule that finds the match not to be its pattern after all returns None instead, and nothing is said.
+    An empty reason is for what nobody could ever change: it makes no remark.  A rule that finds the match not to be its
+    pattern after all returns None instead, and nothing is said.
     """
 
     def __init__(self, reason: str, culprit: ir.Node | ir.Value | None = None) -> None:
