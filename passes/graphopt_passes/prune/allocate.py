@@ -1,0 +1,87 @@
+"""How many weights of each layer become zero.  Pure functions of arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from graphopt_passes.prune.layers import Wide
+from graphopt_passes.prune.request import Allocation
+
+FLOOR = 0.01
+"""Least share of a layer that stays."""
+
+
+def allocate(weights: Sequence[Wide], zeros: int, how: Allocation) -> list[int]:
+    """Zeros of each layer; they add up to `zeros` unless every layer is at its floor.
+
+    Args:
+        weights: of each layer, any shape.
+        zeros: wanted in all.
+        how: uniform: the same share of each.  global: the smallest of all weights.  LAMP: the smallest scores
+            w^2 / sum of the squares not smaller in the layer, so that no layer loses its greatest weights (Lee et al.
+            2021).  ERK: density in proportion to (sum of dims) / (product of dims) (Evci et al. 2020).
+    """
+    sizes = [weight.size for weight in weights]
+    most = [size - max(int(np.ceil(FLOOR * size)), 1) for size in sizes]
+    if how is Allocation.UNIFORM:
+        wanted = [round(zeros * size / sum(sizes)) for size in sizes]
+    elif how is Allocation.ERK:
+        wanted = _erdos_renyi(weights, zeros)
+    else:
+        score = lamp_scores if how is Allocation.LAMP else np.abs
+        wanted = _smallest([np.asarray(score(w.reshape(-1))) for w in weights], zeros)
+    return _within(wanted, most, zeros)
+
+
+def lamp_scores(weights: Wide) -> Wide:
+    """w_i^2 over the sum of all squares not smaller, for flat weights."""
+    squares = np.square(weights)
+    order = np.argsort(squares, kind="stable")
+    ascending = squares[order]
+    rest = np.cumsum(ascending[::-1])[::-1]
+    scores = np.empty_like(squares)
+    scores[order] = ascending / np.where(rest > 0, rest, 1.0)
+    return scores
+
+
+def smallest(scores: npt.NDArray[np.floating], count: int) -> npt.NDArray[np.bool_]:
+    """A mask of the shape of `scores`, False at the `count` smallest; ties go by position."""
+    keep = np.ones(scores.size, bool)
+    keep[np.argsort(scores, axis=None, kind="stable")[:count]] = False
+    return keep.reshape(scores.shape)
+
+
+def _smallest(scores: list[npt.NDArray[np.floating]], zeros: int) -> list[int]:
+    dropped = ~smallest(np.concatenate(scores), zeros)
+    ends = np.cumsum([score.size for score in scores])
+    return [int(part.sum()) for part in np.split(dropped, ends[:-1])]
+
+
+def _erdos_renyi(weights: Sequence[Wide], zeros: int) -> list[int]:
+    sizes = np.array([weight.size for weight in weights], float)
+    raw = np.array([sum(weight.shape) for weight in weights], float) / sizes
+    full = np.zeros(len(weights), bool)
+    kept = sizes.sum() - zeros
+    while True:
+        room = kept - sizes[full].sum()
+        scale = room / max(float((raw * sizes)[~full].sum()), 1e-12)
+        over = ~full & (scale * raw > 1)
+        if not over.any():
+            break
+        full |= over
+    density = np.where(full, 1.0, np.clip(scale * raw, 0, 1))
+    return [int(zero) for zero in np.rint(sizes * (1 - density))]
+
+
+def _within(wanted: list[int], most: list[int], zeros: int) -> list[int]:
+    """The counts, none above its limit; what is cut off goes to the layers with room, in proportion to it."""
+    given = [min(want, limit) for want, limit in zip(wanted, most, strict=True)]
+    left = min(zeros, sum(most)) - sum(given)
+    room = np.array(most) - np.array(given)
+    if left > 0:
+        extra = np.floor(left * room / max(int(room.sum()), 1)).astype(int)
+        given = [count + int(more) for count, more in zip(given, extra, strict=True)]
+    return given

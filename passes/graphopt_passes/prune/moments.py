@@ -1,0 +1,108 @@
+"""Second moments of what a layer reads, summed batch by batch: memory for two matrices, whatever the samples."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+from graphopt_passes.prune.layers import Array, Layer, Wide, Window
+
+MAX_COLUMNS = 8192
+"""Inputs of a layer that are looked at in all: neighbouring positions of an image say the same again."""
+
+_WIDE_COLUMNS = 1024
+
+
+class Moments:
+    """H = sum x x^T and G = sum x_dense x^T of each block of a layer, x with a 1 at its end for the bias."""
+
+    def __init__(self, layer: Layer, batches: int, seed: int) -> None:
+        """Starts at zero.
+
+        Args:
+            layer: whose input is looked at.
+            batches: how many times `add` will be called.
+            seed: of the choice of positions.
+        """
+        self._window = layer.window
+        self._room = max(math.ceil(MAX_COLUMNS / batches), 1)
+        self._random = np.random.default_rng(seed)
+        self.moment: Wide = np.zeros(0)
+        self.cross: Wide = np.zeros(0)
+
+    def add(self, dense: Array, pruned: Array) -> None:
+        """Adds one batch of inputs, as the dense and as the pruned model make them."""
+        positions = self._positions(pruned)
+        x_dense, x = (inputs(a, self._window, positions) for a in (dense, pruned))
+        size = x.shape[-1]
+        if not self.moment.size:
+            self.moment = np.zeros((x.shape[0], size, size))
+            self.cross = np.zeros_like(self.moment)
+        precision = np.float32 if size > _WIDE_COLUMNS else np.float64
+        x, x_dense = x.astype(precision), x_dense.astype(precision)
+        self.moment += x.transpose(0, 2, 1) @ x
+        self.cross += x_dense.transpose(0, 2, 1) @ x
+
+    def _positions(self, array: Array) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        total = math.prod(array.shape[:-1])
+        if self._window is not None:
+            total = len(array) * math.prod(output_size(array.shape[2:], self._window))
+        if total <= self._room:
+            return np.arange(total)
+        return np.sort(self._random.choice(total, self._room, replace=False))
+
+
+def inputs(array: Array, window: Window | None, positions: Array) -> Array:
+    """What a layer multiplies by its matrix at some positions: [blocks, positions, columns + 1], ones at the end."""
+    if window is None:
+        rows = array.reshape(-1, array.shape[-1])[positions][None]
+    else:
+        rows = patches(array, window, positions)
+    ones = np.ones((*rows.shape[:-1], 1), rows.dtype)
+    return np.concatenate([rows, ones], axis=-1)
+
+
+def patches(array: Array, window: Window, positions: Array) -> Array:
+    """Patches of [N, C, spatial...] under a window: [groups, positions, kernel * C / groups], channels fastest."""
+    spatial = array.shape[2:]
+    pads = [(0, 0), (0, 0), *_pads(spatial, window)]
+    reach = [(k - 1) * d + 1 for k, d in zip(window.kernel, window.dilations, strict=True)]
+    axes = tuple(range(2, array.ndim))
+    view = sliding_window_view(np.pad(array, pads), reach, axis=axes)
+    steps = tuple(slice(None, None, stride) for stride in window.strides)
+    taps = tuple(slice(None, None, dilation) for dilation in window.dilations)
+    view = view[(slice(None), slice(None), *steps, *taps)]
+    rank = len(spatial)
+    grid = np.moveaxis(view, 1, 1 + rank)  # [N, positions..., C, kernel...]
+    where = np.unravel_index(positions, grid.shape[: 1 + rank])
+    chosen = grid[where]
+    count, channels = chosen.shape[:2]
+    split = chosen.reshape(count, window.group, channels // window.group, *window.kernel)
+    last = np.moveaxis(split, 2, -1)
+    return np.moveaxis(last.reshape(count, window.group, -1), 1, 0)
+
+
+def output_size(spatial: tuple[int, ...], window: Window) -> tuple[int, ...]:
+    """Extent of the output by spatial axis."""
+    pads = _pads(spatial, window)
+    return tuple(
+        (size + before + after - (k - 1) * d - 1) // s + 1
+        for size, (before, after), k, d, s in zip(
+            spatial, pads, window.kernel, window.dilations, window.strides, strict=True
+        )
+    )
+
+
+def _pads(spatial: tuple[int, ...], window: Window) -> list[tuple[int, int]]:
+    if window.auto_pad in ("NOTSET", "VALID", ""):
+        rank = len(spatial)
+        given = window.pads if window.auto_pad != "VALID" else (0,) * (2 * rank)
+        return list(zip(given[:rank], given[rank:], strict=True))
+    found = []
+    for size, k, d, s in zip(spatial, window.kernel, window.dilations, window.strides, strict=True):
+        total = max((math.ceil(size / s) - 1) * s + (k - 1) * d + 1 - size, 0)
+        less, more = total // 2, total - total // 2
+        found.append((less, more) if window.auto_pad == "SAME_UPPER" else (more, less))
+    return found

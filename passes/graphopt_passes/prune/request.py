@@ -1,0 +1,136 @@
+"""What `--sparsity` asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import re
+
+from graphopt.errors import OptionError
+
+_REMEDY = (
+    "write 0.8 (share of zeros), 2:4 (zeros in each four), channels:0.5 (share of the arithmetic to remove) or "
+    "threshold:0.01, and after it, if need be, method=…, allocation=…, refit=no, dense=REGEX"
+)
+
+
+class Method(enum.StrEnum):
+    """How the weights to keep are chosen."""
+
+    AUTO = "auto"
+    """ADMM from 90 % on, SparseGPT below; magnitude without samples."""
+
+    MAGNITUDE = "magnitude"
+    WANDA = "wanda"
+    SPARSEGPT = "sparsegpt"
+    ADMM = "admm"
+
+
+class Allocation(enum.StrEnum):
+    """How the share of zeros is spread over the layers."""
+
+    LAMP = "lamp"
+    ERK = "erk"
+    GLOBAL = "global"
+    UNIFORM = "uniform"
+
+
+class Importance(enum.StrEnum):
+    """What makes a channel worth keeping."""
+
+    AUTO = "auto"
+    L2 = "l2"
+    SIMILAR = "fpgm"
+    ACTIVATION = "activation"
+
+
+@dataclasses.dataclass(frozen=True)
+class SparsityRequest:
+    """One `--sparsity`, in parts; exactly one of the first four says how much.
+
+    Attributes:
+        ratio: share of the weights of Conv, Gemm and MatMul that shall be zero.
+        pattern: (N, M): at least M - N zeros in M consecutive weights along the axis that hardware reads.
+        threshold: weights up to this magnitude become zero.
+        channels: share of the arithmetic to remove by removing whole channels.
+        method: how weights are chosen.
+        allocation: how `ratio` is spread over layers.
+        importance: how channels are chosen.
+        refit: whether the weights that stay are fitted to the outputs of the dense model.
+        dense: names of weights that stay dense, as a regular expression.
+    """
+
+    ratio: float | None = None
+    pattern: tuple[int, int] | None = None
+    threshold: float | None = None
+    channels: float | None = None
+    method: Method = Method.AUTO
+    allocation: Allocation = Allocation.LAMP
+    importance: Importance = Importance.AUTO
+    refit: bool = True
+    dense: str = ""
+
+
+def parse_sparsity(text: str) -> SparsityRequest:
+    """The request that `text` states: `0.8`, `2:4`, `channels:0.5`, `0.9,method=wanda,allocation=erk`.
+
+    Raises:
+        OptionError: the text states none; the message says what does.
+    """
+    first, *rest = (part.strip() for part in text.split(","))
+    request = _amount(first, text)
+    for part in rest:
+        key, _, word = part.partition("=")
+        request = _with_option(request, key.strip(), word.strip(), text)
+    return request
+
+
+def _amount(word: str, text: str) -> SparsityRequest:
+    pattern = re.fullmatch(r"(\d+):(\d+)", word)
+    if pattern:
+        n, m = int(pattern[1]), int(pattern[2])
+        if not 0 < n < m:
+            raise OptionError(f"--sparsity {text!r}: {n}:{m} keeps {n} of each {m}; {_REMEDY}")
+        return SparsityRequest(pattern=(n, m))
+    kind, colon, number = word.rpartition(":")
+    value = _number(number, text)
+    if kind == "threshold" and value > 0:
+        return SparsityRequest(threshold=value)
+    if kind not in ("", "channels") or not 0 < value < 1 or (colon and not kind):
+        raise OptionError(f"--sparsity {text!r}: {word!r} is no amount; {_REMEDY}")
+    return SparsityRequest(channels=value) if kind else SparsityRequest(ratio=value)
+
+
+def _number(word: str, text: str) -> float:
+    try:
+        return float(word)
+    except ValueError as error:
+        raise OptionError(f"--sparsity {text!r}: {word!r} is not a number; {_REMEDY}") from error
+
+
+def _with_option(request: SparsityRequest, key: str, word: str, text: str) -> SparsityRequest:
+    choices: dict[str, type[enum.StrEnum]] = {
+        "method": Method,
+        "allocation": Allocation,
+        "importance": Importance,
+    }
+    if key in choices:
+        known = [member.value for member in choices[key]]
+        if word not in known:
+            raise OptionError(
+                f"--sparsity {text!r}: unknown {key} {word!r}; choose one of {', '.join(known)}"
+            )
+        return dataclasses.replace(request, **{key: choices[key](word)})
+    if key == "refit" and word in ("yes", "no"):
+        return dataclasses.replace(request, refit=word == "yes")
+    if key == "dense" and word:
+        return dataclasses.replace(request, dense=_regex(word, text))
+    raise OptionError(f"--sparsity {text!r}: {key!r} is no option with value {word!r}; {_REMEDY}")
+
+
+def _regex(word: str, text: str) -> str:
+    try:
+        re.compile(word)
+    except re.error as error:
+        raise OptionError(f"--sparsity {text!r}: dense={word!r} is not a regular expression: {error}") from error
+    return word

@@ -1,0 +1,50 @@
+"""Calibration samples as feeds for pruning, several in one batch where the model takes any batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.calibrate.samples import read_samples
+from graphopt.rewrite import Calibration
+from graphopt.runtime.specs import Kind, TensorSpec, input_specs
+from graphopt_passes.prune.layers import Array
+
+BATCH = 32
+Feeds = list[dict[str, Array]]
+
+
+def read_feeds(model: ir.Model, calibration: Calibration) -> Feeds:
+    """All samples in batches.
+
+    Raises:
+        DataError: there are none, or one does not fit the model.
+    """
+    specs = input_specs(model)
+    singles = [dict(feed.values) for feed in read_samples(calibration, specs)]
+    return batched(singles, specs)
+
+
+def batched(singles: Sequence[Mapping[str, Array]], specs: Sequence[TensorSpec]) -> Feeds:
+    """Samples joined along the leading axis, where every input has an open one and all other dims agree."""
+    if not _joinable(singles, specs):
+        return [dict(single) for single in singles]
+    groups = [singles[i : i + BATCH] for i in range(0, len(singles), BATCH)]
+    return [{n: np.concatenate([s[n] for s in group]) for n in group[0]} for group in groups]
+
+
+def _joinable(singles: Sequence[Mapping[str, Array]], specs: Sequence[TensorSpec]) -> bool:
+    known = {spec.name: spec for spec in specs}
+    first = singles[0]
+    leads = set()
+    for name, array in first.items():
+        spec = known[name]
+        if spec.kind is not Kind.TENSOR or not spec.shape or isinstance(spec.shape[0], int):
+            return False
+        leads.add(spec.shape[0])
+        if array.ndim == 0 or any(each[name].shape != array.shape for each in singles):
+            return False
+    # Two inputs whose leading axes have different names need not be batches of the same thing.
+    return len(leads) == 1 and (len(first) == 1 or None not in leads)

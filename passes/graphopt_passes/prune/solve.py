@@ -1,0 +1,193 @@
+"""Which weights to keep and what they become, from second moments.  Pure functions of arrays in float64.
+
+`W` is [rows, columns]; `H` = sum of x x^T over the inputs x of the layer in the pruned model so far; `G` = sum of
+x_dense x^T.  With the dense target `T = (W0 G + l W0)(H + l I)^-1`, the distance between the outputs of the pruned and
+of the dense layer is ||(W - T) H^(1/2)||^2 up to a constant, so that every method below works on (T, H) and repairs what
+the layers before it have lost.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import numpy.typing as npt
+
+from graphopt_passes.prune.allocate import smallest
+from graphopt_passes.prune.layers import Wide
+from graphopt_passes.prune.request import Method
+
+Mask = npt.NDArray[np.bool_]
+
+RIDGE = 0.01
+"""Over the mean of the diagonal of H."""
+
+_BLOCK = 128
+_ADMM_STEPS, _ADMM_RAMP, _ADMM_RHO = 40, 27, 0.3
+_REFIT_STEPS = 10
+_DAMPINGS = (0.01, 0.1, 1.0, 10.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """How many zeros, and where they may lie.
+
+    Attributes:
+        zeros: in the matrix.
+        pattern: (N, M) instead: N of each M consecutive columns stay.
+        fixed: columns at the end that always stay (the bias).
+    """
+
+    zeros: int = 0
+    pattern: tuple[int, int] | None = None
+    fixed: int = 0
+
+    def mask(self, scores: Wide) -> Mask:
+        """Which weights stay: those with the greatest scores."""
+        keep = np.ones(scores.shape, bool)
+        free = scores[:, : scores.shape[1] - self.fixed]
+        chosen = (
+            smallest(free, self.zeros) if self.pattern is None else pattern_mask(free, *self.pattern)
+        )
+        keep[:, : free.shape[1]] = chosen
+        return keep
+
+    def share(self, part: float) -> Goal:
+        """The same with `part` of the zeros."""
+        return dataclasses.replace(self, zeros=int(self.zeros * part))
+
+
+def pattern_mask(scores: Wide, n: int, m: int) -> Mask:
+    """True at the n greatest of each m consecutive columns; ties go by position."""
+    groups = scores.reshape(scores.shape[0], -1, m)
+    ranks = np.argsort(np.argsort(-groups, axis=-1, kind="stable"), axis=-1, kind="stable")
+    return (ranks < n).reshape(scores.shape)
+
+
+def ridge(moment: Wide) -> float:
+    """The ridge of a second moment, positive even where the moment is zero."""
+    return RIDGE * float(np.mean(np.diag(moment))) or 1e-8
+
+
+def dense_target(weight: Wide, moment: Wide, cross: Wide) -> Wide:
+    """The weight that fits the outputs of the dense layer best, given the inputs of the pruned model."""
+    damp = ridge(moment)
+    right = weight @ cross + damp * weight
+    return np.linalg.solve(moment + damp * np.eye(len(moment)), right.T).T
+
+
+def refit(mask: Mask, start: Wide, weight: Wide, moment: Wide, cross: Wide) -> Wide:
+    """Least squares on the kept weights: conjugate gradients with a Jacobi preconditioner, all rows at once.
+
+    Minimises ||W X - W0 X_dense||^2 + l ||W - W0||^2 over W that is zero outside `mask`, from `start`.
+    """
+    damp = ridge(moment)
+    scale = np.diag(moment) + damp
+    found = np.where(mask, start, 0.0)
+
+    def apply(direction: Wide) -> Wide:
+        return np.where(mask, direction @ moment + damp * direction, 0.0)
+
+    rest = np.where(mask, weight @ cross + damp * weight, 0.0) - apply(found)
+    eased = rest / scale
+    step = eased.copy()
+    energy = np.sum(rest * eased, axis=1, keepdims=True)
+    for _ in range(_REFIT_STEPS):
+        image = apply(step)
+        curve = np.sum(step * image, axis=1, keepdims=True)
+        rate = np.divide(energy, curve, out=np.zeros_like(energy), where=curve > 0)
+        found += rate * step
+        rest -= rate * image
+        eased = rest / scale
+        renewed = np.sum(rest * eased, axis=1, keepdims=True)
+        step = eased + step * np.divide(renewed, energy, out=np.zeros_like(energy), where=energy > 0)
+        energy = renewed
+    return found
+
+
+def solve(
+    weight: Wide, moment: Wide, cross: Wide, goal: Goal, method: Method, *, fit: bool
+) -> tuple[Wide, Mask]:
+    """The pruned matrix and its mask."""
+    if method is Method.MAGNITUDE:
+        start, mask = weight, goal.mask(np.abs(weight))
+    elif method is Method.WANDA:
+        start, mask = weight, goal.mask(np.abs(weight) * np.sqrt(np.diag(moment)))
+    elif method is Method.SPARSEGPT:
+        start, mask = sparse_gpt(dense_target(weight, moment, cross), moment, goal)
+    else:
+        start, mask = admm(dense_target(weight, moment, cross), moment, goal)
+    if not fit:
+        return np.where(mask, start, 0.0), mask
+    return refit(mask, start, weight, moment, cross), mask
+
+
+def sparse_gpt(target: Wide, moment: Wide, goal: Goal) -> tuple[Wide, Mask]:
+    """Column by column: each removed weight is made up for by those to its right.
+
+    Source: Frantar and Alistarh 2023, SparseGPT; columns in blocks, the mask of a block chosen when it is reached.
+    """
+    free = target.shape[1] - goal.fixed
+    upper = _inverse_root(moment)
+    work = target.copy()
+    mask = np.ones(target.shape, bool)
+    width = _block_width(goal)
+    for begin in range(0, target.shape[1], width):
+        end = min(begin + width, target.shape[1])
+        inside = min(end, free) - begin
+        if inside > 0:
+            scores = np.square(work[:, begin : begin + inside] / np.diag(upper)[begin : begin + inside])
+            zeros = round(goal.zeros * inside / free)
+            part = Goal(zeros, goal.pattern)
+            mask[:, begin : begin + inside] = part.mask(scores)
+        errors = np.zeros((target.shape[0], end - begin))
+        for column in range(begin, end):
+            kept = np.where(mask[:, column], work[:, column], 0.0)
+            error = (work[:, column] - kept) / upper[column, column]
+            work[:, column:end] -= np.outer(error, upper[column, column:end])
+            work[:, column] = kept
+            errors[:, column - begin] = error
+        work[:, end:] -= errors @ upper[begin:end, end:]
+    return np.where(mask, work, 0.0), mask
+
+
+def _block_width(goal: Goal) -> int:
+    if goal.pattern is None:
+        return _BLOCK
+    return max(_BLOCK // goal.pattern[1], 1) * goal.pattern[1]
+
+
+def _inverse_root(moment: Wide) -> Wide:
+    """The upper factor U of the inverse, U^T U = (H + damping)^-1, damped until it exists."""
+    mean = float(np.mean(np.diag(moment))) or 1.0
+    eye = np.eye(len(moment))
+    for damping in _DAMPINGS:
+        try:
+            inverse = np.linalg.inv(moment + damping * mean * eye)
+            return np.linalg.cholesky((inverse + inverse.T) / 2).T
+        except np.linalg.LinAlgError:
+            continue
+    return eye / np.sqrt(mean)
+
+
+def admm(target: Wide, moment: Wide, goal: Goal) -> tuple[Wide, Mask]:
+    """Alternates between the best dense fit and the nearest sparse matrix, with ever more zeros.
+
+    Source: Meng et al. 2024 (ALPS), Boza 2024: columns scaled to unit energy, one factorisation for all steps.
+    """
+    precision = np.float32 if len(moment) > 1024 else np.float64
+    scale = np.sqrt(np.diag(moment) + ridge(moment))
+    normal = (moment / scale[:, None] / scale[None, :]).astype(precision)
+    normal += np.asarray(RIDGE * np.eye(len(normal)), precision)
+    wanted = (target * scale).astype(precision)
+    pull = wanted @ normal
+    solver = np.linalg.inv(normal + np.asarray(_ADMM_RHO * np.eye(len(normal)), precision))
+    sparse, dual = wanted.copy(), np.zeros_like(wanted)
+    mask = np.ones(wanted.shape, bool)
+    for turn in range(_ADMM_STEPS):
+        dense = (pull + precision(_ADMM_RHO) * (sparse - dual)) @ solver
+        ramp = 1 - (1 - min((turn + 1) / _ADMM_RAMP, 1)) ** 3
+        mask = goal.share(ramp).mask(np.abs(dense + dual))
+        sparse = np.where(mask, dense + dual, precision(0))
+        dual += dense - sparse
+    return np.asarray(sparse / scale, np.float64), mask

@@ -1,0 +1,185 @@
+"""Runs a model piece by piece over all samples, twice side by side: as it was, and with what is pruned so far.
+
+Layer by layer pruning needs the input of each layer in both models.  Running the whole model once a layer would take
+time in the square of its depth; here each node runs once a sample, and only values that later pieces read are kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import onnx
+import onnx_ir as ir
+
+from graphopt.ir import values
+from graphopt.ir.model_file import to_proto
+from graphopt.ir.scopes import dependencies
+from graphopt.runtime.session import Session, SessionOptions
+from graphopt_passes.prune.layers import Array
+
+Live = dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Consecutive nodes of the main graph.
+
+    Attributes:
+        nodes: what runs.
+        reads: values from outside that are no constants.
+        makes: values that later pieces read.
+    """
+
+    nodes: tuple[ir.Node, ...]
+    reads: tuple[str, ...]
+    makes: tuple[str, ...]
+
+
+def cut(graph: ir.Graph, stops: Sequence[ir.Value]) -> list[Piece]:
+    """The pieces after each of which the next stop is known; nodes that no stop needs are left out.
+
+    Args:
+        graph: sorted.
+        stops: values, in the order in which the graph makes them.
+    """
+    needed = _ancestors(stops)
+    nodes = [node for node in graph if node in needed]
+    place = {node: index for index, node in enumerate(nodes)}
+    ends = [0 if (p := stop.producer()) is None else place[p] + 1 for stop in stops]
+    parts, begin = [], 0
+    for end in ends:
+        parts.append(nodes[begin : max(end, begin)])
+        begin = max(end, begin)
+    return [_piece(part, parts[i + 1 :], stops[i:]) for i, part in enumerate(parts)]
+
+
+def _ancestors(stops: Sequence[ir.Value]) -> set[ir.Node]:
+    found: set[ir.Node] = set()
+    stack = [stop.producer() for stop in stops]
+    while stack:
+        node = stack.pop()
+        if node is None or node in found:
+            continue
+        found.add(node)
+        stack.extend(value.producer() for value in dependencies(node))
+    return found
+
+
+def _piece(
+    part: Sequence[ir.Node], later: Sequence[Sequence[ir.Node]], stops: Sequence[ir.Value]
+) -> Piece:
+    made = {value for node in part for value in node.outputs if value.name}
+    read = [v for node in part for v in dependencies(node) if v not in made and not values.is_constant(v)]
+    after = {value for nodes in later for node in nodes for value in dependencies(node)}
+    kept = [value for node in part for value in node.outputs if value in after or value in stops]
+    return Piece(tuple(part), _names(read), _names(kept))
+
+
+def _names(several: Sequence[ir.Value]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(value.name for value in several if value.name))
+
+
+class Streams:
+    """All samples on their way through a model, as it was and as it becomes.
+
+    Attributes:
+        dense: by sample, the values that later pieces read.
+        pruned: the same in the model with new weights; shares arrays with `dense` up to the first of them.
+    """
+
+    def __init__(self, model: ir.Model, feeds: Sequence[Mapping[str, Array]], threads: int = 2) -> None:
+        self._model = model
+        self._threads = threads
+        self._altered: set[str] = set()
+        self.dense: list[Live] = [dict(feed) for feed in feeds]
+        self.pruned: list[Live] = [dict(feed) for feed in feeds]
+
+    def run(self, piece: Piece, alive: frozenset[str], new: Mapping[str, Array]) -> None:
+        """Runs a piece over all samples and forgets what is not `alive` afterwards.
+
+        Args:
+            piece: the next one.
+            alive: names that this or later pieces read.
+            new: weights that differ from those in the model, by name.
+        """
+        if piece.nodes:
+            given = [name for name in new if name in _constants(piece)]
+            altered = bool(given) or any(name in self._altered for name in piece.reads)
+            session = self._session(piece, given)
+            old = {name: self._stored(name, piece) for name in given}
+            for dense, pruned in zip(self.dense, self.pruned, strict=True):
+                made = _run(session, dense, piece, old)
+                dense.update(made)
+                # Until a weight changes, both models compute the same.
+                pruned.update(
+                    _run(session, pruned, piece, {n: new[n] for n in given}) if altered else made
+                )
+            if altered:
+                self._altered.update(piece.makes)
+        for live in (*self.dense, *self.pruned):
+            for name in [name for name in live if name not in alive]:
+                del live[name]
+
+    def pairs(self, name: str) -> Iterator[tuple[Array, Array]]:
+        """The value in the dense and in the pruned model, by sample."""
+        for dense, pruned in zip(self.dense, self.pruned, strict=True):
+            yield dense[name], pruned[name]
+
+    @property
+    def bytes_held(self) -> int:
+        """Of all values that are kept."""
+        arrays = {id(a): a.nbytes for live in (*self.dense, *self.pruned) for a in live.values()}
+        return sum(arrays.values())
+
+    def _stored(self, name: str, piece: Piece) -> Array:
+        tensor = _constants(piece)[name].const_value
+        assert tensor is not None
+        return tensor.numpy()
+
+    def _session(self, piece: Piece, given: Sequence[str]) -> Session:
+        data = piece_model(self._model, piece, given).SerializeToString()
+        return Session(data, options=SessionOptions(threads=self._threads))
+
+
+def _run(session: Session, live: Live, piece: Piece, weights: Mapping[str, Array]) -> Live:
+    feeds = {name: live[name] for name in piece.reads} | dict(weights)
+    return session.run(feeds)
+
+
+def _constants(piece: Piece) -> dict[str, ir.Value]:
+    found = [v for node in piece.nodes for v in dependencies(node) if values.is_constant(v)]
+    return {value.name or "": value for value in found}
+
+
+def piece_model(model: ir.Model, piece: Piece, given: Sequence[str]) -> onnx.ModelProto:
+    """A piece as a model of its own; the constants in `given` are inputs."""
+    made = {value.name for node in piece.nodes for value in node.outputs}
+    graph = ir.Graph((), (), nodes=(), opset_imports=dict(model.opset_imports), name="piece")
+    shell = ir.Model(graph, ir_version=max(model.ir_version, 8), functions=list(model.functions.values()))
+    proto = to_proto(shell)
+    reads = {v.name: v for node in piece.nodes for v in dependencies(node) if v.name not in made}
+    for name, value in reads.items():
+        tensor = values.constant(value)
+        if tensor is None or name in given:
+            proto.graph.input.append(_information(value))
+        else:
+            stored = onnx.TensorProto.FromString(
+                ir.serde.serialize_tensor(ir.Tensor(tensor.numpy(), tensor.dtype, name=name)).SerializeToString()
+            )
+            proto.graph.initializer.append(stored)
+    proto.graph.node.extend(ir.serde.serialize_node(node) for node in piece.nodes)
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in piece.makes)
+    return proto
+
+
+def _information(value: ir.Value) -> onnx.ValueInfoProto:
+    """A value as an input: its dims are left open, because pieces run on batches of any size."""
+    info = onnx.ValueInfoProto(name=value.name or "")
+    if value.dtype is not None:
+        info.type.tensor_type.elem_type = value.dtype.value
+        if value.shape is not None:
+            info.type.tensor_type.shape.SetInParent()
+            for _ in value.shape:
+                info.type.tensor_type.shape.dim.add()
+    return info

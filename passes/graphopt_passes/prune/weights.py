@@ -1,0 +1,171 @@
+"""Prunes weights layer by layer: allocation first, then mask and values of one layer after the other."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt_passes.prune.allocate import allocate
+from graphopt_passes.prune.layers import Array, Layer, Wide, Window
+from graphopt_passes.prune.moments import Moments
+from graphopt_passes.prune.request import Method, SparsityRequest
+from graphopt_passes.prune.samples import Feeds
+from graphopt_passes.prune.solve import Goal, Mask, solve
+from graphopt_passes.prune.streams import Streams, cut
+
+ADMM_FROM = 0.9
+
+
+@dataclasses.dataclass(frozen=True)
+class Pruned:
+    """One layer after pruning.
+
+    Attributes:
+        layer: which.
+        weight: as it is to be stored.
+        bias: as it is to be stored; None where it stays.
+        zeros: share of the weight.
+    """
+
+    layer: Layer
+    weight: Array
+    bias: Array | None
+    zeros: float
+
+
+def goals(layers: Sequence[Layer], request: SparsityRequest) -> dict[Layer, Goal]:
+    """How many zeros each layer that may be pruned shall have; layers that stay dense are left out.
+
+    A ratio counts all layers, also those that stay dense, so that the file has as many zeros as the user asked for.
+    """
+    free = [layer for layer in layers if not layer.dense]
+    if request.pattern is not None:
+        m = request.pattern[1]
+        fit = [layer for layer in free if layer.inner % m == 0 and layer.blocks == 1]
+        return {layer: Goal(pattern=request.pattern) for layer in fit}
+    if request.threshold is not None:
+        limit = request.threshold
+        return {each: Goal(int((np.abs(each.matrix()) <= limit).sum())) for each in free}
+    assert request.ratio is not None
+    if not free:
+        return {}
+    total = sum({layer.weight: layer.size for layer in layers}.values())
+    zeros = min(round(request.ratio * total), sum(layer.size for layer in free))
+    counts = allocate([layer.matrix() for layer in free], zeros, request.allocation)
+    return {layer: Goal(count) for layer, count in zip(free, counts, strict=True)}
+
+
+def method_for(request: SparsityRequest, *, samples: bool) -> Method:
+    """The method that a request means."""
+    if not samples:
+        return Method.MAGNITUDE
+    if request.method is not Method.AUTO:
+        return request.method
+    high = request.ratio is not None and request.ratio >= ADMM_FROM
+    return Method.ADMM if high else Method.SPARSEGPT
+
+
+def prune_blind(wanted: dict[Layer, Goal]) -> list[Pruned]:
+    """Magnitude pruning without samples: the weights that stay are as they were."""
+    found = []
+    for layer, goal in wanted.items():
+        matrix = layer.matrix()
+        flat = matrix.reshape(-1, matrix.shape[-1])
+        mask = goal.mask(np.abs(flat))
+        found.append(_pruned(layer, np.where(mask, flat, 0.0).reshape(matrix.shape), None))
+    return found
+
+
+def prune_fitted(
+    model: ir.Model,
+    wanted: dict[Layer, Goal],
+    feeds: Feeds,
+    method: Method,
+    *,
+    fit: bool = True,
+    seed: int = 0,
+) -> list[Pruned]:
+    """Prunes in the order of the graph, each layer fitted to the dense model given what was pruned before it.
+
+    Layers that read the same value in the same way share their moments.  Memory: the moments of one such group, and
+    the values that later layers read.
+    """
+    groups = _groups(model, wanted)
+    stops = [group[0].source for group in groups]
+    pieces = cut(model.graph, stops)
+    streams = Streams(model, feeds)
+    new: dict[str, Array] = {}
+    found: list[Pruned] = []
+    for index, (piece, group) in enumerate(zip(pieces, groups, strict=True)):
+        later = {name for each in pieces[index + 1 :] for name in each.reads}
+        later.update(stop.name or "" for stop in stops[index:])
+        streams.run(piece, frozenset(later), new)
+        for layers in _by_window(group):
+            moments = Moments(layers[0], len(feeds), seed)
+            for dense, pruned in streams.pairs(layers[0].source.name or ""):
+                moments.add(dense, pruned)
+            for layer in layers:
+                done = _fit(layer, wanted[layer], moments, method, fit=fit)
+                found.append(done)
+                new[layer.name] = done.weight
+                if done.bias is not None and layer.bias is not None:
+                    new[layer.bias.name or ""] = done.bias
+    return found
+
+
+def _groups(model: ir.Model, wanted: dict[Layer, Goal]) -> list[list[Layer]]:
+    """Layers by the value that they read, in the order in which the graph makes those values."""
+    place = {node: index for index, node in enumerate(model.graph)}
+    by_source: defaultdict[ir.Value, list[Layer]] = defaultdict(list)
+    for layer in wanted:
+        by_source[layer.source].append(layer)
+
+    def when(group: list[Layer]) -> int:
+        producer = group[0].source.producer()
+        return -1 if producer is None else place[producer]
+
+    return sorted(by_source.values(), key=when)
+
+
+def _by_window(group: list[Layer]) -> list[list[Layer]]:
+    found: defaultdict[Window | None, list[Layer]] = defaultdict(list)
+    for layer in group:
+        found[layer.window].append(layer)
+    return list(found.values())
+
+
+def _fit(layer: Layer, goal: Goal, moments: Moments, method: Method, *, fit: bool) -> Pruned:
+    matrix, bias = layer.matrix(), layer.bias_vector()
+    blocks = len(matrix)
+    used = matrix.shape[-1] + (bias is not None)
+    parts = []
+    for block in range(blocks):
+        moment, cross = moments.moment[block][:used, :used], moments.cross[block][:used, :used]
+        weight = matrix[block]
+        if bias is not None:
+            column = bias.reshape(blocks, -1)[block][:, None]
+            weight = np.concatenate([weight, column], axis=1)
+        aim = dataclasses.replace(goal, zeros=goal.zeros // blocks, fixed=int(bias is not None))
+        parts.append(_cleaned(*solve(weight, moment, cross, aim, method, fit=fit)))
+    solved = np.stack(parts)
+    if bias is None:
+        return _pruned(layer, solved, None)
+    return _pruned(layer, solved[..., :-1], solved[..., -1].reshape(-1))
+
+
+def _cleaned(weight: Wide, mask: Mask) -> Wide:
+    """The weights with +0.0 where they are pruned: -0.0 would count as a value in the file."""
+    return np.where(mask, weight, 0.0) + 0.0
+
+
+def _pruned(layer: Layer, matrix: Wide, bias: Wide | None) -> Pruned:
+    weight = layer.stored(matrix)
+    stored = None
+    if bias is not None and layer.bias is not None and layer.bias.const_value is not None:
+        like = layer.bias.const_value
+        stored = bias.reshape(like.shape.numpy()).astype(like.dtype.numpy())
+    return Pruned(layer, weight, stored, float(np.mean(weight == 0)))
