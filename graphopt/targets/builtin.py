@@ -250,6 +250,7 @@ PORTABLE = Target(
     opset=(7, 26),
     ir_version=(3, 13),
     domains={"": 26, "ai.onnx.ml": 5},
+    raises_opset=False,
     fused=(
         FusedOp("LayerNormalization", "standard since opset 17", since=17, dtypes=_STATISTICS),
         FusedOp("RMSNormalization", "standard since opset 23", since=23, dtypes=_STATISTICS),

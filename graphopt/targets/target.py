@@ -109,6 +109,7 @@ class Target:
         ir_version: smallest and largest IR version that the runtime takes.
         domains: operator domains with kernels there, and the version to import of each.
         fused: fused operators that may be introduced.
+        raises_opset: whether a model's opset may be raised for a fused operator that came later.
         inline_functions: whether local functions must be inlined.
         provider: the ONNX Runtime execution provider, or None where ONNX Runtime does not run it.
         like: a target whose pipelines serve this one too; "" for none.
@@ -131,6 +132,7 @@ class Target:
     ir_version: tuple[int, int]
     domains: Mapping[str, int]
     fused: tuple[FusedOp, ...] = ()
+    raises_opset: bool = True
     inline_functions: bool = True
     provider: str | None = None
     like: str = ""

@@ -35,6 +35,7 @@ from graphopt_passes.control_flow import InlineControlFlow
 from graphopt_passes.dedupe import MergeCommonSubexpressions, MergeDuplicateConstants
 from graphopt_passes.fold import FoldConstants
 from graphopt_passes.functions import InlineFunctions
+from graphopt_passes.opset import LiftOpset
 from graphopt_passes.precision import CastToHalf
 from graphopt_passes.shape_sources import RebuildShapes
 from graphopt_passes.transposes import CancelTransposes
@@ -54,6 +55,7 @@ FUSE_ATTENTION = RewritePass("fuse-attention", attention.RULES)
 FUSE_GEMM = RewritePass("fuse-gemm", (*gemm.RULES, *linear.RULES))
 FUSE_ACTIVATION = RewritePass("fuse-activation", (*activation.RULES, *softmax.RULES))
 FUSE_NORM = RewritePass("fuse-norm", norm.RULES)
+LIFT_OPSET = LiftOpset(rules=(*attention.RULES, *norm.RULES, *activation.RULES))
 LOWER_POWERS = RewritePass("lower-powers", powers.LOWERING)
 
 _FAMILIES = (
@@ -85,6 +87,7 @@ PASSES: Mapping[str, Maker] = {
             CastToHalf,
         )
     },
+    LIFT_OPSET.name: LIFT_OPSET,
     **{family.name: family for family in _FAMILIES},
 }
 
@@ -131,7 +134,13 @@ FUSE = Repeat(
 )
 
 # Powers are lowered last: x**3 as two products is faster and one node more, and the GELU patterns read the power.
-_FP32 = (*PREPARE, CLEAN, FUSE, LOWER_POWERS)
+_FP32 = (
+    *PREPARE,
+    CLEAN,
+    LIFT_OPSET,  # after cleaning, where what would fuse lies open; before fusing, which then can
+    FUSE,
+    LOWER_POWERS,
+)
 
 
 def _half(precision: Literal["fp16", "bf16"]) -> tuple[Step, ...]:

@@ -214,7 +214,7 @@ hard_sigmoid = Op("HardSigmoid", x)
 hard_swish = Op("Mul", x, hard_sigmoid)
 
 
-@rule(hard_swish, opset=(14, 10_000))
+@rule(hard_swish, opset=OPSETS)
 def fuse_hard_swish(m: Match, g: Builder) -> ir.Value | None:
     """`x * HardSigmoid(x, 1/6, 1/2)` -> `HardSwish(x)`, where the target has a kernel for it.  Source: HardSwish-14."""
     alpha, beta = (float(m.attr(hard_sigmoid, name)) for name in ("alpha", "beta"))
@@ -255,7 +255,7 @@ def fuse_softplus(m: Match, g: Builder) -> ir.Value:
 mish = Op("Mul", x, Op("Tanh", Op("Softplus", x)))
 
 
-@rule(mish, opset=(18, 10_000))
+@rule(mish, opset=OPSETS)
 def fuse_mish(m: Match, g: Builder) -> ir.Value | None:
     """`x * tanh(Softplus(x))` -> `Mish(x)`, where the target has a kernel for it.  Source: Mish-18."""
     return g.op("Mish", m[x]) if m.emits("Mish", dtype=m.dtype(x)) else None

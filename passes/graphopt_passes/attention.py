@@ -137,7 +137,7 @@ guard = Op("Where", Op("IsNaN", weights), Lit(0.0), weights)
 attention = Op("MatMul", Either(guard, weights), v)
 
 
-@rule(attention, opset=(23, 10_000))
+@rule(attention, opset=OPSETS)
 def fuse_attention(m: Match, g: Builder) -> ir.Value | None:
     """`Softmax(q kT * s + mask) v` -> `Attention(q, k, v, mask, scale=s)`.
 
