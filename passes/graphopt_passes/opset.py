@@ -1,0 +1,182 @@
+"""Raising the opset of a model, so that an operator can be used that is newer than the model.
+
+    Before:  opset 17: z = Mul(x, Reciprocal(Sqrt(ReduceMean<axes=[-1]>(Mul(x, x)) + eps)))
+    After:   opset 23: the same with ReduceMean(…, [-1]), ready to become RMSNormalization(x)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import onnx.defs
+import onnx_ir as ir
+
+from graphopt.ir import operators
+from graphopt.ir.build import Builder
+from graphopt.ir.scopes import all_graphs
+from graphopt.ir.shapes import Shapes
+from graphopt.numerics import Numerics
+from graphopt.rewrite import Context, Rule, Skip, name_of
+from graphopt.rewrite.probe import gains
+from graphopt.targets import Target
+from graphopt.targets.kernels import packaged_kernels
+from graphopt_passes.opset_changes import CHANGES, NEUTRAL, Spelling
+
+
+@dataclasses.dataclass(frozen=True)
+class LiftOpset:
+    """Raises ai.onnx to the smallest opset at which everything fuses that the target has an operator for.
+
+    A model in which no rule would put a newer operator is left alone; so is one with an operator whose meaning changed
+    on the way in a manner that cannot be written down, or that the target has kernels for in the old version only: a
+    remark names it.
+
+    Before:  opset 17: …parts of an RMS normalisation…   y = Squeeze(x, axes)
+    After:   opset 23: …parts of an RMS normalisation…   y = Squeeze(x, axes)
+    Changes numerics: exact.  Leaves alone: models with local functions; targets that ask for it.
+
+    Attributes:
+        name: of the pass.
+        rules: what would use a newer operator.
+    """
+
+    name: str = "lift-opset"
+    rules: tuple[Rule, ...] = ()
+
+    @property
+    def numerics(self) -> Numerics:
+        """Exact: every node goes on meaning what it meant."""
+        return Numerics.EXACT
+
+    def run(self, model: ir.Model, ctx: Context) -> bool:
+        """Rewrites `model`; returns whether anything changed."""
+        opset = model.opset_imports.get("", 0)
+        if not ctx.target.raises_opset or not opset or model.functions:
+            return False
+        for wanted in sorted(set(gains(self.rules, model, ctx)), reverse=True):
+            plan = self._plan(model, wanted, ctx)
+            if plan is not None and ctx.permit("lift-opset", model.graph.name or "main"):
+                _apply(model, plan, wanted, ctx)
+                return True
+        return False
+
+    def _plan(self, model: ir.Model, wanted: int, ctx: Context) -> list[Spelling] | None:
+        """Each node as it is written at opset `wanted`; None, with a remark, where one cannot be."""
+        opset = model.opset_imports[""]
+        try:
+            return [
+                spell(node, opset, wanted, ctx.shapes, ctx.target)
+                for scope in all_graphs(model)
+                for node in scope.graph
+                if not node.domain
+            ]
+        except Skip as skip:
+            assert isinstance(skip.culprit, ir.Node)
+            ctx.missed(
+                "lift-opset",
+                skip.culprit,
+                f"at opset {wanted} more would fuse, but {operators.describe(skip.culprit)} stays at opset {opset}: "
+                f"{skip}",
+            )
+            return None
+
+
+def spell(node: ir.Node, opset: int, wanted: int, shapes: Shapes, target: Target) -> Spelling:
+    """`node` as it is written at opset `wanted`.
+
+    Raises:
+        Skip: it cannot be written there, or the target has no kernel for it there.
+    """
+    spelling, version = Spelling.of(node), node.version or opset
+    reached = 0
+    while reached < wanted:
+        schema = operators.find_schema(spelling.op_type, version, "")
+        if schema is None:
+            raise Skip("the standard does not define it", node)
+        reached = _next_version(spelling.op_type, version, wanted)
+        if reached > wanted:
+            break
+        after = operators.find_schema(spelling.op_type, reached, "")
+        step = CHANGES.get((spelling.op_type, reached))
+        if step is not None:
+            spelling = step(spelling, shapes)
+        elif (spelling.op_type, reached) not in NEUTRAL and not _same_text(schema, after):
+            raise Skip(f"version {reached} of the operator changed", node)
+        version = reached
+    _refuse_lost_kernel(node, spelling, opset, wanted, target)
+    return spelling
+
+
+def _next_version(op_type: str, version: int, limit: int) -> int:
+    """The opset that changed an operator next after `version`; beyond `limit` where none up to there did."""
+    before = operators.find_schema(op_type, version, "")
+    for later in range(version + 1, limit + 1):
+        schema = operators.find_schema(op_type, later, "")
+        if schema is None or before is None or schema.since_version != before.since_version:
+            return later
+    return limit + 1
+
+
+def _same_text(before: onnx.defs.OpSchema, after: onnx.defs.OpSchema | None) -> bool:
+    """Whether two versions differ in element types at most."""
+    return after is not None and not after.deprecated and _text(before) == _text(after)
+
+
+def _text(schema: onnx.defs.OpSchema) -> tuple[object, ...]:
+    formals = [(f.name, f.option) for f in (*schema.inputs, *schema.outputs)]
+    attributes = sorted((n, a.required, str(a.default_value)) for n, a in schema.attributes.items())
+    return (schema.doc, formals, attributes)
+
+
+def _refuse_lost_kernel(
+    node: ir.Node, spelling: Spelling, opset: int, wanted: int, target: Target
+) -> None:
+    """Declines where the first provider of the target registers the old version of an operator only.
+
+    Raises:
+        Skip: it does.
+    """
+    for table in target.kernels[:1]:
+        kernels = packaged_kernels(table).find("", node.op_type)
+        before = operators.find_schema(node.op_type, opset, "")
+        renamed = packaged_kernels(table).find("", spelling.op_type)
+        after = operators.find_schema(spelling.op_type, wanted, "")
+        had = before is not None and any(k.serves(before.since_version) for k in kernels)
+        has = after is not None and any(k.serves(after.since_version) for k in renamed)
+        if had and not has:
+            raise Skip(f"target {target.name} has no kernel for its version at {wanted}", node)
+
+
+def _apply(model: ir.Model, plan: Sequence[Spelling], wanted: int, ctx: Context) -> None:
+    for spelling in plan:
+        node = spelling.node
+        node.version = None  # the imports count, not what a file said of the node
+        if spelling != Spelling.of(node):
+            _rewrite(node, spelling, ctx)
+    model.opset_imports[""] = wanted
+    ctx.refresh()
+
+
+def _rewrite(node: ir.Node, spelling: Spelling, ctx: Context) -> None:
+    tape = Builder()
+    inputs = [
+        value if value is None or isinstance(value, ir.Value) else tape.const(value)
+        for value in spelling.inputs
+    ]
+    _register(tape.constants, node, ctx)
+    node.op_type = spelling.op_type
+    node.resize_inputs(len(inputs))
+    for index, value in enumerate(inputs):
+        node.replace_input_with(index, value)
+    for name in [n for n in node.attributes if n not in spelling.attributes]:
+        del node.attributes[name]
+    for name, attribute in spelling.attributes.items():
+        node.attributes[name] = attribute
+
+
+def _register(constants: Iterable[ir.Value], node: ir.Node, ctx: Context) -> None:
+    assert node.graph is not None
+    for value in constants:
+        value.name = ctx.names.fresh(f"{name_of(node)}_{value.name}")
+        node.graph.register_initializer(value)
