@@ -7,16 +7,22 @@ from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
-from graphopt.errors import TargetError
+from graphopt.errors import GraphoptError, TargetError
+from graphopt.ir import fingerprint
 from graphopt.ir.scopes import sort
 from graphopt.numerics import Numerics
 from graphopt.rewrite import Context, RemarkKind
+from graphopt.rewrite.context import name_of
+from graphopt.targets import Precision
+from graphopt.verify.budget import budget_for
 from graphopt_passes.precision.apply import Emission
 from graphopt_passes.precision.flow import flow_of, sentinels
+from graphopt_passes.precision.gates import Gates
 from graphopt_passes.precision.islands import drop_islands
 from graphopt_passes.precision.legality import Legality
-from graphopt_passes.precision.plan import LIMITS, Decision, Kind, decide_all, gather
-from graphopt_passes.precision.ranges import observe
+from graphopt_passes.precision.plan import LIMITS, Decision, Facts, Kind, decide_all, gather
+from graphopt_passes.precision.ranges import Feeds, observe
+from graphopt_passes.precision.refine import Refinement, refine
 
 _DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 _CAST_KNOWS_BF16 = 13
@@ -56,11 +62,40 @@ class CastToHalf:
         legality = Legality(ctx.target, half, model.opset_imports)
         facts = gather(model, legality, seen.spreads, flow)
         decisions = drop_islands(decide_all(model, facts))
+        decisions = self._refined(model, decisions, facts, seen.usual, ctx)
         before = len(ctx.rewrites)
         Emission(model, decisions, half, facts.masks, facts.masked, ctx).run()
         ctx.refresh()
         _tell(decisions, seen.source, seen.why, ctx)
         return len(ctx.rewrites) > before
+
+    def _refined(
+        self,
+        model: ir.Model,
+        decisions: dict[ir.Node, Decision],
+        facts: Facts,
+        feeds: Feeds,
+        ctx: Context,
+    ) -> dict[ir.Node, Decision]:
+        """The decisions with nodes back in float32 until the whole is within the budget."""
+        low = [node for node in model.graph if decisions[node].kind is Kind.LOW]
+        budget = budget_for(Precision(self.precision), ctx.options.budget)
+        if not feeds or not low or budget is None:
+            return decisions
+        key = f"precision-refined {budget} {facts.half} {fingerprint.weights(model)} {[name_of(n) for n in low]}"
+        if key not in ctx.cache:
+            try:
+                gates = Gates.of(model, decisions, facts.half, facts.masks, feeds, budget)
+                ctx.cache[key] = refine(len(gates.nodes), gates)
+            except GraphoptError as error:
+                ctx.remark(RemarkKind.WARNING, "refine", "", f"not refined: {error}")
+                return decisions
+        found: Refinement = ctx.cache[key]
+        _tell_refinement(found, ctx)
+        refined = dict(decisions)
+        for index, reason in found.raised.items():
+            refined[low[index]] = Decision(Kind.HIGH, reason)
+        return drop_islands(refined) if found.raised else refined
 
     def _check_target(self, half: ir.DataType, ctx: Context) -> None:
         target = ctx.target
@@ -70,6 +105,17 @@ class CastToHalf:
             f"target {target.name} has no {half.name.lower()} arithmetic: ONNX Runtime casts to float32 and back "
             "around nearly every operator, which is slower than float32. Choose --target cuda or tensorrt, or --force"
         )
+
+
+def _tell_refinement(found: Refinement, ctx: Context) -> None:
+    if not found.raised and found.after <= 1:
+        return
+    reason = (
+        f"{len(found.raised)} nodes go back to float32: error {found.before:.2g} of the budget before, "
+        f"{found.after:.2g} after, {found.runs} experiments"
+    )
+    kind = RemarkKind.NOTE if found.after <= 1 else RemarkKind.WARNING
+    ctx.remark(kind, "refine", "", reason)
 
 
 def _tell(decisions: dict[ir.Node, Decision], source: str, why: str, ctx: Context) -> None:

@@ -33,6 +33,8 @@ FLOOR = 2.0**-10
 _FIRST_CHUNK = 24
 _CHUNK_BYTES = 1 << 28
 _MAX_FEEDS = 8
+_MAX_USUAL = 3
+_STRESS = ("large", "zeros", "tiny")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,13 +72,13 @@ class Observed:
 
     Attributes:
         spreads: by name.
-        feeds: that were run.
+        usual: the feeds to judge errors on: those that are no stress.
         source: in words: whose samples they were.
         why: why nothing was observed, or "".
     """
 
     spreads: Mapping[str, Spread]
-    feeds: Feeds = ()
+    usual: Feeds = ()
     source: str = ""
     why: str = ""
 
@@ -107,7 +109,7 @@ def _observe(
 ) -> Observed:
     try:
         plain = Session(file)
-        feeds, source = samples(model, plain, ctx)
+        feeds, usual, source = samples(model, plain, ctx)
         if not feeds:
             return Observed({}, why="no input could be generated that the model runs with")
         spreads = _of_inputs(model, feeds, half)
@@ -116,18 +118,19 @@ def _observe(
             spreads |= _measure(session, chunk, feeds, half, masked)
     except GraphoptError as error:
         return Observed({}, why=str(error))
-    return Observed(spreads, feeds, source)
+    return Observed(spreads, usual, source)
 
 
-def samples(model: ir.Model, session: Session, ctx: Context) -> tuple[Feeds, str]:
-    """Feeds to decide on, and whose they are: the user's calibration samples, or generated ones."""
+def samples(model: ir.Model, session: Session, ctx: Context) -> tuple[Feeds, Feeds, str]:
+    """Feeds to decide on, those among them to judge errors on, and whose they are."""
     given = ctx.options.calibration
     if given is not None:
         if isinstance(given.source, Path):
             feeds: Feeds = [f.values for f in read_feeds(given.source, input_specs(model))]
         else:
             feeds = list(given.source)
-        return feeds[: given.limit], "calibration samples"
+        feeds = feeds[: given.limit]
+        return feeds, feeds[:_MAX_USUAL], "calibration samples"
 
     def refuses(feed: Any) -> str | None:  # noqa: ANN401
         try:
@@ -137,7 +140,12 @@ def samples(model: ir.Model, session: Session, ctx: Context) -> tuple[Feeds, str
         return None
 
     found = find_feeds(model, refuses, seed=ctx.options.seed, specs=session.inputs)
-    return [feed.values for feed in found.feeds[:_MAX_FEEDS]], "generated inputs"
+    usual = [feed.values for feed in found.feeds if feed.name not in _STRESS]
+    return (
+        [feed.values for feed in found.feeds[:_MAX_FEEDS]],
+        usual[:_MAX_USUAL],
+        "generated inputs",
+    )
 
 
 def _chunks(file: Path, names: list[str], feed: Mapping[str, Any]) -> Iterator[list[str]]:

@@ -1,0 +1,235 @@
+"""One session in which each node can be half or float32, chosen by a mask that is fed: no rebuild an experiment."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.ir import values
+from graphopt.ir.build import Names
+from graphopt.ir.model_file import load_model, save_model
+from graphopt.numerics import Numerics
+from graphopt.runtime.session import Session
+from graphopt.verify import metrics
+from graphopt.verify.compare import Budget, Hint, compare, profile_for
+from graphopt_passes.precision.apply import narrowed
+from graphopt_passes.precision.legality import Slots, is_float
+from graphopt_passes.precision.plan import Decision, Kind
+from graphopt_passes.precision.ranges import FLOOR
+
+MASK = "graphopt_half_mask"
+_WEIGHTS = 1 << 28
+"""Bytes of weights up to which their rounding is gated too; beyond, memory counts for more than their share."""
+
+Feed = Mapping[str, Any]
+
+
+@dataclasses.dataclass
+class Gates:
+    """A session with gates, the reference outputs, and how bad a mask may be.
+
+    Attributes:
+        nodes: of the model, one a gate, in topological order.
+        runs: how many experiments were made.
+    """
+
+    nodes: tuple[ir.Node, ...]
+    runs: int = 0
+    _session: Session | None = None
+    _feeds: Sequence[Feed] = ()
+    _reference: Sequence[Mapping[str, Any]] = ()
+    _budget: Budget = dataclasses.field(default_factory=Budget)
+
+    @classmethod
+    def of(
+        cls,
+        model: ir.Model,
+        decisions: Mapping[ir.Node, Decision],
+        half: ir.DataType,
+        masks: set[ir.Value],
+        feeds: Sequence[Feed],
+        budget: Budget,
+    ) -> Gates:
+        """Gates for the nodes of the main graph that the decisions make half.
+
+        Args:
+            model: in float32.
+            decisions: by node.
+            half: the dtype.
+            masks: constants that stand for minus infinity.
+            feeds: to judge on.
+            budget: what is allowed.
+
+        Raises:
+            ModelError: ONNX Runtime refuses the model with gates.
+        """
+        gated = tuple(n for n in model.graph if _is_low(decisions.get(n)))
+        copy = load_model(model)
+        twins = dict(zip(model.graph, copy.graph, strict=True))
+        constants = {value.name for value in masks}
+        builder = _Builder(copy, half, constants, len(gated))
+        for index, node in enumerate(gated):
+            builder.gate(index, twins[node], decisions[node].slots)
+        with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
+            session = Session(save_model(copy, Path(folder) / "gated.onnx")[0])
+        gates = cls(gated, 0, session, feeds, (), budget)
+        gates._reference = [gates._run(feed, np.zeros(len(gated), np.bool_)) for feed in feeds]
+        return gates
+
+    def badness(self, low: Sequence[bool]) -> float:
+        """The worst of all errors over what the budget allows, with nodes in half as `low` says; inf for non-finite."""
+        self.runs += 1
+        mask = np.asarray(low, np.bool_)
+        worst = 0.0
+        for index, feed in enumerate(self._feeds):
+            results = self._run(feed, mask)
+            for name, value in results.items():
+                worst = max(worst, self._excess(name, index, value))
+            if math.isinf(worst):
+                break
+        return worst
+
+    def _run(self, feed: Feed, mask: np.ndarray[Any, Any]) -> dict[str, Any]:
+        assert self._session is not None
+        return self._session.run({**feed, MASK: mask})
+
+    def _excess(self, name: str, index: int, value: object) -> float:
+        reference = self._reference[index][name]
+        if not isinstance(reference, np.ndarray) or not metrics.is_float(reference.dtype):
+            return 0.0
+        plain = metrics.root_mean_square(np.asarray(self._reference[0][name]))
+        profile = profile_for(Numerics.LOSSY, budget=self._budget)
+        report = compare(name, reference, value, profile, Hint(floor=plain * FLOOR))
+        if not report.nonfinite_equal:
+            return math.inf
+        budget, parts = self._budget, [0.0]
+        if budget.max_over_rms and report.max_over_rms:
+            parts.append(report.max_over_rms / budget.max_over_rms)
+        if budget.sqnr_db and report.sqnr_db is not None:
+            parts.append(10 ** ((budget.sqnr_db - report.sqnr_db) / 20))
+        if budget.cosine and report.cosine is not None and budget.cosine < 1:
+            parts.append(math.sqrt(max(1 - report.cosine, 0) / (1 - budget.cosine)))
+        return max(parts)
+
+
+def _is_low(decision: Decision | None) -> bool:
+    return decision is not None and decision.kind is Kind.LOW
+
+
+class _Builder:
+    """Puts gates into a copy of the model."""
+
+    def __init__(
+        self, model: ir.Model, half: ir.DataType, masks: set[str | None], count: int
+    ) -> None:
+        self._graph = model.graph
+        self._half = half
+        self._masks = masks
+        self._names = Names.of(model)
+        self._mask = ir.Value(
+            name=MASK, type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([count])
+        )
+        self._graph.inputs.append(self._mask)
+        self._rounded: dict[ir.Value, ir.Value] = {}
+        held = [
+            v.const_value for v in self._graph.initializers.values() if v.const_value is not None
+        ]
+        for value in self._graph.initializers.values():
+            if value.name in masks and value.const_value is not None:
+                # As the cast will leave it, in float32 and in half alike.
+                narrow = narrowed(value.const_value, half, masks=True).numpy()
+                value.const_value = ir.Tensor(narrow.astype(np.float32), name=value.name)
+        self._weights = sum(tensor.nbytes for tensor in held) <= _WEIGHTS
+
+    def gate(self, index: int, node: ir.Node, slots: Slots) -> None:
+        """Rounds what the node reads and gives, where its element of the mask is true."""
+        number = self._constant(np.asarray(index, np.int64), "gate")
+        choice = self._before(node, "Gather", [self._mask, number])
+        for place, value in enumerate(node.inputs):
+            if value is None or not slots.inputs[place] or not is_float(value):
+                continue
+            if values.is_constant(value) and not self._weights:
+                continue
+            chosen = self._before(node, "Where", [choice, self._round(value), value])
+            node.replace_input_with(place, chosen)
+        for place, value in enumerate(node.outputs):
+            if slots.outputs[place] and value.name:
+                self._gate_output(node, choice, value)
+
+    def _gate_output(self, node: ir.Node, choice: ir.Value, value: ir.Value) -> None:
+        users = value.uses()
+        narrow = self._after(node, "Cast", [value], to=int(self._half))
+        wide = self._after(_producer(narrow), "Cast", [narrow], to=int(ir.DataType.FLOAT))
+        chosen = self._after(_producer(wide), "Where", [choice, wide, value])
+        for use in users:
+            use.node.replace_input_with(use.idx, chosen)
+        for place, output in enumerate(self._graph.outputs):
+            if output is value:
+                name, value.name = value.name, self._names.fresh(f"{value.name}_raw")
+                chosen.name = name
+                chosen.type, chosen.shape = value.type, value.shape
+                self._graph.outputs[place] = chosen
+
+    def _round(self, value: ir.Value) -> ir.Value:
+        """The value rounded, computed once."""
+        if value not in self._rounded:
+            self._rounded[value] = self._rounded_anew(value)
+        return self._rounded[value]
+
+    def _rounded_anew(self, value: ir.Value) -> ir.Value:
+        tensor = values.constant(value)
+        if tensor is not None:
+            half = narrowed(tensor, self._half, masks=value.name in self._masks).numpy()
+            return self._constant(half.astype(np.float32), f"{value.name}_rounded")
+        producer = value.producer()
+        anchor = producer if producer is not None and producer.graph is self._graph else None
+        narrow = self._after(anchor, "Cast", [value], to=int(self._half))
+        return self._after(_producer(narrow), "Cast", [narrow], to=int(ir.DataType.FLOAT))
+
+    def _constant(self, array: np.ndarray[Any, Any], hint: str) -> ir.Value:
+        tensor = ir.Tensor(array)
+        value = ir.Value(
+            name=self._names.fresh(hint),
+            type=ir.TensorType(tensor.dtype),
+            shape=ir.Shape(array.shape),
+            const_value=tensor,
+        )
+        self._graph.register_initializer(value)
+        return value
+
+    def _node(self, op_type: str, inputs: list[ir.Value], attributes: dict[str, int]) -> ir.Node:
+        name = self._names.fresh(f"gate_{op_type}")
+        held = [ir.AttrInt64(key, number) for key, number in attributes.items()]
+        node = ir.Node("", op_type, inputs, held, name=name)
+        node.outputs[0].name = name
+        return node
+
+    def _before(self, anchor: ir.Node, op_type: str, inputs: list[ir.Value]) -> ir.Value:
+        node = self._node(op_type, inputs, {})
+        self._graph.insert_before(anchor, node)
+        return node.outputs[0]
+
+    def _after(
+        self, anchor: ir.Node | None, op_type: str, inputs: list[ir.Value], **attributes: int
+    ) -> ir.Value:
+        """A node behind `anchor`; at the head of the graph where that is None."""
+        node = self._node(op_type, inputs, attributes)
+        if anchor is None:
+            first = next(iter(self._graph))
+            self._graph.insert_before(first, node)
+        else:
+            self._graph.insert_after(anchor, node)
+        return node.outputs[0]
+
+
+def _producer(value: ir.Value) -> ir.Node:
+    node = value.producer()
+    assert node is not None
+    return node

@@ -1,0 +1,119 @@
+"""Which nodes go back to float32 so that the whole stays within its budget, found by experiment."""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+TARGET = 0.7
+"""Of the budget: what the experiments aim at, because the emitted graph rounds a little differently."""
+
+MAX_RUNS = 200
+MAX_PRUNED = 16
+
+
+class Experiment(Protocol):
+    """What refinement asks: how bad a choice of half nodes is, over what the budget allows."""
+
+    runs: int
+
+    def badness(self, low: Sequence[bool]) -> float:
+        """At most 1 within the budget; inf where non-finite values appear or vanish."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Refinement:
+    """What experiments said.
+
+    Attributes:
+        raised: gates that go back to float32, with the reason.
+        before: badness with all in half.
+        after: badness with `raised` in float32.
+        runs: experiments made.
+    """
+
+    raised: dict[int, str]
+    before: float
+    after: float
+    runs: int
+
+
+def refine(count: int, experiment: Experiment) -> Refinement:
+    """The gates to raise among `count`, few and those that matter most.
+
+    Overflow first, by bisection over prefixes: the first node whose rounding makes a non-finite value.  Then errors:
+    independent roundings add up as a root of a sum of squares, so blocks are split where most of it comes from.
+    """
+    low = [True] * count
+    raised: dict[int, str] = {}
+    before = after = experiment.badness(low)
+    while math.isinf(after) and experiment.runs < MAX_RUNS and any(low):
+        culprit = _first_overflow(low, experiment)
+        low[culprit] = False
+        raised[culprit] = "overflow: found by bisection"
+        after = experiment.badness(low)
+    if TARGET < after < math.inf:
+        after = _lower_error(low, raised, after, experiment)
+    if after <= TARGET:
+        after = _prune(low, raised, after, experiment)
+    return Refinement(raised, before, after, experiment.runs)
+
+
+def _first_overflow(low: Sequence[bool], experiment: Experiment) -> int:
+    """The last node of the shortest prefix that makes a non-finite value; prefixes only get worse."""
+    places = [index for index, flag in enumerate(low) if flag]
+    good, bad = 0, len(places)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        if math.isinf(experiment.badness(_only(places[:middle], len(low)))):
+            bad = middle
+        else:
+            good = middle
+    return places[bad - 1]
+
+
+def _only(places: Sequence[int], count: int) -> list[bool]:
+    kept = set(places)
+    return [index in kept for index in range(count)]
+
+
+def _lower_error(
+    low: list[bool], raised: dict[int, str], after: float, experiment: Experiment
+) -> float:
+    """Raises the nodes that most of the error comes from; returns the badness reached."""
+    places = [index for index, flag in enumerate(low) if flag]
+    blocks = [(-after, places)]
+    total = after**2
+    while blocks and experiment.runs < MAX_RUNS:
+        error, block = heapq.heappop(blocks)
+        if len(block) > 1:
+            middle = len(block) // 2
+            for part in (block[:middle], block[middle:]):
+                heapq.heappush(blocks, (-experiment.badness(_only(part, len(low))), part))
+            continue
+        low[block[0]] = False
+        raised[block[0]] = f"sensitivity: alone it takes {-error:.2g} of the budget"
+        total = sum(each**2 for each, _ in blocks)
+        if total <= TARGET**2:
+            after = experiment.badness(low)
+            if after <= TARGET:
+                break
+    return experiment.badness(low) if total > TARGET**2 else after
+
+
+def _prune(low: list[bool], raised: dict[int, str], after: float, experiment: Experiment) -> float:
+    """Lowers again what turned out not to be needed, the latest raised first."""
+    for place in list(reversed(raised))[:MAX_PRUNED]:
+        if experiment.runs >= MAX_RUNS:
+            break
+        low[place] = True
+        tried = experiment.badness(low)
+        if tried <= TARGET:
+            after = tried
+            del raised[place]
+        else:
+            low[place] = False
+    return after
