@@ -49,8 +49,13 @@ def lamp_scores(weights: Wide) -> Wide:
 
 def smallest(scores: npt.NDArray[np.floating], count: int) -> npt.NDArray[np.bool_]:
     """A mask of the shape of `scores`, False at the `count` smallest; ties go by position."""
-    keep = np.ones(scores.size, bool)
-    keep[np.argsort(scores, axis=None, kind="stable")[:count]] = False
+    flat = scores.reshape(-1)
+    if not 0 < count < flat.size:
+        return np.full(scores.shape, count <= 0)
+    limit = np.partition(flat, count - 1)[count - 1]
+    keep = flat > limit
+    ties = np.flatnonzero(flat == limit)
+    keep[ties[count - int((flat < limit).sum()) :]] = True
     return keep.reshape(scores.shape)
 
 

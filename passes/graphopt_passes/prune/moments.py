@@ -9,10 +9,10 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from graphopt_passes.prune.layers import Array, Layer, Wide, Window
 
-MAX_COLUMNS = 8192
+MAX_COLUMNS = 4096
 """Inputs of a layer that are looked at in all: neighbouring positions of an image say the same again."""
 
-_WIDE_COLUMNS = 1024
+_WIDE_COLUMNS = 256
 
 
 class Moments:

@@ -23,6 +23,7 @@ RIDGE = 0.01
 """Over the mean of the diagonal of H."""
 
 _BLOCK = 128
+_WIDE_COLUMNS = 256
 _ADMM_STEPS, _ADMM_RAMP, _ADMM_RHO = 40, 27, 0.3
 _REFIT_STEPS = 10
 _DAMPINGS = (0.01, 0.1, 1.0, 10.0)
@@ -175,7 +176,7 @@ def admm(target: Wide, moment: Wide, goal: Goal) -> tuple[Wide, Mask]:
 
     Source: Meng et al. 2024 (ALPS), Boza 2024: columns scaled to unit energy, one factorisation for all steps.
     """
-    precision = np.float32 if len(moment) > 1024 else np.float64
+    precision = np.float32 if len(moment) > _WIDE_COLUMNS else np.float64
     scale = np.sqrt(np.diag(moment) + ridge(moment))
     normal = (moment / scale[:, None] / scale[None, :]).astype(precision)
     normal += np.asarray(RIDGE * np.eye(len(normal)), precision)
