@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import os
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 import onnx_ir as ir
 
 from graphopt.calibrate.samples import read_samples
+from graphopt.driver import half
 from graphopt.driver.attempt import Attempt
-from graphopt.driver.half import budget_of, told, truth_of
 from graphopt.driver.request import Progress, Request, VerifyMode
+from graphopt.driver.result import model_name
 from graphopt.emit import finalize
 from graphopt.errors import TargetError, VerifyError
 from graphopt.ir.model_file import load_model, save_model
 from graphopt.numerics import Numerics
-from graphopt.pipeline import PassRun
+from graphopt.pipeline import PassRun, drops_defaults, flatten
 from graphopt.report.run import VerificationFacts
 from graphopt.rewrite import Context, Rewrite
 from graphopt.runtime.specs import input_specs
 from graphopt.targets import get_target
 from graphopt.verify.divergence import Divergence, agrees_at, first_divergence
-from graphopt.verify.budget import budget_for
-from graphopt.verify.compare import Budget
 from graphopt.verify.feeds import Feed, read_feeds
 from graphopt.verify.verifier import ReferenceRun, Verification, VerifyOptions
 
@@ -56,7 +54,7 @@ class Judge:
         self._reference: ReferenceRun | None = None
         self._reference_file = Path()
         self._failing: str | None = None
-        self.file_name = "model.onnx" if request.output is None else request.output.name
+        self.file_name = model_name(request.output)
 
     def verdict(self, made: Attempt) -> VerificationFacts:
         """How the written attempt compares with the original."""
@@ -67,8 +65,13 @@ class Judge:
 
     def is_right(self, made: Attempt) -> bool:
         """Whether the written attempt may stand, on the feed on which the last comparison failed."""
-        options = VerifyOptions(made.numerics, fail_fast=True, feed=self._failing)
-        return self.reference.verify(made.files[0], options).passed is not False
+        options = VerifyOptions(
+            made.numerics,
+            fail_fast=True,
+            allow_constant_defaults=self._frozen,
+            feed=self._failing,
+        )
+        return self._verify(made.files[0], options).passed is not False
 
     def divergence(self, file: Path, numerics: Numerics) -> Divergence | None:
         """Where the model in a file parts from the original, on the feed on which the last comparison failed."""
@@ -82,7 +85,7 @@ class Judge:
         """Whether an attempt computes the value where another one parted from the original."""
         feed = self._feed()
         profile = self.reference.profile(VerifyOptions(made.numerics))
-        return feed is not None and agrees_at(found, made.files[0], feed, profile, self._folder)
+        return feed is not None and agrees_at(found, made.model, feed, profile, self._folder)
 
     @property
     def reference_file(self) -> Path:
@@ -109,10 +112,8 @@ class Judge:
         snapshot = load_model(model)
         finalize(snapshot, self._request.target)
         files = save_model(snapshot, self._folder / "each.onnx")
-        options = VerifyOptions(
-            ctx.numerics, self._budget, fail_fast=True, allow_constant_defaults=True
-        )
-        found = self._noted(self.reference.verify(files[0], options))
+        options = VerifyOptions(ctx.numerics, fail_fast=True, allow_constant_defaults=True)
+        found = self._noted(self._verify(files[0], options))
         if found.passed is False:
             raise EachFailure(
                 f"pass {run.name} broke the numbers: {found.reason}", tuple(ctx.rewrites), files[0]
@@ -135,16 +136,20 @@ class Judge:
             if run.unverifiable and (clamped := self._clamped(file)) is not None:
                 run = self._better(run, ReferenceRun(clamped, feeds, seed=seed))
                 self._reference_file = file if run.unverifiable else clamped
-            self._reference = run
+            self._reference = half.usual(run, self._request)
         return self._reference
 
+    def _verify(self, file: Path, options: VerifyOptions) -> Verification:
+        return half.verify(self.reference, file, options, self._request, self._folder)
+
     @property
-    def _budget(self) -> Budget | None:
-        return budget_for(self._request.precision, self._request.options.budget)
+    def _frozen(self) -> bool:
+        """Whether the user asked for defaults to become constants."""
+        return any(drops_defaults(step) for step in flatten(self._request.steps))
 
     def _compare(self, made: Attempt) -> Verification:
-        options = VerifyOptions(made.numerics, allow_constant_defaults=False)
-        return self._noted(self.reference.verify(made.files[0], options))
+        options = VerifyOptions(made.numerics, allow_constant_defaults=self._frozen)
+        return self._noted(self._verify(made.files[0], options))
 
     def _original(self) -> Path:
         """The original as a file that ONNX Runtime reads by itself."""

@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from graphopt.driver.attempt import Attempt, attempt, write
+from graphopt.driver.bundle import Finished, build
 from graphopt.driver.blame import find_among, find_guilty, find_silent
 from graphopt.driver.dump import dump_before
 from graphopt.driver.judge import EachFailure, Judge
 from graphopt.driver.repro import Fault, check_folder, write_repro
 from graphopt.driver.request import Progress, Request, VerifyMode
-from graphopt.driver.result import Result, check_output, place
+from graphopt.driver.result import Result, check_output, is_bundle, place, place_bundle
 from graphopt.emit import check_model
 from graphopt.errors import PassError, VerifyError
 from graphopt.ir.model_file import load_model
@@ -140,7 +141,10 @@ class Run:
         suspects = [each for each in rewrites if each.site in near]
         gate = dataclasses.replace(self.gate, limit=len(rewrites))
         blame = find_among(
-            self._probe, lambda made: self.judge.agrees_at(found, made), gate, suspects
+            lambda tried: attempt(self.request, tried),
+            lambda made: self.judge.agrees_at(found, made),
+            gate,
+            suspects,
         )
         if self.request.repro is not None and not self.rolled_back:
             guilty = () if blame is None else blame.rewrites
@@ -225,7 +229,12 @@ def run(request: Request, say: Progress) -> Result:
         running = Run(request, judge, Path(scratch), say, request.gate)
         made, verdict = running.settle()
         say("write", None)
-        path = None if request.output is None else place(made, request.output)
+        told = (*running.warnings, *made.warnings, *_warnings(made.remarks))
+        if request.output is not None and is_bundle(request.output):
+            finished = Finished(request, made, verdict, judge, tuple(running.rolled_back), told)
+            path: Path | None = place_bundle(build(finished, Path(scratch)), request.output)
+        else:
+            path = None if request.output is None else place(made, request.output)
     report = RunReport(
         input=made.before,
         output=model_facts(
@@ -244,7 +253,7 @@ def run(request: Request, say: Progress) -> Result:
         recipe=request.recipe,
         seed=request.options.seed,
         seconds=time.process_time() - started,
-        warnings=(*running.warnings, *made.warnings, *_warnings(made.remarks)),
+        warnings=told,
     )
     return Result(made.model, report, path)
 

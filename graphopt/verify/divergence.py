@@ -94,10 +94,9 @@ def first_divergence(
 
 
 def agrees_at(
-    reference: Divergence, candidate: Path, feed: Feed, profile: Profile, scratch: Path
+    reference: Divergence, model: ir.Model, feed: Feed, profile: Profile, scratch: Path
 ) -> bool:
-    """Whether a candidate computes the value on which another one parted; also where it has no such value."""
-    model = load_model(candidate)
+    """Whether a candidate computes the value on which another one parted; False where it has no such value."""
     if reference.value not in _values(model.graph):
         return False
     try:

@@ -1,0 +1,115 @@
+"""`graphopt bisect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeAlias
+
+import typer
+
+from graphopt.cli import completion, options
+from graphopt.cli.progress import progress
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from graphopt.report.run import RunReport
+
+Passes: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--pass",
+        metavar="SPEC",
+        help="Run this pass too, after the others: name, name{option=value} or module:object. Repeatable.",
+        autocompletion=completion.pass_names,
+    ),
+]
+Repro: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="DIR",
+        help="Folder for the reproduction of the first fault. [default: repro]",
+    ),
+]
+
+
+def command(
+    model: options.Model,
+    output: Repro = None,
+    target: options.Target = None,
+    precision: Annotated[
+        str | None, typer.Option("--precision", metavar="NAME", help="As of `optimize`.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", metavar="FILE", help="Recipe in TOML.")
+    ] = None,
+    extra: Passes = None,
+    disable: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--disable", metavar="NAME", help="Leave out a pass or pass/rule. Repeatable."
+        ),
+    ] = None,
+    inputs: options.Inputs = None,
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> int:
+    """Find the rewrites that make the optimised MODEL compute something else; the exit status is 1 if there are any.
+
+    The first one is reproduced in DIR: the part of the model that shows it, before and after, with inputs.
+    """
+    folder = output or Path("repro")
+    from graphopt.driver import optimize
+
+    with progress(quiet=quiet or as_json) as say:
+        report = optimize(
+            model,
+            target=target,
+            precision=precision,
+            recipe=recipe,
+            passes=tuple(extra or ()),
+            disable=tuple(disable or ()),
+            inputs=inputs,
+            seed=seed,
+            repro=folder,
+            progress=say,
+        ).report
+    written = (folder / "before.onnx").is_file() and bool(report.rolled_back)
+    if as_json:
+        from graphopt.cli.console import show_json
+        from graphopt.report.plain import graphopt_version, plain
+
+        show_json(
+            {
+                "graphopt": graphopt_version(),
+                "model": str(model),
+                "verified": report.verification.passed,
+                "guilty": plain(report.rolled_back),
+                "repro": str(folder) if written else None,
+            }
+        )
+    elif not quiet:
+        from graphopt.cli.console import show
+
+        show(*_parts(report, folder if written else None))
+    return 1 if report.rolled_back or report.verification.passed is False else 0
+
+
+def _parts(report: RunReport, folder: Path | None) -> list[RenderableType]:
+    from graphopt.cli.console import grid, line, text
+
+    if not report.rolled_back:
+        said = "nothing to find" if report.verification.passed else "nothing could be compared"
+        return [line((said, "bold"), f"  {report.verification.reason}")]
+    table = grid("pass", "rule", "at", "why")
+    for each in report.rolled_back:
+        table.add_row(text(each.pass_name, "red"), text(each.rule), text(each.site), each.reason)
+    parts: list[RenderableType] = [table]
+    if folder is not None:
+        parts.append(text(f"reproduction in {folder}; see {folder / 'README.md'}"))
+    rest = {True: "verified", False: "still wrong", None: "not verified"}
+    parts.append(text(f"without them the result is {rest[report.verification.passed]}"))
+    return parts
