@@ -1,58 +1,74 @@
-"""The search for guilty rewrites, on replays that are made up."""
+"""The searches for the guilty, on runs that are played."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from typing import cast
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from graphopt.driver.attempt import Attempt
-from graphopt.driver.blame import find_among, find_guilty
+from graphopt.driver.blame import find_among, find_guilty, find_silent
 from graphopt.numerics import Numerics
 from graphopt.rewrite import Gate, Rewrite
 
-ALL = tuple(Rewrite("p", "r", str(index), Numerics.EXACT) for index in range(20))
-
-
-@dataclasses.dataclass(frozen=True)
-class Made:
-    """Stands for an attempt: what it did."""
-
-    rewrites: tuple[Rewrite, ...]
+REWRITES = [Rewrite("p", "r", f"v{i}", Numerics.EXACT) for i in range(20)]
 
 
 def replay(gate: Gate) -> Attempt:
-    done: list[Rewrite] = []
-    for each in ALL:
-        if gate.allows(each, len(done)):
-            done.append(each)
-    return cast("Attempt", Made(tuple(done)))
+    """What a pipeline of the twenty rewrites makes of a gate; passes a, b and c ask for nothing."""
+    made: list[Rewrite] = []
+    for rewrite in REWRITES:
+        if gate.allows(rewrite, len(made)):
+            made.append(rewrite)
+    ran = [name for name in "abc" if name not in gate.passes]
+    return cast("Attempt", SimpleNamespace(rewrites=tuple(made), ran=ran))
 
 
-def without(*guilty: int) -> Callable[[Attempt], bool]:
-    return lambda made: not any(int(each.site) in guilty for each in made.rewrites)
+def right_without(*bad: int) -> Any:
+    return lambda made: not {REWRITES[i] for i in bad} & set(made.rewrites)
 
 
-@pytest.mark.parametrize("guilty", range(20))
-def test_the_first_guilty_rewrite_is_found_in_few_replays(guilty: int) -> None:
-    blame = find_guilty(replay, without(guilty, 19), Gate(), len(ALL))
-    assert blame.rewrites == (ALL[guilty],)
+@pytest.mark.parametrize("bad", [0, 1, 9, 18, 19])
+def test_the_one_guilty_rewrite_is_found(bad: int) -> None:
+    blame = find_guilty(replay, right_without(bad), Gate(), len(REWRITES))
+    assert blame.rewrites == (REWRITES[bad],)
     assert blame.replays <= 7
 
 
-def test_no_rewrite_is_blamed_for_what_is_wrong_without() -> None:
-    assert find_guilty(replay, lambda _: False, Gate(), len(ALL)).rewrites == ()
+def test_of_several_the_first_is_found() -> None:
+    assert find_guilty(replay, right_without(5, 11), Gate(), 20).rewrites == (REWRITES[5],)
 
 
-@pytest.mark.parametrize("guilty", [(3,), (7,), (3, 4), (3, 7), (3, 5, 7)])
-def test_guilty_suspects_are_told_from_innocent_ones(guilty: tuple[int, ...]) -> None:
-    blame = find_among(replay, without(*guilty), Gate(), ALL[3:8])
+def test_what_the_gate_leaves_out_is_not_searched() -> None:
+    gate = Gate().without(REWRITES[5])
+    assert find_guilty(replay, right_without(5, 11), gate, 19).rewrites == (REWRITES[11],)
+
+
+def test_wrong_without_any_rewrite_blames_none() -> None:
+    assert find_guilty(replay, lambda _made: False, Gate(), 20).rewrites == ()
+    assert find_guilty(replay, lambda _made: False, Gate(), 0).rewrites == ()
+
+
+@pytest.mark.parametrize("bad", [(3,), (0, 9), (4, 5)])
+def test_the_fewest_of_some_suspects(bad: tuple[int, ...]) -> None:
+    blame = find_among(replay, right_without(*bad), Gate(), REWRITES[:10])
     assert blame is not None
-    assert [int(each.site) for each in blame.rewrites] == list(guilty)
+    assert blame.rewrites == tuple(REWRITES[i] for i in bad)
 
 
-def test_innocent_suspects_give_nothing() -> None:
-    assert find_among(replay, without(1), Gate(), ALL[3:8]) is None
-    assert find_among(replay, without(1), Gate(), ()) is None
+def test_suspects_who_are_innocent() -> None:
+    assert find_among(replay, right_without(15), Gate(), REWRITES[:10]) is None
+    assert find_among(replay, right_without(15), Gate(), []) is None
+
+
+@pytest.mark.parametrize("bad", "abc")
+def test_the_silent_pass_is_found(bad: str) -> None:
+    def is_right(made: Any) -> bool:
+        return bad not in made.ran and not made.rewrites
+
+    assert find_silent(replay, is_right, Gate(), ["a", "b", "c", "a"]) == bad
+
+
+def test_no_silent_pass_is_blamed_for_what_loading_did() -> None:
+    assert find_silent(replay, lambda _made: False, Gate(), ["a", "b"]) is None
