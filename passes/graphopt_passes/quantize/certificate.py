@@ -1,0 +1,173 @@
+"""Proofs on the deployed runtime: what it fused, how far the numbers are off, how long it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from graphopt.ir.model_file import load_model, save_model
+from graphopt.numerics import Numerics
+from graphopt.runtime.measure import measure
+from graphopt.runtime.session import OptimizationLevel, Session, SessionOptions
+from graphopt.verify import compare as comparison
+from graphopt.verify.compare import Budget
+from graphopt.verify.feed_files import Feed
+
+ENCODE = "QuantizeLinear"
+DECODE = "DequantizeLinear"
+
+Wide: TypeAlias = npt.NDArray[np.float64]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fusion:
+    """What the runtime made of Q and DQ.
+
+    Attributes:
+        leftovers: what runs in float although its input was decoded for it: names of its outputs.
+        edges: Q and DQ between integers and float, where the two meet on purpose.
+    """
+
+    leftovers: tuple[str, ...]
+    edges: int
+
+
+def read_fusion(model: ir.Model, integer: Sequence[str]) -> Fusion:
+    """How the runtime fuses `model`, read back from the graph that it would run.
+
+    Args:
+        model: the quantised model.
+        integer: names of outputs of the nodes that shall run on integers.
+    """
+    with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
+        source, optimized = Path(folder) / "model.onnx", Path(folder) / "optimized.onnx"
+        save_model(model, source)
+        options = SessionOptions(optimized_path=optimized)
+        Session(source, level=OptimizationLevel.EXTENDED, options=options)
+        return _classified(load_model(optimized), frozenset(integer))
+
+
+def _classified(model: ir.Model, integer: frozenset[str]) -> Fusion:
+    leftovers: list[str] = []
+    edges = 0
+    for node in model.graph:
+        if node.op_type in (ENCODE, DECODE):
+            edges += 1
+            continue
+        decoded = any(
+            value is not None
+            and (maker := value.producer()) is not None
+            and maker.op_type == DECODE
+            for value in node.inputs
+        )
+        if decoded:
+            leftovers.extend(v.name for v in node.outputs if v.name and v.name in integer)
+    return Fusion(tuple(leftovers), edges)
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """How far a quantised model is from float.
+
+    Attributes:
+        sqnr_db: signal to noise of the worst output over all samples; of probabilities, that of their scores.
+        passed: whether every output of every sample is within the budget.
+    """
+
+    sqnr_db: float
+    passed: bool
+
+
+class Judgement:
+    """The float model on some samples, to be compared with quantised ones."""
+
+    def __init__(self, model: ir.Model, feeds: Sequence[Feed], threads: int = 1) -> None:
+        self.feeds = tuple(feeds)
+        self.threads = threads
+        self._folder = tempfile.TemporaryDirectory(prefix="graphopt-")
+        self._count = 0
+        self.session = self._session(model)
+        self.outputs = [self.session.run(feed.values) for feed in self.feeds]
+
+    def close(self) -> None:
+        """Removes the working files."""
+        self._folder.cleanup()
+
+    def _session(self, model: ir.Model) -> Session:
+        self._count += 1
+        path = Path(self._folder.name) / f"{self._count}.onnx"
+        save_model(model, path)
+        session = Session(path, level=OptimizationLevel.ALL, threads=self.threads)
+        path.unlink()
+        return session
+
+    def accuracy(self, model: ir.Model, budget: Budget) -> Accuracy:
+        """How far `model`, as deployed, is from float on the samples."""
+        session = self._session(model)
+        profile = comparison.profile_for(Numerics.LOSSY, budget=budget)
+        passed = True
+        sums: dict[str, list[float]] = {}
+        for feed, expected in zip(self.feeds, self.outputs, strict=True):
+            found = session.run(feed.values)
+            for name, value in expected.items():
+                hint = comparison.Hint(floor=_floor(self.outputs[0][name]))
+                passed &= comparison.compare(name, value, found[name], profile, hint).passed
+                power = sums.setdefault(name, [0.0, 0.0])
+                for index, part in enumerate(_powers(value, found[name])):
+                    power[index] += part
+        return Accuracy(min((_decibels(*each) for each in sums.values()), default=np.inf), passed)
+
+    def speed(self, model: ir.Model, seconds: float = 0.6) -> float:
+        """How many times faster than float `model` is, interleaved on the first sample."""
+        values = self.feeds[0].values
+        found = measure([self.session, self._session(model)], [values, values], seconds=seconds)
+        return found[1].cpu_ratio
+
+
+def _floor(plain: object) -> float:
+    """A thousandth of the scale of an output on the first sample: below it, an output is noise."""
+    if not isinstance(plain, np.ndarray) or plain.dtype.kind != "f" or plain.size == 0:
+        return 0.0
+    return float(np.sqrt(np.mean(plain.astype(np.float64) ** 2))) * 2.0**-10
+
+
+def _powers(expected: object, found: object) -> tuple[float, float]:
+    """Squared scores and squared difference; (0, 0) for what is no float."""
+    if not (isinstance(expected, np.ndarray) and isinstance(found, np.ndarray)):
+        return 0.0, 0.0
+    if expected.dtype.kind != "f" or expected.shape != found.shape or expected.size == 0:
+        return 0.0, 0.0
+    ours, theirs = expected.astype(np.float64), found.astype(np.float64)
+    if _is_distribution(ours):
+        ours, theirs = _scores(ours), _scores(theirs)
+    kept = np.isfinite(ours) & np.isfinite(theirs)
+    return float((ours[kept] ** 2).sum()), float(((ours - theirs)[kept] ** 2).sum())
+
+
+def _is_distribution(array: Wide) -> bool:
+    """Whether the last axis holds probabilities that add up to one."""
+    if array.ndim == 0 or array.shape[-1] < 2 or not (array >= 0).all():
+        return False
+    return bool(np.allclose(array.sum(axis=-1), 1, atol=1e-3))
+
+
+def _scores(probabilities: Wide) -> Wide:
+    """What a Softmax was given, up to a constant.
+
+    Probabilities exaggerate: between two near ties a small difference of scores moves all the weight.
+    """
+    logs = np.log(np.maximum(probabilities, 1e-12))
+    return np.asarray(logs - logs.mean(axis=-1, keepdims=True))
+
+
+def _decibels(power: float, error: float) -> float:
+    if error == 0:
+        return float("inf")
+    return float(10 * np.log10(power / error)) if power > 0 else -float("inf")

@@ -1,0 +1,222 @@
+"""Which nodes run on integers: products first, then what lies between them and would force a way back to float.
+
+Source: ONNX Runtime 1.31.1, qdq_selectors.cc; each row checked by building the graph and reading the optimised model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable
+
+import onnx_ir as ir
+
+from graphopt.ir import operators, values
+from graphopt_passes.quantize.styles import Style
+
+Allow = Callable[[ir.Node], bool]
+
+POINTWISE = frozenset({"Add", "Mul"})
+UNARY = frozenset({"AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid"})
+MOVES = frozenset({"MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice"})
+ABSORBED = frozenset({"Relu", "Clip"})
+
+
+class Role(enum.Enum):
+    """What a quantised node is."""
+
+    PRODUCT = "product"  # Conv, Gemm, MatMul with a constant weight
+    POINTWISE = "pointwise"  # every operand quantised, the result too
+    UNARY = "unary"
+    CONCAT = "concat"
+    MOVE = "move"  # the same codes elsewhere: one scale before and after
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Site:
+    """One node that runs on integers.
+
+    Attributes:
+        node: the node.
+        role: what it is.
+        activations: positions of the inputs that are quantised and not constant.
+        result: what is stored: the output of the node, or of the activation behind it.
+        absorbed: the Relu or Clip that storing makes redundant, or None.
+        stores: whether the result is quantised.
+    """
+
+    node: ir.Node
+    role: Role
+    activations: tuple[int, ...]
+    result: ir.Value
+    absorbed: ir.Node | None
+    stores: bool
+
+
+def place(graph: ir.Graph, style: Style, allow: Allow) -> dict[ir.Node, Site]:
+    """The sites of one graph in order; every node among them satisfies `allow`."""
+    opset = graph.opset_imports.get("", 0)
+    sites: dict[ir.Node, Site] = {}
+    stored: set[ir.Value] = set()
+    for node in graph:
+        site = _site(node, style, opset, stored) if not node.domain and allow(node) else None
+        if site is not None:
+            sites[node] = site
+            stored.update([site.result] if site.stores else [])
+    if not style.stores_outputs:
+        return sites
+    return _stored_where_read(_pruned(sites))
+
+
+def _site(node: ir.Node, style: Style, opset: int, stored: set[ir.Value]) -> Site | None:
+    if is_product(node):
+        needs = style.stores_outputs and node.op_type == "Conv"
+        return _made(node, Role.PRODUCT, (0,), stores=needs)
+    role = _passive_role(node, opset) if style.stores_outputs else None
+    if role is None:
+        return None
+    count = 1 if role in (Role.UNARY, Role.MOVE) else len(node.inputs)
+    inputs = node.inputs[:count]
+    if any(v is None or (v not in stored and not values.is_constant(v)) for v in inputs):
+        return None
+    active = tuple(i for i, v in enumerate(inputs) if not values.is_constant(v))
+    constants = [v for v in inputs if values.is_constant(v)]
+    if not active or any(v is None or v.dtype is not ir.DataType.FLOAT for v in constants):
+        return None
+    if role is Role.CONCAT and constants:
+        return None
+    return _made(node, role, active, stores=True)
+
+
+def is_product(node: ir.Node) -> bool:
+    """Whether the node is a Conv, Gemm or MatMul of float32 with a constant weight that an integer kernel takes."""
+    if node.op_type not in ("Conv", "Gemm", "MatMul") or len(node.inputs) < 2:
+        return False
+    weight, data = values.constant(node.inputs[1]), node.inputs[0]
+    if weight is None or weight.dtype is not ir.DataType.FLOAT or values.is_constant(data):
+        return False
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is not None and not values.is_constant(bias):
+        return False
+    rank = len(weight.shape)
+    if node.op_type == "Conv":
+        return 3 <= rank <= 5
+    if node.op_type == "MatMul":
+        return rank == 2
+    alpha, beta, turned = (
+        operators.attribute(node, name, default)
+        for name, default in (("alpha", 1.0), ("beta", 1.0), ("transA", 0))
+    )
+    size = bias.const_value.size if bias is not None and bias.const_value is not None else 0
+    columns = weight.shape[0] if operators.attribute(node, "transB", 0) else weight.shape[1]
+    return alpha == 1.0 and beta == 1.0 and not turned and (bias is None or size == columns)
+
+
+def _passive_role(node: ir.Node, opset: int) -> Role | None:
+    if len(node.outputs) != 1:
+        return None
+    if node.op_type in POINTWISE:
+        return Role.POINTWISE
+    if node.op_type in UNARY:
+        return Role.UNARY
+    if node.op_type == "Concat":
+        return Role.CONCAT
+    if node.op_type == "MaxPool" and opset < 12:
+        return None  # 8-bit MaxPool came with opset 12
+    return Role.MOVE if node.op_type in MOVES else None
+
+
+def _made(node: ir.Node, role: Role, active: tuple[int, ...], *, stores: bool) -> Site:
+    output = node.outputs[0]
+    after = _absorbed(output) if role in (Role.PRODUCT, Role.POINTWISE) else None
+    result = output if after is None else after.outputs[0]
+    return Site(node, role, active, result, after, stores)
+
+
+def _absorbed(value: ir.Value) -> ir.Node | None:
+    """The Relu, or Clip with constant bounds around zero, that alone reads a value."""
+    uses = tuple(value.uses())
+    if value.is_graph_output() or len(uses) != 1:
+        return None
+    node = uses[0].node
+    if node.domain or node.op_type not in ABSORBED or node.graph is not value.graph:
+        return None
+    return node if clip_bounds(node) is not None else None
+
+
+def clip_bounds(node: ir.Node) -> tuple[float, float] | None:
+    """What a Relu or Clip lets through, where that is constant and holds zero."""
+    if node.op_type == "Relu":
+        return 0.0, float("inf")
+    ends = []
+    for index, name, default in ((1, "min", -float("inf")), (2, "max", float("inf"))):
+        value = node.inputs[index] if len(node.inputs) > index else None
+        if value is not None and not value.is_initializer():
+            return None  # the runtime looks at initializers only
+        found = operators.attribute(node, name, default) if value is None else values.scalar(value)
+        if found is None:
+            return None
+        ends.append(float(found))
+    return (ends[0], ends[1]) if ends[0] <= 0 <= ends[1] else None
+
+
+def _pruned(sites: dict[ir.Node, Site]) -> dict[ir.Node, Site]:
+    """Without passive sites that no product reads in the end: nothing would be gained behind them."""
+    kept: dict[ir.Node, Site] = {}
+    for node, site in reversed(sites.items()):
+        if site.role is Role.PRODUCT or _feeds(site, kept):
+            kept[node] = site
+    return dict(reversed(kept.items()))
+
+
+def _feeds(site: Site, kept: dict[ir.Node, Site]) -> bool:
+    return any(
+        use.node in kept and use.idx in kept[use.node].activations for use in site.result.uses()
+    )
+
+
+def _stored_where_read(sites: dict[ir.Node, Site]) -> dict[ir.Node, Site]:
+    """Gemm and MatMul store what another site reads: a result that is both quantised and float fuses with neither."""
+    return {
+        node: dataclasses.replace(site, stores=site.stores or _feeds(site, sites))
+        for node, site in sites.items()
+    }
+
+
+def residual_inputs(graph: ir.Graph, sites: dict[ir.Node, Site]) -> list[tuple[ir.Node, int]]:
+    """For runtimes that fuse Conv and Add: which operand of each residual Add is the identity, to be quantised.
+
+    The other, made by a convolution for this Add alone, stays float and is fused with it.  Where both are, the one
+    nearer to where the branches part is the identity: its convolution reads what others read too.
+    """
+    found = []
+    for node in graph:
+        if node.op_type != "Add" or node.domain:
+            continue
+        fused = [_ends_in_conv(value, sites) for value in node.inputs]
+        if any(values.is_constant(value) for value in node.inputs) or not any(fused):
+            continue
+        if all(fused):
+            short = [_reads_shared(value) for value in node.inputs]
+            if short[0] != short[1]:
+                found.append((node, short.index(True)))
+        else:
+            found.append((node, fused.index(False)))
+    return found
+
+
+def _ends_in_conv(value: ir.Value | None, sites: dict[ir.Node, Site]) -> bool:
+    producer = value.producer() if value is not None else None
+    return (
+        producer is not None
+        and producer in sites
+        and producer.op_type == "Conv"
+        and value is not None
+        and len(value.uses()) == 1
+    )
+
+
+def _reads_shared(value: ir.Value | None) -> bool:
+    producer = value.producer() if value is not None else None
+    source = producer.inputs[0] if producer is not None else None
+    return source is not None and len(source.uses()) > 1

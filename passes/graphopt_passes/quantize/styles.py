@@ -1,0 +1,62 @@
+"""What each runtime wants quantised graphs to look like, as data.
+
+Verified on ONNX Runtime 1.31.1 by reading back the optimised graph; TensorRT by its parser's checks and its developer
+guide.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import onnx_ir as ir
+
+from graphopt.errors import OptionError
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """How quantised values and weights are written for one runtime.
+
+    Attributes:
+        name: what recipes call it.
+        activation: element type of stored activations.
+        symmetric: whether activations are stored without zero point.
+        stores_outputs: whether the runtime fuses only what is quantised on both sides; otherwise inputs only.
+        integer_bias: whether biases are stored as int32.
+        saturates: whether products of unsigned and signed bytes are added in pairs in 16 bits, saturating (x86 without
+            VNNI).
+        contrib: whether com.microsoft Q/DQ serve below opset 13, where ai.onnx has no axis.
+        least_opset: below it the runtime's integer kernels cannot be named.
+    """
+
+    name: str
+    activation: ir.DataType
+    symmetric: bool
+    stores_outputs: bool
+    integer_bias: bool
+    saturates: bool
+    contrib: bool
+    least_opset: int
+
+
+_X86 = Style("x86-avx2", ir.DataType.UINT8, False, True, True, True, True, 10)
+STYLES = {
+    style.name: style
+    for style in (
+        _X86,
+        dataclasses.replace(_X86, name="x86-vnni", saturates=False),
+        dataclasses.replace(_X86, name="arm", activation=ir.DataType.INT8, saturates=False),
+        Style("tensorrt", ir.DataType.INT8, True, False, False, False, False, 13),
+    )
+}
+
+
+def style_named(name: str) -> Style:
+    """The style called `name`.
+
+    Raises:
+        OptionError: none.
+    """
+    if name not in STYLES:
+        raise OptionError(f"unknown quantisation style {name!r}; choose one of {', '.join(STYLES)}")
+    return STYLES[name]

@@ -1,0 +1,121 @@
+"""Weights and biases as integers: per channel, without saturation, with the mean error moved into the bias."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Wide: TypeAlias = npt.NDArray[np.float64]
+Array: TypeAlias = npt.NDArray[Any]
+
+PAIR_LIMIT = 32767
+"""What the sum of two products of bytes may reach before vpmaddubsw saturates (AVX2 without VNNI)."""
+
+BIAS_LIMIT = 2**31 - 1
+HEADROOM = 255 * 127
+"""What one product may add to an int32 accumulator that starts from the bias."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """A weight in int8 with a scale a row.
+
+    Attributes:
+        codes: int8 [rows, columns].
+        scales: float32 [rows].
+        noise: squared error over squared weights.
+        raised: rows whose scale was raised so that nothing saturates.
+    """
+
+    codes: Array
+    scales: Array
+    noise: float
+    raised: int
+
+
+def pack(rows: Array, *, top_code: int | None, least: Array | None = None) -> Packed:
+    """Symmetric int8, one scale a row, 127 for the largest weight.
+
+    Args:
+        rows: float weights [rows, columns].
+        top_code: the largest activation code, where two products must fit 16 bits; None where they need not.
+        least: scales that must be reached, for biases to fit: [rows].
+
+    A row saturates in the worst case when its two largest weights of one sign, times the largest activation, pass
+    32767; then its scale is raised to the least that avoids it.  A row of zeros gets the scale 1.
+    """
+    wide = rows.astype(np.float64)
+    peak = np.abs(wide).max(axis=1, initial=0.0)
+    scales = peak / 127
+    raised = 0
+    if top_code is not None and rows.shape[1] > 1:
+        room = PAIR_LIMIT // max(top_code, 1) - 1  # rounding may lift the pair by one in all
+        needed = _largest_pair(wide) / room
+        raised = int((needed > scales).sum())
+        scales = np.maximum(scales, needed)
+    if least is not None:
+        scales = np.maximum(scales, least)
+    stored = np.where(scales > 0, np.maximum(scales, 2.0**-100), 1.0).astype(np.float32)
+    codes = np.clip(np.rint(wide / stored[:, None].astype(np.float64)), -127, 127)
+    error = codes * stored[:, None] - wide
+    power = float((wide**2).sum())
+    noise = float((error**2).sum()) / power if power > 0 else 0.0
+    return Packed(codes.astype(np.int8), stored, noise, raised)
+
+
+def _largest_pair(wide: Wide) -> Wide:
+    """Per row, the largest sum of two weights of one sign, in magnitude."""
+    upper = np.partition(wide, wide.shape[1] - 2, axis=1)[:, -2:]
+    lower = np.partition(-wide, wide.shape[1] - 2, axis=1)[:, -2:]
+    pairs = [np.maximum(part, 0).sum(axis=1) for part in (upper, lower)]
+    return np.asarray(np.maximum(*pairs))
+
+
+def is_safe(codes: Array, top_code: int) -> bool:
+    """Whether no two products of a row with activations up to `top_code` can pass 16 bits."""
+    if codes.shape[1] < 2:
+        return True
+    return bool((_largest_pair(codes.astype(np.float64)) * top_code <= PAIR_LIMIT).all())
+
+
+def least_scales(bias: Array | None, input_scale: float, columns: int) -> Array | None:
+    """Scales that weights must have for the bias to fit into int32 beside the products: [rows]."""
+    if bias is None:
+        return None
+    room = BIAS_LIMIT - HEADROOM * min(columns, 1 << 15)
+    return np.abs(bias.astype(np.float64)) * 1.0001 / (input_scale * room)
+
+
+def pack_bias(bias: Array, input_scale: float, scales: Array) -> tuple[Array, Array]:
+    """The bias in int32 and its scales, those of the products: s_x * s_w."""
+    product = (np.float32(input_scale) * scales.astype(np.float32)).astype(np.float32)
+    codes = np.rint(bias.astype(np.float64) / product.astype(np.float64))
+    return np.clip(codes, -BIAS_LIMIT, BIAS_LIMIT).astype(np.int32), product
+
+
+def bias_shift(
+    rows: Array, packed: Packed, means: Array | None, taps: int, group: int
+) -> Wide | None:
+    """What the rounding of the weights takes from each output on average; added to the bias, it is given back.
+
+    db_c = sum_k (W - Wq)[c, k] E[x_k]; for a convolution each channel counts once a tap (exact away from borders).
+
+    Args:
+        rows: float weights [rows, channels of a group * taps].
+        packed: the same in integers.
+        means: of the input channels: [group * channels of a group].
+        taps: kernel positions.
+        group: groups of a convolution.
+    """
+    if means is None:
+        return None
+    width = rows.shape[1] // taps
+    if means.shape != (group * width,):
+        return None
+    lost = rows.astype(np.float64) - packed.codes * packed.scales[:, None].astype(np.float64)
+    by_channel = lost.reshape(group, rows.shape[0] // group, width, taps).sum(axis=3)
+    shift = np.einsum("grw,gw->gr", by_channel, means.reshape(group, width))
+    return np.asarray(shift.reshape(-1))

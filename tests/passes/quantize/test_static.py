@@ -1,0 +1,276 @@
+"""Static quantisation: what is quantised, fused by the runtime, close to float, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from graphopt_passes.quantize.certificate import read_fusion
+from graphopt_passes.quantize.emission import Facts, Layer, candidates, quantize
+from graphopt_passes.quantize.placement import Allow
+from graphopt_passes.quantize.static import QuantizeStatic
+from graphopt_passes.quantize.styles import style_named
+
+from graphopt.calibrate.statistics import collect
+from graphopt.errors import OptionError
+from graphopt.ir.build import Names
+from graphopt.ir.check import violations
+from graphopt.ir.model_file import load_model, to_proto
+from graphopt.rewrite import Calibration, Context, Gate, Options, name_of
+from graphopt.targets import get_target
+from graphopt.verify.feed_files import Feed
+from tests.rewriting import parse, run
+
+RNG = np.random.default_rng(0)
+IMAGES = [{"x": RNG.normal(size=(1, 8, 10, 10)).astype(np.float32)} for _ in range(4)]
+TOKENS = [{"x": RNG.normal(size=(1, 6, 16)).astype(np.float32)} for _ in range(4)]
+
+RESIDUAL = """g (float[1,8,10,10] x) => (float[1,5] y)
+<float[8,8,3,3] w, float[8] b, float[8,8,1,1] v, float[8,5] m, float[5] n> {
+ c = Conv<pads=[1,1,1,1]>(x, w, b)  r = Relu(c)
+ d = Conv(r, v)  s = Add(d, r)  t = Relu(s)
+ p = MaxPool<kernel_shape=[2,2], strides=[2,2]>(t)  q = GlobalAveragePool(p)  f = Flatten(q)
+ y = Gemm(f, m, n) }"""
+BLOCK = """g (float[1,6,16] x) => (float[1,6,16] y) <float[16,16] w, float[16] b, float[16,16] v, float[16] s> {
+ n = LayerNormalization(x, s)  h = MatMul(n, w)  i = Add(h, b)  e = Tanh(i)  o = MatMul(e, v)  y = Add(o, x) }"""
+
+
+def varied(text: str, opset: int = 18) -> onnx.ModelProto:
+    """The model with weights of both signs."""
+    proto = parse(text, opset=opset)
+    rng = np.random.default_rng(1)
+    for tensor in proto.graph.initializer:
+        array = onnx.numpy_helper.to_array(tensor)
+        if array.dtype == np.float32:
+            drawn = rng.normal(size=array.shape, scale=0.3).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(drawn, tensor.name))
+    return proto
+
+
+def quantized(
+    proto: onnx.ModelProto,
+    feeds: list[dict[str, Any]],
+    style: str = "x86-avx2",
+    allow: Allow = lambda _node: True,
+) -> tuple[ir.Model, list[Layer]]:
+    model = load_model(proto)
+    chosen = style_named(style)
+    names = candidates(model.graph, chosen, allow)
+    given = [Feed(str(i), feed) for i, feed in enumerate(feeds)]
+    found = collect(proto.SerializeToString(), names, given)
+    layers = quantize(model, Facts(chosen, found.values), allow, Names.of(model))
+    assert not list(violations(model))
+    onnx.checker.check_model(to_proto(model))
+    return model, layers
+
+
+def sqnr(proto: onnx.ModelProto, model: ir.Model, feed: dict[str, Any]) -> float:
+    a, b = run(proto, feed)[0], run(to_proto(model), feed)[0]
+    return float(10 * np.log10((a**2).sum() / ((a - b) ** 2).sum()))
+
+
+def ops(model: ir.Model) -> list[str]:
+    return [node.op_type for node in model.graph]
+
+
+@pytest.mark.parametrize("opset", [11, 13, 18, 21])
+def test_a_residual_net_is_fused_throughout(opset: int) -> None:
+    proto = varied(RESIDUAL, opset)
+    model, _ = quantized(proto, IMAGES)
+    everything = [v.name or "" for node in model.graph for v in node.outputs]
+    fusion = read_fusion(model, everything)
+    allowed = () if opset >= 12 else fusion.leftovers[:3]  # MaxPool on bytes came with opset 12
+    assert fusion.leftovers == allowed
+    assert sqnr(proto, model, IMAGES[0]) > 25
+
+
+def test_relu_needs_no_pair_of_its_own() -> None:
+    model, _ = quantized(varied(RESIDUAL), IMAGES)
+    relus = [node for node in model.graph if node.op_type == "Relu"]
+    assert all(
+        n.outputs[0].uses() and n.inputs[0].producer().op_type in ("Conv", "Add") for n in relus
+    )  # type: ignore[union-attr]
+    assert len(relus) == 2
+
+
+def test_values_that_only_move_keep_their_scale() -> None:
+    model, _ = quantized(varied(RESIDUAL), IMAGES)
+    pool = next(node for node in model.graph if node.op_type == "MaxPool")
+    before, after = pool.inputs[0].producer(), next(iter(pool.outputs[0].uses())).node  # type: ignore[union-attr]
+    scales = [node.inputs[1].const_value.numpy() for node in (before, after)]  # type: ignore[union-attr]
+    assert scales[0] == scales[1]
+
+
+def test_a_transformer_block_keeps_float_between_products() -> None:
+    proto = varied(BLOCK)
+    model, _ = quantized(proto, TOKENS)
+    assert ops(model).count("QuantizeLinear") == 2
+    fusion = read_fusion(model, [v.name or "" for node in model.graph for v in node.outputs])
+    assert not fusion.leftovers
+    assert sqnr(proto, model, TOKENS[0]) > 25
+
+
+def test_nothing_saturates_16_bits() -> None:
+    model, _ = quantized(varied(RESIDUAL), IMAGES)
+    for node in model.graph:
+        if node.op_type != "Conv":
+            continue
+        decode = node.inputs[1].producer()  # type: ignore[union-attr]
+        codes = decode.inputs[0].const_value.numpy().astype(int)  # type: ignore[union-attr]
+        rows = np.sort(codes.reshape(codes.shape[0], -1), axis=1)
+        pairs = np.maximum(np.abs(rows[:, :2].sum(axis=1)), np.abs(rows[:, -2:].sum(axis=1)))
+        decoded = node.inputs[0].producer()  # type: ignore[union-attr]
+        feed = {"x": IMAGES[0]["x"]}
+        tapped = to_proto(model)
+        tapped.graph.output.append(onnx.ValueInfoProto(name=decoded.inputs[0].name))  # type: ignore[union-attr]
+        top = int(run(tapped, feed)[-1].max())
+        assert (pairs * top <= 32767).all()
+
+
+def test_a_stored_graph_output_keeps_its_name() -> None:
+    proto = varied(
+        "g (float[1,8,10,10] x) => (float[1,8,10,10] y) <float[8,8,1,1] w> { y = Conv(x, w) }"
+    )
+    model, _ = quantized(proto, IMAGES)
+    assert [v.name for v in model.graph.outputs] == ["y"]
+    assert ops(model)[-1] == "DequantizeLinear"
+    assert sqnr(proto, model, IMAGES[0]) > 25
+
+
+def test_the_mean_error_of_weights_goes_into_the_bias() -> None:
+    text = "g (float[1,8,10,10] x) => (float[1,8,10,10] y) <float[8,8,1,1] w, float[8] b> { y = Conv(x, w, b) }"
+    proto = varied(text)
+    feeds = [{"x": feed["x"] + 3} for feed in IMAGES]
+    model, _ = quantized(proto, feeds)
+    a, b = run(proto, feeds[0])[0], run(to_proto(model), feeds[0])[0]
+    step = next(n for n in reversed(list(model.graph)) if n.op_type == "DequantizeLinear").inputs[1]
+    assert step is not None
+    assert step.const_value is not None
+    assert np.abs((b - a).mean(axis=(0, 2, 3))).max() < float(step.const_value.numpy()) / 4
+
+
+def test_tensorrt_gets_symmetric_inputs_and_float_outputs() -> None:
+    proto = varied(RESIDUAL)
+    model, _ = quantized(proto, IMAGES, "tensorrt")
+    for node in model.graph:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            zero = node.inputs[2].const_value  # type: ignore[union-attr]
+            scale = node.inputs[1].const_value  # type: ignore[union-attr]
+            assert zero.dtype is ir.DataType.INT8  # type: ignore[union-attr]
+            assert not zero.numpy().any()  # type: ignore[union-attr]
+            assert (scale.numpy() > 0).all()  # type: ignore[union-attr]
+            assert scale.numpy().ndim == 0 or "axis" in node.attributes  # type: ignore[union-attr]
+    add = next(node for node in model.graph if node.op_type == "Add")
+    assert [v.producer().op_type for v in add.inputs] == ["Conv", "DequantizeLinear"]  # type: ignore[union-attr]
+    assert sqnr(proto, model, IMAGES[0]) > 25
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "g (float[1,8,10,10] x, float[8,8,1,1] w) => (float[1,8,10,10] y) { y = Conv(x, w) }",
+        "g (float[1,8,10,10] x, float[8] b) => (float[1,8,10,10] y) <float[8,8,1,1] w> { y = Conv(x, w, b) }",
+        "g (float[2,8] x) => (float[2,5] y) <float[8,5] w> { y = Gemm<alpha=2.0>(x, w) }",
+        "g (float[8,2] x) => (float[2,5] y) <float[8,5] w> { y = Gemm<transA=1>(x, w) }",
+        "g (float[1,6,16] x, float[1,16,4] z) => (float[1,6,4] y) { y = MatMul(x, z) }",
+    ],
+)
+def test_what_no_integer_kernel_takes_stays_float(text: str) -> None:
+    assert not candidates(load_model(varied(text)).graph, style_named("x86-avx2"), lambda _: True)
+
+
+def test_a_network_of_zeros_is_safe() -> None:
+    proto = parse(
+        "g (float[1,8,4,4] x) => (float[1,8,4,4] y) <float[8,8,1,1] w> { y = Conv(x, w) }"
+    )
+    zeros = np.zeros((8, 8, 1, 1), np.float32)
+    proto.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(zeros, "w"))
+    feed = {"x": np.zeros((1, 8, 4, 4), np.float32)}
+    model, _ = quantized(proto, [feed])
+    assert not run(to_proto(model), feed)[0].any()
+
+
+def context(model: ir.Model, **options: Any) -> Context:
+    given = Options(calibration=Calibration(IMAGES), force=True, **options)
+    return Context(model, get_target("cpu"), given, pass_name="quantize-static")
+
+
+def test_the_pass_quantises_and_says_how() -> None:
+    model = load_model(varied(RESIDUAL))
+    ctx = context(model)
+    assert QuantizeStatic().run(model, ctx)
+    assert "QuantizeLinear" in ops(model)
+    assert any("Conv in 8 bits: range by" in remark.reason for remark in ctx.remarks)
+    again = load_model(varied(RESIDUAL))
+    replay = Context(
+        again, get_target("cpu"), ctx.options, cache=ctx.cache, pass_name=ctx.pass_name
+    )
+    assert QuantizeStatic().run(again, replay)
+    assert to_proto(again) == to_proto(model)
+
+
+def test_a_gated_site_stays_float() -> None:
+    model = load_model(varied(RESIDUAL))
+    ctx = context(model)
+    ctx.gate = Gate(sites=frozenset({("quantize-static", "quantize", "c")}))
+    assert QuantizeStatic().run(model, ctx)
+    first = next(node for node in model.graph if name_of(node) == "c")
+    assert first.inputs[0] is model.graph.inputs[0]
+
+
+def test_operators_and_nodes_can_be_left_out() -> None:
+    model = load_model(varied(RESIDUAL))
+    assert QuantizeStatic(skip_ops=("Gemm",), skip_nodes=("c*",)).run(model, context(model))
+    kept = {n.op_type for n in model.graph if name_of(n) in ("c", "y")}
+    assert kept == {"Conv", "Gemm"}
+    gemm = next(node for node in model.graph if node.op_type == "Gemm")
+    assert gemm.inputs[1] is not None
+    assert gemm.inputs[1].is_initializer()
+
+
+def test_without_samples_it_says_how() -> None:
+    model = load_model(varied(RESIDUAL))
+    with pytest.raises(OptionError, match="give --calibration PATH"):
+        QuantizeStatic().run(model, Context(model, get_target("cpu")))
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [({"style": "vax"}, "quantisation style 'vax'"), ({"method": "max"}, "method 'max'")],
+)
+def test_unknown_options_are_refused(options: dict[str, str], error: str) -> None:
+    model = load_model(varied(RESIDUAL))
+    with pytest.raises(OptionError, match=error):
+        QuantizeStatic(**options).run(model, context(model))  # type: ignore[arg-type]
+
+
+def test_a_model_without_products_is_left_alone() -> None:
+    model = load_model(parse("g (float[1,8,10,10] x) => (float[1,8,10,10] y) { y = Relu(x) }"))
+    ctx = context(model)
+    assert not QuantizeStatic().run(model, ctx)
+    assert "nothing to quantise" in ctx.remarks[0].reason
+
+
+def test_an_opset_without_integer_kernels_is_lifted_or_declined() -> None:
+    text = "g (float[1,8,10,10] x) => (float[1,8,10,10] y) <float[8,8,1,1] w> { y = Conv(x, w) }"
+    model = load_model(varied(text, 9))
+    assert QuantizeStatic().run(model, context(model))
+    assert model.opset_imports[""] >= 10
+    old = (
+        "g (float[1,8,10,10] x) => (float[1,8,20,20] y) <float[8,8,1,1] w, float[4] s>"
+        "{ c = Conv(x, w)  y = Upsample(c, s) }"
+    )
+    model = load_model(varied(old, 9))
+    ctx = context(model)
+    assert not QuantizeStatic().run(model, ctx)
+    assert "export it anew" in ctx.remarks[0].reason
+
+
+def test_a_budget_that_cannot_be_met_leaves_float() -> None:
+    model = load_model(varied(RESIDUAL))
+    ctx = context(model, budget="sqnr>=200")
+    assert not QuantizeStatic().run(model, ctx)
+    assert "relax it with --budget" in ctx.remarks[-1].reason
