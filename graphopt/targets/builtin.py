@@ -115,6 +115,13 @@ CPU = Target(
             form="masked-rows",
         ),
         FusedOp(
+            "Attention",
+            "ONNX Runtime 1.31 CPU: 1.05-1.13x with shared keys, their repetition included",
+            since=23,
+            dtypes=frozenset({"FLOAT", "FLOAT16"}),
+            form="grouped",
+        ),
+        FusedOp(
             "LayerNormalization",
             "ONNX Runtime 1.31 CPU: 1.5-1.75x, both Transpose included",
             since=17,
@@ -154,6 +161,7 @@ CUDA = Target(
         FusedOp("RMSNormalization", _TABLE, since=23),
         FusedOp("RotaryEmbedding", _TABLE, since=23, dtypes=_STATISTICS),
         FusedOp("Attention", _TABLE, since=23, dtypes=_STATISTICS),
+        FusedOp("Attention", _TABLE, since=23, dtypes=_STATISTICS, form="grouped"),
         FusedOp("InstanceNormalization", _TABLE, since=6, dtypes=frozenset({"FLOAT", "FLOAT16"})),
         FusedOp("Gemm", _TABLE, since=7),
         FusedOp("Gelu", _TABLE, since=20),

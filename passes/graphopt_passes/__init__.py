@@ -24,6 +24,7 @@ from graphopt_passes import (
     padding,
     powers,
     reductions,
+    rope,
     sequences,
     shapes,
     slices,
@@ -35,6 +36,7 @@ from graphopt_passes.control_flow import InlineControlFlow
 from graphopt_passes.dedupe import MergeCommonSubexpressions, MergeDuplicateConstants
 from graphopt_passes.fold import FoldConstants
 from graphopt_passes.functions import InlineFunctions
+from graphopt_passes.prune import Prune
 from graphopt_passes.opset import LiftOpset
 from graphopt_passes.precision import CastToHalf
 from graphopt_passes.shape_sources import RebuildShapes
@@ -51,11 +53,11 @@ ALGEBRA = RewritePass(
     (*algebra.RULES, *bounds.RULES, *powers.RULES, *reductions.RULES, *einsum.RULES),
 )
 FUSE_CONV = RewritePass("fuse-conv", (*conv.RULES, *padding.RULES))
-FUSE_ATTENTION = RewritePass("fuse-attention", attention.RULES)
+FUSE_ATTENTION = RewritePass("fuse-attention", (*attention.RULES, *rope.RULES))
 FUSE_GEMM = RewritePass("fuse-gemm", (*gemm.RULES, *linear.RULES))
 FUSE_ACTIVATION = RewritePass("fuse-activation", (*activation.RULES, *softmax.RULES))
 FUSE_NORM = RewritePass("fuse-norm", norm.RULES)
-LIFT_OPSET = LiftOpset(rules=(*attention.RULES, *norm.RULES, *activation.RULES))
+LIFT_OPSET = LiftOpset(rules=(*FUSE_ATTENTION.rules, *norm.RULES, *activation.RULES))
 LOWER_POWERS = RewritePass("lower-powers", powers.LOWERING)
 
 _FAMILIES = (
@@ -84,6 +86,7 @@ PASSES: Mapping[str, Maker] = {
             MergeDuplicateConstants,
             MergeCommonSubexpressions,
             RemoveDeadCode,
+            Prune,
             CastToHalf,
         )
     },
@@ -139,6 +142,7 @@ _FP32 = (
     CLEAN,
     LIFT_OPSET,  # after cleaning, where what would fuse lies open; before fusing, which then can
     FUSE,
+    Prune(),  # nothing without --sparsity; after fusing, which makes the matrices that stay
     LOWER_POWERS,
 )
 

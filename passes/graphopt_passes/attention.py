@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from graphopt.ir import values
 from graphopt.ir.build import Builder
+from graphopt.ir.shapes import Dim
 from graphopt.rewrite import Either, Lit, Match, Op, Rule, Skip, Var, rule
 
 OPSETS = (13, 10_000)
@@ -150,15 +151,56 @@ def fuse_attention(m: Match, g: Builder) -> ir.Value | None:
         return None
     if not m.emits("Attention", dtype=dtype):
         raise Skip(f"the target has no Attention for {dtype} at opset {m.opset()} that pays", m[q])
-    heads = {d[:2] for d in dims if d is not None}
-    if len(heads) != 1:
-        raise Skip("queries, keys and values differ in batch or heads", m[attention])
     scale = _scale(m)
     if scale is None:
         return None
     _refuse_mask(m)
-    key = _untransposed(m, g)
-    return g.op("Attention", m[q], key, m[v], m.get(mask), scale=scale)
+    key, value = _ungrouped(m, _untransposed(m, g), m[v])
+    heads = [m.known_dims(each)[:2] for each in (q, key, value)]
+    if heads[1] != heads[2] or not _shares(heads[0], heads[1]):
+        raise Skip("queries, keys and values differ in batch or heads", m[attention])
+    if not m.emits("Attention", dtype=dtype, form="grouped" if heads[0] != heads[1] else ""):
+        raise Skip("the target gains nothing by Attention with shared keys", m[q])
+    return g.op("Attention", m[q], key, value, m.get(mask), scale=scale)
+
+
+def _shares(queries: tuple[Dim, ...], keys: tuple[Dim, ...]) -> bool:
+    """Whether each head of keys serves the same number of heads of queries."""
+    if queries == keys:
+        return True
+    several, few = queries[1].value, keys[1].value
+    return queries[0] == keys[0] and several is not None and bool(few) and several % int(few or 1) == 0
+
+
+def _ungrouped(m: Match, key: ir.Value, value: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Keys and values before their heads were repeated, where both were alike: `repeat_kv` of grouped attention."""
+    found = [_unrepeated(m, each) for each in (key, value)]
+    if None in found:
+        return key, value
+    keys, vals = (each for each in found if each is not None)
+    return (keys, vals) if m.known_dims(keys)[:2] == m.known_dims(vals)[:2] else (key, value)
+
+
+def _unrepeated(m: Match, value: ir.Value) -> ir.Value | None:
+    """[B, G, L, D] out of `Reshape(Expand(Unsqueeze(k, 2), [B, G, n, L, D]), [B, G n, L, D])`, or of its Expand."""
+    node = value.producer()
+    inner = node.inputs[0] if node is not None and node.op_type == "Reshape" else value
+    expand = None if inner is None else inner.producer()
+    lift = None if expand is None or expand.op_type != "Expand" else _maker(expand.inputs[0])
+    if inner is None or lift is None or lift.op_type != "Unsqueeze" or lift.inputs[0] is None:
+        return None
+    wide, dims, whole = m.dims(inner), m.dims(lift.inputs[0]), m.dims(value)
+    if wide is None or dims is None or whole is None or len(wide) != 5 or len(dims) != 4:
+        return None
+    lifted = m.known_dims(lift.outputs[0])
+    if lifted != (*dims[:2], Dim.of(1), *dims[2:]) or wide != (*dims[:2], wide[2], *dims[2:]):
+        return None
+    repeated = (dims[0], dims[1] * wide[2], *dims[2:])
+    return lift.inputs[0] if value is inner or whole == repeated else None
+
+
+def _maker(value: ir.Value | None) -> ir.Node | None:
+    return None if value is None else value.producer()
 
 
 def _is_last_axis(m: Match) -> bool:
@@ -205,16 +247,39 @@ def _refuse_mask(m: Match) -> None:
 
 
 def _untransposed(m: Match, g: Builder) -> ir.Value:
-    """The keys [B, H, L, D] whose transpose the scores use."""
+    """The keys [B, H, L, D] (or an Expand to [B, G, n, L, D]) whose transpose the scores use."""
     maker = m[k_t].producer()
-    if maker is not None and maker.op_type == "Transpose" and maker.graph is m[attention].graph:
-        perm = tuple(m.attr(maker, "perm", (3, 2, 1, 0)))
-        source = maker.inputs[0]
-        if perm == (0, 1, 3, 2) and source is not None:
-            return source
-        if source is not None:
-            return g.op("Transpose", source, perm=(perm[0], perm[1], perm[3], perm[2]))
+    if maker is not None and maker.graph is m[attention].graph:
+        folded = _of_folded_heads(m, maker)
+        if folded is not None:
+            return folded
+        if maker.op_type == "Transpose" and maker.inputs[0] is not None:
+            perm = tuple(m.attr(maker, "perm", (3, 2, 1, 0)))
+            if perm == (0, 1, 3, 2):
+                return maker.inputs[0]
+            return g.op("Transpose", maker.inputs[0], perm=(perm[0], perm[1], perm[3], perm[2]))
     return g.op("Transpose", m[k_t], perm=(0, 1, 3, 2))
+
+
+def _of_folded_heads(m: Match, maker: ir.Node) -> ir.Value | None:
+    """k where kT is `Reshape(Transpose(Reshape(k, [B H, L, D]), (0, 2, 1)), [B, H, D, L])`, as torch.export has it."""
+    swap = _maker(maker.inputs[0]) if maker.op_type == "Reshape" else None
+    fold = _maker(swap.inputs[0]) if swap is not None and swap.op_type == "Transpose" else None
+    if swap is None or fold is None or fold.op_type != "Reshape" or fold.inputs[0] is None:
+        return None
+    if tuple(m.attr(swap, "perm", ())) != (0, 2, 1):
+        return None
+    source = fold.inputs[0]
+    dims, flat, turned = m.dims(source), m.dims(fold.outputs[0]), m.known_dims(k_t)
+    if dims is None or flat is None or len(turned) != 4 or len(dims) < 4:
+        return None
+    wanted = (turned[0], turned[1], turned[3], turned[2])
+    if flat[1:] != wanted[2:] or dims[-2:] != wanted[2:]:
+        return None
+    if dims == wanted:
+        return source
+    grouped = len(dims) == 5 and _unrepeated(m, source) is not None
+    return source if grouped and (dims[0], dims[1] * dims[2]) == wanted[:2] else None
 
 
 RULES: tuple[Rule, ...] = (fuse_attention, drop_guard_of_unmasked_rows)
