@@ -56,7 +56,7 @@ def smallest(scores: npt.NDArray[np.floating], count: int) -> npt.NDArray[np.boo
     keep = flat > limit
     ties = np.flatnonzero(flat == limit)
     keep[ties[count - int((flat < limit).sum()) :]] = True
-    return keep.reshape(scores.shape)
+    return np.asarray(keep.reshape(scores.shape), bool)
 
 
 def _smallest(scores: list[npt.NDArray[np.floating]], zeros: int) -> list[int]:

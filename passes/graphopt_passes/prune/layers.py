@@ -171,7 +171,7 @@ def _own_bias(node: ir.Node) -> ir.Value | None:
 
 def _added_bias(node: ir.Node, tensor: ir.TensorProtocol) -> ir.Value | None:
     """The constant that the next node adds, one number a row."""
-    uses = node.outputs[0].uses()
+    uses = tuple(node.outputs[0].uses())
     if len(uses) != 1 or node.outputs[0].is_graph_output():
         return None
     user, index = uses[0]
@@ -190,21 +190,16 @@ def _rows(node: ir.Node) -> int:
 
 
 def _is_bias(bias: ir.Value | None, rows: int) -> bool:
+    """Whether a value is a constant of one use, `rows` numbers along its last axis."""
     tensor = values.constant(bias)
-    return (
-        bias is not None
-        and tensor is not None
-        and bias.is_initializer()
-        and len(bias.uses()) == 1
-        and not bias.is_graph_output()
-        and tensor.size == rows == tensor.shape.numpy()[-1:][0]
-        if tensor is not None and len(tensor.shape) > 0
-        else False
-    )
+    if bias is None or tensor is None or not bias.is_initializer():
+        return False
+    alone = len(bias.uses()) == 1 and not bias.is_graph_output()
+    return alone and tensor.size == rows and tuple(tensor.shape.numpy()[-1:]) == (rows,)
 
 
 def _window(node: ir.Node, tensor: ir.TensorProtocol) -> Window:
-    kernel = tensor.shape.numpy()[2:]
+    kernel = tuple(tensor.shape.numpy()[2:])
     ones = (1,) * len(kernel)
 
     def ints(name: str, default: tuple[int, ...]) -> tuple[int, ...]:
@@ -264,4 +259,4 @@ def _closing(graph: ir.Graph, found: list[Layer]) -> set[ir.Node]:
 def _is_narrow(layer: Layer) -> bool:
     """Whether a layer is small beside what it reads: a classifier, not a block that ends in a residual sum."""
     blocks, rows, columns = layer.matrix().shape
-    return blocks == 1 and rows * 4 <= columns
+    return bool(blocks == 1 and rows * 4 <= columns)

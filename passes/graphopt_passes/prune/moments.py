@@ -56,12 +56,13 @@ class Moments:
 
 def inputs(array: Array, window: Window | None, positions: Array) -> Array:
     """What a layer multiplies by its matrix at some positions: [blocks, positions, columns + 1], ones at the end."""
-    if window is None:
-        rows = array.reshape(-1, array.shape[-1])[positions][None]
-    else:
-        rows = patches(array, window, positions)
+    rows = _rows(array)[positions][None] if window is None else patches(array, window, positions)
     ones = np.ones((*rows.shape[:-1], 1), rows.dtype)
     return np.concatenate([rows, ones], axis=-1)
+
+
+def _rows(array: Array) -> Array:
+    return array.reshape(-1, array.shape[-1])
 
 
 def patches(array: Array, window: Window, positions: Array) -> Array:

@@ -120,7 +120,7 @@ def _with_option(request: SparsityRequest, key: str, word: str, text: str) -> Sp
             raise OptionError(
                 f"--sparsity {text!r}: unknown {key} {word!r}; choose one of {', '.join(known)}"
             )
-        return dataclasses.replace(request, **{key: choices[key](word)})
+        return _with_choice(request, key, word)
     if key == "refit" and word in ("yes", "no"):
         return dataclasses.replace(request, refit=word == "yes")
     if key == "dense" and word:
@@ -128,9 +128,19 @@ def _with_option(request: SparsityRequest, key: str, word: str, text: str) -> Sp
     raise OptionError(f"--sparsity {text!r}: {key!r} is no option with value {word!r}; {_REMEDY}")
 
 
+def _with_choice(request: SparsityRequest, key: str, word: str) -> SparsityRequest:
+    if key == "method":
+        return dataclasses.replace(request, method=Method(word))
+    if key == "allocation":
+        return dataclasses.replace(request, allocation=Allocation(word))
+    return dataclasses.replace(request, importance=Importance(word))
+
+
 def _regex(word: str, text: str) -> str:
     try:
         re.compile(word)
     except re.error as error:
-        raise OptionError(f"--sparsity {text!r}: dense={word!r} is not a regular expression: {error}") from error
+        raise OptionError(
+            f"--sparsity {text!r}: dense={word!r} is not a regular expression: {error}"
+        ) from error
     return word

@@ -2,19 +2,20 @@
 
 `W` is [rows, columns]; `H` = sum of x x^T over the inputs x of the layer in the pruned model so far; `G` = sum of
 x_dense x^T.  With the dense target `T = (W0 G + l W0)(H + l I)^-1`, the distance between the outputs of the pruned and
-of the dense layer is ||(W - T) H^(1/2)||^2 up to a constant, so that every method below works on (T, H) and repairs what
+of the dense layer is ||(W - T) H^(1/2)||^2 up to a constant: every method below works on (T, H), and so repairs what
 the layers before it have lost.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from graphopt_passes.prune.allocate import smallest
-from graphopt_passes.prune.layers import Wide
+from graphopt_passes.prune.layers import Array, Wide
 from graphopt_passes.prune.request import Method
 
 Mask = npt.NDArray[np.bool_]
@@ -48,7 +49,9 @@ class Goal:
         keep = np.ones(scores.shape, bool)
         free = scores[:, : scores.shape[1] - self.fixed]
         chosen = (
-            smallest(free, self.zeros) if self.pattern is None else pattern_mask(free, *self.pattern)
+            smallest(free, self.zeros)
+            if self.pattern is None
+            else pattern_mask(free, *self.pattern)
         )
         keep[:, : free.shape[1]] = chosen
         return keep
@@ -74,7 +77,7 @@ def dense_target(weight: Wide, moment: Wide, cross: Wide) -> Wide:
     """The weight that fits the outputs of the dense layer best, given the inputs of the pruned model."""
     damp = ridge(moment)
     right = weight @ cross + damp * weight
-    return np.linalg.solve(moment + damp * np.eye(len(moment)), right.T).T
+    return np.asarray(np.linalg.solve(moment + damp * np.eye(len(moment)), right.T).T, np.float64)
 
 
 def refit(mask: Mask, start: Wide, weight: Wide, moment: Wide, cross: Wide) -> Wide:
@@ -101,7 +104,9 @@ def refit(mask: Mask, start: Wide, weight: Wide, moment: Wide, cross: Wide) -> W
         rest -= rate * image
         eased = rest / scale
         renewed = np.sum(rest * eased, axis=1, keepdims=True)
-        step = eased + step * np.divide(renewed, energy, out=np.zeros_like(energy), where=energy > 0)
+        step = eased + step * np.divide(
+            renewed, energy, out=np.zeros_like(energy), where=energy > 0
+        )
         energy = renewed
     return found
 
@@ -137,7 +142,9 @@ def sparse_gpt(target: Wide, moment: Wide, goal: Goal) -> tuple[Wide, Mask]:
         end = min(begin + width, target.shape[1])
         inside = min(end, free) - begin
         if inside > 0:
-            scores = np.square(work[:, begin : begin + inside] / np.diag(upper)[begin : begin + inside])
+            scores = np.square(
+                work[:, begin : begin + inside] / np.diag(upper)[begin : begin + inside]
+            )
             zeros = round(goal.zeros * inside / free)
             part = Goal(zeros, goal.pattern)
             mask[:, begin : begin + inside] = part.mask(scores)
@@ -165,10 +172,10 @@ def _inverse_root(moment: Wide) -> Wide:
     for damping in _DAMPINGS:
         try:
             inverse = np.linalg.inv(moment + damping * mean * eye)
-            return np.linalg.cholesky((inverse + inverse.T) / 2).T
+            return np.asarray(np.linalg.cholesky((inverse + inverse.T) / 2).T, np.float64)
         except np.linalg.LinAlgError:
             continue
-    return eye / np.sqrt(mean)
+    return np.asarray(eye / np.sqrt(mean), np.float64)
 
 
 def admm(target: Wide, moment: Wide, goal: Goal) -> tuple[Wide, Mask]:
@@ -176,13 +183,13 @@ def admm(target: Wide, moment: Wide, goal: Goal) -> tuple[Wide, Mask]:
 
     Source: Meng et al. 2024 (ALPS), Boza 2024: columns scaled to unit energy, one factorisation for all steps.
     """
-    precision = np.float32 if len(moment) > _WIDE_COLUMNS else np.float64
+    precision: Any = np.float32 if len(moment) > _WIDE_COLUMNS else np.float64
     scale = np.sqrt(np.diag(moment) + ridge(moment))
-    normal = (moment / scale[:, None] / scale[None, :]).astype(precision)
-    normal += np.asarray(RIDGE * np.eye(len(normal)), precision)
-    wanted = (target * scale).astype(precision)
+    normal: Array = (moment / scale[:, None] / scale[None, :]).astype(precision)
+    normal = normal + np.asarray(RIDGE * np.eye(len(normal)), precision)
+    wanted: Array = (target * scale).astype(precision)
     pull = wanted @ normal
-    solver = np.linalg.inv(normal + np.asarray(_ADMM_RHO * np.eye(len(normal)), precision))
+    solver: Array = np.linalg.inv(normal + np.asarray(_ADMM_RHO * np.eye(len(normal)), precision))
     sparse, dual = wanted.copy(), np.zeros_like(wanted)
     mask = np.ones(wanted.shape, bool)
     for turn in range(_ADMM_STEPS):

@@ -70,7 +70,12 @@ def _piece(
     part: Sequence[ir.Node], later: Sequence[Sequence[ir.Node]], stops: Sequence[ir.Value]
 ) -> Piece:
     made = {value for node in part for value in node.outputs if value.name}
-    read = [v for node in part for v in dependencies(node) if v not in made and not values.is_constant(v)]
+    read = [
+        v
+        for node in part
+        for v in dependencies(node)
+        if v not in made and not values.is_constant(v)
+    ]
     after = {value for nodes in later for node in nodes for value in dependencies(node)}
     kept = [value for node in part for value in node.outputs if value in after or value in stops]
     return Piece(tuple(part), _names(read), _names(kept))
@@ -88,7 +93,9 @@ class Streams:
         pruned: the same in the model with new weights; shares arrays with `dense` up to the first of them.
     """
 
-    def __init__(self, model: ir.Model, feeds: Sequence[Mapping[str, Array]], threads: int = 2) -> None:
+    def __init__(
+        self, model: ir.Model, feeds: Sequence[Mapping[str, Array]], threads: int = 2
+    ) -> None:
         self._model = model
         self._threads = threads
         self._altered: set[str] = set()
@@ -156,7 +163,9 @@ def piece_model(model: ir.Model, piece: Piece, given: Sequence[str]) -> onnx.Mod
     """A piece as a model of its own; the constants in `given` are inputs."""
     made = {value.name for node in piece.nodes for value in node.outputs}
     graph = ir.Graph((), (), nodes=(), opset_imports=dict(model.opset_imports), name="piece")
-    shell = ir.Model(graph, ir_version=max(model.ir_version, 8), functions=list(model.functions.values()))
+    shell = ir.Model(
+        graph, ir_version=max(model.ir_version, 8), functions=list(model.functions.values())
+    )
     proto = to_proto(shell)
     reads = {v.name: v for node in piece.nodes for v in dependencies(node) if v.name not in made}
     for name, value in reads.items():
@@ -165,7 +174,9 @@ def piece_model(model: ir.Model, piece: Piece, given: Sequence[str]) -> onnx.Mod
             proto.graph.input.append(_information(value))
         else:
             stored = onnx.TensorProto.FromString(
-                ir.serde.serialize_tensor(ir.Tensor(tensor.numpy(), tensor.dtype, name=name)).SerializeToString()
+                ir.serde.serialize_tensor(
+                    ir.Tensor(tensor.numpy(), tensor.dtype, name=name)
+                ).SerializeToString()
             )
             proto.graph.initializer.append(stored)
     proto.graph.node.extend(ir.serde.serialize_node(node) for node in piece.nodes)

@@ -15,9 +15,12 @@ from graphopt_passes.prune.moments import Moments
 from graphopt_passes.prune.request import Method, SparsityRequest
 from graphopt_passes.prune.samples import Feeds
 from graphopt_passes.prune.solve import Goal, Mask, solve
-from graphopt_passes.prune.streams import Streams, cut
+from graphopt_passes.prune.streams import Piece, Streams, cut
 
 ADMM_FROM = 0.9
+
+MIN_HELD_BYTES = 1 << 29
+"""Values of samples may take this much memory, or as much as the weights of the model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,13 +100,12 @@ def prune_fitted(
     groups = _groups(model, wanted)
     stops = [group[0].source for group in groups]
     pieces = cut(model.graph, stops)
+    feeds = _that_fit(model, pieces, stops, feeds)
     streams = Streams(model, feeds)
     new: dict[str, Array] = {}
     found: list[Pruned] = []
     for index, (piece, group) in enumerate(zip(pieces, groups, strict=True)):
-        later = {name for each in pieces[index + 1 :] for name in each.reads}
-        later.update(stop.name or "" for stop in stops[index:])
-        streams.run(piece, frozenset(later), new)
+        streams.run(piece, _alive(pieces, stops, index), new)
         for layers in _by_window(group):
             moments = Moments(layers[0], len(feeds), seed)
             for dense, pruned in streams.pairs(layers[0].source.name or ""):
@@ -115,6 +117,25 @@ def prune_fitted(
                 if done.bias is not None and layer.bias is not None:
                     new[layer.bias.name or ""] = done.bias
     return found
+
+
+def _alive(pieces: Sequence[Piece], stops: Sequence[ir.Value], index: int) -> frozenset[str]:
+    """The values that something reads after piece `index` has run."""
+    later = {name for each in pieces[index + 1 :] for name in each.reads}
+    return frozenset(later.union(stop.name or "" for stop in stops[index:]))
+
+
+def _that_fit(
+    model: ir.Model, pieces: Sequence[Piece], stops: Sequence[ir.Value], feeds: Feeds
+) -> Feeds:
+    """As many of the samples as can be held half way through the model, measured on the first of them."""
+    probe = Streams(model, feeds[:1])
+    most = 1
+    for index, piece in enumerate(pieces):
+        probe.run(piece, _alive(pieces, stops, index), {})
+        most = max(most, probe.bytes_held)
+    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
+    return feeds[: max(max(MIN_HELD_BYTES, weights) // (2 * most), 1)]
 
 
 def _groups(model: ir.Model, wanted: dict[Layer, Goal]) -> list[list[Layer]]:

@@ -1,0 +1,140 @@
+"""The pass that carries out `--sparsity`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from graphopt.ir import fingerprint
+from graphopt.numerics import Numerics
+from graphopt.rewrite import Context, RemarkKind
+from graphopt_passes.prune.layers import Layer, find_layers
+from graphopt_passes.prune.request import Method, SparsityRequest, parse_sparsity
+from graphopt_passes.prune.samples import Feeds, read_feeds
+from graphopt_passes.prune.solve import Goal
+from graphopt_passes.prune.weights import Pruned, goals, method_for, prune_blind, prune_fitted
+
+RULE = "weights"
+BLIND = (
+    "no samples were given, so that weights were chosen by magnitude alone and the rest could not make up for them: "
+    "from 70 % zeros on this usually ruins a model that pruning with samples (--calibration) leaves as good as it was"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prune:
+    """Sets weights to zero and fits the others to what the original computed, where sparsity is asked for.
+
+    Before:  y = Conv(x, W, b)                W: all of it
+    After:   y = Conv(x, W', b')              W': mostly zero, W' x' + b' ~ W x + b for the inputs x' after pruning
+    Changes numerics: lossy; every layer is fitted to the original given what was pruned before it.  Leaves alone:
+    weights with other uses, small ones, depthwise convolutions, the first and the last layer, nodes in subgraphs and
+    functions.  Sources: LAMP (Lee et al. 2021), ERK (Evci et al. 2020), Wanda (Sun et al. 2024), SparseGPT (Frantar and
+    Alistarh 2023), ALPS (Meng et al. 2024).
+    """
+
+    name: ClassVar[str] = "prune"
+    numerics: ClassVar[Numerics] = Numerics.LOSSY
+
+    sparsity: str = ""
+    """What to prune, as `--sparsity` says it; empty for what the run asks for."""
+
+    def run(self, model: ir.Model, ctx: Context) -> bool:
+        """Rewrites `model`; returns whether anything changed.
+
+        Raises:
+            OptionError: the sparsity cannot be read.
+            DataError: the samples do not fit the model.
+        """
+        text = self.sparsity or ctx.options.sparsity
+        if not text:
+            return False
+        request = parse_sparsity(text)
+        layers = find_layers(model.graph, request.dense)
+        wanted = goals(layers, request)
+        _tell_dense(ctx, layers, wanted, request)
+        if not wanted or not ctx.permit(RULE, _site(model), Numerics.LOSSY):
+            return False
+        done = _solved(model, ctx, request, text, wanted)
+        for each in done:
+            _store(each)
+        _tell(ctx, layers, done, request)
+        return bool(done)
+
+
+def _site(model: ir.Model) -> str:
+    return model.graph.name or "main"
+
+
+def _solved(
+    model: ir.Model, ctx: Context, request: SparsityRequest, text: str, wanted: dict[Layer, Goal]
+) -> Sequence[Pruned]:
+    """The new weights; remembered over the replays of a run, in which the same model comes by again."""
+    key = f"prune:{text}:{fingerprint.structural(model)}:{fingerprint.weights(model)}"
+    known: dict[str, Pruned] | None = ctx.cache.get(key)
+    if known is not None and all(layer.name in known for layer in wanted):
+        return [dataclasses.replace(known[layer.name], layer=layer) for layer in wanted]
+    feeds: Feeds = []
+    if ctx.options.calibration is not None:
+        feeds = read_feeds(model, ctx.options.calibration)
+    method = method_for(request, samples=bool(feeds))
+    if not feeds:
+        ctx.remark(RemarkKind.WARNING, RULE, _site(model), BLIND)
+        if request.method not in (Method.AUTO, Method.MAGNITUDE):
+            reason = f"method={request.method} needs samples; pruned by magnitude"
+            ctx.remark(RemarkKind.WARNING, RULE, _site(model), reason)
+        done = prune_blind(wanted)
+    else:
+        seed = ctx.options.seed
+        done = prune_fitted(model, wanted, feeds, method, fit=request.refit, seed=seed)
+    ctx.cache[key] = {each.layer.name: each for each in done}
+    return done
+
+
+def _store(done: Pruned) -> None:
+    layer = done.layer
+    layer.weight.const_value = ir.Tensor(done.weight, layer.tensor.dtype, name=layer.name)
+    if done.bias is not None and layer.bias is not None:
+        dtype = layer.bias.const_value.dtype if layer.bias.const_value else layer.tensor.dtype
+        layer.bias.const_value = ir.Tensor(done.bias, dtype, name=layer.bias.name)
+
+
+def _tell_dense(
+    ctx: Context, layers: Sequence[Layer], wanted: dict[Layer, Goal], request: SparsityRequest
+) -> None:
+    for layer in layers:
+        if layer in wanted:
+            continue
+        reason = layer.dense
+        if not reason and request.pattern is not None:
+            n, m = request.pattern
+            reason = f"{layer.inner} inputs in {layer.blocks} groups are no multiple of the {m} that {n}:{m} takes"
+        ctx.missed(RULE, layer.node, f"stays dense: {reason}")
+
+
+def _tell(
+    ctx: Context, layers: Sequence[Layer], done: Sequence[Pruned], request: SparsityRequest
+) -> None:
+    """Says what share became zero, and warns where it is less than asked for."""
+    total = sum(layer.size for layer in layers)
+    zeros = sum(each.zeros * each.layer.size for each in done) / max(total, 1)
+    said = f"{zeros:.1%} of the {total} weights of {len(layers)} layers are zero, in {len(done)} layers"
+    ctx.remark(RemarkKind.NOTE, RULE, "", said)
+    if request.ratio is not None and zeros < request.ratio - 0.005:
+        reason = f"{said}: short of {request.ratio:.1%}, because the other layers stay dense (--remarks says why)"
+        ctx.remark(RemarkKind.WARNING, RULE, "", reason)
+    if request.pattern == (2, 4):
+        large = sum(1 for each in done if each.layer.inner >= TENSORRT_CHANNELS)
+        reason = (
+            f"{len(done)} of {len(layers)} layers follow 2:4 along the input channels, as sparse tensor cores read it; "
+            f"{large} of them have the {TENSORRT_CHANNELS} inputs from which TensorRT's sparse kernels pay. Build with "
+            "--sparsity=enable; elsewhere 2:4 saves no time"
+        )
+        ctx.remark(RemarkKind.NOTE, RULE, "", reason)
+
+
+TENSORRT_CHANNELS = 256
+"""NVIDIA/TensorRT#4065: sparse tactics are seldom picked below."""
