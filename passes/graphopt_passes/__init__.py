@@ -36,9 +36,10 @@ from graphopt_passes.control_flow import InlineControlFlow
 from graphopt_passes.dedupe import MergeCommonSubexpressions, MergeDuplicateConstants
 from graphopt_passes.fold import FoldConstants
 from graphopt_passes.functions import InlineFunctions
-from graphopt_passes.prune import Prune
 from graphopt_passes.opset import LiftOpset
 from graphopt_passes.precision import CastToHalf
+from graphopt_passes.quantize.static import QuantizeStatic
+from graphopt_passes.prune import Prune
 from graphopt_passes.shape_sources import RebuildShapes
 from graphopt_passes.transposes import CancelTransposes
 
@@ -88,6 +89,7 @@ PASSES: Mapping[str, Maker] = {
             RemoveDeadCode,
             Prune,
             CastToHalf,
+            QuantizeStatic,
         )
     },
     LIFT_OPSET.name: LIFT_OPSET,
@@ -159,8 +161,16 @@ def _half(precision: Literal["fp16", "bf16"]) -> tuple[Step, ...]:
     )
 
 
+def _int8(style: str) -> tuple[Step, ...]:
+    """The float32 pipeline, then integers: what is quantised is what will run."""
+    return (*_FP32, QuantizeStatic(style), MergeDuplicateConstants(), RemoveDeadCode())
+
+
 PIPELINES: Mapping[tuple[str, str], tuple[Step, ...]] = {
     **{(target, "fp32"): _FP32 for target in ("cpu", "cuda", "tensorrt", "portable")},
     **{(target, "fp16"): _half("fp16") for target in ("cpu", "cuda", "tensorrt", "portable")},
     **{(target, "bf16"): _half("bf16") for target in ("cpu", "cuda", "tensorrt", "portable")},
+    # Safe without VNNI, and then the same numbers with it.
+    ("cpu", "int8"): _int8("x86-avx2"),
+    ("tensorrt", "int8"): _int8("tensorrt"),
 }
