@@ -45,6 +45,23 @@ BudgetText: TypeAlias = Annotated[
         help="Error that a lossy run may make: sqnr>=40, max<=0.01,cosine>=0.999. [default: the precision's]",
     ),
 ]
+Sparsity: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--sparsity",
+        metavar="AMOUNT",
+        help="Prune: 0.8 (share of zeros), 2:4 (two zeros in four), channels:0.5 (share of the arithmetic). Give "
+        "--calibration, else accuracy suffers.",
+    ),
+]
+Sparse: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--sparse",
+        metavar="auto|dense|sparse_initializer|constant",
+        help="Form of weights that are mostly zero; auto: what the target reads, where the file shrinks.",
+    ),
+]
 Force: TypeAlias = Annotated[
     bool, typer.Option("--force", help="Emit what the target is known to run slower.")
 ]
@@ -118,6 +135,8 @@ def command(
     precision: Precision = None,
     calibration: Calibration = None,
     budget: BudgetText = None,
+    sparsity: Sparsity = None,
+    sparse: Sparse = "auto",
     force: Force = False,
     recipe: Recipe = None,
     extra: Passes = None,
@@ -151,6 +170,8 @@ def command(
             precision=precision,
             calibration=calibration,
             budget=budget,
+            sparsity=sparsity,
+            sparse=sparse,
             force=force,
             recipe=recipe,
             passes=tuple(extra or ()),

@@ -28,6 +28,8 @@ def run_tables(report: RunReport, *, every_remark: bool = False) -> list[Rendera
     if passes is not None:
         parts += [passes, text("")]
     parts += _verification(report)
+    if report.sparse is not None:
+        parts += [text(f"sparsity  {each}", "dim") for each in report.sparse.sentences()]
     parts += _rolled_back(report)
     parts += [text(f"warning: {each}", "yellow") for each in report.warnings]
     parts += _remarks(report.remarks, every_remark=every_remark)

@@ -18,6 +18,7 @@ from graphopt.driver.request import (
     parse_external,
     parse_gate,
     parse_precision,
+    parse_sparse,
     resolve_target,
 )
 from graphopt.driver.result import Result
@@ -42,6 +43,7 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
     seed: int | None = None,
     fold_limit_bytes: int | None = None,
     external: str = "auto",
+    sparse: str = "auto",
     calibration: Calibration | str | os.PathLike[str] | Feeds | None = None,
     budget: str | None = None,
     sparsity: str | None = None,
@@ -66,6 +68,8 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
         seed: of everything random.
         fold_limit_bytes: how much larger than what it makes dead a folded constant may be.
         external: where weights go: auto (beside the model from 2 GiB on), never, single, per-tensor.
+        sparse: form of weights that are mostly zero: auto (what the target reads, where the file shrinks), dense,
+            sparse_initializer, constant.
         calibration: samples for passes that decide by data: a path, feeds, or a `Calibration`.
         budget: the error that a lossy run may make, such as "sqnr>=30".
         sparsity: what to prune: "0.8", "2:4", "channels:0.5".
@@ -113,6 +117,7 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
         strict=strict,
         external=parse_external(external),
         repro=None if repro is None else Path(repro),
+        sparse=parse_sparse(sparse),
         recipe=str(recipe) if isinstance(recipe, str | os.PathLike) else None,
     )
     return run(request, progress or (lambda _stage, _part: None))

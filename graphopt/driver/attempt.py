@@ -11,11 +11,13 @@ import onnx_ir as ir
 
 from graphopt.driver.request import Request
 from graphopt.emit import finalize
+from graphopt.emit.sparse import SparseFacts, is_apart, sparse_form
 from graphopt.ir.model_file import ExternalData, load_model, save_model
 from graphopt.numerics import Numerics
 from graphopt.pipeline import PassRun, run_pipeline
 from graphopt.report.facts import ModelFacts, model_facts
 from graphopt.rewrite import Context, Gate, Remark, Rewrite
+from graphopt.targets import SparseStyle
 
 Watch = Callable[[PassRun, ir.Model, Context], None]
 
@@ -33,6 +35,7 @@ class Attempt:
         before: the model as it was read.
         warnings: what the target has to say about the model.
         files: the working files that hold the result, once written; the model first.
+        sparse: what storing weights sparse is about; None where none is mostly zero, or nothing was written.
     """
 
     model: ir.Model
@@ -43,6 +46,7 @@ class Attempt:
     before: ModelFacts
     warnings: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
+    sparse: SparseFacts | None = None
 
 
 def attempt(request: Request, gate: Gate, *, watch: Watch | None = None) -> Attempt:
@@ -70,7 +74,14 @@ def attempt(request: Request, gate: Gate, *, watch: Watch | None = None) -> Atte
     )
 
 
-def write(made: Attempt, folder: Path, name: str, external: str = "auto") -> Attempt:
-    """The attempt, with its model written as `folder/name`."""
-    files = save_model(made.model, folder / name, external=ExternalData(external))
-    return dataclasses.replace(made, files=files)
+def write(
+    made: Attempt,
+    folder: Path,
+    name: str,
+    external: ExternalData = ExternalData.AUTO,
+    style: SparseStyle = SparseStyle.DENSE,
+) -> Attempt:
+    """The attempt, with its model written as `folder/name`; weights take the form of `style` where that pays."""
+    model, facts = sparse_form(made.model, style, external=is_apart(external))
+    files = save_model(model, folder / name, external=external)
+    return dataclasses.replace(made, files=files, sparse=facts)

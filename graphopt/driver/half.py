@@ -11,10 +11,14 @@ from graphopt.numerics import Numerics
 from graphopt.runtime.emulate import emulate, has_halves
 from graphopt.targets import Precision
 from graphopt.verify.budget import budget_for
+from graphopt.verify.compare import Budget
 from graphopt.verify.verifier import ReferenceRun, Verification, VerifyOptions
 
 HALVES = (Precision.FP16, Precision.BF16)
 LARGE = "large"
+REPORTED = Budget(agreement=None)
+"""Differences are measured and shown, and gate nothing."""
+
 EMULATED = (
     "run in true half precision, by emulation: ONNX Runtime on the CPU would compute in float32"
 )
@@ -50,6 +54,8 @@ def verify(
         folder: for working files.
     """
     budget = options.budget or budget_for(request.precision, request.options.budget)
+    if request.options.sparsity and request.options.budget is None:
+        budget = REPORTED  # how much accuracy zeros may cost, only the user knows
     options = dataclasses.replace(options, budget=budget)
     truth = _truth(file, request, options.numerics, folder)
     found = reference.verify(truth, options)

@@ -94,10 +94,13 @@ class Run:
         made = attempt(self.request, gate, watch=watch)
         if self.request.output is None and self.request.verify is VerifyMode.OFF:
             return made
-        return write(made, self.folder, self.judge.file_name, self.request.external)
+        return self._written(made, self.judge.file_name)
 
     def _probe(self, gate: Gate) -> Attempt:
-        return write(attempt(self.request, gate), self.folder, "probe.onnx", self.request.external)
+        return self._written(attempt(self.request, gate), "probe.onnx")
+
+    def _written(self, made: Attempt, name: str) -> Attempt:
+        return write(made, self.folder, name, self.request.external, self.request.sparse_style)
 
     def _invalid(self, made: Attempt) -> str:
         """What `onnx.checker` says against the result, if it had nothing to say against the original."""
@@ -253,9 +256,10 @@ def run(request: Request, say: Progress) -> Result:
         recipe=request.recipe,
         seed=request.options.seed,
         seconds=time.process_time() - started,
+        sparse=made.sparse,
         warnings=told,
     )
-    return Result(made.model, report, path)
+    return Result(made.model, report, path, request.sparse_style)
 
 
 def _warnings(remarks: Sequence[Remark]) -> tuple[str, ...]:

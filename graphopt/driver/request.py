@@ -14,7 +14,7 @@ from graphopt.errors import OptionError
 from graphopt.ir.model_file import ExternalData
 from graphopt.pipeline import Pass, Step, flatten
 from graphopt.rewrite import Gate, Options
-from graphopt.targets import Precision, Target, get_target
+from graphopt.targets import Precision, SparseStyle, Target, get_target
 
 if TYPE_CHECKING:
     import onnx
@@ -53,6 +53,7 @@ class Request:
         external: where weights go.
         recipe: the recipe in words, for the report.
         repro: folder to write the smallest model to that shows the first rewrite that fails; None for none.
+        sparse: the form of weights that are mostly zero; None for what the target reads.
         cache: shared by all replays of the run; see `Context.cache`.
     """
 
@@ -69,7 +70,13 @@ class Request:
     external: ExternalData
     recipe: str | None = None
     repro: Path | None = None
+    sparse: SparseStyle | None = None
     cache: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def sparse_style(self) -> SparseStyle:
+        """The form of weights that are mostly zero."""
+        return self.target.sparse if self.sparse is None else self.sparse
 
 
 def parse_choice(kind: str, text: str, enumeration: type[enum.Enum]) -> str:
@@ -102,6 +109,17 @@ def parse_external(text: str) -> ExternalData:
         OptionError: unknown.
     """
     return ExternalData(parse_choice("place for weights", text, ExternalData))
+
+
+def parse_sparse(text: str) -> SparseStyle | None:
+    """The form of sparse weights called `text`; None for `auto`, which leaves it to the target.
+
+    Raises:
+        OptionError: unknown.
+    """
+    if text == "auto":
+        return None
+    return SparseStyle(parse_choice("form of sparse weights", text, SparseStyle))
 
 
 def parse_gate(disabled: Sequence[str], steps: Sequence[Step]) -> Gate:

@@ -10,9 +10,11 @@ import onnx_ir as ir
 
 from graphopt.driver.attempt import Attempt
 from graphopt.driver.request import parse_external
+from graphopt.emit.sparse import is_apart, sparse_form
 from graphopt.errors import OptionError
 from graphopt.ir.model_file import ExternalData, save_model
 from graphopt.report.run import RunReport
+from graphopt.targets import SparseStyle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +25,13 @@ class Result:
         model: the result, in memory; weights are still mapped from where they lie.
         report: what was done and how it compares.
         path: where it was written, or None.
+        sparse: the form that weights take in a file where they are mostly zero.
     """
 
     model: ir.Model
     report: RunReport
     path: Path | None
+    sparse: SparseStyle = SparseStyle.DENSE
 
     def save(
         self, path: str | os.PathLike[str], *, external: str = ExternalData.AUTO.value
@@ -41,7 +45,9 @@ class Result:
         Raises:
             OptionError: the path cannot be written, or `external` is none of these.
         """
-        return save_model(self.model, Path(path), external=parse_external(external))
+        place = parse_external(external)
+        model, _ = sparse_form(self.model, self.sparse, external=is_apart(place))
+        return save_model(model, Path(path), external=place)
 
 
 def check_output(output: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt.ir.model_file import load_model
+from graphopt.ir.model_file import ExternalData, load_model
 from graphopt.ir.scopes import Scope, all_graphs
 from graphopt.ir.sparse import CooTensor
 from graphopt.targets import SparseStyle
@@ -113,6 +113,11 @@ def sparse_form(
     for scope in all_graphs(made):
         _rewrite_graph(scope, style, {entry.key for entry in chosen})
     return made, facts
+
+
+def is_apart(place: ExternalData) -> bool:
+    """Whether all weights go to files beside the model."""
+    return place not in (ExternalData.AUTO, ExternalData.NEVER)
 
 
 def densify(model: ir.Model) -> ir.Model:

@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 from typing import Any
 
+from graphopt.emit.sparse import SparseFacts
 from graphopt.pipeline import PassRun
 from graphopt.report.facts import ModelFacts
 from graphopt.report.plain import graphopt_version, plain
@@ -69,6 +70,7 @@ class RunReport:
         seed: of everything random.
         seconds: CPU time of the whole run; None where it was not taken.
         warnings: what the user should act on.
+        sparse: sizes of the weights dense, as stored and compressed; None where none is mostly zero.
     """
 
     input: ModelFacts
@@ -84,6 +86,7 @@ class RunReport:
     seed: int = 0
     seconds: float | None = None
     warnings: tuple[str, ...] = ()
+    sparse: SparseFacts | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The report as `--json` prints it: strictly JSON, keys as in the documentation of the command line."""
