@@ -19,14 +19,17 @@ EXTERNAL = ("auto", "never", "single", "per-tensor")
 REPORT_SUFFIXES = (".json", ".md")
 
 Output: TypeAlias = Annotated[
-    Path, typer.Option("--output", "-o", metavar="OUT", help="File to write, x.onnx.")
+    Path,
+    typer.Option(
+        "--output", "-o", metavar="OUT", help="File to write, x.onnx, or a folder for a bundle."
+    ),
 ]
 Precision: TypeAlias = Annotated[
     str | None,
     typer.Option(
         "--precision",
         metavar="NAME",
-        help="fp32: every dtype as it is; fp16, bf16: half where it pays. [default: fp32]",
+        help="fp32: every dtype as it is; fp16, bf16: half where it pays; int8: needs --calibration. [default: fp32]",
     ),
 ]
 Calibration: TypeAlias = Annotated[
@@ -36,6 +39,18 @@ Calibration: TypeAlias = Annotated[
         metavar="PATH",
         help="Samples to decide on: npz, a folder of npz, ONNX test_data_set_*. Without, inputs are generated.",
     ),
+]
+Preprocess: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--preprocess",
+        metavar="FILE",
+        help="How images among the samples become inputs (TOML): resize, crop, scale, mean, std, layout.",
+    ),
+]
+SampleCount: TypeAlias = Annotated[
+    int | None,
+    typer.Option("--samples", metavar="N", help="How many samples to use at most. [default: all]"),
 ]
 BudgetText: TypeAlias = Annotated[
     str | None,
@@ -122,6 +137,22 @@ Strict: TypeAlias = Annotated[
     bool,
     typer.Option("--strict", help="Fail where a pass fails, instead of leaving it out."),
 ]
+Profiles: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--profile",
+        metavar="NAME=MIN,OPT,MAX",
+        help="Range of a dynamic dimension, for the engines of a bundle: batch=1,8,32. Repeatable.",
+    ),
+]
+Extras: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--with",
+        metavar="triton|ort",
+        help="Put this into the bundle too: a Triton model repository, the .ort format. Repeatable.",
+    ),
+]
 Report: TypeAlias = Annotated[
     Path | None,
     typer.Option("--report", metavar="FILE", help="Write the report: .json or .md."),
@@ -134,6 +165,8 @@ def command(
     target: options.Target = None,
     precision: Precision = None,
     calibration: Calibration = None,
+    preprocess: Preprocess = None,
+    samples: SampleCount = None,
     budget: BudgetText = None,
     sparsity: Sparsity = None,
     sparse: Sparse = "auto",
@@ -148,6 +181,8 @@ def command(
     external: External = "auto",
     remarks: Remarks = False,
     strict: Strict = False,
+    profile: Profiles = None,
+    extras: Extras = None,
     report: Report = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -161,14 +196,24 @@ def command(
     one_of("place for weights", external, EXTERNAL)
     check_report_path(report)
     from graphopt.driver import optimize
+    from graphopt.emit.profiles import parse_profile
+    from graphopt.errors import OptionError
+    from graphopt.rewrite import Calibration as Samples
 
+    ranges = {
+        name: (sizes.least, sizes.usual, sizes.most)
+        for name, sizes in map(parse_profile, profile or ())
+    }
+    if calibration is None and (preprocess is not None or samples is not None):
+        raise OptionError("--preprocess and --samples say how to read --calibration: give that too")
+    given = None if calibration is None else Samples(calibration, preprocess, samples)
     with progress(quiet=quiet or as_json) as say:
         result = optimize(
             model,
             output=output,
             target=target,
             precision=precision,
-            calibration=calibration,
+            calibration=given,
             budget=budget,
             sparsity=sparsity,
             sparse=sparse,
@@ -183,6 +228,8 @@ def command(
             external=external,
             remarks=remarks,
             strict=strict,
+            profiles=ranges,
+            extras=tuple(extras or ()),
             progress=say,
         )
     tell(result.report, report=report, as_json=as_json, quiet=quiet, every_remark=remarks)

@@ -38,8 +38,8 @@ from graphopt_passes.fold import FoldConstants
 from graphopt_passes.functions import InlineFunctions
 from graphopt_passes.opset import LiftOpset
 from graphopt_passes.precision import CastToHalf
-from graphopt_passes.quantize.static import QuantizeStatic
 from graphopt_passes.prune import Prune
+from graphopt_passes.quantize.static import QuantizeStatic
 from graphopt_passes.shape_sources import RebuildShapes
 from graphopt_passes.transposes import CancelTransposes
 

@@ -12,14 +12,16 @@ from graphopt.verify.compare import FP16, Budget
 
 def test_conditions_add_up() -> None:
     assert parse_budget("sqnr>=30dB, top1-agreement >= 0.99") == Budget(
-        sqnr_db=30, argmax_agreement=0.99
+        sqnr_db=30, argmax_agreement=0.99, agreement=None
     )
-    assert parse_budget("max<=5e-2,cosine>=0.9") == Budget(max_over_rms=0.05, cosine=0.9)
+    assert parse_budget("max<=5e-2,cosine>=0.9") == Budget(
+        max_over_rms=0.05, cosine=0.9, agreement=None
+    )
 
 
 @pytest.mark.parametrize("text", ["", "sqnr", "sqnr<=30", "psnr>=30", "sqnr>=1e", "sqnr>=30,"])
 def test_what_is_no_budget_is_refused(text: str) -> None:
-    with pytest.raises(OptionError, match=r"--budget .* write for example sqnr>=40"):
+    with pytest.raises(OptionError, match=r"--budget .* write sqnr>=DB"):
         parse_budget(text)
 
 
@@ -29,4 +31,4 @@ def test_precisions_have_defaults() -> None:
     quantised = budget_for(Precision.INT8, None)
     assert quantised is not None
     assert quantised.argmax_agreement is None
-    assert budget_for(Precision.INT8, "sqnr>=40") == Budget(sqnr_db=40)
+    assert budget_for(Precision.INT8, "sqnr>=40") == Budget(sqnr_db=40, agreement=None)
