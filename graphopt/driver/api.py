@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from graphopt.driver.optimize import run
@@ -16,12 +16,14 @@ from graphopt.driver.request import (
     VerifyMode,
     parse_choice,
     parse_external,
+    parse_extra,
     parse_gate,
     parse_precision,
     parse_sparse,
     resolve_target,
 )
 from graphopt.driver.result import Result
+from graphopt.emit.profiles import Range
 from graphopt.pipeline import Pass, Step
 from graphopt.pipeline.recipe import Recipe
 from graphopt.pipeline.registry import load_pass, pipeline_for
@@ -51,13 +53,15 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
     remarks: bool = False,
     strict: bool = False,
     repro: str | os.PathLike[str] | None = None,
+    profiles: Mapping[str, tuple[int, int, int]] | None = None,
+    extras: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Result:
     """The optimised model, verified against the original.
 
     Args:
         source: path of a model (`.onnx`, ONNX text), its bytes, an `onnx.ModelProto` or an `onnx_ir.Model`.
-        output: file to write; nothing is written if None (`Result.save` does it later).
+        output: file to write, x.onnx, or a folder for a bundle; None writes nothing (`Result.save` does it later).
         target: what to emit for: cpu (default), cuda, tensorrt, portable, or a `Target`.
         precision: fp32 (default) keeps every dtype as it is.
         recipe: a recipe, or the path of one in TOML; options given here go before its own.
@@ -76,6 +80,8 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
         force: emit what the target is known to run slower.
         remarks: search for near misses and report them.
         strict: raise where a pass or a rewrite fails, instead of leaving it out.
+        profiles: of a bundle: least, usual and largest size of dynamic dimensions, by name or `INPUT:AXIS`.
+        extras: of a bundle: triton (a model repository), ort (the .ort format).
         repro: folder for the smallest model that shows the first rewrite that breaks the numbers.
         progress: called with the stage that begins, and how much of it is done if that is known.
 
@@ -117,6 +123,8 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
         strict=strict,
         external=parse_external(external),
         repro=None if repro is None else Path(repro),
+        profiles={name: Range(*sizes) for name, sizes in (profiles or {}).items()},
+        extras=tuple(parse_extra(each, output) for each in extras),
         sparse=parse_sparse(sparse),
         recipe=str(recipe) if isinstance(recipe, str | os.PathLike) else None,
     )

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from graphopt.driver.attempt import Attempt, attempt, write
-from graphopt.driver.bundle import Finished, build
 from graphopt.driver.blame import find_among, find_guilty, find_silent
+from graphopt.driver.bundle import Finished, build
 from graphopt.driver.dump import dump_before
 from graphopt.driver.judge import EachFailure, Judge
 from graphopt.driver.repro import Fault, check_folder, write_repro
@@ -142,11 +142,10 @@ class Run:
         reason = f"{reason}; {where}, {found.spread} after it follow"
         near = {*found.region, *found.boundary}
         suspects = [each for each in rewrites if each.site in near]
-        gate = dataclasses.replace(self.gate, limit=len(rewrites))
         blame = find_among(
             lambda tried: attempt(self.request, tried),
             lambda made: self.judge.agrees_at(found, made),
-            gate,
+            self.gate,
             suspects,
         )
         if self.request.repro is not None and not self.rolled_back:

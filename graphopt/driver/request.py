@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from graphopt.emit.profiles import Range
 from graphopt.errors import OptionError
 from graphopt.ir.model_file import ExternalData
 from graphopt.pipeline import Pass, Step, flatten
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 Source: TypeAlias = "str | os.PathLike[str] | bytes | onnx.ModelProto | ir.Model"
 Feeds: TypeAlias = Sequence[Mapping[str, Any]]
 Progress: TypeAlias = Callable[[str, float | None], None]
+
+EXTRAS = ("triton", "ort")
+"""What a bundle holds on request: a model repository of Triton, the model in the .ort format."""
 
 DEFAULT_FOLD_LIMIT = Options().fold_limit_bytes
 
@@ -53,6 +57,8 @@ class Request:
         external: where weights go.
         recipe: the recipe in words, for the report.
         repro: folder to write the smallest model to that shows the first rewrite that fails; None for none.
+        profiles: ranges of dynamic dimensions, for a bundle.
+        extras: what a bundle shall hold besides: `EXTRAS`.
         sparse: the form of weights that are mostly zero; None for what the target reads.
         cache: shared by all replays of the run; see `Context.cache`.
     """
@@ -70,6 +76,8 @@ class Request:
     external: ExternalData
     recipe: str | None = None
     repro: Path | None = None
+    profiles: Mapping[str, Range] = dataclasses.field(default_factory=dict)
+    extras: tuple[str, ...] = ()
     sparse: SparseStyle | None = None
     cache: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -90,6 +98,19 @@ def parse_choice(kind: str, text: str, enumeration: type[enum.Enum]) -> str:
         close = difflib.get_close_matches(text, known, 1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise OptionError(f"unknown {kind} {text!r}{hint}; choose one of {', '.join(known)}")
+    return text
+
+
+def parse_extra(text: str, output: str | os.PathLike[str] | None) -> str:
+    """One of `EXTRAS`.
+
+    Raises:
+        OptionError: none of them, or the output is no bundle that could hold it.
+    """
+    if text not in EXTRAS:
+        raise OptionError(_unknown("extra", text, EXTRAS, "a bundle"))
+    if output is None or Path(output).suffix == ".onnx":
+        raise OptionError(f"{text!r} goes into a bundle: give a folder as output, not {output}")
     return text
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import secrets
+import shutil
 from pathlib import Path
 
 import onnx_ir as ir
@@ -15,6 +18,10 @@ from graphopt.errors import OptionError
 from graphopt.ir.model_file import ExternalData, save_model
 from graphopt.report.run import RunReport
 from graphopt.targets import SparseStyle
+
+MANIFEST = "manifest.json"
+SCHEMA = "graphopt-bundle/1"
+MODEL = "model.onnx"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +64,12 @@ def check_output(output: Path) -> None:
         OptionError: with the reason and the remedy.
     """
     parent = output.parent
-    if output.is_dir():
+    if is_bundle(output):
+        check_folder_output(output)
+    elif output.is_dir():
         raise OptionError(
-            f"{output} is a folder: this version writes one model; name a file in it, such as {output / 'model.onnx'}"
+            f"{output} is a folder whose name ends in .onnx; name a file in it, such as {output / MODEL}, or another "
+            "folder for a bundle"
         )
     if not parent.is_dir():
         raise OptionError(
@@ -80,3 +90,54 @@ def place(made: Attempt, output: Path) -> Path:
         file.replace(output.parent / file.name)
     model.replace(output)
     return output
+
+
+def is_bundle(output: Path | None) -> bool:
+    """Whether `-o` names a folder to fill: anything that does not end in `.onnx`."""
+    return output is not None and output.suffix != ".onnx"
+
+
+def model_name(output: Path | None) -> str:
+    """What the model's file is called."""
+    return MODEL if output is None or is_bundle(output) else output.name
+
+
+def check_folder_output(output: Path) -> None:
+    """Refuses to replace anything but a bundle.
+
+    Raises:
+        OptionError: the path is a file, or a folder that holds something else.
+    """
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise OptionError(
+            f"cannot write the bundle {output}: it is a file; name a folder, or end the name in .onnx for one model"
+        )
+    if output.is_dir() and any(output.iterdir()) and not _is_ours(output):
+        raise OptionError(
+            f"cannot write the bundle {output}: the folder is not empty and no bundle of graphopt; name another one, "
+            f"or a file in it, such as {output / MODEL}"
+        )
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        body = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(body, dict) and str(body.get("schema", "")).startswith("graphopt-bundle/")
+
+
+def place_bundle(built: Path, output: Path) -> Path:
+    """Puts a finished bundle at `output`; what was there comes back if that fails.  Returns the model's path."""
+    if not output.exists():
+        built.rename(output)
+        return output / MODEL
+    aside = output.parent / f".graphopt-{secrets.token_hex(8)}.old"
+    output.rename(aside)
+    try:
+        built.rename(output)
+    except BaseException:
+        aside.rename(output)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+    return output / MODEL

@@ -1,0 +1,233 @@
+"""The bundle: a folder with everything that deploying the result takes, written whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from graphopt.driver.attempt import Attempt
+from graphopt.driver.judge import Judge
+from graphopt.driver.request import Request
+from graphopt.driver.result import MANIFEST, MODEL, SCHEMA
+from graphopt.emit.artefacts import Deployment, artefacts, is_two_of_four
+from graphopt.emit.golden_set import GoldenSet
+from graphopt.emit.legality import check_legality
+from graphopt.emit.ort_format import ORT_FILE, write_ort
+from graphopt.emit.profiles import input_profiles
+from graphopt.emit.triton import write_repository
+from graphopt.errors import GraphoptError, OptionError
+from graphopt.ir.model_file import load_model
+from graphopt.numerics import Numerics
+from graphopt.pipeline import Step
+from graphopt.pipeline.recipe import to_spec
+from graphopt.report.facts import file_sha256, model_facts
+from graphopt.report.plain import graphopt_version, plain
+from graphopt.report.run import RolledBack, VerificationFacts
+from graphopt.runtime import onnxruntime_api
+from graphopt.runtime.specs import TensorSpec, input_specs, output_specs
+from graphopt.targets import Artefact
+
+_FLOOR = {Numerics.EXACT: 1e-4, Numerics.REORDERED: 1e-4, Numerics.LOSSY: 0.05}
+"""Of the tolerance of golden outputs: the runtime's own rewrites may reorder sums, and fuse Q/DQ pairs otherwise."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A settled run, as a bundle needs it."""
+
+    request: Request
+    made: Attempt
+    verdict: VerificationFacts
+    judge: Judge
+    rolled_back: tuple[RolledBack, ...]
+    warnings: tuple[str, ...]
+
+
+def build(run: Finished, folder: Path) -> Path:
+    """Writes the bundle of a run into a new folder below `folder`; returns it.
+
+    Raises:
+        OptionError: a profile names no dynamic dimension.
+        TargetError: something that was asked for cannot be expressed.
+    """
+    place = folder / "bundle"
+    place.mkdir()
+    for file in run.made.files:
+        file.rename(place / file.name)
+    model = load_model(place / MODEL)
+    specs = (*input_specs(model), *output_specs(model))
+    golden = _golden(run, {spec.name for spec in output_specs(model)})
+    ranges = dict(run.request.profiles)
+    feed = golden.inputs if golden is not None else {}
+    made = Deployment(
+        run.request.target,
+        input_specs(model),
+        output_specs(model),
+        input_profiles(input_specs(model), ranges, feed),
+        golden,
+        is_two_of_four(run.request.target.sparse, run.request.options.sparsity),
+    )
+    listing = None if golden is None else golden.write(place, {s.name: s for s in specs})
+    if golden is not None and Artefact.TRTEXEC in run.request.target.artefacts:
+        golden.write_raw(place)
+    for name, text in artefacts(made).items():
+        (place / name).write_text(text, encoding="utf-8")
+        if name.endswith(".sh"):
+            (place / name).chmod(0o755)
+    if "triton" in run.request.extras:
+        write_repository(made, place / "triton", place / MODEL)
+    if "ort" in run.request.extras:
+        write_ort(place / MODEL, place)
+    body = manifest(run, place, made, listing)
+    text = json.dumps(body, indent=2, allow_nan=False) + "\n"
+    (place / MANIFEST).write_text(text, encoding="utf-8")
+    return place
+
+
+def _golden(run: Finished, known: set[str]) -> GoldenSet | None:
+    """The first feed and what the original gives for it; None where it cannot be run here."""
+    try:
+        reference = run.judge.reference
+    except GraphoptError:
+        return None
+    if reference.unverifiable or not reference.feeds or not reference.outputs:
+        return None
+    outputs = {
+        name: value
+        for name, value in reference.outputs[0].items()
+        if name in known and name not in reference.excluded
+    }
+    observed = {each.name: each.max_over_rms for each in run.verdict.outputs}
+    floor = _FLOOR[run.made.numerics]
+    tolerance = {
+        name: None
+        if run.made.numerics is Numerics.LOSSY and _is_integer(value)
+        else max(floor, 4 * (observed.get(name) or 0.0))
+        for name, value in outputs.items()
+    }
+    inputs = {spec.name: reference.feeds[0].values.get(spec.name) for spec in reference.inputs}
+    given = {name: value for name, value in inputs.items() if name in reference.feeds[0].values}
+    return GoldenSet(given, outputs, tolerance)
+
+
+def _is_integer(value: object) -> bool:
+    return getattr(getattr(value, "dtype", None), "kind", "") in "iub"
+
+
+def manifest(
+    run: Finished, place: Path, made: Deployment, golden: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What the bundle is and how it came about: the same for the same run, on any day and in any folder."""
+    request, model = run.request, load_model(place / MODEL)
+    facts = model_facts(model)
+    legality = check_legality(load_model(place / MODEL), request.target)
+    return {
+        "schema": SCHEMA,
+        "versions": {
+            "graphopt": graphopt_version(),
+            "onnxruntime": onnxruntime_api.version(),
+            "onnx": onnx.__version__,
+        },
+        "source": _source(run),
+        "model": {
+            "file": MODEL,
+            "ir_version": facts.ir_version,
+            "opsets": dict(facts.opsets),
+            "nodes": facts.nodes,
+            "operators": dict(facts.operators),
+            "parameter_bytes": facts.parameter_bytes,
+        },
+        "inputs": [_spec(spec) for spec in made.inputs],
+        "outputs": [_spec(spec) for spec in made.outputs],
+        "target": {
+            "name": request.target.name,
+            "version": ".".join(map(str, request.target.version)),
+            "architecture": request.target.architecture,
+        },
+        "recipe": _recipe(request),
+        "passes": [
+            {
+                "name": each.name,
+                "changed": each.changed,
+                "rewrites": each.rewrites,
+                "nodes_after": each.nodes_after,
+            }
+            for each in run.made.runs
+        ],
+        "rolled_back": plain(run.rolled_back),
+        "verification": plain(run.verdict),
+        "legality": {
+            "verdict": legality.verdict.value,
+            "checked_against": list(legality.checked_against),
+            "placement": dict(legality.placement()),
+            "predicted_copies": legality.copies.count,
+            "findings": plain(legality.findings),
+        },
+        "profiles": plain(made.profiles),
+        "golden": golden,
+        "warnings": list(run.warnings),
+        "files": {
+            file.relative_to(place).as_posix(): None if file.name == ORT_FILE else file_sha256(file)
+            for file in sorted(place.rglob("*"))
+            if file.is_file()
+        },
+    }
+
+
+def _source(run: Finished) -> dict[str, Any]:
+    source = run.request.source
+    path = Path(source) if isinstance(source, str | os.PathLike) else None
+    is_file = path is not None and path.is_file()
+    return {
+        "sha256": file_sha256(path) if path is not None and is_file else None,
+        "nodes": run.made.before.nodes,
+        "parameter_bytes": run.made.before.parameter_bytes,
+        "opsets": dict(run.made.before.opsets),
+        "ir_version": run.made.before.ir_version,
+    }
+
+
+def _recipe(request: Request) -> dict[str, Any]:
+    options = request.options
+    return {
+        "target": request.target.name,
+        "precision": request.precision.value,
+        "pipeline": [_step(step) for step in request.steps],
+        "disabled": sorted(
+            [*request.gate.passes, *(f"{name}/{rule}" for name, rule in request.gate.rules)]
+        ),
+        "verify": request.verify.value,
+        "seed": options.seed,
+        "fold_limit_bytes": options.fold_limit_bytes,
+        "budget": options.budget,
+        "sparsity": options.sparsity,
+        "force": options.force,
+        "calibrated": options.calibration is not None,
+        "external": request.external.value,
+        "profiles": plain(dict(request.profiles)),
+        "extras": list(request.extras),
+    }
+
+
+def _step(step: Step) -> str:
+    """The spec of a step; of one that was made in Python, its name."""
+    try:
+        return to_spec(step)
+    except OptionError:
+        return step.name
+
+
+def _spec(spec: TensorSpec) -> dict[str, Any]:
+    return {
+        "name": spec.name,
+        "kind": spec.kind.value,
+        "dtype": spec.dtype.name.lower(),
+        "shape": None if spec.shape is None else list(spec.shape),
+        "overridable": spec.overridable,
+    }
