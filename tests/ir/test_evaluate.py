@@ -63,6 +63,12 @@ def ints(name: str, *elements: int) -> str:
     return f"{name} = Constant<value_ints = [{', '.join(map(str, elements))}]>()  "
 
 
+def tensor(name: str, kind: str, *elements: float) -> str:
+    return f"{name} = Constant<value = {kind} {{{', '.join(map(str, elements))}}}>()  "
+
+
+NINE = tensor("x", "float[3, 3]", 1, 2, 3, 4, 5, 6, 7, 8, 9)
+
 EXACT = [
     X + "y = Transpose(x)",
     X + ints("s", 3, -1) + "y = Reshape(x, s)",
@@ -97,6 +103,29 @@ EXACT = [
     INTEGERS + "y = ReduceProd<keepdims = 0>(i)",
     INTEGERS + "y = Max(i, i)",
     "b = Constant<value_int = 9>() l = Constant<value_int = 0>() s = Constant<value_int = -2>() y = Range(b, l, s)",
+    NINE + tensor("i", "int64[1, 2]", 2, 0) + "y = GatherElements<axis = 1>(x, i)",
+    NINE + tensor("i", "int64[2, 1]", 2, -3) + "y = GatherElements(x, i)",
+    NINE + tensor("i", "int64[2, 3]", 2, 0, 1, 1, 1, -1) + "y = GatherElements<axis = -1>(x, i)",
+    NINE + tensor("i", "int64[2, 2]", 2, 0, -1, -1) + "y = GatherND(x, i)",
+    NINE + tensor("i", "int64[2, 1]", 2, 0) + "y = GatherND(x, i)",
+    NINE
+    + tensor("i", "int64[1, 2]", 2, 0)
+    + tensor("u", "float[1, 2]", 50, 60)
+    + "y = ScatterElements<axis = 1>(x, i, u)",
+    NINE
+    + tensor("i", "int64[2, 1]", 2, 0)
+    + tensor("u", "float[2, 1]", 50, 60)
+    + "y = ScatterElements(x, i, u)",
+    NINE
+    + tensor("i", "int64[2, 1]", 2, 0)
+    + tensor("u", "float[2, 3]", 5, 6, 1, 2, 3, 4)
+    + "y = ScatterND(x, i, u)",
+    X + ints("b", 9) + ints("e", -9) + ints("a", 1) + ints("p", -1) + "y = Slice(x, b, e, a, p)",
+    X + ints("b", -9) + ints("e", -9) + ints("a", 1) + ints("p", -1) + "y = Slice(x, b, e, a, p)",
+    X + ints("s", 1, 1, 1) + "y, z, w = Split<axis = 1>(x, s)",
+    INTEGERS + "a = Constant<value = int64[0] {}>()  " + "y = ReduceSum<noop_with_empty_axes = 1>(i, a)",
+    INTEGERS + "y = ReduceSum(i)",
+    tensor("o", "float[1, 3]", 1, 2, 3) + ints("z", 0, 3) + "e = Expand(o, z)  y = Cast<to = 6>(e)",
     INTEGERS
     + "d = Constant<value_int = 4>() v = Constant<value = float[2] {0.0, 2.0}>() y = OneHot(i, d, v)",
 ]
@@ -119,6 +148,21 @@ def test_kernels_give_the_bits_of_the_runtime(body: str) -> None:
         X + "t = Exp(x)  y = Transpose(t)",
         X + "y = Softmax(x)",
         X + "y = ReduceMean(x)",
+        X + "y = ReduceSum(x)",
+        X + "y = Max(x, x)",
+        X + "y = Mod<fmod = 1>(x, x)",
+        X + "z = Constant<value_int = 0>()  y = CumSum(x, z)",
+        X + ints("p", -1, 0, 0, 0) + "y = Pad(x, p)",
+        X + ints("p", 1, 0, 0, 0) + 'y = Pad<mode = "wrap">(x, p)',
+        NINE + tensor("i", "int64[3, 1]", 2, 0, 1) + "y = GatherND<batch_dims = 1>(x, i)",
+        NINE
+        + tensor("i", "int64[1, 1]", 2)
+        + tensor("u", "float[1, 1]", 5)
+        + 'y = ScatterElements<reduction = "add">(x, i, u)',
+        NINE
+        + tensor("i", "int64[1, 1]", 2)
+        + tensor("u", "float[1, 3]", 5, 6, 7)
+        + 'y = ScatterND<reduction = "max">(x, i, u)',
         X + "n = Sqrt(x)  y = Cast<to = 7>(n)",
         X + "c = Constant<value = bool {1}>() y = If(c) <then_branch = a () => (o) { o = Exp(x) }, "
         "else_branch = b () => (p) { p = Abs(x) }>",

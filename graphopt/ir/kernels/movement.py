@@ -6,7 +6,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from graphopt.ir.kernels.operation import Inputs, Kernel, Operation, Results, axes_of, need
+from graphopt.ir.kernels.operation import Array, Inputs, Kernel, Operation, Results, axes_of, need
+
+
+FAR = 2**31 - 1
+"""From here on an end stands for the end of the axis."""
 
 
 def _identity(_op: Operation, inputs: Inputs) -> Results:
@@ -56,8 +60,23 @@ def _gather(op: Operation, inputs: Inputs) -> Results:
 
 
 def _gather_elements(op: Operation, inputs: Inputs) -> Results:
-    indices = need(inputs[1]).astype(np.int64)
-    return [np.take_along_axis(need(inputs[0]), indices, axis=op.attr("axis", 0))]
+    data = need(inputs[0])
+    return [data[_places(op, data, need(inputs[1]))]]
+
+
+def _places(op: Operation, data: Array, indices: Array) -> tuple[Array, ...]:
+    """Where GatherElements reads and ScatterElements writes: at `indices` along the axis, else at its own place.
+
+    NumPy's `take_along_axis` is no help: it stretches an axis of one, where ONNX reads but the first element.
+
+    Raises:
+        ValueError: the ranks differ.
+    """
+    if indices.ndim != data.ndim:
+        raise ValueError(f"indices of rank {indices.ndim} into rank {data.ndim}")
+    places = list(np.indices(indices.shape, sparse=True))
+    places[op.attr("axis", 0)] = indices.astype(np.int64)
+    return tuple(places)
 
 
 def _gather_nd(op: Operation, inputs: Inputs) -> Results:
@@ -92,15 +111,21 @@ def _slices(op: Operation, inputs: Inputs) -> list[tuple[int, int, int, int]]:
 
 
 def _slice_bounds(size: int, start: int, end: int, step: int) -> tuple[int, int | None]:
-    """Bounds of ONNX as bounds of Python: they are clamped, and end -1 means before the first."""
+    """Bounds of ONNX as bounds of Python: they are clamped, and end -1 means before the first.
+
+    Backwards, a start before the first element is the first element, in ONNX (Slice-10) unlike in NumPy.
+
+    Raises:
+        ValueError: a backward slice ends at "the end": nothing by the standard, everything to ONNX Runtime 1.31.
+    """
+    if step < 0 and end >= FAR:
+        raise ValueError("a backward slice to the end is not well-defined")
     start += size if start < 0 else 0
     end += size if end < 0 else 0
     if step > 0:
         return max(start, 0), max(end, 0)
     end = max(end, -1)
-    if start < 0:
-        return 0, 0
-    return min(start, size - 1) if size else 0, None if end == -1 else end
+    return max(min(start, size - 1), 0), None if end == -1 else end
 
 
 def _split(op: Operation, inputs: Inputs) -> Results:
@@ -145,8 +170,7 @@ def _scatter_elements(op: Operation, inputs: Inputs) -> Results:
     if op.attr("reduction", "none") != "none":
         return None
     data = need(inputs[0]).copy()
-    indices = need(inputs[1]).astype(np.int64)
-    np.put_along_axis(data, indices, need(inputs[2]), axis=op.attr("axis", 0))
+    data[_places(op, data, need(inputs[1]))] = need(inputs[2])
     return [data]
 
 

@@ -144,6 +144,8 @@ def _bound(size: Dim, bound: Dim) -> Dim | None:
 
 def _sliced_backward(size: Dim, start: Dim, end: Dim, pace: int) -> Dim | None:
     """The length of a slice with a negative step."""
+    if _is_infinite(end):
+        return None  # nothing by the standard, everything to ONNX Runtime 1.31
     if end.value is not None and end.value <= -_INFINITE:
         last: Dim | None = Dim.of(-1)
     elif size.value is not None and end.value is not None and end.value < -size.value:
@@ -158,7 +160,7 @@ def _sliced_backward(size: Dim, start: Dim, end: Dim, pace: int) -> Dim | None:
     else:
         top = _bound(size, start)
         if start.value is not None and start.value < 0 and size.value is not None:
-            top = Dim.of(max(start.value + size.value, -1))
+            top = Dim.of(max(start.value + size.value, 0))  # clamped to the first element
         first = None if top is None else minimum((top, size - 1))
     if first is None or last is None:
         return None
