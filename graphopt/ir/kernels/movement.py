@@ -8,7 +8,6 @@ import numpy as np
 
 from graphopt.ir.kernels.operation import Array, Inputs, Kernel, Operation, Results, axes_of, need
 
-
 FAR = 2**31 - 1
 """From here on an end stands for the end of the axis."""
 
