@@ -1,0 +1,207 @@
+"""Weights stored as values and indices: where that pays, how it reads back, and what it leaves alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx.checker
+import onnx.helper as oh
+import onnx.numpy_helper as nh
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+from graphopt.cli.entry import main
+from graphopt.emit import check_model
+from graphopt.emit.sparse import SparseFacts, as_coo, densify, sparse_form
+from graphopt.ir.model_file import load_model, model_to_bytes, save_model
+from graphopt.ir.sparse import CooTensor
+from graphopt.targets import SparseStyle
+
+SPARSE = (SparseStyle.INITIALIZER, SparseStyle.CONSTANT)
+
+
+def weight(zeros: float, shape: tuple[int, ...] = (96, 64), dtype: str = "float32") -> npt.NDArray[Any]:
+    """A weight of which exactly the share `zeros` is zero, with a NaN and a negative zero among the others."""
+    rng = np.random.default_rng(0)
+    flat = rng.uniform(1, 2, int(np.prod(shape)))
+    flat[rng.permutation(flat.size)[: round(zeros * flat.size)]] = 0
+    return flat.reshape(shape).astype(dtype)
+
+
+def product(w: npt.NDArray[Any], *, as_output: bool = False, as_input: bool = False) -> onnx.ModelProto:
+    """y = x @ w."""
+    kind = oh.np_dtype_to_tensor_dtype(w.dtype)
+    node = oh.make_node("MatMul", ["x", "w"], ["y"])
+    x = oh.make_tensor_value_info("x", kind, [2, w.shape[0]])
+    y = oh.make_tensor_value_info("y", kind, [2, w.shape[1]])
+    own = oh.make_tensor_value_info("w", kind, w.shape)
+    graph = oh.make_graph(
+        [node], "g", [x, own] if as_input else [x], [y, own] if as_output else [y], [nh.from_array(w, "w")]
+    )
+    return oh.make_model(graph, opset_imports=[oh.make_opsetid("", 17)], ir_version=9)
+
+
+def encoded(proto: onnx.ModelProto, style: SparseStyle) -> tuple[ir.Model, SparseFacts | None]:
+    return sparse_form(load_model(proto), style)
+
+
+def run(data: bytes, x: npt.NDArray[Any]) -> bytes:
+    session = ort.InferenceSession(data, providers=["CPUExecutionProvider"])
+    return bytes(np.asarray(session.run(["y"], {"x": x})[0]).tobytes())
+
+
+class TestForm:
+    @pytest.mark.parametrize("style", SPARSE)
+    def test_runs_to_the_bit_as_the_dense_model(self, style: SparseStyle) -> None:
+        w = weight(0.9)
+        w[0, :3] = np.nan, -0.0, np.inf
+        dense = product(w)
+        made, facts = encoded(dense, style)
+        data = model_to_bytes(made)
+        onnx.checker.check_model(onnx.ModelProto.FromString(data))
+        x = np.random.default_rng(1).standard_normal((2, 96)).astype(np.float32)
+        assert run(data, x) == run(dense.SerializeToString(), x)
+        assert len(data) < 0.4 * len(dense.SerializeToString())
+        assert facts is not None
+        assert (facts.tensors, facts.style) == (1, style)
+
+    def test_reads_back_to_the_bytes_of_the_dense_model(self) -> None:
+        w = weight(0.9)
+        w[0, 0] = -0.0
+        dense = model_to_bytes(load_model(product(w)))
+        made, _ = encoded(product(w), SparseStyle.INITIALIZER)
+        assert model_to_bytes(densify(load_model(model_to_bytes(made)))) == dense
+
+    def test_leaves_the_model_itself_dense_and_valid(self) -> None:
+        model = load_model(product(weight(0.9)))
+        made, _ = sparse_form(model, SparseStyle.INITIALIZER)
+        assert made is not model
+        assert not isinstance(model.graph.initializers["w"].const_value, CooTensor)
+        assert check_model(model) is None
+
+    def test_constant_carrier_passes_the_full_check(self) -> None:
+        made, _ = encoded(product(weight(0.9)), SparseStyle.CONSTANT)
+        onnx.checker.check_model(onnx.ModelProto.FromString(model_to_bytes(made)), full_check=True)
+
+    def test_stores_a_weight_of_nothing_but_zeros(self) -> None:
+        made, facts = encoded(product(np.zeros((96, 64), np.float32)), SparseStyle.INITIALIZER)
+        data = model_to_bytes(made)
+        assert facts is not None
+        assert facts.tensors == 1
+        assert run(data, np.ones((2, 96), np.float32)) == bytes(2 * 64 * 4)
+
+    def test_indices_are_flat_ascending_int64(self) -> None:
+        coo = as_coo(ir.Tensor(weight(0.9), name="w"), "w")
+        assert coo.indices.dtype == ir.DataType.INT64
+        assert coo.indices.shape.rank() == 1
+        assert (np.diff(coo.indices.numpy()) > 0).all()
+
+    def test_reaches_into_subgraphs(self) -> None:
+        inner = product(weight(0.9)).graph
+        inner.ClearField("input")
+        branch = oh.make_graph([oh.make_node("Identity", ["y"], ["other"])], "else", [], [])
+        branch.node[0].input[0] = "x0"
+        branch.output.append(oh.make_tensor_value_info("other", 1, [2, 64]))
+        graph = oh.make_graph(
+            [oh.make_node("If", ["c"], ["z"], then_branch=inner, else_branch=branch)],
+            "outer",
+            [oh.make_tensor_value_info(n, k, s) for n, k, s in (("c", 9, []), ("x", 1, [2, 96]), ("x0", 1, [2, 64]))],
+            [oh.make_tensor_value_info("z", 1, [2, 64])],
+        )
+        proto = oh.make_model(graph, opset_imports=[oh.make_opsetid("", 17)], ir_version=9)
+        made, facts = encoded(proto, SparseStyle.INITIALIZER)
+        assert facts is not None
+        assert facts.tensors == 1
+        feeds = {
+            "c": np.array(True),
+            "x": np.ones((2, 96), np.float32),
+            "x0": np.ones((2, 64), np.float32),
+        }
+        got, want = (
+            ort.InferenceSession(data, providers=["CPUExecutionProvider"]).run(None, feeds)[0]
+            for data in (model_to_bytes(made), proto.SerializeToString())
+        )
+        assert got.tobytes() == want.tobytes()
+
+
+class TestWhatStaysDense:
+    @pytest.mark.parametrize(
+        ("dtype", "below", "above"),
+        [("float32", 0.66, 0.72), ("float16", 0.79, 0.84), ("float64", 0.5, 0.6)],
+    )
+    def test_weights_below_break_even(self, dtype: str, below: float, above: float) -> None:
+        for zeros, expected in ((below, 0), (above, 1)):
+            _, facts = encoded(product(weight(zeros, dtype=dtype)), SparseStyle.INITIALIZER)
+            assert facts is not None
+            assert facts.tensors == expected
+
+    @pytest.mark.parametrize("place", ["as_output", "as_input"])
+    def test_graph_inputs_and_outputs(self, place: str) -> None:
+        made, facts = encoded(product(weight(0.9), **{place: True}), SparseStyle.INITIALIZER)
+        assert facts is not None
+        assert facts.tensors == 0
+        assert not isinstance(made.graph.initializers["w"].const_value, CooTensor)
+
+    def test_small_weights(self) -> None:
+        assert encoded(product(weight(0.9, (60, 60))), SparseStyle.INITIALIZER)[1] is None
+
+    def test_everything_where_the_target_reads_no_sparse_weights(self) -> None:
+        sparse, _ = encoded(product(weight(0.9)), SparseStyle.INITIALIZER)
+        made, facts = sparse_form(sparse, SparseStyle.DENSE)
+        assert not isinstance(made.graph.initializers["w"].const_value, CooTensor)
+        assert facts is not None
+        assert facts.stored_bytes == facts.dense_bytes
+
+    def test_weights_beside_the_model(self) -> None:
+        model = load_model(product(weight(0.9)))
+        made, facts = sparse_form(model, SparseStyle.INITIALIZER, external=True)
+        assert made is model
+        assert facts is not None
+        assert "beside the model" in facts.reason
+
+    def test_files_that_would_hardly_shrink(self) -> None:
+        proto = product(weight(0.9))
+        other = np.random.default_rng(0).standard_normal(1 << 18).astype(np.float32)
+        proto.graph.initializer.append(nh.from_array(other, "other"))
+        _, facts = encoded(proto, SparseStyle.INITIALIZER)
+        assert facts is not None
+        assert "95 %" in facts.reason
+
+    def test_four_bit_weights(self) -> None:
+        proto = product(weight(0.9))
+        packed = oh.make_tensor("q", onnx.TensorProto.INT4, [8192], bytes(4096), raw=True)
+        proto.graph.initializer.append(packed)
+        made, _ = encoded(proto, SparseStyle.INITIALIZER)
+        assert not isinstance(made.graph.initializers["q"].const_value, CooTensor)
+
+
+class TestFacts:
+    def test_sizes(self) -> None:
+        _, facts = encoded(product(weight(0.9)), SparseStyle.INITIALIZER)
+        assert facts is not None
+        assert (facts.elements, facts.zeros) == (6144, 5530)
+        assert facts.dense_bytes == 6144 * 4
+        assert facts.stored_bytes == 614 * 12
+        assert facts.compressed_bytes < facts.dense_bytes
+
+    def test_says_that_zeros_save_no_time(self) -> None:
+        _, facts = encoded(product(weight(0.9)), SparseStyle.INITIALIZER)
+        assert facts is not None
+        assert any("not the model faster" in sentence for sentence in facts.sentences())
+
+
+class TestDensify:
+    def test_command_writes_the_dense_model(self, tmp_path: Path) -> None:
+        made, _ = encoded(product(weight(0.9)), SparseStyle.INITIALIZER)
+        save_model(made, tmp_path / "s.onnx")
+        assert main(["densify", str(tmp_path / "s.onnx"), "-o", str(tmp_path / "d.onnx"), "-q"]) == 0
+        assert (tmp_path / "d.onnx").read_bytes() == model_to_bytes(load_model(product(weight(0.9))))
+
+    def test_command_refuses_a_folder_that_does_not_exist(self, tmp_path: Path) -> None:
+        save_model(load_model(product(weight(0.9))), tmp_path / "s.onnx")
+        assert main(["densify", str(tmp_path / "s.onnx"), "-o", str(tmp_path / "no" / "d.onnx")]) == 2

@@ -1,0 +1,52 @@
+"""What `--sparsity` takes and refuses."""
+
+from __future__ import annotations
+
+import pytest
+
+from graphopt.errors import OptionError
+from graphopt_passes.prune.request import Allocation, Method, SparsityRequest, parse_sparsity
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0.8", SparsityRequest(ratio=0.8)),
+        ("2:4", SparsityRequest(pattern=(2, 4))),
+        ("channels:0.5", SparsityRequest(channels=0.5)),
+        ("threshold:0.01", SparsityRequest(threshold=0.01)),
+        (
+            "0.9, method=wanda, allocation=erk, refit=no, dense=^head",
+            SparsityRequest(
+                ratio=0.9,
+                method=Method.WANDA,
+                allocation=Allocation.ERK,
+                refit=False,
+                dense="^head",
+            ),
+        ),
+    ],
+)
+def test_reads(text: str, expected: SparsityRequest) -> None:
+    assert parse_sparsity(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("80", "is no amount"),
+        ("half", "is not a number"),
+        ("4:2", "keeps 4 of each 2"),
+        ("0:4", "keeps 0 of each 4"),
+        ("rows:0.5", "is no amount"),
+        ("threshold:-1", "is no amount"),
+        ("0.8,method=magic", "unknown method 'magic'"),
+        ("0.8,refit=maybe", "is no option"),
+        ("0.8,dense=(", "is not a regular expression"),
+        ("0.8,colour=red", "is no option"),
+    ],
+)
+def test_refuses(text: str, says: str) -> None:
+    with pytest.raises(OptionError, match=None) as caught:
+        parse_sparsity(text)
+    assert says in str(caught.value)
