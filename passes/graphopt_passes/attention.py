@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import onnx_ir as ir
@@ -156,10 +157,11 @@ def fuse_attention(m: Match, g: Builder) -> ir.Value | None:
         return None
     _refuse_mask(m)
     key, value = _ungrouped(m, _untransposed(m, g), m[v])
-    heads = [m.known_dims(each)[:2] for each in (q, key, value)]
-    if heads[1] != heads[2] or not _shares(heads[0], heads[1]):
+    stored, served = m.known_dims(k_t)[:2], m.known_dims(q)[:2]
+    heads = m.known_dims(value)[:2]
+    if (value is m[v] and heads != stored) or not _shares(served, heads):
         raise Skip("queries, keys and values differ in batch or heads", m[attention])
-    if not m.emits("Attention", dtype=dtype, form="grouped" if heads[0] != heads[1] else ""):
+    if not m.emits("Attention", dtype=dtype, form="" if heads == served else "grouped"):
         raise Skip("the target gains nothing by Attention with shared keys", m[q])
     return g.op("Attention", m[q], key, value, m.get(mask), scale=scale)
 
@@ -234,7 +236,7 @@ def _refuse_mask(m: Match) -> None:
     whole = (*queries[:3], keys[3])
     # The operator's text lets the last two broadcast as well; ONNX Runtime 1.31 refuses that.
     if not 2 <= len(shape) <= 4 or shape[-2:] != whole[2:]:
-        raise Skip("the mask does not end in [S, L]", value)
+        raise Skip(f"the mask {_text(shape)} does not end in [S, L] = {_text(whole[2:])}", value)
     if any(a not in (1, b) for a, b in zip(shape[-3::-1], whole[1::-1], strict=False)):
         raise Skip("the mask broadens the scores", value)
     reach = _reach(value)
@@ -244,6 +246,10 @@ def _refuse_mask(m: Match) -> None:
         raise Skip("what the target's Attention makes of a fully masked row is not known", value)
     if reach.low <= _lowest(m.dtype(value)):
         raise Skip("a row may hold the lowest number throughout", value)
+
+
+def _text(dims: Iterable[object]) -> str:
+    return "[" + ", ".join(map(str, dims)) + "]"
 
 
 def _untransposed(m: Match, g: Builder) -> ir.Value:

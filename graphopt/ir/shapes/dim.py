@@ -266,10 +266,22 @@ def broadcast(a: DimLike, b: DimLike) -> Dim:
         return a
     if b.is_static:
         return b
+    if _is_capped(a, b):
+        return b
+    if _is_capped(b, a):
+        return a
     # An operand that is itself a broadcast joins in: the order of additions does not matter.
     operands = frozenset((*_operands(a), *_operands(b)))
     big = [dim for dim in operands if dim.lower is not None and dim.lower > 1]
     return min(big, key=str) if big else _atom(Call("broadcast", operands))
+
+
+def _is_capped(a: Dim, b: Dim) -> bool:
+    """Whether a = min(c, b), c > 1 (a table cut to b positions): where that broadcasts with b at all, both are equal."""
+    atom = a._single_atom()  # noqa: SLF001 - this module is the class
+    if not isinstance(atom, Call) or atom.op != "min" or b not in atom.args:
+        return False
+    return all(dim == b or (dim.value or 0) > 1 for dim in atom.args)
 
 
 def product(dims: Iterable[DimLike]) -> Dim:
