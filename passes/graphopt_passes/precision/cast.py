@@ -22,7 +22,7 @@ from graphopt_passes.precision.islands import drop_islands
 from graphopt_passes.precision.legality import Legality
 from graphopt_passes.precision.plan import LIMITS, Decision, Facts, Kind, decide_all, gather
 from graphopt_passes.precision.ranges import Feeds, observe
-from graphopt_passes.precision.refine import Refinement, refine
+from graphopt_passes.precision.refine import AMPLIFIED, Refinement, refine
 
 _DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 _CAST_KNOWS_BF16 = 13
@@ -114,8 +114,10 @@ def _tell_refinement(found: Refinement, ctx: Context) -> None:
         f"{len(found.raised)} nodes go back to float32: error {found.before:.2g} of the budget before, "
         f"{found.after:.2g} after, {found.runs} experiments"
     )
-    kind = RemarkKind.NOTE if found.after <= 1 else RemarkKind.WARNING
-    ctx.remark(kind, "refine", "", reason)
+    if AMPLIFIED in found.raised.values():
+        reason += "; the model amplifies rounding on these inputs: give real ones with --calibration, or a wider --budget"
+    calm = found.after <= 1 and AMPLIFIED not in found.raised.values()
+    ctx.remark(RemarkKind.NOTE if calm else RemarkKind.WARNING, "refine", "", reason)
 
 
 def _tell(decisions: dict[ir.Node, Decision], source: str, why: str, ctx: Context) -> None:

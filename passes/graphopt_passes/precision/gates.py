@@ -28,6 +28,9 @@ MASK = "graphopt_half_mask"
 _WEIGHTS = 1 << 28
 """Bytes of weights up to which their rounding is gated too; beyond, memory counts for more than their share."""
 
+_FOCUS = 1
+"""Feeds that experiments run on: those on which a survey of all was worst."""
+
 Feed = Mapping[str, Any]
 
 
@@ -46,6 +49,7 @@ class Gates:
     _feeds: Sequence[Feed] = ()
     _reference: Sequence[Mapping[str, Any]] = ()
     _budget: Budget = dataclasses.field(default_factory=Budget)
+    _focus: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -88,13 +92,25 @@ class Gates:
         self.runs += 1
         mask = np.asarray(low, np.bool_)
         worst = 0.0
-        for index, feed in enumerate(self._feeds):
-            results = self._run(feed, mask)
-            for name, value in results.items():
-                worst = max(worst, self._excess(name, index, value))
+        for index in self._focus:
+            worst = max(worst, self._on(index, mask))
             if math.isinf(worst):
                 break
         return worst
+
+    def survey(self, low: Sequence[bool]) -> float:
+        """As `badness`, on every feed; experiments go on with the feeds that were worst."""
+        self.runs += 1
+        found = [self._on(index, np.asarray(low, np.bool_)) for index in range(len(self._feeds))]
+        worst = sorted(range(len(found)), key=lambda index: -found[index])
+        self._focus = tuple(dict.fromkeys((*worst[:_FOCUS], *self._focus)))[: 2 * _FOCUS]
+        return max(found, default=0.0)
+
+    def _on(self, index: int, mask: np.ndarray[Any, Any]) -> float:
+        results = self._run(self._feeds[index], mask)
+        return max(
+            (self._excess(name, index, value) for name, value in results.items()), default=0.0
+        )
 
     def _run(self, feed: Feed, mask: np.ndarray[Any, Any]) -> dict[str, Any]:
         assert self._session is not None

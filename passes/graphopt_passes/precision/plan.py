@@ -259,7 +259,7 @@ def _range_reason(node: ir.Node, slots: Slots, facts: Facts) -> str:
         elif reason := _spread_reason(value, spread, facts):
             return reason
     if unseen and node.op_type in _RISKY:
-        return f"{node.op_type} without data: its range is not known"
+        return "without data its range is not known"
     if not unseen and node.op_type in _REDUCTIONS:
         return _reduction_reason(node, facts)
     return ""

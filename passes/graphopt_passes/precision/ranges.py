@@ -33,7 +33,7 @@ FLOOR = 2.0**-10
 _FIRST_CHUNK = 24
 _CHUNK_BYTES = 1 << 28
 _MAX_FEEDS = 8
-_MAX_USUAL = 3
+_MAX_USUAL = 8
 _STRESS = ("large", "zeros", "tiny")
 
 
