@@ -102,7 +102,7 @@ class Builder:
 
     def const(self, data: Constant, *, name: str = "const") -> ir.Value:
         """A constant value; `name` is a hint that the engine makes unique."""
-        tensor = ir.tensor(data) if isinstance(data, np.ndarray | np.generic) else data
+        tensor = ir.Tensor(np.asarray(data)) if isinstance(data, (np.ndarray, np.generic)) else data
         value = ir.Value(
             name=name,
             shape=ir.Shape(tensor.shape.numpy()),

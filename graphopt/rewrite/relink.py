@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from graphopt.ir.build import Constant
@@ -59,7 +60,7 @@ def place_constant(
     """
     graph = before.graph
     assert graph is not None
-    held = tensor if isinstance(tensor, ir.TensorProtocol) else ir.tensor(tensor)
+    held = ir.Tensor(np.asarray(tensor)) if isinstance(tensor, (np.ndarray, np.generic)) else tensor
     kind, shape = ir.TensorType(held.dtype), ir.Shape(held.shape.numpy())
     if not as_node:
         value = ir.Value(name=name, type=kind, shape=shape, const_value=held)
