@@ -129,6 +129,9 @@ CPU = Target(
             form="channels-first",
         ),
     ),
+    shuns={
+        "SkipLayerNormalization": "ONNX Runtime 1.31 CPU: 0.16-0.22x of Add and LayerNormalization",
+    },
     provider="CPUExecutionProvider",
     kernels=("ort-cpu",),
     qdq=QdqStyle(

@@ -109,6 +109,7 @@ class Target:
         ir_version: smallest and largest IR version that the runtime takes.
         domains: operator domains with kernels there, and the version to import of each.
         fused: fused operators that may be introduced.
+        shuns: operators that the runtime would fuse to when it loads the model, and lose by; the measurement of each.
         raises_opset: whether a model's opset may be raised for a fused operator that came later.
         inline_functions: whether local functions must be inlined.
         provider: the ONNX Runtime execution provider, or None where ONNX Runtime does not run it.
@@ -132,6 +133,7 @@ class Target:
     ir_version: tuple[int, int]
     domains: Mapping[str, int]
     fused: tuple[FusedOp, ...] = ()
+    shuns: Mapping[str, str] = dataclasses.field(default_factory=dict)
     raises_opset: bool = True
     inline_functions: bool = True
     provider: str | None = None

@@ -15,8 +15,10 @@ from graphopt_passes import (
     attention,
     bounds,
     broadcasts,
+    contrib,
     conv,
     einsum,
+    evasion,
     gemm,
     layout,
     linear,
@@ -36,6 +38,12 @@ from graphopt_passes.control_flow import InlineControlFlow
 from graphopt_passes.dedupe import MergeCommonSubexpressions, MergeDuplicateConstants
 from graphopt_passes.fold import FoldConstants
 from graphopt_passes.functions import InlineFunctions
+from graphopt_passes.legalize import (
+    CastDoubles,
+    ConvertOpset,
+    RenameBranchOutputs,
+    WriteQuantizationAxes,
+)
 from graphopt_passes.opset import LiftOpset
 from graphopt_passes.precision import CastToHalf
 from graphopt_passes.prune import Prune
@@ -59,6 +67,9 @@ FUSE_GEMM = RewritePass("fuse-gemm", (*gemm.RULES, *linear.RULES))
 FUSE_ACTIVATION = RewritePass("fuse-activation", (*activation.RULES, *softmax.RULES))
 FUSE_NORM = RewritePass("fuse-norm", norm.RULES)
 LIFT_OPSET = LiftOpset(rules=(*FUSE_ATTENTION.rules, *norm.RULES, *activation.RULES))
+# Last of all, where everything that knows Add is done.
+EVADE = RewritePass("evade-runtime-fusions", evasion.RULES)
+EXPAND_CONTRIB = RewritePass("expand-contrib", contrib.RULES)
 LOWER_POWERS = RewritePass("lower-powers", powers.LOWERING)
 
 _FAMILIES = (
@@ -70,6 +81,7 @@ _FAMILIES = (
     FUSE_GEMM,
     FUSE_ACTIVATION,
     FUSE_NORM,
+    EXPAND_CONTRIB,
 )
 
 PASSES: Mapping[str, Maker] = {
@@ -90,9 +102,14 @@ PASSES: Mapping[str, Maker] = {
             Prune,
             CastToHalf,
             QuantizeStatic,
+            CastDoubles,
+            ConvertOpset,
+            RenameBranchOutputs,
+            WriteQuantizationAxes,
         )
     },
     LIFT_OPSET.name: LIFT_OPSET,
+    EVADE.name: EVADE,
     **{family.name: family for family in _FAMILIES},
 }
 
@@ -158,16 +175,17 @@ def _half(precision: Literal["fp16", "bf16"]) -> tuple[Step, ...]:
         MergeDuplicateConstants(),
         MergeCommonSubexpressions(),
         RemoveDeadCode(),
+        EVADE,
     )
 
 
 def _int8(style: str) -> tuple[Step, ...]:
     """The float32 pipeline, then integers: what is quantised is what will run."""
-    return (*_FP32, QuantizeStatic(style), MergeDuplicateConstants(), RemoveDeadCode())
+    return (*_FP32, QuantizeStatic(style), MergeDuplicateConstants(), RemoveDeadCode(), EVADE)
 
 
 PIPELINES: Mapping[tuple[str, str], tuple[Step, ...]] = {
-    **{(target, "fp32"): _FP32 for target in ("cpu", "cuda", "tensorrt", "portable")},
+    **{(target, "fp32"): (*_FP32, EVADE) for target in ("cpu", "cuda", "tensorrt", "portable")},
     **{(target, "fp16"): _half("fp16") for target in ("cpu", "cuda", "tensorrt", "portable")},
     **{(target, "bf16"): _half("bf16") for target in ("cpu", "cuda", "tensorrt", "portable")},
     # Safe without VNNI, and then the same numbers with it.

@@ -96,8 +96,14 @@ pair_sum = Op("Sum", x, y)
 
 
 @exact(pair_sum)
-def spell_sum_of_two_as_add(m: Match, g: Builder) -> ir.Value:
-    """`Sum(x, y)` -> `Add(x, y)`: one spelling for later patterns.  Source: ONNX Sum-8, Add-7."""
+def spell_sum_of_two_as_add(m: Match, g: Builder) -> ir.Value | None:
+    """`Sum(x, y)` -> `Add(x, y)`: one spelling for later patterns.  Source: ONNX Sum-8, Add-7.
+
+    Before a LayerNormalization it stays where the target's runtime would fuse the Add to its loss.
+    """
+    users = [use.node.op_type for use in m.out(pair_sum).uses()]
+    if "SkipLayerNormalization" in m.facts.target.shuns and "LayerNormalization" in users:
+        return None
     return g.op("Add", m[x], m[y])
 
 

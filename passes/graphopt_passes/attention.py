@@ -171,7 +171,9 @@ def _shares(queries: tuple[Dim, ...], keys: tuple[Dim, ...]) -> bool:
     if queries == keys:
         return True
     several, few = queries[1].value, keys[1].value
-    return queries[0] == keys[0] and several is not None and bool(few) and several % int(few or 1) == 0
+    return (
+        queries[0] == keys[0] and several is not None and bool(few) and several % int(few or 1) == 0
+    )
 
 
 def _ungrouped(m: Match, key: ir.Value, value: ir.Value) -> tuple[ir.Value, ir.Value]:

@@ -1,7 +1,7 @@
 """Raising the opset of a model, so that an operator can be used that is newer than the model.
 
-    Before:  opset 17: z = Mul(x, Reciprocal(Sqrt(ReduceMean<axes=[-1]>(Mul(x, x)) + eps)))
-    After:   opset 23: the same with ReduceMean(…, [-1]), ready to become RMSNormalization(x)
+Before:  opset 17: z = Mul(x, Reciprocal(Sqrt(ReduceMean<axes=[-1]>(Mul(x, x)) + eps)))
+After:   opset 23: the same with ReduceMean(…, [-1]), ready to become RMSNormalization(x)
 """
 
 from __future__ import annotations

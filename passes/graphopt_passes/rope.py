@@ -127,7 +127,9 @@ def _is_half(m: Match, value: ir.Value, index: int, dims: tuple[Dim, ...]) -> bo
         return _cut(m, node, dims) == ((0, width // 2), (width // 2, width))[index]
     axis = int(m.attr(node, "axis", 0)) % len(dims)
     own = m.dims(value)
-    return axis == len(dims) - 1 and own is not None and own[-1].value == width // 2 and not width % 2
+    return (
+        axis == len(dims) - 1 and own is not None and own[-1].value == width // 2 and not width % 2
+    )
 
 
 def _cut(m: Match, node: ir.Node, dims: tuple[Dim, ...]) -> tuple[int, int] | None:
@@ -235,7 +237,9 @@ def _keeps_last_axis(m: Match, node: ir.Node) -> bool:
         return axes is not None and rank - 1 not in from_front(axes, rank)
     if node.op_type == "Slice" and len(node.inputs) > 3:
         axes = values.array(node.inputs[3])
-        return axes is not None and all(int(a) % len(dims) != len(dims) - 1 for a in axes.reshape(-1))
+        return axes is not None and all(
+            int(a) % len(dims) != len(dims) - 1 for a in axes.reshape(-1)
+        )
     return False
 
 
