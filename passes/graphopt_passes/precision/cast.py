@@ -115,7 +115,7 @@ def _tell_refinement(found: Refinement, ctx: Context) -> None:
         f"{found.after:.2g} after, {found.runs} experiments"
     )
     if AMPLIFIED in found.raised.values():
-        reason += "; the model amplifies rounding on these inputs: give real ones with --calibration, or a wider --budget"
+        reason += "; the model amplifies rounding on these inputs: give samples with --calibration, or a wider --budget"
     calm = found.after <= 1 and AMPLIFIED not in found.raised.values()
     ctx.remark(RemarkKind.NOTE if calm else RemarkKind.WARNING, "refine", "", reason)
 
