@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from graphopt.report.run import RunReport
 
 EXTERNAL = ("auto", "never", "single", "per-tensor")
-REPORT_SUFFIXES = (".json", ".md")
+REPORT_SUFFIXES = (".html", ".json", ".md")
 
 Output: TypeAlias = Annotated[
     Path,
@@ -155,7 +155,7 @@ Extras: TypeAlias = Annotated[
 ]
 Report: TypeAlias = Annotated[
     Path | None,
-    typer.Option("--report", metavar="FILE", help="Write the report: .json or .md."),
+    typer.Option("--report", metavar="FILE", help="Write the report: .html, .md or .json."),
 ]
 
 
@@ -232,16 +232,29 @@ def command(
             extras=tuple(extras or ()),
             progress=say,
         )
-    tell(result.report, report=report, as_json=as_json, quiet=quiet, every_remark=remarks)
+    tell(
+        result.report,
+        report=report,
+        inputs=inputs,
+        as_json=as_json,
+        quiet=quiet,
+        every_remark=remarks,
+    )
     return 1 if result.report.verification.passed is False else 0
 
 
 def tell(
-    report_facts: RunReport, *, report: Path | None, as_json: bool, quiet: bool, every_remark: bool
+    report_facts: RunReport,
+    *,
+    report: Path | None,
+    inputs: Path | None,
+    as_json: bool,
+    quiet: bool,
+    every_remark: bool,
 ) -> None:
     """Writes the report where it was asked for."""
     if report is not None:
-        write_report(report_facts, report)
+        write_report(report_facts, report, inputs)
     if as_json:
         from graphopt.cli.console import show_json
 
@@ -293,12 +306,28 @@ def check_report_path(path: Path | None) -> None:
         raise OptionError(f"cannot write --report {path}: {what}; give the path of a file")
 
 
-def write_report(facts: RunReport, path: Path) -> None:
-    """Writes the report as JSON or Markdown, by suffix."""
+def write_report(facts: RunReport, path: Path, inputs: Path | None = None) -> None:
+    """Writes the report as JSON, HTML or Markdown, by suffix; for HTML both models are measured on `inputs`."""
     if path.suffix == ".json":
         body = json.dumps(facts.to_json(), indent=2, allow_nan=False) + "\n"
+    elif path.suffix == ".html":
+        body = _page(facts, inputs)
     else:
         from graphopt.report.markdown import run_markdown
 
         body = run_markdown(facts)
     path.write_text(body, encoding="utf-8")
+
+
+def _page(facts: RunReport, inputs: Path | None) -> str:
+    from graphopt.cli.verify import given_feeds
+    from graphopt.report.examine import examine
+    from graphopt.report.html import run_html
+
+    if facts.input.path is None or facts.output.path is None:
+        return run_html(facts)
+    original, result = Path(facts.input.path), Path(facts.output.path)
+    if original.suffix != ".onnx":
+        return run_html(facts)  # ONNX Runtime reads protobufs only
+    feeds = None if inputs is None else given_feeds(inputs, original)
+    return run_html(facts, examine(original, result, feeds))

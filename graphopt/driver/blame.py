@@ -44,7 +44,8 @@ def find_among(
         return None
     while len(left_out) > 1:
         middle = len(left_out) // 2
-        half = next((h for h in (left_out[:middle], left_out[middle:]) if suffices(h)), None)
+        # Later ones first: leaving out what a wrong rewrite builds upon would prevent that too.
+        half = next((h for h in (left_out[middle:], left_out[:middle]) if suffices(h)), None)
         if half is None:
             break
         left_out = half

@@ -66,18 +66,15 @@ def first_divergence(
     """
     graphs = [load_model(path) for path in (reference, candidate)]
     left, right = (_values(model.graph) for model in graphs)
-    common = [name for name in right if name in left]
     try:
-        truth = _tap(graphs[0], feed, common, scratch / "tapped-reference.onnx")
-        found = _tap(graphs[1], feed, common, scratch / "tapped-candidate.onnx")
+        truth, reports = _side_by_side(graphs, feed, profile, scratch)
     except GraphoptError:
         return None
-    reports = {name: compare(name, truth[name], found[name], profile) for name in common}
-    wrong = [name for name in common if not reports[name].passed]
+    wrong = [name for name, report in reports.items() if not report.passed]
     if not wrong:
         return None
     first = wrong[0]
-    agreeing = {name for name in common if reports[name].passed} | set(feed.values)
+    agreeing = {name for name in reports if reports[name].passed} | set(feed.values)
     parts = [_behind(values[first], agreeing) for values in (left, right)]
     boundary = tuple(dict.fromkeys(name for found, _ in parts for name in found))
     numbers = {**truth, **feed.values}
@@ -91,6 +88,34 @@ def first_divergence(
         len(wrong) - 1,
         {name: numbers[name] for name in (*boundary, first)},
     )
+
+
+def errors_along(
+    reference: Path, candidate: Path, feed: Feed, profile: Profile, scratch: Path
+) -> list[tuple[str, OutputReport]]:
+    """Every value that both models have, in the candidate's order, with its operator and how it compares on `feed`.
+
+    Raises:
+        GraphoptError: one of the models cannot be run with its values shown.
+    """
+    graphs = [load_model(path) for path in (reference, candidate)]
+    makers = {name: value.producer() for name, value in _values(graphs[1].graph).items()}
+    _, reports = _side_by_side(graphs, feed, profile, scratch)
+    return [
+        (node.op_type if (node := makers[name]) else "", report) for name, report in reports.items()
+    ]
+
+
+def _side_by_side(
+    graphs: Sequence[ir.Model], feed: Feed, profile: Profile, scratch: Path
+) -> tuple[dict[str, Any], dict[str, OutputReport]]:
+    """The first model's values that the second has too, and how the second's compare, in the second's order."""
+    left, right = (_values(model.graph) for model in graphs)
+    common = [name for name in right if name in left]
+    truth = _tap(graphs[0], feed, common, scratch / "tapped-reference.onnx")
+    found = _tap(graphs[1], feed, common, scratch / "tapped-candidate.onnx")
+    reports = {name: compare(name, truth[name], found[name], profile) for name in common}
+    return truth, reports
 
 
 def agrees_at(
