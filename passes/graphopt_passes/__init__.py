@@ -117,6 +117,8 @@ PREPARE: tuple[Step, ...] = (
     UpgradeIr(),  # before anything asks what is constant: old files list their weights as inputs
     InlineFunctions(),  # everything after sees one graph
     LiftConstants(),  # one carrier for constants
+    ConvertOpset(),  # nothing within the target's range; before any rule asks for the opset
+    EXPAND_CONTRIB,  # nothing where the target has com.microsoft; before fusing, which may find better
 )
 
 CLEAN = Repeat(
@@ -184,11 +186,19 @@ def _int8(style: str) -> tuple[Step, ...]:
     return (*_FP32, QuantizeStatic(style), MergeDuplicateConstants(), RemoveDeadCode(), EVADE)
 
 
-PIPELINES: Mapping[tuple[str, str], tuple[Step, ...]] = {
+_PLAIN: Mapping[tuple[str, str], tuple[Step, ...]] = {
     **{(target, "fp32"): (*_FP32, EVADE) for target in ("cpu", "cuda", "tensorrt", "portable")},
     **{(target, "fp16"): _half("fp16") for target in ("cpu", "cuda", "tensorrt", "portable")},
     **{(target, "bf16"): _half("bf16") for target in ("cpu", "cuda", "tensorrt", "portable")},
     # Safe without VNNI, and then the same numbers with it.
     ("cpu", "int8"): _int8("x86-avx2"),
     ("tensorrt", "int8"): _int8("tensorrt"),
+}
+
+# What TensorRT's parser wants to see written is written last: no pass before it would keep it.
+_SPELLED = (RenameBranchOutputs(), WriteQuantizationAxes())
+
+PIPELINES: Mapping[tuple[str, str], tuple[Step, ...]] = {
+    (target, precision): (*steps, *_SPELLED) if target == "tensorrt" else steps
+    for (target, precision), steps in _PLAIN.items()
 }

@@ -38,8 +38,8 @@ class ConvertOpset:
 
     Before:  opset 8, for a target of 9 to 24:  y = Upsample<scales = [1, 1, 2, 2]>(x)
     After:   opset 9:                           y = Upsample(x, [1, 1, 2, 2])
-    Changes numerics: exact.  Leaves alone: models within the range; those with local functions or subgraphs, whose inside
-    the converter does not convert.
+    Changes numerics: exact.  Leaves alone: models within the range; those with local functions or subgraphs, which the
+    converter does not enter.
     Source: onnx.version_converter.
     """
 
