@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from importlib.metadata import entry_points
 
 from graphopt.errors import OptionError
@@ -57,5 +58,9 @@ def get_target(name: str) -> Target:
     """
     known = all_targets()
     if name not in known:
-        raise OptionError(f"unknown target {name!r}; known targets: {', '.join(sorted(known))}")
+        close = difflib.get_close_matches(name, known, 1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise OptionError(
+            f"unknown target {name!r}{hint}; known targets: {', '.join(sorted(known))}"
+        )
     return known[name]

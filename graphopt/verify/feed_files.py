@@ -61,14 +61,14 @@ def read_feeds(path: Path, specs: Sequence[TensorSpec]) -> list[Feed]:
 
 
 def _read(path: Path, specs: Sequence[TensorSpec]) -> Iterator[Feed]:
+    if not path.exists():
+        raise DataError(f"There is no file or folder '{path}'; give {FORMS}.")
     if path.is_dir():
         yield from _read_folder(path, specs)
     elif path.suffix == ".npz":
         yield Feed(str(path), read_npz(path))
     elif path.suffix == ".json":
         yield from _read_json(path, specs)
-    elif not path.exists():
-        raise DataError(f"There is no file or folder '{path}'; give {FORMS}.")
     else:
         raise DataError(f"'{path}' is not a form of inputs that can be read; give {FORMS}.")
 

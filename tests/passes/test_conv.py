@@ -340,3 +340,51 @@ def test_match_across_a_branch_stays() -> None:
         missed="subgraph boundary",
         feeds=[{"c": np.asarray(True), "x": np.ones((1, 2, 4, 4), np.float32)}],
     )
+
+
+def test_addend_of_unknown_channels_stays() -> None:
+    check(
+        conv.RULES,
+        before="""g (float[1,3,8,8] x, float[K,3,3,3] v) => (float[1,K,6,6] y) <float c = {0.5}> {
+            w = Neg(v)  k = Conv(x, w)  y = Add(k, c) }""",
+        missed="the number of output channels is unknown",
+        feeds=[{"x": np.ones((1, 3, 8, 8), np.float32), "v": np.ones((4, 3, 3, 3), np.float32)}],
+    )
+
+
+def test_minuend_along_an_image_stays() -> None:
+    check(
+        conv.RULES,
+        before="""g (float[2,3,8,8] x) => (float[2,4,6,6] y) <float[4,3,3,3] w, float[6] c> {
+            k = Conv(x, w)  y = Sub(c, k) }""",
+        missed="the minuend is not one number per channel",
+    )
+
+
+def test_factor_along_an_image_before_conv_stays() -> None:
+    check(
+        conv.RULES,
+        before="""g (float[2,3,8,8] x) => (float[2,4,6,6] y) <float[4,3,3,3] w, float[8] c> {
+            s = Mul(x, c)  y = Conv(s, w) }""",
+        missed="the constant is not one number per channel",
+    )
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "z = BatchNormalization(l, ga, be, me, v2)",
+        "z = Relu(l)",
+        "n = BatchNormalization(l, ga, be, me, va)  z = Add(n, l)",
+    ],
+    ids=["constants", "operator", "uses"],
+)
+def test_tied_weight_stays_where_the_other_use_folds_otherwise(other: str) -> None:
+    bn = BN.replace("[4]", "[64]")
+    check(
+        conv.RULES,
+        before=f"g (float[1,64,8,8] x, float[1,64,8,8] x2) => (float[1,64,8,8] y, float[1,64,8,8] z)"
+        f"<float[64,64,1,1] w, {bn}, float[64] v2>"
+        f"{{ k = Conv(x, w)  y = BatchNormalization(k, ga, be, me, va)  l = Conv(x2, w)  {other} }}",
+        missed="uses",
+    )

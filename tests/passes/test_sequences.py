@@ -296,3 +296,23 @@ def test_presence_of_an_input_is_not_decided() -> None:
         "g (optional(float[2]) x) => (bool y) { y = OptionalHasElement(x) }",
         feeds=[{"x": np.ones(2, np.float32)}],
     )
+
+
+def test_insertion_into_a_very_long_construct_stays() -> None:
+    many = ", ".join(["x"] * 256)
+    check(
+        RULES,
+        f"""g (float[2] x, float[2] z) => (seq(float[2]) y) {{
+            s = SequenceConstruct({many})  y = SequenceInsert(s, z) }}""",
+        missed="a sequence of more than 256 tensors",
+    )
+
+
+def test_split_into_very_many_given_pieces_stays() -> None:
+    ones = ", ".join(["1"] * 300)
+    check(
+        RULES,
+        f"""g (float[300] x) => (float[1] y) <int64[300] n = {{{ones}}}, int64 p = {{1}}> {{
+            s = SplitToSequence(x, n)  y = SequenceAt(s, p) }}""",
+        missed="splits into 300 tensors",
+    )

@@ -158,6 +158,8 @@ def test_a_single_array_has_no_name(tmp_path: Path) -> None:
 def test_nothing_to_read_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="There is no file or folder"):
         read_feeds(tmp_path / "none", SPECS)
+    with pytest.raises(DataError, match="There is no file or folder"):
+        read_feeds(tmp_path / "none.npz", SPECS)
     with pytest.raises(DataError, match=r"holds no inputs; give an \.npz file"):
         read_feeds(tmp_path, SPECS)
     (tmp_path / "l.json").write_text("[]")
