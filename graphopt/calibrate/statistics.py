@@ -51,7 +51,7 @@ class Statistics:
         elements: how many there were in all.
         excluded: how many were NaN, infinite or sentinels.
         channel_sum: sums by index of axis 1 (axis -1 for `last`), in two integers: int64 [2, channels].
-        last_sum: the same by index of the last axis.
+        last_sum: the same by index of the last axis; not of images and volumes, which have four and more.
     """
 
     histogram: Array
@@ -131,7 +131,7 @@ def observe(array: Array) -> Statistics:
         elements=flat.size,
         excluded=excluded,
         channel_sum=_axis_sums(flat, 1, excluded),
-        last_sum=_axis_sums(flat, flat.ndim - 1, excluded),
+        last_sum=_axis_sums(flat, flat.ndim - 1 if flat.ndim <= 3 else flat.ndim, excluded),
     )
 
 

@@ -48,6 +48,7 @@ from graphopt_passes.opset import LiftOpset
 from graphopt_passes.precision import CastToHalf
 from graphopt_passes.prune import Prune
 from graphopt_passes.quantize.static import QuantizeStatic
+from graphopt_passes.quantize.weight_only import QuantizeDynamic, QuantizeWeights
 from graphopt_passes.shape_sources import RebuildShapes
 from graphopt_passes.transposes import CancelTransposes
 
@@ -102,6 +103,8 @@ PASSES: Mapping[str, Maker] = {
             Prune,
             CastToHalf,
             QuantizeStatic,
+            QuantizeDynamic,
+            QuantizeWeights,
             CastDoubles,
             ConvertOpset,
             RenameBranchOutputs,
@@ -191,8 +194,11 @@ _PLAIN: Mapping[tuple[str, str], tuple[Step, ...]] = {
     **{(target, "fp16"): _half("fp16") for target in ("cpu", "cuda", "tensorrt", "portable")},
     **{(target, "bf16"): _half("bf16") for target in ("cpu", "cuda", "tensorrt", "portable")},
     # Safe without VNNI, and then the same numbers with it.
-    ("cpu", "int8"): _int8("x86-avx2"),
-    ("tensorrt", "int8"): _int8("tensorrt"),
+    ("cpu", "int8"): _quantized(QuantizeStatic("x86-avx2")),
+    ("tensorrt", "int8"): _quantized(QuantizeStatic("tensorrt")),
+    ("cpu", "int8-dynamic"): _quantized(QuantizeDynamic()),
+    ("cpu", "int4-weights"): _quantized(QuantizeWeights()),
+    ("cuda", "int4-weights"): _quantized(QuantizeWeights()),
 }
 
 # What TensorRT's parser wants to see written is written last: no pass before it would keep it.

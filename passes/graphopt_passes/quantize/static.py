@@ -123,7 +123,8 @@ class QuantizeStatic:
                 RemarkKind.WARNING,
                 RULE,
                 "",
-                "nothing to quantise: no Conv, Gemm or MatMul of float32 with a constant weight in the main graph",
+                "nothing to quantise: no Conv, Gemm or MatMul of float32 with a constant weight in the main graph; "
+                "weights that are inputs too are no constants: --pass freeze-defaults makes them so",
             )
             return frozenset()
         return frozenset(name_of(node) for node in found)
@@ -271,12 +272,15 @@ class _Search:
         )
 
     def _groups(self, sites: frozenset[str]) -> list[frozenset[str]]:
-        """Choices to compare by speed: everything, matrix products alone, convolutions that are wide enough."""
+        """Choices to compare by speed: everything, wide convolutions, matrix products, products alone."""
         products = [n for n in self.model.graph if name_of(n) in sites and is_product(n)]
         dense = frozenset(name_of(n) for n in products if n.op_type != "Conv")
         wide = frozenset(name_of(n) for n in products if n.op_type != "Conv" or _is_wide(n))
         others = sites - frozenset(name_of(n) for n in products)
         groups = [sites, self._all_sites(wide | others), self._all_sites(dense | others)]
+        groups.append(
+            sites - others
+        )  # what lies between products may have a faster kernel in float
         return [group for group in dict.fromkeys(groups) if group]
 
     def _within_budget(self, sites: frozenset[str]) -> Trial:

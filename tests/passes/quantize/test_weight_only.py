@@ -1,0 +1,115 @@
+"""Dynamic quantisation and 4-bit weights: numbers against float, formats against their definition, refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from graphopt_passes.quantize.weight_only import QuantizeDynamic, QuantizeWeights, pack_blocks
+
+from graphopt.errors import OptionError
+from graphopt.ir.check import violations
+from graphopt.ir.model_file import load_model, to_proto
+from graphopt.rewrite import Context, Gate, Options
+from graphopt.targets import get_target
+from tests.rewriting import parse, run
+
+PAIR = """g (float[n,6,96] x) => (float[n,6,160] y, float[n,6,128] z) <float[96,160] w, float[96,128] v> {
+ y = MatMul(x, w)  z = MatMul(x, v) }"""
+GEMM = "g (float[4,96] x) => (float[4,160] y) <float[160,96] w, float[1,160] b> { y = Gemm<transB=1>(x, w, b) }"
+X = np.random.default_rng(0).normal(size=(2, 6, 96)).astype(np.float32)
+
+
+def varied(text: str, opset: int = 18) -> onnx.ModelProto:
+    proto = parse(text, opset=opset)
+    rng = np.random.default_rng(1)
+    for tensor in proto.graph.initializer:
+        drawn = rng.normal(size=tuple(tensor.dims)).astype(np.float32)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(drawn, tensor.name))
+    return proto
+
+
+def context(model: Any, **options: Any) -> Context:
+    given = Options(**{"force": True, **options})
+    return Context(model, get_target("cpu"), given, pass_name="quantize")
+
+
+def changed(proto: onnx.ModelProto, each: QuantizeDynamic | QuantizeWeights) -> onnx.ModelProto:
+    model = load_model(proto)
+    assert each.run(model, context(model))
+    assert not list(violations(model))
+    return to_proto(model)
+
+
+def sqnr(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
+    return float(10 * np.log10((a**2).sum() / ((a - b) ** 2).sum()))
+
+
+def test_products_of_one_input_share_its_quantisation() -> None:
+    proto = varied(PAIR)
+    after = changed(proto, QuantizeDynamic(least=1))
+    kinds = [node.op_type for node in after.graph.node]
+    assert kinds == ["DynamicQuantizeLinear", "MatMulIntegerToFloat", "MatMulIntegerToFloat"]
+    for a, b in zip(run(proto, {"x": X}), run(after, {"x": X}), strict=True):
+        assert sqnr(a, b) > 30
+
+
+@pytest.mark.parametrize(
+    ("each", "least"), [(QuantizeDynamic(least=1), 30), (QuantizeWeights(least=1), 15)]
+)
+def test_a_gemm_keeps_its_bias(each: QuantizeDynamic | QuantizeWeights, least: float) -> None:
+    proto = varied(GEMM)
+    after = changed(proto, each)
+    feed = {"x": X.reshape(-1, 96)[:4]}
+    assert sqnr(run(proto, feed)[0], run(after, feed)[0]) > least
+
+
+@pytest.mark.parametrize("block", [16, 32, 128])
+def test_blocks_are_read_as_they_are_written(block: int) -> None:
+    proto = varied(PAIR)
+    after = changed(proto, QuantizeWeights(block=block, least=1))
+    assert {node.op_type for node in after.graph.node} == {"MatMulNBits"}
+    w = onnx.numpy_helper.to_array(proto.graph.initializer[0])
+    packed, scales = pack_blocks(w, block)
+    codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(160, -1).astype(np.float32) - 8
+    decoded = (codes.reshape(-1, block) * scales[:, None]).reshape(160, -1)[:, :96].T
+    np.testing.assert_array_less(np.abs(decoded - w).max(), np.abs(w).max() / 3)
+    got = run(after, {"x": X})[0]
+    assert sqnr(X @ decoded, got) > 30
+
+
+def test_small_weights_stay_float() -> None:
+    model = load_model(varied(PAIR))
+    ctx = context(model)
+    assert not QuantizeDynamic(least=1 << 20).run(model, ctx)
+    assert "nothing to quantise" in ctx.remarks[0].reason
+
+
+def test_an_old_opset_is_declined() -> None:
+    model = load_model(varied(PAIR, 10))
+    ctx = context(model)
+    assert not QuantizeDynamic(least=1).run(model, ctx)
+    assert "opset 11" in ctx.remarks[0].reason
+
+
+def test_a_budget_out_of_reach_leaves_float() -> None:
+    model = load_model(varied(PAIR))
+    ctx = context(model, budget="sqnr>=200")
+    assert not QuantizeDynamic(least=1).run(model, ctx)
+    assert "outside the budget" in ctx.remarks[0].reason
+
+
+def test_a_block_that_no_kernel_takes_is_refused() -> None:
+    model = load_model(varied(PAIR))
+    with pytest.raises(OptionError, match="block size 24"):
+        QuantizeWeights(block=24).run(model, context(model))
+
+
+def test_a_gated_site_stays() -> None:
+    model = load_model(varied(PAIR))
+    ctx = context(model)
+    ctx.gate = Gate(sites=frozenset({("quantize", "quantize", "y")}))
+    assert QuantizeDynamic(least=1).run(model, ctx)
+    assert [node.op_type for node in model.graph if node.outputs[0].name == "y"] == ["MatMul"]
