@@ -57,6 +57,19 @@ def test_the_fewest_of_some_suspects(bad: tuple[int, ...]) -> None:
     assert blame.rewrites == tuple(REWRITES[i] for i in bad)
 
 
+def test_what_a_guilty_rewrite_builds_upon_is_not_blamed() -> None:
+    """Without 3 there would be no 6: leaving out either mends the result, and 6 is wrong."""
+
+    def dependent(gate: Gate) -> Attempt:
+        made = list(replay(gate).rewrites)
+        kept = [r for r in made if r != REWRITES[6] or REWRITES[3] in made]
+        return cast("Attempt", SimpleNamespace(rewrites=tuple(kept)))
+
+    blame = find_among(dependent, right_without(6), Gate(), REWRITES[2:8])
+    assert blame is not None
+    assert blame.rewrites == (REWRITES[6],)
+
+
 def test_suspects_who_are_innocent() -> None:
     assert find_among(replay, right_without(15), Gate(), REWRITES[:10]) is None
     assert find_among(replay, right_without(15), Gate(), []) is None

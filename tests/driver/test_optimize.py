@@ -135,7 +135,7 @@ def test_two_runs_give_the_same_bytes(tmp_path: Path, out: Path) -> None:
     assert {path.name: path.read_bytes() for path in out.parent.iterdir()} == held
 
     def lasting(report: graphopt.RunReport) -> dict[str, Any]:
-        body = report.to_json()
+        body: dict[str, Any] = report.to_json()
         body["seconds"] = None
         body["passes"] = [{**run, "seconds": None} for run in body["passes"]]
         return body
