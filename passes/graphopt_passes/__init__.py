@@ -184,9 +184,9 @@ def _half(precision: Literal["fp16", "bf16"]) -> tuple[Step, ...]:
     )
 
 
-def _int8(style: str) -> tuple[Step, ...]:
+def _quantized(step: Pass) -> tuple[Step, ...]:
     """The float32 pipeline, then integers: what is quantised is what will run."""
-    return (*_FP32, QuantizeStatic(style), MergeDuplicateConstants(), RemoveDeadCode(), EVADE)
+    return (*_FP32, step, MergeDuplicateConstants(), RemoveDeadCode(), EVADE)
 
 
 _PLAIN: Mapping[tuple[str, str], tuple[Step, ...]] = {
