@@ -16,8 +16,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt import GraphoptError, Numerics, VerifyError, optimize
@@ -25,7 +27,8 @@ from graphopt.ir import operators, scopes, values
 from graphopt.rewrite import Context
 
 ROOT = Path(__file__).resolve().parents[1]
-Spoil = Callable[["Planter", ir.Node], bool]
+Array: TypeAlias = npt.NDArray[Any]
+Spoil: TypeAlias = Callable[["Planter", ir.Node], bool]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Planter:
     def permit(self, kind: str, node: ir.Node) -> bool:
         return self.ctx.permit(kind, node, Numerics.REORDERED)
 
-    def constant(self, array: np.ndarray, graph: ir.Graph) -> ir.Value:  # type: ignore[type-arg]
+    def constant(self, array: Array, graph: ir.Graph) -> ir.Value:
         name = self.ctx.names.fresh("planted")
         node = ir.Node("", "Constant", [], [ir.AttrTensor("value", ir.tensor(array, name=name))])
         node.outputs[0].name = name
@@ -88,7 +91,7 @@ class Plant:
         planter = Planter(model, ctx)
         middle = len(found) // 2
         for node in (*found[middle:], *reversed(found[:middle])):
-            if not _can(self.kind, model, node):
+            if node.graph is None:
                 continue
             if not ctx.permit(self.kind.name, node, Numerics.REORDERED):
                 return False
@@ -98,11 +101,6 @@ class Plant:
                 return True
             ctx.rewrites.pop()
         return False
-
-
-def _can(kind: Kind, model: ir.Model, node: ir.Node) -> bool:
-    del kind, model
-    return node.graph is not None
 
 
 def _candidates(model: ir.Model, kind: Kind) -> Iterator[ir.Node]:
@@ -182,9 +180,7 @@ def attribute(name: str, change: Callable[[ir.Node], object]) -> Spoil:
     return spoil
 
 
-def constant_input(
-    index: int, change: Callable[[np.ndarray], np.ndarray | None]  # type: ignore[type-arg]
-) -> Spoil:
+def constant_input(index: int, change: Callable[[Array], Array | None]) -> Spoil:
     """The constant at an input becomes another one."""
 
     def spoil(planter: Planter, node: ir.Node) -> bool:
@@ -199,14 +195,14 @@ def constant_input(
         if changed is None or np.array_equal(changed, array):
             return False
         assert node.graph is not None
-        graph = node.graph if isinstance(node.graph, ir.Graph) else planter.model.graph
-        node.replace_input_with(index, planter.constant(changed.astype(array.dtype), graph))
+        made = planter.constant(changed.astype(array.dtype), node.graph)
+        node.replace_input_with(index, made)
         return True
 
     return spoil
 
 
-def any_constant(change: Callable[[np.ndarray], np.ndarray | None]) -> Spoil:  # type: ignore[type-arg]
+def any_constant(change: Callable[[Array], Array | None]) -> Spoil:
     def spoil(planter: Planter, node: ir.Node) -> bool:
         return any(constant_input(i, change)(planter, node) for i in range(len(node.inputs)))
 
@@ -309,7 +305,7 @@ def scaled(factor: float) -> Callable[[Planter, ir.Node, ir.Value], ir.Value]:
     return lambda p, at, x: p.op(at, "Mul", [x, _f(p, at, factor)])
 
 
-def baked(array: np.ndarray) -> np.ndarray | None:  # type: ignore[type-arg]
+def baked(array: Array) -> Array | None:
     """A shape whose free dimension is the one that a single sample has."""
     if array.ndim != 1 or not (array <= 0).any():
         return None
@@ -317,10 +313,10 @@ def baked(array: np.ndarray) -> np.ndarray | None:  # type: ignore[type-arg]
     return array
 
 
-def element(share: float) -> Callable[[np.ndarray], np.ndarray | None]:  # type: ignore[type-arg]
+def element(share: float) -> Callable[[Array], Array | None]:
     """One element, that of the greatest magnitude, changes by a share."""
 
-    def change(array: np.ndarray) -> np.ndarray | None:  # type: ignore[type-arg]
+    def change(array: Array) -> Array | None:
         if array.dtype.kind != "f" or array.size < 2:
             return None
         array.reshape(-1)[np.argmax(np.abs(array))] *= 1 + share
@@ -330,12 +326,12 @@ def element(share: float) -> Callable[[np.ndarray], np.ndarray | None]:  # type:
 
 
 def floats(
-    change: Callable[[np.ndarray], np.ndarray | None], rank: int = 0  # type: ignore[type-arg]
-) -> Callable[[np.ndarray], np.ndarray | None]:  # type: ignore[type-arg]
+    change: Callable[[Array], Array | None], rank: int = 0
+) -> Callable[[Array], Array | None]:
     return lambda array: change(array) if array.dtype.kind == "f" and array.ndim >= rank else None
 
 
-def zero_channel(array: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+def zero_channel(array: Array) -> Array:
     array[array.shape[0] // 2] = 0
     return array
 
@@ -357,6 +353,29 @@ def shifted_pads(node: ir.Node) -> list[int] | None:
     return [top - 1, left, bottom + 1, right]
 
 
+def next_index(array: Array) -> Array | None:
+    return array + 1 if array.size == 1 and array.min() >= 0 else None
+
+
+def transposed(array: Array) -> Array | None:
+    return array.T if array.ndim == 2 and array.shape[0] == array.shape[1] else None
+
+
+def rolled(array: Array) -> Array | None:
+    return np.roll(array, 1) if array.size > 1 else None
+
+
+def other_count(node: ir.Node) -> int | None:
+    held = node.attributes.get("pads")
+    padded = held is not None and any(held.as_ints())
+    return 1 - _int(node, "count_include_pad", 0) if padded else None
+
+
+def corners(node: ir.Node) -> str | None:
+    held = node.attributes.get("mode")
+    return "align_corners" if held is not None and held.as_string() != "nearest" else None
+
+
 def tap_outputs_swapped(_: Planter, node: ir.Node) -> bool:
     if len(node.outputs) < 2:
         return False
@@ -371,9 +390,16 @@ def tap_outputs_swapped(_: Planter, node: ir.Node) -> bool:
     return bool(first or second)
 
 
-CONVS, GEMMS, BINARY = ("Conv",), ("Gemm", "MatMul"), ("Add", "Mul", "Sub", "Div")
-NORMS = ("LayerNormalization", "RMSNormalization", "BatchNormalization", "GroupNormalization")
-NORMS += ("SkipLayerNormalization", "SimplifiedLayerNormalization", "InstanceNormalization")
+CONVS, GEMMS = ("Conv",), ("Gemm", "MatMul")
+NORMS = (
+    "BatchNormalization",
+    "GroupNormalization",
+    "InstanceNormalization",
+    "LayerNormalization",
+    "RMSNormalization",
+    "SimplifiedLayerNormalization",
+    "SkipLayerNormalization",
+)
 QUANTS = ("QuantizeLinear", "DequantizeLinear")
 
 KINDS = (
@@ -384,10 +410,10 @@ KINDS = (
     Kind("concat-axis", ("Concat",), attribute("axis", lambda n: 0 if _int(n, "axis", 0) else 1)),
     Kind("transpose-perm", ("Transpose",), attribute("perm", permuted)),
     Kind("transpose-dropped", ("Transpose",), dropped),
-    Kind("gather-off-by-one", ("Gather",), constant_input(1, lambda a: a + 1 if a.size == 1 and a.min() >= 0 else None)),
+    Kind("gather-off-by-one", ("Gather",), constant_input(1, next_index)),
     Kind("gather-table-shifted", ("Gather",), constant_input(0, floats(lambda a: np.roll(a, 1, 0), 2))),
     Kind("slice-start", ("Slice",), constant_input(1, lambda a: a + 1)),
-    Kind("slice-end", ("Slice",), constant_input(2, lambda a: a - 1)),
+    Kind("slice-end", ("Slice",), constant_input(2, lambda a: a - 1 if a.max() < 1e6 else None)),
     Kind("norm-epsilon", NORMS, attribute("epsilon", lambda _: 1e-1)),
     Kind("norm-scale-lost", NORMS, constant_input(1, floats(np.ones_like))),
     Kind("conv-bias-dropped", CONVS, without_input(2)),
@@ -397,7 +423,7 @@ KINDS = (
     Kind("conv-channel-zeroed", CONVS, constant_input(1, floats(zero_channel, 3))),
     Kind("conv-channels-rolled", CONVS, constant_input(1, floats(lambda a: np.roll(a, 1, 0), 3))),
     Kind("conv-element-10-percent", CONVS, constant_input(1, element(0.1))),
-    Kind("matmul-weight-transposed", GEMMS, constant_input(1, lambda a: a.T if a.ndim == 2 and a.shape[0] == a.shape[1] else None)),
+    Kind("matmul-weight-transposed", GEMMS, constant_input(1, transposed)),
     Kind("matmul-element-10-percent", GEMMS, constant_input(1, element(0.1))),
     Kind("matmul-operands-swapped", ("MatMul",), swapped(0, 1)),
     Kind("gemm-alpha", ("Gemm",), attribute("alpha", lambda _: 0.5)),
@@ -416,15 +442,15 @@ KINDS = (
     Kind("sqrt-dropped", ("Sqrt",), dropped),
     Kind("mean-to-sum", ("ReduceMean",), other_operator("ReduceSum")),
     Kind("max-to-average-pool", ("MaxPool",), other_operator("AveragePool")),
-    Kind("average-counts-padding", ("AveragePool",), attribute("count_include_pad", lambda n: 1 - _int(n, "count_include_pad", 0) if any(n.attributes["pads"].as_ints() if "pads" in n.attributes else ()) else None)),
+    Kind("average-counts-padding", ("AveragePool",), attribute("count_include_pad", other_count)),
     Kind("split-outputs-swapped", ("Split",), tap_outputs_swapped),
-    Kind("resize-mode", ("Resize",), attribute("coordinate_transformation_mode", lambda n: "align_corners" if n.attributes.get("mode") is not None and n.attributes["mode"].as_string() != "nearest" else None)),
+    Kind("resize-mode", ("Resize",), attribute("coordinate_transformation_mode", corners)),
     Kind("reshape-batch-baked", ("Reshape",), constant_input(1, baked)),
     Kind("where-swapped", ("Where",), swapped(1, 2)),
     Kind("cast-dropped", ("Cast",), dropped),
     Kind("zero-point-off-by-one", QUANTS, constant_input(2, lambda a: a + 1)),
     Kind("scale-1-percent", QUANTS, constant_input(1, lambda a: a * 1.01)),
-    Kind("dequantize-scales-rolled", ("DequantizeLinear",), constant_input(1, lambda a: np.roll(a, 1) if a.size > 1 else None)),
+    Kind("dequantize-scales-rolled", ("DequantizeLinear",), constant_input(1, rolled)),
     Kind("lstm-gates-swapped", ("LSTM", "GRU"), constant_input(1, lambda a: np.roll(a, a.shape[1] // 4, 1))),
     Kind("rounded-to-fp16", ("*",), at_output(rounded(ir.DataType.FLOAT16))),
     Kind("rounded-to-bf16", ("*",), at_output(rounded(ir.DataType.BFLOAT16))),
@@ -469,12 +495,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--mode", default="final", choices=["final", "each"])
     parser.add_argument("--only", help="kinds whose name contains this")
-    parser.add_argument("--models", type=int, default=1, help="models in which each kind is planted")
+    parser.add_argument(
+        "--models", type=int, default=1, help="models in which each kind is planted"
+    )
     parser.add_argument("--clean", action="store_true", help="plant nothing: count false alarms")
     parser.add_argument("model", nargs="*", type=Path)
     asked = parser.parse_args()
     paths = asked.model or models()
-    return clean(paths) if asked.clean else plants(paths, asked.mode, asked.only or "", asked.models)
+    return (
+        clean(paths) if asked.clean else plants(paths, asked.mode, asked.only or "", asked.models)
+    )
 
 
 def plants(paths: Sequence[Path], mode: str, only: str, wanted: int) -> int:
