@@ -13,7 +13,7 @@ from graphopt.ir import operators, values
 from graphopt.ir.annotations import annotation_names
 from graphopt.ir.scopes import Scope, all_graphs
 from graphopt.numerics import Numerics
-from graphopt.rewrite import Context, is_dead, remove
+from graphopt.rewrite import Context, RemarkKind, is_dead, remove
 
 MAIN_DOMAINS = frozenset({"", "ai.onnx"})
 
@@ -36,7 +36,10 @@ class UpgradeIr:
 
     def run(self, model: ir.Model, ctx: Context) -> bool:
         """Rewrites `model`; returns whether anything changed."""
-        if model.ir_version >= 4 or not ctx.permit("upgrade-ir", model.graph.name or "main"):
+        if model.ir_version >= 4:
+            _note_overridable(model, ctx)
+            return False
+        if not ctx.permit("upgrade-ir", model.graph.name or "main"):
             return False
         inputs = model.graph.inputs
         freed = [value for value in inputs if value.is_initializer()]
@@ -49,6 +52,17 @@ class UpgradeIr:
         if freed:
             ctx.refresh()
         return True
+
+
+def _note_overridable(model: ir.Model, ctx: Context) -> None:
+    """Says how many initializers are none to us: whoever exported them as inputs seldom meant it."""
+    count = sum(value.is_initializer() for value in model.graph.inputs)
+    if count:
+        reason = (
+            f"{count} initializers are graph inputs too, so a feed may override them and nothing folds or fuses them; "
+            'if no caller does, put `prepend = ["freeze-defaults"]` in a recipe'
+        )
+        ctx.remark(RemarkKind.NOTE, "overridable-default", "", reason)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +98,8 @@ class FreezeDefaults:
         inputs.clear()
         inputs.extend(kept)
         model.ir_version = max(model.ir_version, 4)
+        told = f"{len(frozen)} overridable defaults became constants: no feed can replace them any more"
+        ctx.remark(RemarkKind.NOTE, "freeze-default", "", told)
         ctx.refresh()
         return True
 

@@ -13,7 +13,7 @@ from graphopt_passes.cleanup import FreezeDefaults, LiftConstants, RemoveDeadCod
 from graphopt.ir.check import violations
 from graphopt.ir.model_file import load_model
 from graphopt.pipeline import RewritePass, Step, run_pipeline
-from graphopt.rewrite import Context, Gate
+from graphopt.rewrite import Context, Gate, RemarkKind
 from graphopt.targets import get_target
 from tests.rewriting import apply, check, make_feeds, parse, run
 
@@ -45,14 +45,21 @@ def test_upgrade_ir_makes_initializers_constant() -> None:
 
 def test_upgrade_ir_keeps_overridable_initializers() -> None:
     model = load(IR3.replace("ir_version: 3", "ir_version: 4"))
-    assert not apply([UpgradeIr()], model).rewrites
+    ctx = apply([UpgradeIr()], model)
+    assert not ctx.rewrites
     assert [v.name for v in model.graph.inputs] == ["x", "w"]
+    (remark,) = ctx.remarks
+    assert remark.kind is RemarkKind.NOTE
+    assert remark.reason.startswith("1 initializers are graph inputs too")
 
 
 def test_freeze_defaults_makes_overridable_initializers_constant() -> None:
     model = load(IR3.replace("ir_version: 3", "ir_version: 4"))
     ctx = apply([FreezeDefaults()], model)
     assert [(r.rule, r.site) for r in ctx.rewrites] == [("freeze-default", "w")]
+    assert [r.reason.split(":")[0] for r in ctx.remarks] == [
+        "1 overridable defaults became constants"
+    ]
     assert [v.name for v in model.graph.inputs] == ["x"]
     feed = {"x": np.array([3, 4], np.float32)}
     np.testing.assert_array_equal(run(save(model), feed)[0], run(parse(IR3), feed)[0])
