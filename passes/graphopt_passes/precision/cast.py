@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import onnx_ir as ir
@@ -21,6 +22,7 @@ from graphopt_passes.precision.gates import Gates
 from graphopt_passes.precision.islands import drop_islands
 from graphopt_passes.precision.legality import Legality
 from graphopt_passes.precision.plan import LIMITS, Decision, Facts, Kind, decide_all, gather
+from graphopt_passes.precision.plan_file import read_plan, write_plan
 from graphopt_passes.precision.ranges import Feeds, observe
 from graphopt_passes.precision.refine import AMPLIFIED, Refinement, refine
 
@@ -35,9 +37,18 @@ class CastToHalf:
     What may be half follows from the operator's schema and the target's kernels; what must stay float32 from shapes,
     counters, ranges seen on calibration samples (or generated inputs), weights that a half does not hold, and the cost
     of casts.  Weights are converted, masks of large negative numbers become ones that stay finite when added.
+
+    Attributes:
+        precision: the half dtype.
+        float32: nodes or outputs, by name, that stay float32 whatever the rules say.
+        plan: a file with decisions to follow, as `write_plan` wrote it and perhaps a person edited it.
+        write_plan: a file to write the decisions to.
     """
 
     precision: Literal["fp16", "bf16"] = "fp16"
+    float32: tuple[str, ...] = ()
+    plan: str = ""
+    write_plan: str = ""
     name: ClassVar[str] = "cast-to-half"
     numerics: ClassVar[Numerics] = Numerics.LOSSY
 
@@ -61,13 +72,20 @@ class CastToHalf:
         seen = observe(model, ctx, half, {value.name or "" for value in masked})
         legality = Legality(ctx.target, half, model.opset_imports)
         facts = gather(model, legality, seen.spreads, flow)
+        facts.forced = self._forced(model)
         decisions = drop_islands(decide_all(model, facts))
         decisions = self._refined(model, decisions, facts, seen.usual, ctx)
+        if self.write_plan:
+            write_plan(Path(self.write_plan), model, decisions)
         before = len(ctx.rewrites)
         Emission(model, decisions, half, facts.masks, facts.masked, ctx).run()
         ctx.refresh()
         _tell(decisions, seen.source, seen.why, ctx)
         return len(ctx.rewrites) > before
+
+    def _forced(self, model: ir.Model) -> dict[str, str]:
+        planned = read_plan(Path(self.plan), model) if self.plan else {}
+        return {**planned, **dict.fromkeys(self.float32, Kind.HIGH.value)}
 
     def _refined(
         self,

@@ -1,0 +1,200 @@
+"""Half precision side by side: which tool gives a valid model that is right in true float16.
+
+    python -m benchmarks.precision [--peer-python PYTHON] [--precision fp16|bf16] [--target NAME] FOLDER
+
+FOLDER holds one folder a hazard model: model.onnx and test_data_set_0, as ONNX's backend tests do.  Every tool runs in
+a fresh process with its defaults.  A result is good if it passes the full checker (order of nodes aside), keeps the
+dtypes of inputs and outputs, and lies within 1 % of the RMS of each output (6 % in bfloat16), with the same non-finite
+elements, when every half is rounded as a half (`graphopt.runtime.emulate`).  "CPU says fine" counts wrong results that
+ONNX Runtime on the CPU, which computes them in float32, lets pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx import numpy_helper
+
+from graphopt.errors import GraphoptError
+from graphopt.ir.model_file import load_model, model_to_bytes
+from graphopt.ir.scopes import all_graphs, sort
+from graphopt.runtime.emulate import emulate
+from graphopt.runtime.session import Session
+
+Arrays = Mapping[str, Any]
+OURS = "graphopt"
+TOLERANCE = {"fp16": 0.01, "bf16": 0.06}
+PEERS = {
+    "onnxconverter-common": (
+        "import sys, onnx; from onnxconverter_common import float16\n"
+        "model = float16.convert_float_to_float16(onnx.load(sys.argv[1]), keep_io_types=True)\n"
+        "onnx.save(model, sys.argv[2])"
+    ),
+    "ort-transformers": (
+        "import sys, onnx; from onnxruntime.transformers import float16\n"
+        "model = float16.convert_float_to_float16(onnx.load(sys.argv[1]), keep_io_types=True)\n"
+        "onnx.save(model, sys.argv[2])"
+    ),
+    "auto-mixed-precision": (
+        "import sys, glob, onnx; from onnx import numpy_helper; from onnxconverter_common import auto_mixed_precision\n"
+        "model = onnx.load(sys.argv[1]); files = sorted(glob.glob(sys.argv[3] + '/input_*.pb'))\n"
+        "feeds = {i.name: numpy_helper.to_array(onnx.load_tensor(f)) for i, f in zip(model.graph.input, files)}\n"
+        "convert = auto_mixed_precision.auto_convert_mixed_precision\n"
+        "onnx.save(convert(model, feeds, rtol=.02, atol=.02, keep_io_types=True), sys.argv[2])"
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """How one result fares.
+
+    Attributes:
+        word: good, crash, invalid, io or wrong.
+        detail: the error or the reason.
+        cpu_fine: whether ONNX Runtime on the CPU shows an error within the tolerance all the same.
+    """
+
+    word: str
+    detail: str = ""
+    cpu_fine: bool = False
+
+
+def main() -> int:
+    """Prints a row a model and tool, and the totals."""
+    options = _arguments()
+    tools: dict[str, Callable[[Path, Path], str]] = {
+        OURS: lambda case, out: _ours(case, out, options.target, options.precision)
+    }
+    if options.peer_python and options.precision == "fp16":
+        for name, script in PEERS.items():
+            tools[name] = lambda case, out, script=script: _peer(  # type: ignore[misc]
+                case, out, script, options.peer_python
+            )
+    totals: dict[str, Counter[str]] = {name: Counter() for name in tools}
+    with tempfile.TemporaryDirectory() as scratch:
+        for case in sorted(path for path in options.folder.iterdir() if path.is_dir()):
+            for name, convert in tools.items():
+                out = Path(scratch) / "out.onnx"
+                out.unlink(missing_ok=True)
+                fault = convert(case, out)
+                found = (
+                    Verdict("crash", fault)
+                    if fault
+                    else judge(case, out, TOLERANCE[options.precision])
+                )
+                totals[name][found.word] += 1
+                totals[name]["CPU says fine"] += found.cpu_fine
+                print(f"{case.name:28} {name:22} {found.word:8} {found.detail[:90]}", flush=True)
+    words = ("good", "crash", "invalid", "io", "wrong", "CPU says fine")
+    print("\n" + " | ".join(["tool", *words]))
+    for name, counts in totals.items():
+        print(" | ".join([name, *(str(counts[word]) for word in words)]))
+    return 0 if totals[OURS]["good"] == sum(totals[OURS][w] for w in words[:-1]) else 1
+
+
+def judge(case: Path, out: Path, tolerance: float) -> Verdict:
+    """How the model in `out` fares against the reference outputs of the case."""
+    original = onnx.load(case / "model.onnx")
+    try:
+        model = load_model(out)
+        for scope in all_graphs(model):
+            sort(scope.graph)
+        proto = ir.to_proto(model)
+        onnx.checker.check_model(proto, full_check=True)
+    except (
+        GraphoptError,
+        onnx.checker.ValidationError,
+        onnx.shape_inference.InferenceError,
+    ) as error:
+        return Verdict("invalid", str(error).replace("\n", " "))
+    if _contract(proto) != _contract(original):
+        return Verdict("io", "dtype of an input or output changed")
+    feeds = _arrays(case, "input", original.graph.input)
+    expected = _arrays(case, "output", original.graph.output)
+    true = _error(model_to_bytes(emulate(model)), feeds, expected)
+    if true <= tolerance:
+        return Verdict("good", f"{true:.2g}")
+    plain = _error(model_to_bytes(model), feeds, expected)
+    return Verdict("wrong", f"{true:.2g}, on the CPU {plain:.2g}", plain <= tolerance)
+
+
+def _error(model: bytes, feeds: Arrays, expected: Arrays) -> float:
+    """Greatest difference over the RMS; inf where non-finite elements differ or the model does not run."""
+    try:
+        results = Session(model).run(feeds)
+    except GraphoptError:
+        return float("inf")
+    worst = 0.0
+    for name, reference in expected.items():
+        wide, got = np.asarray(reference, np.float64), np.asarray(results[name], np.float64)
+        finite = np.isfinite(wide)
+        if wide.shape != got.shape or not np.array_equal(finite, np.isfinite(got)):
+            return float("inf")
+        scale = float(np.sqrt(np.mean(wide[finite] ** 2)))
+        difference = float(np.abs(wide - got)[finite].max(initial=0.0))
+        worst = max(worst, difference / scale if scale else difference)
+    return worst
+
+
+def _contract(proto: onnx.ModelProto) -> list[tuple[str, int]]:
+    return [
+        (v.name, v.type.tensor_type.elem_type) for v in (*proto.graph.input, *proto.graph.output)
+    ]
+
+
+def _arrays(case: Path, kind: str, values: Any) -> Arrays:  # noqa: ANN401
+    folder = case / "test_data_set_0"
+    return {
+        value.name: numpy_helper.to_array(onnx.load_tensor(str(folder / f"{kind}_{index}.pb")))
+        for index, value in enumerate(values)
+    }
+
+
+def _ours(case: Path, out: Path, target: str, precision: str) -> str:
+    command = [
+        sys.executable,
+        "-m",
+        "graphopt",
+        "optimize",
+        str(case / "model.onnx"),
+        "-o",
+        str(out),
+    ]
+    command += ["--target", target, "--precision", precision, "--quiet"]
+    return _fault(command)
+
+
+def _peer(case: Path, out: Path, script: str, python: str) -> str:
+    data = str(case / "test_data_set_0")
+    return _fault([python, "-c", script, str(case / "model.onnx"), str(out), data])
+
+
+def _fault(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    lines = done.stderr.strip().splitlines()
+    return "" if done.returncode == 0 else (lines[-1] if lines else f"status {done.returncode}")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--peer-python")
+    parser.add_argument("--precision", choices=TOLERANCE, default="fp16")
+    parser.add_argument("--target", default="cuda")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

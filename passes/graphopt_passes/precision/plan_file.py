@@ -1,0 +1,119 @@
+"""The precision plan as a file: dtype and reason of each node, found by structure when the model is exported anew."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from graphopt.errors import OptionError
+from graphopt.ir import values
+from graphopt.ir.scopes import all_graphs
+from graphopt.rewrite.context import name_of
+from graphopt_passes.precision.plan import Decision, Kind
+
+SCHEMA = 1
+_SCALARS = (
+    ir.AttributeType.INT,
+    ir.AttributeType.INTS,
+    ir.AttributeType.FLOAT,
+    ir.AttributeType.FLOATS,
+    ir.AttributeType.STRING,
+)
+
+
+def keys(model: ir.Model) -> dict[ir.Node, str]:
+    """A key for every node that depends on what is computed, not on names: equal places are numbered in order."""
+    known: dict[ir.Value, str] = {}
+    for index, value in enumerate(model.graph.inputs):
+        known[value] = f"input {index}"
+    found: dict[ir.Node, str] = {}
+    seen: Counter[str] = Counter()
+    for scope in all_graphs(model):
+        for index, value in enumerate(scope.graph.inputs):
+            known.setdefault(value, f"{scope.path.count('/')} input {index}")
+        for node in scope.graph:
+            digest = _digest(node, known)
+            seen[digest] += 1
+            found[node] = f"{digest}-{seen[digest]}"
+            for index, value in enumerate(node.outputs):
+                known[value] = f"{digest} {index}"
+    return found
+
+
+def _digest(node: ir.Node, known: Mapping[ir.Value, str]) -> str:
+    parts = ["::".join(node.op_identifier())]
+    parts += [_operand(value, known) for value in node.inputs]
+    parts += sorted(f"{a.name}={a.value!r}" for a in node.attributes.values() if a.type in _SCALARS)
+    return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
+
+
+def _operand(value: ir.Value | None, known: Mapping[ir.Value, str]) -> str:
+    if value is None:
+        return ""
+    tensor = values.constant(value)
+    if tensor is not None:
+        return f"{tensor.dtype.name}{list(tensor.shape)}"
+    return known.get(value, "?")
+
+
+def write_plan(path: Path, model: ir.Model, decisions: Mapping[ir.Node, Decision]) -> None:
+    """Writes the decisions for the nodes of `model`, as it is before the cast, to be read, edited and used again.
+
+    Raises:
+        OptionError: the file cannot be written.
+    """
+    found = keys(model)
+    nodes = [
+        {
+            "key": found[node],
+            "node": name_of(node),
+            "operator": node.op_type,
+            "dtype": decision.kind.value,
+            "reason": decision.reason,
+        }
+        for node, decision in decisions.items()
+        if decision.kind is not Kind.FIXED
+    ]
+    body = json.dumps({"schema": SCHEMA, "nodes": nodes}, indent=1) + "\n"
+    try:
+        path.write_text(body, encoding="utf-8")
+    except OSError as error:
+        raise OptionError(
+            f"cannot write the precision plan {path}: {error.strerror}; give another file"
+        ) from error
+
+
+def read_plan(path: Path, model: ir.Model) -> dict[str, str]:
+    """What a plan says of the nodes of `model`: `float32` or `half`, by output name.
+
+    Raises:
+        OptionError: the file is no plan, or fits no node of the model.
+    """
+    listed = _listed(path)
+    found = keys(model)
+    wanted = {name_of(node): listed[key]["dtype"] for node, key in found.items() if key in listed}
+    if listed and not wanted:
+        raise OptionError(
+            f"precision plan {path}: none of its {len(listed)} nodes is in the model; it was written for another one"
+        )
+    return {name: kind for name, kind in wanted.items() if kind in (Kind.HIGH, Kind.LOW)}
+
+
+def _listed(path: Path) -> dict[str, Any]:
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        return {entry["key"]: entry for entry in body["nodes"] if entry["dtype"] in set(Kind)}
+    except OSError as error:
+        raise OptionError(
+            f"cannot read the precision plan {path}: {error.strerror}; give the file that write_plan wrote"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise OptionError(
+            f"{path} is no precision plan ({error!r}): it must be JSON with nodes, each with key and dtype"
+        ) from error
