@@ -126,8 +126,20 @@ def _remarks(remarks: Sequence[Remark], *, every_remark: bool) -> list[Renderabl
                 each.kind.value, text(rule), text(each.node), text(each.reason), text(each.culprit)
             )
         return [text(""), table]
-    groups = Counter((each.pass_name, each.rule, without_names(each.reason)) for each in said)
-    table = grid("left as it is", "times", "because", right="1")
+    notes = [each for each in said if each.kind == "note"]
+    missed = [each for each in said if each.kind == "missed"]
+    return [
+        *_groups(notes, ("note", "times", "")),
+        *_groups(missed, ("left as it is", "times", "because")),
+    ]
+
+
+def _groups(remarks: Sequence[Remark], heads: tuple[str, str, str]) -> list[RenderableType]:
+    """Remarks of one kind, counted by rule and reason."""
+    if not remarks:
+        return []
+    groups = Counter((each.pass_name, each.rule, without_names(each.reason)) for each in remarks)
+    table = grid(*heads, right="1")
     for (name, rule, reason), times in groups.most_common(MAX_REASONS):
         table.add_row(text(f"{name}/{rule}"), str(times), text(reason))
     return [text(""), table, *_more(len(groups) - MAX_REASONS)]

@@ -74,9 +74,20 @@ def test_remarks_are_counted_by_reason(capsys: pytest.CaptureFixture[str]) -> No
     ]
 
 
+def test_notes_are_told_apart_from_what_was_left_as_it_is(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    note = Remark(RemarkKind.NOTE, "cast", "plan", "", "ranges come from samples")
+    out = shown(report(VerificationFacts("off"), remarks=(*REMARKS, note)), capsys)
+    assert out.index("ranges come from samples") < out.index("left as it is")
+    alone = shown(report(VerificationFacts("off"), remarks=(note,)), capsys)
+    assert "left as it is" not in alone
+
+
 def test_every_remark_is_listed_if_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     out = shown(report(VerificationFacts("off"), remarks=REMARKS), capsys, every=True)
     assert out.count("conv/fold") == 5
+    assert "because of" in out
 
 
 def test_many_reasons_are_cut_and_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:
