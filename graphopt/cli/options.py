@@ -17,7 +17,8 @@ Inputs: TypeAlias = Annotated[
     typer.Option(
         "--inputs",
         metavar="PATH",
-        help="Inputs to run on: an .npz, a folder of them, or ONNX test_data_set_* folders. Default: generated.",
+        help="Inputs to run on: an .npz, a folder of them, ONNX test_data_set_* folders, or a .toml that bounds them. "
+        "Default: generated.",
     ),
 ]
 Seed: TypeAlias = Annotated[

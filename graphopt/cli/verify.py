@@ -154,6 +154,10 @@ def given_feeds(inputs: Path, model: Path) -> list[Feed]:
     from graphopt.runtime.specs import input_specs
     from graphopt.verify.feeds import read_feeds
 
+    if inputs.suffix == ".toml":
+        from graphopt.verify.constraints import constrained_feeds, read_constraints
+
+        return constrained_feeds(model, read_constraints(inputs))
     return read_feeds(inputs, input_specs(load_model(model)))
 
 

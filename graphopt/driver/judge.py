@@ -22,6 +22,7 @@ from graphopt.report.run import VerificationFacts
 from graphopt.rewrite import Context, Rewrite
 from graphopt.runtime.specs import input_specs
 from graphopt.targets import get_target
+from graphopt.verify.constraints import constrained_feeds, read_constraints
 from graphopt.verify.divergence import Divergence, agrees_at, first_divergence
 from graphopt.verify.feeds import Feed, read_feeds
 from graphopt.verify.verifier import ReferenceRun, Verification, VerifyOptions
@@ -190,6 +191,9 @@ class Judge:
             samples = read_samples(calibration, input_specs(load_model(file)))
             return samples.first(CALIBRATION_FEEDS)
         if isinstance(given, Path):
+            if given.suffix == ".toml":
+                seed = self._request.options.seed
+                return constrained_feeds(file, read_constraints(given), seed=seed)
             return read_feeds(given, input_specs(load_model(file)))
         return [Feed(f"given {i}", dict(values)) for i, values in enumerate(given)]
 

@@ -105,6 +105,7 @@ def find_feeds(
     seed: int = 0,
     dims: Mapping[str, int] | None = None,
     specs: Sequence[TensorSpec] | None = None,
+    amend: Callable[[Feed], Feed] | None = None,
 ) -> FoundFeeds:
     """Feeds as `make_feeds` gives, each run through `refuses`; refused dimensions are replaced by others.
 
@@ -115,12 +116,13 @@ def find_feeds(
         seed: of the random numbers.
         dims: sizes for symbolic dimensions that must be those.
         specs: the inputs as the runtime sees them, where it knows more than the graph (map keys).
+        amend: changes a feed before it is run, to what somebody knows of the inputs.
 
     Raises:
         DataError: `dims` names a dimension that no input has.
     """
     maker = _Maker(model, seed, dims, specs)
-    search = _Search(maker, refuses)
+    search = _Search(maker, refuses, amend)
     typical = search.first(maker.dims.first_choices())
     if typical is None:
         return FoundFeeds((), tuple(search.dropped))
@@ -136,7 +138,13 @@ def find_feeds(
 class _Search:
     """Feeds tried so far, those that ran and those that did not."""
 
-    def __init__(self, maker: _Maker, refuses: Callable[[Feed], str | None]) -> None:
+    def __init__(
+        self,
+        maker: _Maker,
+        refuses: Callable[[Feed], str | None],
+        amend: Callable[[Feed], Feed] | None,
+    ) -> None:
+        self._amend = amend
         self._maker = maker
         self._refuses = refuses
         self._tried: set[tuple[tuple[str, int], ...]] = set()
@@ -163,6 +171,8 @@ class _Search:
             self.dropped.append(Dropped(name, f"more than {limit} elements"))
             return False
         feed = Feed(name, self._maker.feed(dims, variation))
+        if self._amend is not None:
+            feed = self._amend(feed)
         reason = self._refuses(feed)
         if reason is not None:
             self.dropped.append(Dropped(name, reason))
