@@ -78,7 +78,7 @@ def test_reports_are_written_by_suffix(run: Run, model: Path, out: Path, suffix:
         assert "**Verified**" in text
 
 
-@pytest.mark.parametrize("name", ["report.html", "report", "nowhere/report.json", "."])
+@pytest.mark.parametrize("name", ["report.pdf", "report", "nowhere/report.json", "."])
 def test_a_report_that_cannot_be_written_stops_the_run_before_it_starts(
     run: Run, model: Path, out: Path, name: str
 ) -> None:
