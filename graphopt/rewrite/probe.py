@@ -54,7 +54,7 @@ class _Probe(Rewriter):
             )
             for node in scope.graph:
                 wanted = self._wanted(node, ahead)
-                if wanted and not any(self._ops(r, node, now) for r in self._rules(node, now)):
+                if wanted and all(self._ops(r, node, now) is None for r in self._rules(node, now)):
                     yield wanted
 
     def _rules(self, node: ir.Node, site: Site) -> Iterator[Rule]:
@@ -67,22 +67,22 @@ class _Probe(Rewriter):
         """The opset of the newest operator that the first rule to fire at `node` would put; 0 if none is newer."""
         for rule in self._rules(node, site):
             found = self._ops(rule, node, site)
-            if found:
+            if found is not None:
                 return max((self._newer[op].since for op in found if op in self._newer), default=0)
         return 0
 
-    def _ops(self, rule: Rule, root: ir.Node, site: Site) -> frozenset[str]:
-        """The operators that `rule` would put in place of `root`; empty where it does not fire."""
+    def _ops(self, rule: Rule, root: ir.Node, site: Site) -> frozenset[str] | None:
+        """The ai.onnx operators that `rule` would put in place of `root`; None where it does not fire."""
         if not rule.pattern.plausible(root):
-            return frozenset()
+            return None
         env = next(rule.pattern.match_node(root, {}), None)
         if env is None:
-            return frozenset()
+            return None
         tape = Builder()
         made = self._built(rule, env, root, tape, site)
         found = frozenset(node.op_type for node in tape.nodes if not node.domain)
         discard(tape, self._ctx)
-        return found if made is not None else frozenset()
+        return found if made is not None else None
 
 
 def _without_since(target: Target, newer: dict[str, FusedOp]) -> Target:

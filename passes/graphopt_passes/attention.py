@@ -270,7 +270,7 @@ def _untransposed(m: Match, g: Builder) -> ir.Value:
 
 
 def _of_folded_heads(m: Match, maker: ir.Node) -> ir.Value | None:
-    """k where kT is `Reshape(Transpose(Reshape(k, [B H, L, D]), (0, 2, 1)), [B, H, D, L])`, as torch.export has it."""
+    """Keys k whose kT is `Reshape(Transpose(Reshape(k, [B H, L, D]), (0, 2, 1)), [B, H, D, L])`: as torch exports."""
     swap = _maker(maker.inputs[0]) if maker.op_type == "Reshape" else None
     fold = _maker(swap.inputs[0]) if swap is not None and swap.op_type == "Transpose" else None
     if swap is None or fold is None or fold.op_type != "Reshape" or fold.inputs[0] is None:

@@ -44,6 +44,15 @@ class Spelling:
         """The node as it is."""
         return cls(node, node.op_type, tuple(node.inputs), MappingProxyType(dict(node.attributes)))
 
+    def is_new(self) -> bool:
+        """Whether this is not how the node is written already."""
+        same = len(self.inputs) == len(self.node.inputs) and all(
+            a is b for a, b in zip(self.inputs, self.node.inputs, strict=True)
+        )
+        return (
+            not same or self.op_type != self.node.op_type or self.attributes != self.node.attributes
+        )
+
     def get(self, name: str, default: Any = None) -> Any:  # noqa: ANN401 - whatever the attribute holds
         """The value of an attribute."""
         held = self.attributes.get(name)
@@ -145,7 +154,8 @@ def _softmax_13(s: Spelling, shapes: Shapes) -> Spelling:
     Raises:
         Skip: several axes from `axis` on are not 1, or may not be.
     """
-    dims = shapes.dims(s.node.inputs[0])
+    value = s.node.inputs[0]
+    dims = None if value is None else shapes.dims(value)
     axis = int(s.get("axis", 1))
     if dims is None or not -len(dims) <= axis < len(dims):
         raise Skip("its axes are not known", s.node)
@@ -270,13 +280,13 @@ CHANGES: Mapping[tuple[str, int], Step] = {
 """Steps that write a node otherwise, by operator and the version that they lead to."""
 
 _NEUTRAL: Mapping[str, tuple[int, ...]] = {
-    **{op: (11, 13) for op in (*_REDUCTIONS, "Gather", "Softmax", "LogSoftmax", "Hardmax")},
-    **{op: (8, 13) for op in ("Max", "Mean", "Min", "Sum")},
-    **{op: (13, 14) for op in ("Add", "Div", "Mul", "Sub")},
-    **{op: (13,) for op in ("Abs", "Ceil", "Floor", "GatherElements", "LRN", "Mod")},
-    **{op: (14,) for op in ("GRU", "LSTM", "RNN")},
-    **{op: (16, 18) for op in ("ScatterElements", "ScatterND")},
-    **{op: (11, 12, 13) for op in ("ArgMax", "ArgMin", "Loop")},
+    **dict.fromkeys((*_REDUCTIONS, "Gather", "Softmax", "LogSoftmax", "Hardmax"), (11, 13)),
+    **dict.fromkeys(("Max", "Mean", "Min", "Sum"), (8, 13)),
+    **dict.fromkeys(("Add", "Div", "Mul", "Sub"), (13, 14)),
+    **dict.fromkeys(("Abs", "Ceil", "Floor", "GatherElements", "LRN", "Mod"), (13,)),
+    **dict.fromkeys(("GRU", "LSTM", "RNN"), (14,)),
+    **dict.fromkeys(("ScatterElements", "ScatterND"), (16, 18)),
+    **dict.fromkeys(("ArgMax", "ArgMin", "Loop"), (11, 12, 13)),
     "Attention": (24,),
     "AveragePool": (10, 11),
     "BatchNormalization": (15,),

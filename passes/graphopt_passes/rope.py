@@ -3,13 +3,16 @@
     Before:  y = x * cos + Concat(-x[..., D/2:], x[..., :D/2]) * sin
     After:   y = RotaryEmbedding(x, cos[..., :D/2], sin[..., :D/2])
 
-The operator takes one angle per pair of elements, exporters write each twice: that both copies are equal is read off the
-graph (a table whose halves are equal, Concat(a, a) before Cos and Sin).  Changes numerics: reordered.
+The operator takes one angle per pair of elements, exporters write each twice: that both copies are equal is read off
+the graph (a table whose halves are equal, Concat(a, a) before Cos and Sin).  Changes numerics: reordered.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.ir import values
@@ -101,7 +104,7 @@ def widen_partial_rotation(m: Match, g: Builder) -> ir.Value | None:
         return None
     if any(m.attr(rotary, name, 0) for name in ("rotary_embedding_dim", "interleaved")):
         return None
-    if _cut(m, m[head], dims) != (0, turn) or _cut(m, m[tail], dims) != (turn, width):
+    if _cut(m[head], dims) != (0, turn) or _cut(m[tail], dims) != (turn, width):
         return None
     if not m.emits("RotaryEmbedding", dtype=m.dtype(x)):
         return None
@@ -124,7 +127,7 @@ def _is_half(m: Match, value: ir.Value, index: int, dims: tuple[Dim, ...]) -> bo
     assert node is not None
     width = int(dims[-1])
     if node.op_type == "Slice":
-        return _cut(m, node, dims) == ((0, width // 2), (width // 2, width))[index]
+        return _cut(node, dims) == ((0, width // 2), (width // 2, width))[index]
     axis = int(m.attr(node, "axis", 0)) % len(dims)
     own = m.dims(value)
     return (
@@ -132,7 +135,7 @@ def _is_half(m: Match, value: ir.Value, index: int, dims: tuple[Dim, ...]) -> bo
     )
 
 
-def _cut(m: Match, node: ir.Node, dims: tuple[Dim, ...]) -> tuple[int, int] | None:
+def _cut(node: ir.Node, dims: tuple[Dim, ...]) -> tuple[int, int] | None:
     """From where to where a Slice takes of the last axis; None where it does more, or it is not known."""
     given = [values.array(v) for v in node.inputs[1:]]
     if len(given) < 3 or any(data is None or data.size != 1 for data in given):
@@ -211,7 +214,7 @@ def _halved_scaled(m: Match, g: Builder, node: ir.Node, depth: int) -> ir.Value 
     return None
 
 
-def _halved_table(g: Builder, data: np.ndarray) -> ir.Value | None:  # type: ignore[type-arg]
+def _halved_table(g: Builder, data: npt.NDArray[Any]) -> ir.Value | None:
     width = data.shape[-1] if data.ndim else 1
     if width % 2 or not np.array_equal(data[..., : width // 2], data[..., width // 2 :]):
         return None
@@ -236,10 +239,8 @@ def _keeps_last_axis(m: Match, node: ir.Node) -> bool:
         axes = given_axes(m, node, 13)
         return axes is not None and rank - 1 not in from_front(axes, rank)
     if node.op_type == "Slice" and len(node.inputs) > 3:
-        axes = values.array(node.inputs[3])
-        return axes is not None and all(
-            int(a) % len(dims) != len(dims) - 1 for a in axes.reshape(-1)
-        )
+        cut = values.array(node.inputs[3])
+        return cut is not None and all(int(a) % len(dims) != len(dims) - 1 for a in cut.reshape(-1))
     return False
 
 

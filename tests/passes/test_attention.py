@@ -211,3 +211,75 @@ def test_guard_of_rows_that_may_be_masked_stays(head: str) -> None:
         f"{{ {head} p = Softmax(z) n = IsNaN(p) y = Where(n, zero, p) }}",
         missed="masked throughout",
     )
+
+
+GROUPED = "float[B,4,S,4] q, float[B,2,L,4] k, float[B,2,L,4] v"
+REPEAT = "{0}1 = Unsqueeze({0}, two) {0}2 = Expand({0}1, five) {0}3 = Reshape({0}2, four)"
+SIZES = "int64[1] two = {2}, int64[5] five = {1, 2, 2, 1, 4}, int64[4] four = {0, 4, -1, 4}"
+
+
+@pytest.mark.parametrize("repeated", ["k", "kv"])
+def test_repeated_heads(repeated: str) -> None:
+    """The operator shares keys and values between heads by itself, where both are repeated alike."""
+    value = "v" if repeated == "kv" else "v0"
+    qkv = GROUPED if repeated == "kv" else GROUPED.replace("2,L,4] v", "4,L,4] v3")
+    body = REPEAT.format("k") + (REPEAT.format("v") if value == "v" else "")
+    after = (
+        "y = Attention<scale=1.0>(q, k, v)"
+        if repeated == "kv"
+        else f"{REPEAT.format('k')} y = Attention<scale=1.0>(q, k3, v3)"
+    )
+    _check(
+        f"g ({qkv}) => (float[B,4,S,4] y) <{SIZES}> {{ {body} t = Transpose<perm=[0,1,3,2]>(k3)"
+        " z = MatMul(q, t) p = Softmax(z) y = MatMul(p, v3) }",
+        f"g ({qkv}) => (float[B,4,S,4] y) <{SIZES}> {{ {after} }}",
+        opset=23,
+    )
+
+
+def test_repeated_heads_of_folded_keys() -> None:
+    """torch.export transposes the keys between two Reshape, the first of which takes the repetition in."""
+    qkv = "float[2,4,3,4] q, float[2,2,5,4] k, float[2,2,5,4] v"
+    fold = (
+        "k1 = Unsqueeze(k, two) k2 = Expand(k1, five) k3 = Reshape(k2, flat)"
+        " k4 = Transpose<perm=[0,2,1]>(k3) t = Reshape(k4, back)"
+    )
+    sizes = SIZES + ", int64[3] flat = {8, 5, 4}, int64[4] back = {2, 4, 4, 5}, float zero = {0.0}"
+    _check(
+        f"g ({qkv}) => (float[2,4,3,4] y) <{sizes}> {{ {fold} {REPEAT.format('v')}"
+        f" z = MatMul(q, t) p = Softmax(z) n = IsNaN(p) w = Where(n, zero, p) y = MatMul(w, v3) }}",
+        f"g ({qkv}) => (float[2,4,3,4] y) {{ y = Attention<scale=1.0>(q, k, v) }}",
+        opset=23,
+    )
+
+
+def test_heads_repeated_the_other_way_stay() -> None:
+    """Tiling puts head h beside h + G, not beside itself."""
+    qkv = GROUPED
+    tile = REPEAT.replace("two", "one").replace("five", "tiled")
+    _check(
+        f"g ({qkv}) => (float[B,4,S,4] y) <{SIZES}, int64[1] one = {{1}}, int64[5] tiled = {{1, 2, 2, 1, 4}}> {{"
+        f" {tile.format('k')} {tile.format('v')} t = Transpose<perm=[0,1,3,2]>(k3)"
+        " z = MatMul(q, t) p = Softmax(z) y = MatMul(p, v3) }",
+        f"g ({qkv}) => (float[B,4,S,4] y) <{SIZES}, int64[1] one = {{1}}, int64[5] tiled = {{1, 2, 2, 1, 4}}> {{"
+        f" {tile.format('k')} {tile.format('v')} y = Attention<scale=1.0>(q, k3, v3) }}",
+        opset=23,
+    )
+
+
+def test_keys_shared_by_all_heads() -> None:
+    qkv = GROUPED.replace("[B,2", "[B,1")
+    _check(
+        f"g ({qkv}) => (float[B,4,S,4] y) {{ {KT} z = MatMul(q, t) p = Softmax(z) y = MatMul(p, v) }}",
+        f"g ({qkv}) => (float[B,4,S,4] y) {{ y = Attention<scale=1.0>(q, k, v) }}",
+        opset=23,
+    )
+
+
+def test_keys_of_other_heads_than_values_stay() -> None:
+    _check(
+        "g (float[B,4,S,4] q, float[B,1,L,4] k, float[B,4,L,4] v) => (float[B,4,S,4] y)"
+        f"{{ {KT} z = MatMul(q, t) p = Softmax(z) y = MatMul(p, v) }}",
+        opset=23,
+        missed="differ in batch or heads",
+    )
