@@ -15,6 +15,7 @@ from graphopt.driver.attempt import Attempt
 from graphopt.driver.request import parse_external
 from graphopt.emit.sparse import is_apart, sparse_form
 from graphopt.errors import OptionError
+from graphopt.ir.atomic import FileSet
 from graphopt.ir.model_file import ExternalData, save_model
 from graphopt.report.run import RunReport
 from graphopt.targets import SparseStyle
@@ -82,13 +83,18 @@ def check_output(output: Path) -> None:
 def place(made: Attempt, output: Path) -> Path:
     """Moves the working files beside each other to where `output` says; the model last.
 
-    Each move is a rename within one file system, so an interruption leaves the old file or the new one.
+    Each move is a rename within one file system; where one fails or is interrupted, what was there comes back.
+
+    Raises:
+        OptionError: the file system refuses.
     """
     assert made.files
-    *data, model = reversed(made.files)
+    model, *data = made.files
+    placed = FileSet()
     for file in data:
-        file.replace(output.parent / file.name)
-    model.replace(output)
+        placed.adopt(output.parent / file.name, file)
+    placed.adopt(output, model)
+    placed.commit()
     return output
 
 

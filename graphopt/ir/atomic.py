@@ -53,6 +53,15 @@ class FileSet:
             finally:
                 os.close(fd)
 
+    def adopt(self, path: Path, written: Path) -> None:
+        """Takes a file that is written already, on the same file system, for `path`.
+
+        Raises:
+            OptionError: there is something at `path` that is no file.
+        """
+        _refuse_special(path)
+        self._temporary[path] = written
+
     def commit(self) -> None:
         """Renames all files to their places, in the order written; puts back what was there if one cannot be.
 

@@ -127,6 +127,27 @@ def test_the_output_may_be_the_source(external: str, tmp_path: Path) -> None:
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError(5, "Input/output error")])
+def test_an_interruption_between_two_renames_brings_back_what_was_there(
+    stop: BaseException, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = put(tmp_path / "m.onnx", WEIGHTS)
+    held = {"out.onnx": b"the old model", "out.onnx.data": b"the old weights"}
+    for name, content in held.items():
+        (out.parent / name).write_bytes(content)
+    rename = Path.replace
+
+    def interrupted(path: Path, target: Path) -> Path:
+        if Path(target) == out:
+            raise stop
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises((KeyboardInterrupt, OptionError)):
+        optimize(source, output=out, external="single")
+    assert {path.name: path.read_bytes() for path in out.parent.iterdir()} == held
+
+
 def test_two_runs_give_the_same_bytes(tmp_path: Path, out: Path) -> None:
     source = put(tmp_path / "m.onnx", WEIGHTS)
     first = optimize(source, output=out, external="single")
