@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
@@ -120,19 +121,20 @@ def _parts(
 
 
 def _findings(findings: Sequence[Finding]) -> list[RenderableType]:
-    """One entry for each distinct reason, the worst first, with the nodes that share it."""
+    """One entry for each reason, the worst first, with the nodes that share it; numbers and names do not tell apart."""
     from graphopt.cli.console import line, text
     from graphopt.emit.findings import Verdict
 
     grouped: dict[tuple[str, str], list[Finding]] = {}
     for each in findings:
-        grouped.setdefault((each.verdict.value, each.reason), []).append(each)
+        alike = re.sub(r"'[^']*'|\d+(\.\d+)?", "", each.reason)
+        grouped.setdefault((each.verdict.value, alike), []).append(each)
     order = [verdict.value for verdict in Verdict]
     ranked = sorted(grouped.items(), key=lambda item: -order.index(item[0][0]))
     parts: list[RenderableType] = []
-    for (verdict, reason), members in ranked[:MAX_SHOWN]:
+    for (verdict, _), members in ranked[:MAX_SHOWN]:
         first = members[0]
-        parts += [text(""), line((f"{verdict}: ", _STYLES[verdict]), reason)]
+        parts += [text(""), line((f"{verdict}: ", _STYLES[verdict]), first.reason)]
         if first.node:
             names = ", ".join(f"{each.node} ({each.graph})" for each in members[:3])
             more = f" and {len(members) - 3} more" if len(members) > 3 else ""
