@@ -296,3 +296,55 @@ def test_numbers_are_judged_by_what_was_done_not_by_what_could_have_been(
     lossy = Loose("lossy", lambda _model, _ctx: None, Numerics.LOSSY)
     result = optimize(source, output=out, passes=[lossy])
     assert result.report.verification.profile == "exact"
+
+
+SCRIPT = """
+import onnx_graphsurgeon as gs
+import onnx_ir as ir
+from graphopt.rewrite import Op, Var, exact
+
+def strip(graph: gs.Graph) -> gs.Graph:
+    for node in [n for n in graph.nodes if n.op == "Identity"]:
+        node.o().inputs[0] = node.inputs[0]
+    return graph.cleanup().toposort()
+
+def spoil(graph: gs.Graph) -> gs.Graph:
+    for node in graph.nodes:
+        if node.op == "Exp":
+            node.op = "Abs"
+    return graph
+
+class Drop(ir.passes.InPlacePass):
+    def call(self, model):
+        for node in [n for n in model.graph if n.op_type == "Identity"]:
+            node.outputs[0].replace_all_uses_with(node.inputs[0])
+            model.graph.remove(node, safe=True)
+        return ir.passes.PassResult(model, True)
+
+x = Var()
+
+@exact(Op("Identity", x))
+def through(m, g):
+    return m[x]
+"""
+
+
+@pytest.mark.parametrize("name", ["strip", "Drop", "through"])
+def test_passes_of_every_origin_run_from_a_script(
+    name: str, source: Path, out: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "mine.py"
+    script.write_text(SCRIPT)
+    result = optimize(source, output=out, recipe=only(), passes=[f"{script}:{name}"])
+    assert not result.report.rolled_back
+    assert operators(out) == ["Abs", "Exp", "Neg"]
+
+
+def test_a_graphsurgeon_function_that_breaks_the_numbers_is_left_out(
+    source: Path, out: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "mine.py"
+    script.write_text(SCRIPT)
+    result = optimize(source, output=out, passes=[f"{script}:spoil"])
+    assert [left.pass_name for left in result.report.rolled_back] == ["spoil"]
+    assert operators(out) == ["Abs", "Exp", "Neg"]
