@@ -39,7 +39,7 @@ class Moments:
         size = x.shape[-1]
         if not self.moment.size:
             self.moment = np.zeros((x.shape[0], size, size))
-            self.cross = np.zeros_like(self.moment)
+            self.cross = np.zeros((x.shape[0], x_dense.shape[-1], size))
         precision = np.float32 if size > _WIDE_COLUMNS else np.float64
         x, x_dense = x.astype(precision), x_dense.astype(precision)
         self.moment += x.transpose(0, 2, 1) @ x

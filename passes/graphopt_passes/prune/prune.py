@@ -12,6 +12,7 @@ from graphopt.ir import fingerprint
 from graphopt.numerics import Numerics
 from graphopt.rewrite import Context, RemarkKind
 from graphopt_passes.prune.layers import Layer, find_layers
+from graphopt_passes.prune.narrow import remove_channels
 from graphopt_passes.prune.request import Method, SparsityRequest, parse_sparsity
 from graphopt_passes.prune.samples import Feeds, read_feeds
 from graphopt_passes.prune.solve import Goal
@@ -53,6 +54,8 @@ class Prune:
         if not text:
             return False
         request = parse_sparsity(text)
+        if request.channels is not None:
+            return remove_channels(model, ctx, request, text)
         layers = find_layers(model.graph, request.dense)
         wanted = goals(layers, request)
         _tell_dense(ctx, layers, wanted, request)

@@ -23,15 +23,32 @@ def read_feeds(model: ir.Model, calibration: Calibration) -> Feeds:
         DataError: there are none, or one does not fit the model.
     """
     specs = input_specs(model)
-    singles = [dict(feed.values) for feed in read_samples(calibration, specs)]
-    return batched(singles, specs)
+    return batched(read_singles(calibration, specs), specs)
 
 
-def batched(singles: Sequence[Mapping[str, Array]], specs: Sequence[TensorSpec]) -> Feeds:
-    """Samples joined along the leading axis, where every input has an open one and all other dims agree."""
+def read_singles(calibration: Calibration, specs: Sequence[TensorSpec]) -> Feeds:
+    """All samples, one by one.
+
+    Raises:
+        DataError: there are none, or one does not fit the model.
+    """
+    return [dict(feed.values) for feed in read_samples(calibration, specs)]
+
+
+def batched(
+    singles: Sequence[Mapping[str, Array]], specs: Sequence[TensorSpec], batches: int = 1
+) -> Feeds:
+    """Samples joined along the leading axis, where every input has an open one and all other dims agree.
+
+    Args:
+        singles: samples.
+        specs: the inputs of the model.
+        batches: how many to make at least, if there are as many samples.
+    """
     if not _joinable(singles, specs):
         return [dict(single) for single in singles]
-    groups = [singles[i : i + BATCH] for i in range(0, len(singles), BATCH)]
+    size = min(BATCH, max(len(singles) // batches, 1))
+    groups = [singles[i : i + size] for i in range(0, len(singles), size)]
     return [{n: np.concatenate([s[n] for s in group]) for n in group[0]} for group in groups]
 
 

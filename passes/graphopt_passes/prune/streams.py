@@ -128,6 +128,21 @@ class Streams:
             for name in [name for name in live if name not in alive]:
                 del live[name]
 
+    def run_apart(self, dense: Piece, other: Piece, model: ir.Model, alive: frozenset[str]) -> None:
+        """Runs corresponding pieces of two models: of the one that this began with, and of `model`."""
+        for lives, piece, owner in (
+            (self.dense, dense, self._model),
+            (self.pruned, other, model),
+        ):
+            if piece.nodes:
+                data = piece_model(owner, piece, ()).SerializeToString()
+                session = Session(data, options=SessionOptions(threads=self._threads))
+                for live in lives:
+                    live.update(_run(session, live, piece, {}))
+            for live in lives:
+                for name in [name for name in live if name not in alive]:
+                    del live[name]
+
     def pairs(self, name: str) -> Iterator[tuple[Array, Array]]:
         """The value in the dense and in the pruned model, by sample."""
         for dense, pruned in zip(self.dense, self.pruned, strict=True):

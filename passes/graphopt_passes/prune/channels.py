@@ -1,0 +1,405 @@
+"""Structured pruning: which channels to remove, and what the layers that stay become."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.ir.build import Names
+from graphopt.ir.model_file import load_model, model_to_bytes
+from graphopt.ir.shapes import Shapes
+from graphopt.runtime.session import Session, SessionOptions
+from graphopt_passes.prune.labels import Ids, Labels
+from graphopt_passes.prune.layers import Array, Layer, Wide, find_layers
+from graphopt_passes.prune.moments import Moments
+from graphopt_passes.prune.request import Importance
+from graphopt_passes.prune.samples import Feeds
+from graphopt_passes.prune.slim import Keep, kept_indices, slim
+from graphopt_passes.prune.solve import ridge
+from graphopt_passes.prune.streams import Streams, cut
+
+ROUNDING = 8
+"""ONNX Runtime's convolutions work on blocks of 8 channels: 33 take as long as 40."""
+
+FLOOR = 0.1
+"""Least share of the channels of a group that stays."""
+
+HELD_OUT = 5
+"""One batch in so many is kept from the fit, to judge it."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+    """Classes that run through the same axes of the same weights: the channels of one width of the model.
+
+    Attributes:
+        classes: roots, in the order of their channels.
+        rows: of each class, (layer, output indices) that make it.
+        columns: of each class, (layer, input indices) that read it.
+    """
+
+    classes: tuple[int, ...]
+    rows: Mapping[int, list[tuple[Layer, Ids]]]
+    columns: Mapping[int, list[tuple[Layer, Ids]]]
+
+    @property
+    def unit(self) -> int:
+        """How many classes make a multiple of `ROUNDING` channels; 1 where nothing is a convolution."""
+        makers = [pair for pairs in self.rows.values() for pair in pairs]
+        if not any(layer.window is not None for layer, _ in makers):
+            return 1
+        return ROUNDING // math.gcd(ROUNDING, len(makers[0][1]))
+
+
+def row_axis(layer: Layer) -> int:
+    """The axis of the stored weight that makes outputs."""
+    return 1 if layer.transposed else 0
+
+
+def column_axis(layer: Layer) -> int:
+    """The axis of the stored weight that reads inputs."""
+    return 0 if layer.transposed else 1
+
+
+def find_groups(layers: Sequence[Layer], labels: Labels) -> list[Group]:
+    """The groups of classes that can be removed: made by one layer at least, and read by one."""
+    rows = _slices(layers, labels, row_axis)
+    columns = _slices(layers, labels, column_axis)
+    by_signature: defaultdict[tuple[object, ...], list[int]] = defaultdict(list)
+    for root in sorted(rows.keys() & columns.keys()):
+        if root not in labels.frozen:
+            signature = tuple(
+                [("row", id(layer)) for layer, _ in rows[root]]
+                + [("column", id(layer)) for layer, _ in columns[root]]
+            )
+            by_signature[signature].append(root)
+    return [
+        Group(tuple(roots), {r: rows[r] for r in roots}, {r: columns[r] for r in roots})
+        for roots in by_signature.values()
+    ]
+
+
+def _slices(
+    layers: Sequence[Layer], labels: Labels, axis_of: object
+) -> dict[int, list[tuple[Layer, Ids]]]:
+    found: defaultdict[int, list[tuple[Layer, Ids]]] = defaultdict(list)
+    assert callable(axis_of)
+    for layer in layers:
+        classes = labels.classes(layer.weight, axis_of(layer))
+        if classes is None or (axis_of is column_axis and layer.blocks > 1):
+            continue
+        order = np.argsort(classes, kind="stable")
+        roots, starts = np.unique(classes[order], return_index=True)
+        for root, members in zip(roots.tolist(), np.split(order, starts[1:]), strict=True):
+            found[root].append((layer, members))
+    return dict(found)
+
+
+def weight_norms(groups: Sequence[Group]) -> dict[int, float]:
+    """L2 norm of what makes each class, over the mean of its group."""
+
+    def score(group: Group, root: int) -> float:
+        return math.sqrt(
+            sum(float(np.square(_rows(layer, at)).sum()) for layer, at in group.rows[root])
+        )
+
+    return _scored(groups, score)
+
+
+def similarity(groups: Sequence[Group]) -> dict[int, float]:
+    """Distance of what makes each class to all others of its group: small where another says the same (FPGM)."""
+    found: dict[int, float] = {}
+    for group in groups:
+        vectors = np.stack(
+            [
+                np.concatenate([_rows(layer, at).reshape(-1) for layer, at in group.rows[root]])
+                for root in group.classes
+            ]
+        )
+        squares = np.square(vectors).sum(1)
+        apart = np.sqrt(np.maximum(squares[:, None] + squares - 2 * vectors @ vectors.T, 0))
+        found.update(zip(group.classes, _over_mean(apart.sum(1)), strict=True))
+    return found
+
+
+def output_change(groups: Sequence[Group], energies: Mapping[str, Wide]) -> dict[int, float]:
+    """What removing each class changes in the outputs of its readers: sum of |W_c|^2 E[x_c^2]."""
+
+    def score(group: Group, root: int) -> float:
+        total = 0.0
+        for layer, at in group.columns[root]:
+            array = np.moveaxis(layer.tensor.numpy().astype(np.float64), column_axis(layer), 0)[at]
+            spread = np.square(array).reshape(len(at), -1).sum(1)
+            total += float(spread @ energies[layer.name][at])
+        return total
+
+    return _scored(groups, score)
+
+
+def _rows(layer: Layer, at: Ids) -> Wide:
+    return np.take(layer.tensor.numpy().astype(np.float64), at, axis=row_axis(layer))
+
+
+def _scored(groups: Sequence[Group], score: object) -> dict[int, float]:
+    assert callable(score)
+    found: dict[int, float] = {}
+    for group in groups:
+        scores = np.array([score(group, root) for root in group.classes])
+        found.update(zip(group.classes, _over_mean(scores), strict=True))
+    return found
+
+
+def _over_mean(scores: Wide) -> list[float]:
+    mean = float(scores.mean())
+    return [float(score / mean) if mean > 0 else 0.0 for score in scores]
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Multiply-adds of each layer for one sample."""
+
+    layers: tuple[Layer, ...]
+    amounts: tuple[float, ...]
+
+    @classmethod
+    def of(cls, layers: Sequence[Layer], shapes: Shapes) -> Costs:
+        """Counts outputs times columns; dims that are not known count once."""
+        return cls(tuple(layers), tuple(_cost(layer, shapes) for layer in layers))
+
+    @property
+    def total(self) -> float:
+        """Of all layers."""
+        return sum(self.amounts)
+
+    def left(self, keep: Keep) -> float:
+        """Of all layers after a cut."""
+        return sum(
+            cost * self._share(layer, keep)
+            for layer, cost in zip(self.layers, self.amounts, strict=True)
+        )
+
+    @staticmethod
+    def _share(layer: Layer, keep: Keep) -> float:
+        shape = layer.tensor.shape.numpy()
+        return math.prod(len(stay) / shape[axis] for axis, stay in keep.get(layer.name, {}).items())
+
+
+def _cost(layer: Layer, shapes: Shapes) -> float:
+    dims = shapes.dims(layer.node.outputs[0]) or ()
+    places = math.prod(d.value or 1 for d in dims)
+    rows = layer.tensor.shape.numpy()[row_axis(layer)]
+    return places / rows * layer.size
+
+
+def choose(
+    groups: Sequence[Group], scores: Mapping[int, float], labels: Labels, costs: Costs, share: float
+) -> frozenset[int]:
+    """The least important classes whose removal saves `share` of the arithmetic.
+
+    Channels go in blocks that kernels work on, the least important of a group first, so that what stays is rounded.
+    """
+    order = sorted(
+        (block for group in groups for block in _blocks(group, scores)),
+        key=lambda block: (float(np.mean([scores[root] for root in block])), block),
+    )
+    low, high = 0, len(order)
+    while low < high:
+        middle = (low + high) // 2
+        if costs.left(kept_indices(labels, _joined(order[:middle]))) <= (1 - share) * costs.total:
+            high = middle
+        else:
+            low = middle + 1
+    return _joined(order[:low])
+
+
+def _joined(blocks: Sequence[tuple[int, ...]]) -> frozenset[int]:
+    return frozenset(root for block in blocks for root in block)
+
+
+def _blocks(group: Group, scores: Mapping[int, float]) -> list[tuple[int, ...]]:
+    """The classes of a group that may go, least important first, in blocks that leave a round number."""
+    ranked = sorted(group.classes, key=lambda root: (scores[root], root))
+    size, unit = len(ranked), group.unit
+    least = min(math.ceil(max(math.ceil(FLOOR * size), 1) / unit) * unit, size)
+    first = size % unit
+    ends = ([first] if first else []) + list(range(first + unit, size - least + 1, unit))
+    begins = [0, *ends[:-1]]
+    return [tuple(ranked[i:j]) for i, j in zip(begins, ends, strict=True) if j <= size - least]
+
+
+def slimmed(model: ir.Model, labels: Labels, dropped: frozenset[int]) -> ir.Model:
+    """A clone without the dropped classes; what stays is as it was."""
+    made = load_model(model)
+    slim(made, kept_indices(labels, dropped), Names.of(made))
+    return made
+
+
+def input_energies(model: ir.Model, layers: Sequence[Layer], feeds: Feeds) -> dict[str, Wide]:
+    """E[x^2] of each input channel of each layer, by name of its weight."""
+    found: dict[str, Wide] = {}
+    stops = _stops(model, layers)
+    streams = Streams(model, feeds)
+    pieces = cut(model.graph, stops)
+    for index, (piece, stop) in enumerate(zip(pieces, stops, strict=True)):
+        alive = {name for each in pieces[index + 1 :] for name in each.reads}
+        streams.run(piece, frozenset(alive.union(s.name or "" for s in stops[index:])), {})
+        for layer in layers:
+            if layer.source is stop:
+                found[layer.name] = _energy(
+                    layer, [pair[0] for pair in streams.pairs(stop.name or "")]
+                )
+    return found
+
+
+def _energy(layer: Layer, arrays: Sequence[Array]) -> Wide:
+    axis = 1 if layer.window is not None else -1
+    totals, count = np.zeros(arrays[0].shape[axis]), 0
+    for array in arrays:
+        last = np.moveaxis(array.astype(np.float64), axis, -1)
+        flat = last.reshape(-1, last.shape[-1])
+        totals += np.square(flat).sum(0)
+        count += len(flat)
+    return totals / max(count, 1)
+
+
+def _stops(model: ir.Model, layers: Sequence[Layer]) -> list[ir.Value]:
+    """What the layers read, once each, in the order of the graph."""
+    place = {node: index for index, node in enumerate(model.graph)}
+    sources = dict.fromkeys(layer.source for layer in layers)
+    return sorted(sources, key=lambda v: -1 if (p := v.producer()) is None else place[p])
+
+
+def reconstruct(dense: ir.Model, slim_model: ir.Model, keep: Keep, feeds: Feeds, seed: int) -> int:
+    """Fits each layer of the slimmed model to what the dense one computes, in order; returns how many took the fit.
+
+    Least squares from the inputs that are left, bias included; a fit stands only if it lowers the error on samples that
+    it has not seen.
+    """
+    before = {layer.name: layer for layer in find_layers(dense.graph)}
+    after = [layer for layer in find_layers(slim_model.graph) if layer.name in before]
+    stops = _stops(slim_model, after)
+    own = [before[_first(after, stop).name].source for stop in stops]
+    streams = Streams(dense, feeds)
+    dense_pieces, slim_pieces = cut(dense.graph, own), cut(slim_model.graph, stops)
+    fitted = 0
+    for index, (mine, theirs) in enumerate(zip(dense_pieces, slim_pieces, strict=True)):
+        alive = {
+            n for p in (*dense_pieces[index + 1 :], *slim_pieces[index + 1 :]) for n in p.reads
+        }
+        alive.update(stop.name or "" for stop in stops[index:])
+        streams.run_apart(mine, theirs, slim_model, frozenset(alive))
+        for layer in after:
+            if layer.source is stops[index] and layer.blocks == 1:
+                fitted += _refit(before[layer.name], layer, keep, streams, len(feeds), seed)
+    return fitted
+
+
+def _first(layers: Sequence[Layer], source: ir.Value) -> Layer:
+    return next(layer for layer in layers if layer.source is source)
+
+
+def _refit(
+    dense: Layer, layer: Layer, keep: Keep, streams: Streams, batches: int, seed: int
+) -> bool:
+    """Fits one layer; whether the fit stands."""
+    fit, check = Moments(layer, batches, seed), Moments(layer, batches, seed)
+    for index, (x_dense, x) in enumerate(streams.pairs(layer.source.name or "")):
+        (check if index % HELD_OUT == HELD_OUT - 1 else fit).add(x_dense, x)
+    full, start = _augmented(dense), _augmented(layer)
+    rows = keep.get(layer.name, {}).get(row_axis(layer))
+    if rows is not None:
+        full = full[rows]
+    known = _System.of(fit, full, start)
+    if not check.moment.size:
+        _put(layer, known.solved(1.0))
+        return True
+    unseen = _System.of(check, full, start)
+    for factor in _RIDGES:
+        if unseen.loss(known.solved(factor)) < unseen.loss(start):
+            _put(layer, known.joined(unseen).solved(factor))
+            return True
+    return False
+
+
+_RIDGES = (1.0, 10.0, 100.0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _System:
+    """The normal equations of one layer: W moment ~ goal, near `start`."""
+
+    moment: Wide
+    goal: Wide
+    start: Wide
+
+    @classmethod
+    def of(cls, moments: Moments, full: Wide, start: Wide) -> _System:
+        size, wide = start.shape[1], full.shape[1]
+        return cls(moments.moment[0][:size, :size], full @ moments.cross[0][:wide, :size], start)
+
+    def joined(self, other: _System) -> _System:
+        """On the samples of both."""
+        return _System(self.moment + other.moment, self.goal + other.goal, self.start)
+
+    def solved(self, factor: float) -> Wide:
+        """The least squares solution, `factor` times the usual ridge towards the start."""
+        damp = factor * ridge(self.moment)
+        left = self.moment + damp * np.eye(len(self.moment))
+        return np.asarray(np.linalg.solve(left, (self.goal + damp * self.start).T).T, np.float64)
+
+    def loss(self, weight: Wide) -> float:
+        """Squared error of the outputs, up to a constant."""
+        return float(np.sum((weight @ self.moment - 2 * self.goal) * weight))
+
+
+def _augmented(layer: Layer) -> Wide:
+    """The matrix with the bias as its last column, where there is one."""
+    matrix, bias = layer.matrix()[0], layer.bias_vector()
+    return matrix if bias is None else np.concatenate([matrix, bias[:, None]], axis=1)
+
+
+def _put(layer: Layer, found: Wide) -> None:
+    bias = layer.bias
+    if bias is not None and bias.const_value is not None:
+        like = bias.const_value
+        array = found[:, -1].reshape(like.shape.numpy()).astype(like.dtype.numpy())
+        bias.const_value = ir.Tensor(array, like.dtype, name=bias.name)
+        found = found[:, :-1]
+    stored = layer.stored(found[None])
+    layer.weight.const_value = ir.Tensor(stored, layer.tensor.dtype, name=layer.name)
+
+
+def divergence(one: ir.Model, other: ir.Model, feeds: Feeds) -> float:
+    """Error of the float outputs of `other` over those of `one`, root of summed squares."""
+    sessions = [
+        Session(model_to_bytes(model), options=SessionOptions(threads=2)) for model in (one, other)
+    ]
+    wrong = scale = 0.0
+    for feed in feeds:
+        want, got = (session.run(feed) for session in sessions)
+        for name, array in want.items():
+            if isinstance(array, np.ndarray) and array.dtype.kind == "f":
+                wrong += float(np.square(got[name].astype(np.float64) - array).sum())
+                scale += float(np.square(array.astype(np.float64)).sum())
+    return math.sqrt(wrong / scale) if scale > 0 else math.inf
+
+
+def importances(
+    which: Importance, groups: Sequence[Group], energies: Mapping[str, Wide] | None
+) -> dict[Importance, dict[int, float]]:
+    """The scores to try: one, or all that the data allow."""
+    made = {
+        Importance.L2: lambda: weight_norms(groups),
+        Importance.SIMILAR: lambda: similarity(groups),
+    }
+    if energies is not None:
+        made[Importance.ACTIVATION] = lambda: output_change(groups, energies)
+    wanted = [which] if which in made else list(made)
+    if which is Importance.AUTO and energies is None:
+        wanted = [Importance.L2]
+    return {each: made[each]() for each in wanted}

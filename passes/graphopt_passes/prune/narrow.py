@@ -1,0 +1,131 @@
+"""Carries out `--sparsity channels:R`: tries the measures of importance, keeps the best, says what was saved."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import onnx_ir as ir
+
+from graphopt.ir import fingerprint
+from graphopt.ir.build import Names
+from graphopt.ir.model_file import load_model
+from graphopt.numerics import Numerics
+from graphopt.rewrite import Calibration, Context, RemarkKind
+from graphopt.runtime.specs import input_specs
+from graphopt_passes.prune.channels import (
+    HELD_OUT,
+    Costs,
+    choose,
+    divergence,
+    find_groups,
+    importances,
+    input_energies,
+    reconstruct,
+    slimmed,
+)
+from graphopt_passes.prune.labels import propagate
+from graphopt_passes.prune.layers import find_layers
+from graphopt_passes.prune.request import Importance, SparsityRequest
+from graphopt_passes.prune.samples import Feeds, batched, read_singles
+from graphopt_passes.prune.slim import kept_indices, slim
+
+RULE = "channels"
+_BLIND = (
+    "no samples were given, so that channels were chosen by their weights alone and the others could not make up for "
+    "them: this usually costs most of the accuracy; give --calibration"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Slimming:
+    """One way to slim a model, and how far its outputs then are from the original's.
+
+    Attributes:
+        importance: how channels were chosen.
+        dropped: classes that are removed.
+        model: the slimmed clone, fitted.
+        error: of the outputs on every `HELD_OUT`-th batch; 0 without samples.
+        left: share of the arithmetic.
+    """
+
+    importance: Importance
+    dropped: frozenset[int]
+    model: ir.Model
+    error: float
+    left: float
+
+
+def remove_channels(model: ir.Model, ctx: Context, request: SparsityRequest, text: str) -> bool:
+    """Removes channels from `model` in place until the share asked for is saved; returns whether any went."""
+    site = model.graph.name or "main"
+    if not ctx.permit(RULE, site, Numerics.LOSSY):
+        return False
+    key = f"slim:{text}:{fingerprint.structural(model)}:{fingerprint.weights(model)}"
+    best: Slimming | None = ctx.cache.get(key)
+    if best is None:
+        best = _best(model, ctx, request)
+        ctx.cache[key] = best
+    if best is None or not best.dropped:
+        reason = "no channels can be removed: inputs, outputs or operators that are not known hold all of them"
+        ctx.remark(RemarkKind.WARNING, RULE, site, reason)
+        return False
+    _adopt(model, ctx, best)
+    _tell(ctx, site, request, best)
+    return True
+
+
+def _best(model: ir.Model, ctx: Context, request: SparsityRequest) -> Slimming | None:
+    labels = propagate(model, ctx.shapes)
+    layers = find_layers(model.graph)
+    groups = find_groups(layers, labels)
+    if not groups or request.channels is None:
+        return None
+    feeds = _feeds(model, ctx.options.calibration)
+    seed = ctx.options.seed
+    energies = input_energies(model, layers, feeds) if feeds else None
+    costs = Costs.of(layers, ctx.shapes)
+    tried = []
+    for which, scores in importances(request.importance, groups, energies).items():
+        dropped = choose(groups, scores, labels, costs, request.channels)
+        made = slimmed(model, labels, dropped)
+        keep = kept_indices(labels, dropped)
+        if feeds and request.refit:
+            reconstruct(model, made, keep, feeds, seed)
+        unseen = feeds[HELD_OUT - 1 :: HELD_OUT] or feeds
+        error = divergence(model, made, unseen) if feeds else 0.0
+        tried.append(Slimming(which, dropped, made, error, costs.left(keep) / costs.total))
+    return min(tried, key=lambda each: each.error)
+
+
+def _feeds(model: ir.Model, calibration: Calibration | None) -> Feeds:
+    """Samples in at least `HELD_OUT` batches, so that one can be held out."""
+    if calibration is None:
+        return []
+    specs = input_specs(model)
+    singles = read_singles(calibration, specs)
+    return batched(singles, specs, batches=HELD_OUT)
+
+
+def _adopt(model: ir.Model, ctx: Context, best: Slimming) -> None:
+    """Does to the model itself what was done to the clone."""
+    labels = propagate(model, ctx.shapes)
+    slim(model, kept_indices(labels, best.dropped), Names.of(model))
+    clone = load_model(best.model)
+    for name, value in model.graph.initializers.items():
+        if name in clone.graph.initializers:
+            value.const_value = clone.graph.initializers[name].const_value
+    ctx.refresh()
+
+
+def _tell(ctx: Context, site: str, request: SparsityRequest, best: Slimming) -> None:
+    saved = 1 - best.left
+    said = f"{len(best.dropped)} channels removed: {saved:.1%} of the multiply-adds, chosen by {best.importance}"
+    if ctx.options.calibration is None:
+        ctx.remark(RemarkKind.WARNING, RULE, site, _BLIND)
+    else:
+        said += f"; outputs differ by {best.error:.1%} (RMS) on every fifth batch of samples"
+    ctx.remark(RemarkKind.NOTE, RULE, site, said)
+    assert request.channels is not None
+    if saved < request.channels - 0.01:
+        reason = f"short of {request.channels:.0%}: what is left is needed, or holds its last tenth"
+        ctx.remark(RemarkKind.WARNING, RULE, site, f"{said}, {reason}")

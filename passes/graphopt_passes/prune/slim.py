@@ -1,0 +1,132 @@
+"""Removes classes of channels from a model: slices of weights, group counts, and the sizes that constants state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.ir import values
+from graphopt.ir.build import Names
+from graphopt_passes.prune.labels import Ids, Labels
+
+Keep = Mapping[str, Mapping[int, Ids]]
+"""Which indices stay, by name of the weight and axis; what is not named stays whole."""
+
+
+def kept_indices(labels: Labels, dropped: frozenset[int]) -> dict[str, dict[int, Ids]]:
+    """What stays of every value when classes are dropped, weights and activations alike."""
+    gone = np.fromiter(dropped, np.int64, len(dropped))
+    found: dict[str, dict[int, Ids]] = {}
+    for value, axes in labels.axes.items():
+        for axis in range(len(axes)):
+            classes = labels.classes(value, axis)
+            if classes is None or not value.name:
+                continue
+            stay = ~np.isin(classes, gone)
+            if not stay.all():
+                found.setdefault(value.name, {})[axis] = np.flatnonzero(stay)
+    return found
+
+
+def slim(model: ir.Model, keep: Keep, names: Names) -> None:
+    """Cuts the main graph of `model` down to what stays, in place.
+
+    `keep` comes from `kept_indices` of this model or of one that it is a clone of.  Shapes of values follow.
+    """
+    for name, value in tuple(model.graph.initializers.items()):
+        if name in keep and value.const_value is not None:
+            _cut(value, keep[name])
+    for node in model.graph:
+        if node.op_type == "Conv" and not node.domain:
+            _regroup(node)
+        elif node.op_type == "Reshape" and not node.domain:
+            _restate(node, keep, names)
+        elif node.op_type == "Attention" and not node.domain:
+            _recount(node, keep)
+    for node in model.graph:
+        for output in node.outputs:
+            if output.name and output.name in keep:
+                _reshape(output, keep[output.name])
+
+
+def _cut(value: ir.Value, axes: Mapping[int, Ids]) -> None:
+    tensor = value.const_value
+    assert tensor is not None
+    array = tensor.numpy()
+    for axis, stay in axes.items():
+        array = np.take(array, stay, axis=axis)
+    value.const_value = ir.Tensor(np.ascontiguousarray(array), tensor.dtype, name=value.name)
+    value.shape = ir.Shape(array.shape)
+
+
+def _regroup(node: ir.Node) -> None:
+    """A depthwise convolution has as many groups as channels are left."""
+    group = node.attributes.get("group")
+    weight = values.constant(node.inputs[1])
+    if group is None or group.as_int() == 1 or weight is None:
+        return
+    rows, per_group = weight.shape.numpy()[:2]
+    source = node.inputs[0]
+    if per_group == 1 and group.as_int() != rows and source is not None:
+        multiplier = math.gcd(rows, _multiplier(node, group.as_int()))
+        node.attributes["group"] = ir.AttrInt64("group", rows // multiplier)
+
+
+def _multiplier(node: ir.Node, group: int) -> int:
+    """Outputs a channel of a depthwise convolution, before the cut."""
+    shape = node.outputs[0].shape
+    channels = shape[1] if shape is not None and len(shape) > 1 else group
+    return channels // group if isinstance(channels, int) else 1
+
+
+def _recount(node: ir.Node, keep: Keep) -> None:
+    """Attention on unsplit heads states how many there are."""
+    query, count = node.inputs[0], node.attributes.get("q_num_heads")
+    cut = {} if query is None else keep.get(query.name or "", {})
+    if count is None or 2 not in cut or query is None or query.shape is None:
+        return
+    # Values still have the extent that they had before the cut.
+    width = query.shape[2]
+    assert isinstance(width, int)
+    left = len(cut[2]) * count.as_int() // width
+    for name in ("q_num_heads", "kv_num_heads"):
+        node.attributes[name] = ir.AttrInt64(name, left)
+
+
+def _restate(node: ir.Node, keep: Keep, names: Names) -> None:
+    """The target of a Reshape, where it states the extent of an axis that was cut."""
+    cut = keep.get(node.outputs[0].name or "")
+    target = node.inputs[1]
+    stated = values.array(target)
+    if not cut or stated is None or target is None:
+        return
+    sizes = [
+        len(cut[axis]) if axis in cut and size > 0 else int(size)
+        for axis, size in enumerate(stated.tolist())
+    ]
+    graph = node.graph
+    assert graph is not None
+    name = names.fresh(f"{target.name}_slim")
+    tensor = ir.Tensor(np.asarray(sizes, np.int64), name=name)
+    value = ir.Value(
+        name=name,
+        shape=ir.Shape([len(sizes)]),
+        type=ir.TensorType(ir.DataType.INT64),
+        const_value=tensor,
+    )
+    graph.register_initializer(value)
+    node.replace_input_with(1, value)
+    if not target.uses() and target.is_initializer() and not target.is_graph_output():
+        del graph.initializers[target.name or ""]
+
+
+def _reshape(value: ir.Value, axes: Mapping[int, Ids]) -> None:
+    if value.shape is None:
+        return
+    dims: Sequence[int | ir.SymbolicDim] = [
+        len(axes[axis]) if axis in axes else dim for axis, dim in enumerate(value.shape)
+    ]
+    value.shape = ir.Shape(dims)
