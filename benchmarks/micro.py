@@ -1,0 +1,317 @@
+"""Each fused pattern in the spellings of exporters, as ONNX Runtime runs it: raw, and optimised before.
+
+    python benchmarks/micro.py [--seconds 1.0] [--only NAME] [--json FILE]
+
+Both models are loaded with all optimisations, on one thread; what counts is CPU time, in interleaved runs: a gain is
+over what the runtime finds by itself.  Patterns stand between graph input and output: each row is about one operator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.numpy_helper
+import onnx.parser
+
+import graphopt
+from graphopt.ir.model_file import model_to_bytes
+from graphopt.runtime.measure import measure
+from graphopt.runtime.session import OptimizationLevel, Session
+
+NUMBERS = (
+    "float eps = {1e-5}, float half = {0.5}, float one = {1.0}, float two = {2.0}, float three = {3.0},"
+    " float mhalf = {-0.5}, float root2 = {1.4142135}, float iroot2 = {0.70710677}, float kappa = {0.7978846},"
+    " float c = {0.044715}, float zero = {0.0}"
+)
+ROWS = "float[1,128,768]"
+WIDE = "float[128,3072]"
+HEADS = "float[1,12,128,64]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One pattern.
+
+    Attributes:
+        name: pattern and spelling.
+        io: inputs and outputs, in ONNX text.
+        body: the nodes.
+        constants: constants beside the numbers that all share; without data, they are drawn.
+        opset: what the exporter that spells it so writes.
+    """
+
+    name: str
+    io: str
+    body: str
+    constants: str = ""
+    opset: int = 17
+
+    def model(self) -> onnx.ModelProto:
+        """The model, with drawn constants."""
+        held = ", ".join(part for part in (NUMBERS, self.constants) if part)
+        text = f'<ir_version: 8, opset_import: ["": {self.opset}]> g {self.io} <{held}> {{ {self.body} }}'
+        proto = onnx.parser.parse_model(text)
+        _draw_constants(proto)
+        used = {name for node in proto.graph.node for name in node.input}
+        kept = [t for t in proto.graph.initializer if t.name in used]
+        del proto.graph.initializer[:]
+        proto.graph.initializer.extend(kept)
+        return proto
+
+
+def _draw_constants(proto: onnx.ModelProto) -> None:
+    """Constants that the text declares without data; small, so that nothing overflows."""
+    made = {name for node in proto.graph.node for name in node.output}
+    made |= {tensor.name for tensor in proto.graph.initializer}
+    rng = np.random.default_rng(0)
+    for info in [v for v in proto.graph.value_info if v.name not in made]:
+        dims = [d.dim_value for d in info.type.tensor_type.shape.dim]
+        data = (rng.standard_normal(dims) * 0.05).astype(np.float32)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(data, info.name))
+        proto.graph.value_info.remove(info)
+
+
+def _layer_norms() -> Iterator[Case]:
+    io, affine = f"({ROWS} x) => ({ROWS} y)", "float[768] s, float[768] b"
+    spellings = {
+        "Mul(d,d)": "q = Mul(d, d) v = {mean}(q) a = Add(v, eps) r = Sqrt(a) n = Div(d, r)",
+        "Reciprocal": "q = Mul(d, d) v = {mean}(q) a = Add(v, eps) r = Sqrt(a) i = Reciprocal(r) n = Mul(d, i)",
+        "Pow(-0.5)": "q = Pow(d, two) v = {mean}(q) a = Add(v, eps) r = Pow(a, mhalf) n = Mul(d, r)",
+    }
+    mean = "ReduceMean<axes=[-1]>"
+    for name, text in spellings.items():
+        body = f"m = {mean}(x) d = Sub(x, m) {text.format(mean=mean)} t = Mul(n, s) y = Add(t, b)"
+        yield Case(f"LayerNorm {name}", io, body, affine)
+    plain = f"m = {mean}(x) d = Sub(x, m) q = Pow(d, two) v = {mean}(q) a = Add(v, eps) r = Sqrt(a) y = Div(d, r)"
+    yield Case("LayerNorm without affine", io, plain)
+    first = "float[1,96,56,56]"
+    mean = "ReduceMean<axes=[1]>"
+    body = (
+        f"m = {mean}(x) d = Sub(x, m) q = Pow(d, two) v = {mean}(q) a = Add(v, eps) r = Sqrt(a) n = Div(d, r)"
+        " t = Mul(n, s) y = Add(t, b)"
+    )
+    yield Case(
+        "LayerNorm channel-first",
+        f"({first} x) => ({first} y)",
+        body,
+        "float[96,1,1] s, float[96,1,1] b",
+    )
+    skip = "a = Add(x, z) y = LayerNormalization<axis=-1>(a, s, b)"
+    yield Case("residual Add + LayerNorm", f"({ROWS} x, {ROWS} z) => ({ROWS} y)", skip, affine)
+    large = "float[1,512,1024]"
+    yield Case(
+        "residual Add + LayerNorm, large",
+        f"({large} x, {large} z) => ({large} y)",
+        skip,
+        "float[1024] s, float[1024] b",
+    )
+
+
+def _rms_norms() -> Iterator[Case]:
+    io, mean = f"({ROWS} x) => ({ROWS} y)", "v = ReduceMean<axes=[-1]>(q) a = Add(v, eps)"
+    spellings = {
+        "Pow, Reciprocal(Sqrt) (torch.export)": f"q = Pow(x, two) {mean} r = Sqrt(a) i = Reciprocal(r) n = Mul(x, i)",
+        "Mul(x,x), Div": f"q = Mul(x, x) {mean} r = Sqrt(a) n = Div(x, r)",
+        "Mul(x,x), Div(1, Sqrt)": f"q = Mul(x, x) {mean} r = Sqrt(a) i = Div(one, r) n = Mul(x, i)",
+        "Pow(-0.5)": f"q = Pow(x, two) {mean} i = Pow(a, mhalf) n = Mul(x, i)",
+    }
+    for name, body in spellings.items():
+        yield Case(f"RMSNorm {name}", io, f"{body} y = Mul(s, n)", "float[768] s")
+
+
+def _gelus() -> Iterator[Case]:
+    io = f"({WIDE} x) => ({WIDE} y)"
+    erf = "u = {u} e = Erf(u) g = Add(e, one)"
+    divided, multiplied = erf.format(u="Div(x, root2)"), erf.format(u="Mul(x, iroot2)")
+    yield Case("GELU erf, Div (TorchScript)", io, f"{divided} h = Mul(x, g) y = Mul(h, half)")
+    yield Case("GELU erf, Mul", io, f"{multiplied} h = Mul(x, half) y = Mul(h, g)")
+    yield Case("GELU erf, x*(gate/2)", io, f"{divided} h = Mul(g, half) y = Mul(x, h)")
+    yield Case("GELU erf, Mul, x*(gate/2)", io, f"{multiplied} h = Mul(g, half) y = Mul(x, h)")
+    tail = "w = Mul({0}, kappa) t = Tanh(w) g = Add(t, one) h = Mul(x, half) y = Mul(h, g)"
+    cubes = {
+        "Pow(x,3)": "q = Pow(x, three) p = Mul(q, c) v = Add(x, p)",
+        "x*x*x": "q = Mul(x, x) r = Mul(q, x) p = Mul(r, c) v = Add(x, p)",
+        "x*(1+c*x*x)": "q = Mul(x, x) p = Mul(q, c) r = Add(p, one) v = Mul(x, r)",
+    }
+    for name, text in cubes.items():
+        yield Case(f"GELU tanh, {name}", io, f"{text} {tail.format('v')}")
+    yield Case("SiLU", io, "g = Sigmoid(x) y = Mul(x, g)")
+
+
+def _powers() -> Iterator[Case]:
+    io = f"({ROWS} x) => ({ROWS} y)"
+    yield Case("Pow(x, 2)", io, "y = Pow(x, two)")
+    yield Case("Pow(x, 3)", io, "y = Pow(x, three)")
+    yield Case("Pow(x^2, 0.5)", io, "q = Mul(x, x) y = Pow(q, half)")
+    yield Case("Mul of Mul", io, "q = Mul(x, two) y = Mul(q, three)")
+    yield Case(
+        "Expand + Add",
+        f"(float[1,128,1] z, {ROWS} x) => ({ROWS} y)",
+        "e = Expand(z, d) y = Add(x, e)",
+        "int64[3] d = {1, 128, 768}",
+    )
+
+
+def _attention() -> Iterator[Case]:
+    qkv = f"({HEADS} q, {HEADS} k, {HEADS} v) => ({HEADS} y)"
+    scores = "t = Transpose<perm=[0,1,3,2]>(k) a = MatMul(q, t) z = Div(a, d) "
+    guard = "n = IsNaN(p) w = Where(n, zero, p) y = MatMul(w, v)"
+    yield Case("SDPA", qkv, f"{scores} p = Softmax(z) y = MatMul(p, v)", "float d = {8.0}")
+    yield Case(
+        "SDPA with guard (torch)", qkv, f"{scores} p = Softmax(z) {guard}", "float d = {8.0}"
+    )
+    masked = qkv.replace(" v)", " v, bool[1,1,128,128] keep)")
+    body = f"m = Where(keep, zero, no) {scores} s = Add(z, m) p = Softmax(s) y = MatMul(p, v)"
+    yield Case("SDPA with mask", masked, body, "float d = {8.0}, float no = {-10000.0}")
+    repeat = "{0}1 = Unsqueeze({0}, at) {0}2 = Expand({0}1, five) {0}3 = Reshape({0}2, four)"
+    few = "float[1,2,128,64]"
+    grouped = f"({HEADS} q, {few} k, {few} v) => ({HEADS} y)"
+    body = (
+        f"{repeat.format('k')} {repeat.format('v')} {scores.replace('(k)', '(k3)')}"
+        " p = Softmax(z) y = MatMul(p, v3)"
+    )
+    sizes = (
+        "int64[1] at = {2}, int64[5] five = {1, 2, 6, 128, 64}, int64[4] four = {1, 12, 128, 64}"
+    )
+    yield Case("SDPA with repeated heads", grouped, body, f"float d = {{8.0}}, {sizes}")
+    rope = (
+        "e = Concat<axis=-1>(h, h) co = Cos(e) si = Sin(e) a = Slice(x, z0, z1, ax) b = Slice(x, z1, far, ax)"
+        " n = Neg(b) r = Concat<axis=-1>(n, a) p = Mul(x, co) q = Mul(r, si) y = Add(p, q)"
+    )
+    cuts = "int64[1] z0 = {0}, int64[1] z1 = {32}, int64[1] ax = {3}, int64[1] far = {9223372036854775807}"
+    yield Case("RoPE", f"({HEADS} x, float[1,1,128,32] h) => ({HEADS} y)", rope, cuts)
+    soft = (
+        "m = ReduceMax<axes=[-1]>(x) d = Sub(x, m) e = Exp(d) s = ReduceSum(e, last) y = Div(e, s)"
+    )
+    square = "float[1,12,128,128]"
+    yield Case("softmax in parts", f"({square} x) => ({square} y)", soft, "int64[1] last = {-1}")
+
+
+def _convolutions() -> Iterator[Case]:
+    shuffle = "a = Reshape(x, six) t = Transpose<perm=[0,1,4,2,5,3]>(a) y = Reshape(t, four)"
+    sizes = "int64[6] six = {1, 16, 2, 2, 128, 128}, int64[4] four = {1, 16, 256, 256}"
+    yield Case("PixelShuffle", "(float[1,64,128,128] x) => (float[1,16,256,256] y)", shuffle, sizes)
+    image = "float[1,64,56,56]"
+    io, weight = f"({image} x) => ({image} y)", "float[64,64,3,3] w, float[64] b"
+    conv = "c1 = Conv<pads=[1,1,1,1]>(x, w, b)"
+    yield Case("Conv + PRelu", io, f"{conv} y = PRelu(c1, p)", f"{weight}, float[1] p = {{0.1}}")
+    yield Case(
+        "Conv + Max(x, a x)",
+        io,
+        f"{conv} q = Mul(c1, p) y = Max(c1, q)",
+        f"{weight}, float p = {{0.1}}",
+    )
+    yield Case(
+        "Conv + Sub, Div",
+        io,
+        f"{conv} q = Sub(c1, o) y = Div(q, two)",
+        f"{weight}, float[64,1,1] o",
+    )
+    hard = f"{conv} q = Add(c1, three) p = Clip(q, zero, six) o = Mul(c1, p) y = Div(o, six)"
+    yield Case("Conv + hard-swish", io, hard, f"{weight}, float six = {{6.0}}")
+    bn = "n = BatchNormalization(x, s, t, u, v) y = Conv(n, w, b)"
+    four = "float[64] s, float[64] t, float[64] u, float[64] v = {" + ", ".join(["1.0"] * 64) + "}"
+    yield Case("BatchNorm -> Conv 1x1", io, bn, f"float[64,64,1,1] w, float[64] b, {four}")
+    rows = "(float[1,128,768] x) => (float[1,128,768] y)"
+    yield Case(
+        "Einsum with weight", rows, 'y = Einsum<equation="bsd,de->bse">(x, w)', "float[768,768] w"
+    )
+    yield Case("MatMul with [1,K,N]", rows, "y = MatMul(x, w)", "float[1,768,768] w")
+
+
+def cases() -> Iterator[Case]:
+    """Every pattern in every spelling."""
+    for family in (_layer_norms, _rms_norms, _gelus, _powers, _attention, _convolutions):
+        yield from family()
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What one case gained.
+
+    Attributes:
+        name: of the case.
+        gain: CPU time of the raw model over that of the optimised one.
+        before_us: CPU time of the raw model.
+        after_us: CPU time of the optimised one.
+        nodes: how many nodes there were and are.
+        worst: largest difference of outputs.
+    """
+
+    name: str
+    gain: float
+    before_us: float
+    after_us: float
+    nodes: tuple[int, int]
+    worst: float
+
+
+def run(case: Case, seconds: float, target: str) -> Row:
+    """Times one case."""
+    raw = case.model()
+    made = graphopt.optimize(raw, target=target, verify="off")
+    sessions = [
+        Session(data, level=OptimizationLevel.ALL)
+        for data in (raw.SerializeToString(), model_to_bytes(made.model))
+    ]
+    rng = np.random.default_rng(1)
+    feeds = {
+        spec.name: _feed(rng, [int(d) for d in spec.shape or ()], str(spec.dtype))
+        for spec in sessions[0].inputs
+    }
+    outputs = [session.run(feeds)["y"] for session in sessions]
+    before, after = measure(
+        sessions, [feeds, feeds], seconds=seconds, min_rounds=30, max_rounds=5000
+    )
+    return Row(
+        case.name,
+        after.cpu_ratio,
+        before.cpu_ms * 1e3,
+        after.cpu_ms * 1e3,
+        (len(raw.graph.node), sum(1 for _ in made.model.graph)),
+        float(np.max(np.abs(outputs[0] - outputs[1]))),
+    )
+
+
+def _feed(rng: np.random.Generator, dims: list[int], dtype: str) -> np.ndarray:
+    if "BOOL" in dtype.upper():
+        return rng.random(dims) < 0.8
+    return rng.standard_normal(dims).astype(np.float32)
+
+
+def main() -> int:
+    """Prints a table; exits with 1 where a row is clearly below 1."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--target", default="cpu")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    rows = []
+    sys.stdout.write(
+        "| pattern | nodes | before µs | after µs | gain | max |d| |\n|---|---|---|---|---|---|\n"
+    )
+    for case in cases():
+        if options.only.lower() not in case.name.lower():
+            continue
+        row = run(case, options.seconds, options.target)
+        rows.append(row)
+        sys.stdout.write(
+            f"| {row.name} | {row.nodes[0]} → {row.nodes[1]} | {row.before_us:.0f} | {row.after_us:.0f} |"
+            f" {row.gain:.2f} | {row.worst:.1e} |\n"
+        )
+        sys.stdout.flush()
+    if options.json:
+        options.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+    return 1 if any(row.gain < 0.95 for row in rows) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
