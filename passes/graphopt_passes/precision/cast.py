@@ -18,7 +18,7 @@ from graphopt.targets import Precision
 from graphopt.verify.budget import budget_for
 from graphopt_passes.precision.apply import Emission
 from graphopt_passes.precision.flow import flow_of, sentinels
-from graphopt_passes.precision.gates import Gates
+from graphopt_passes.precision.gates import Gates, gated_nodes
 from graphopt_passes.precision.islands import drop_islands
 from graphopt_passes.precision.legality import Legality
 from graphopt_passes.precision.plan import LIMITS, Decision, Facts, Kind, decide_all, gather
@@ -96,7 +96,7 @@ class CastToHalf:
         ctx: Context,
     ) -> dict[ir.Node, Decision]:
         """The decisions with nodes back in float32 until the whole is within the budget."""
-        low = [node for node in model.graph if decisions[node].kind is Kind.LOW]
+        low = gated_nodes(model, decisions, facts.masks)
         budget = budget_for(Precision(self.precision), ctx.options.budget)
         if not feeds or not low or budget is None:
             return decisions

@@ -74,11 +74,10 @@ class Gates:
         Raises:
             ModelError: ONNX Runtime refuses the model with gates.
         """
-        gated = tuple(n for n in model.graph if _is_low(decisions.get(n)))
+        gated = gated_nodes(model, decisions, masks)
         copy = load_model(model)
         twins = dict(zip(model.graph, copy.graph, strict=True))
-        constants = {value.name for value in masks}
-        builder = _Builder(copy, half, constants, len(gated))
+        builder = _Builder(copy, half, {value.name for value in masks}, len(gated))
         for index, node in enumerate(gated):
             builder.gate(index, twins[node], decisions[node].slots)
         with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
@@ -135,8 +134,16 @@ class Gates:
         return max(parts)
 
 
-def _is_low(decision: Decision | None) -> bool:
-    return decision is not None and decision.kind is Kind.LOW
+def gated_nodes(
+    model: ir.Model, decisions: Mapping[ir.Node, Decision], masks: set[ir.Value]
+) -> tuple[ir.Node, ...]:
+    """The nodes of the main graph that have a gate: those in half, and those that would put a mask in."""
+    return tuple(
+        node
+        for node in model.graph
+        if decisions[node].kind is Kind.LOW
+        or (decisions[node].kind is Kind.FOLLOW and any(v in masks for v in node.inputs))
+    )
 
 
 class _Builder:
@@ -157,11 +164,6 @@ class _Builder:
         held = [
             v.const_value for v in self._graph.initializers.values() if v.const_value is not None
         ]
-        for value in self._graph.initializers.values():
-            if value.name in masks and value.const_value is not None:
-                # As the cast will leave it, in float32 and in half alike.
-                narrow = narrowed(value.const_value, half, masks=True).numpy()
-                value.const_value = ir.Tensor(narrow.astype(np.float32), name=value.name)
         self._weights = sum(tensor.nbytes for tensor in held) <= _WEIGHTS
 
     def gate(self, index: int, node: ir.Node, slots: Slots) -> None:
@@ -171,7 +173,7 @@ class _Builder:
         for place, value in enumerate(node.inputs):
             if value is None or not slots.inputs[place] or not is_float(value):
                 continue
-            if values.is_constant(value) and not self._weights:
+            if values.is_constant(value) and not self._weights and value.name not in self._masks:
                 continue
             chosen = self._before(node, "Where", [choice, self._round(value), value])
             node.replace_input_with(place, chosen)
