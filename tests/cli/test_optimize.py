@@ -67,13 +67,16 @@ def test_quiet_says_nothing(run: Run, model: Path, out: Path) -> None:
     assert out.exists()
 
 
-@pytest.mark.parametrize("suffix", [".json", ".md"])
+@pytest.mark.parametrize("suffix", [".html", ".json", ".md"])
 def test_reports_are_written_by_suffix(run: Run, model: Path, out: Path, suffix: str) -> None:
     report = out.with_suffix(suffix)
     assert run("optimize", model, "-o", out, "--report", report).status == 0
     text = report.read_text(encoding="utf-8")
     if suffix == ".json":
         assert json.loads(text)["nodes"] == {"before": 4, "after": 2}
+    elif suffix == ".html":
+        assert '<b id="nodes">4 → 2</b>' in text
+        assert "Latency" in text
     else:
         assert "**Verified**" in text
 
