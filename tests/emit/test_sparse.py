@@ -25,7 +25,9 @@ from graphopt.targets import SparseStyle
 SPARSE = (SparseStyle.INITIALIZER, SparseStyle.CONSTANT)
 
 
-def weight(zeros: float, shape: tuple[int, ...] = (96, 64), dtype: str = "float32") -> npt.NDArray[Any]:
+def weight(
+    zeros: float, shape: tuple[int, ...] = (96, 64), dtype: str = "float32"
+) -> npt.NDArray[Any]:
     """A weight of which exactly the share `zeros` is zero, with a NaN and a negative zero among the others."""
     rng = np.random.default_rng(0)
     flat = rng.uniform(1, 2, int(np.prod(shape)))
@@ -33,7 +35,9 @@ def weight(zeros: float, shape: tuple[int, ...] = (96, 64), dtype: str = "float3
     return flat.reshape(shape).astype(dtype)
 
 
-def product(w: npt.NDArray[Any], *, as_output: bool = False, as_input: bool = False) -> onnx.ModelProto:
+def product(
+    w: npt.NDArray[Any], *, as_output: bool = False, as_input: bool = False
+) -> onnx.ModelProto:
     """y = x @ w."""
     kind = oh.np_dtype_to_tensor_dtype(w.dtype)
     node = oh.make_node("MatMul", ["x", "w"], ["y"])
@@ -41,7 +45,11 @@ def product(w: npt.NDArray[Any], *, as_output: bool = False, as_input: bool = Fa
     y = oh.make_tensor_value_info("y", kind, [2, w.shape[1]])
     own = oh.make_tensor_value_info("w", kind, w.shape)
     graph = oh.make_graph(
-        [node], "g", [x, own] if as_input else [x], [y, own] if as_output else [y], [nh.from_array(w, "w")]
+        [node],
+        "g",
+        [x, own] if as_input else [x],
+        [y, own] if as_output else [y],
+        [nh.from_array(w, "w")],
     )
     return oh.make_model(graph, opset_imports=[oh.make_opsetid("", 17)], ir_version=9)
 
@@ -110,7 +118,10 @@ class TestForm:
         graph = oh.make_graph(
             [oh.make_node("If", ["c"], ["z"], then_branch=inner, else_branch=branch)],
             "outer",
-            [oh.make_tensor_value_info(n, k, s) for n, k, s in (("c", 9, []), ("x", 1, [2, 96]), ("x0", 1, [2, 64]))],
+            [
+                oh.make_tensor_value_info(n, k, s)
+                for n, k, s in (("c", 9, []), ("x", 1, [2, 96]), ("x0", 1, [2, 64]))
+            ],
             [oh.make_tensor_value_info("z", 1, [2, 64])],
         )
         proto = oh.make_model(graph, opset_imports=[oh.make_opsetid("", 17)], ir_version=9)
@@ -199,9 +210,15 @@ class TestDensify:
     def test_command_writes_the_dense_model(self, tmp_path: Path) -> None:
         made, _ = encoded(product(weight(0.9)), SparseStyle.INITIALIZER)
         save_model(made, tmp_path / "s.onnx")
-        assert main(["densify", str(tmp_path / "s.onnx"), "-o", str(tmp_path / "d.onnx"), "-q"]) == 0
-        assert (tmp_path / "d.onnx").read_bytes() == model_to_bytes(load_model(product(weight(0.9))))
+        assert (
+            main(["densify", str(tmp_path / "s.onnx"), "-o", str(tmp_path / "d.onnx"), "-q"]) == 0
+        )
+        assert (tmp_path / "d.onnx").read_bytes() == model_to_bytes(
+            load_model(product(weight(0.9)))
+        )
 
     def test_command_refuses_a_folder_that_does_not_exist(self, tmp_path: Path) -> None:
         save_model(load_model(product(weight(0.9))), tmp_path / "s.onnx")
-        assert main(["densify", str(tmp_path / "s.onnx"), "-o", str(tmp_path / "no" / "d.onnx")]) == 2
+        assert (
+            main(["densify", str(tmp_path / "s.onnx"), "-o", str(tmp_path / "no" / "d.onnx")]) == 2
+        )

@@ -228,7 +228,7 @@ def _blocks(group: Group, scores: Mapping[int, float]) -> list[tuple[int, ...]]:
     least = min(math.ceil(max(math.ceil(FLOOR * size), 1) / unit) * unit, size)
     first = size % unit
     ends = ([first] if first else []) + list(range(first + unit, size - least + 1, unit))
-    begins = [0, *ends[:-1]]
+    begins = [0, *ends][: len(ends)]
     return [tuple(ranked[i:j]) for i, j in zip(begins, ends, strict=True) if j <= size - least]
 
 

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from graphopt.ir import operators, values
 from graphopt.ir.scopes import captures
 from graphopt.ir.shapes import Shapes
+from graphopt_passes.prune.factors import Unknown, axis_runs
 
 Ids: TypeAlias = npt.NDArray[np.int64]
 Axes: TypeAlias = "list[Ids | None]"
@@ -159,13 +160,13 @@ class _Propagation:
             return list(tensor.shape.numpy())
         dims = self._shapes.dims(value)
         if dims is None:
-            raise _Unknown
+            raise Unknown
         return [dim.value for dim in dims]
 
     def _fresh(self, value: ir.Value) -> Axes:
         try:
             dims = self._dims(value)
-        except _Unknown:
+        except Unknown:
             dims = []
         axes: Axes = [self._new(dim) if dim is not None and dim > 1 else None for dim in dims]
         self._axes[value] = axes
@@ -178,7 +179,7 @@ class _Propagation:
     def _input(self, node: ir.Node, index: int) -> Axes:
         value = node.inputs[index] if index < len(node.inputs) else None
         if value is None:
-            raise _Unknown
+            raise Unknown
         return self._of(value)
 
     def _find(self, label: int) -> int:
@@ -235,7 +236,7 @@ class _Propagation:
     def _conv_transpose(self, node: ir.Node) -> Sequence[Axes]:
         x, w = self._input(node, 0), self._input(node, 1)
         if operators.attribute(node, "group", 1) != 1:
-            raise _Unknown
+            raise Unknown
         self._unify(x[1], w[0])
         return self._convolved(node, x, w, w[1])
 
@@ -262,7 +263,7 @@ class _Propagation:
     def _matmul(self, node: ir.Node) -> Sequence[Axes]:
         a, b = self._input(node, 0), self._input(node, 1)
         if len(a) < 2 or len(b) < 2:
-            raise _Unknown
+            raise Unknown
         self._unify(a[-1], b[-2])
         rank = max(len(a), len(b))
         batch = self._joined([a[:-2], b[:-2]], rank - 2)
@@ -337,7 +338,7 @@ class _Propagation:
     def _of_one(self, value: ir.Value | None, axis: int) -> Ids:
         """A frozen label for an axis of extent 1 that becomes part of a longer one."""
         if value is None or self._dims(value)[axis] != 1:
-            raise _Unknown
+            raise Unknown
         ids = self._new(1)
         self._freeze([ids])
         return ids
@@ -352,7 +353,7 @@ class _Propagation:
         x, out = self._input(node, 0), self._fresh(node.outputs[0])
         before, after = self._dims(_value(node, 0)), self._dims(node.outputs[0])
         if len(before) != len(after):
-            raise _Unknown
+            raise Unknown
         made: Axes = []
         for old, new, ids, fresh in zip(before, after, x, out, strict=True):
             same = old is not None and old == new
@@ -363,7 +364,7 @@ class _Propagation:
 
     def _resize(self, node: ir.Node) -> Sequence[Axes]:
         if len(node.inputs) > 3 and node.inputs[3] is not None:
-            raise _Unknown  # sizes name the channels too
+            raise Unknown  # sizes name the channels too
         x = self._input(node, 0)
         self._freeze([x[0], *x[2:]])
         return self._same_extent(node)
@@ -374,7 +375,7 @@ class _Propagation:
         given = values.array(node.inputs[1]) if len(node.inputs) > 1 else None
         axes = given.tolist() if given is not None else [] if stated is None else stated.as_ints()
         if not axes:
-            raise _Unknown
+            raise Unknown
         reduced = {int(axis) % len(x) for axis in axes}
         self._freeze([x[axis] for axis in reduced])
         keep = operators.attribute(node, "keepdims", 1)
@@ -392,13 +393,13 @@ class _Propagation:
     def _attention(self, node: ir.Node) -> Sequence[Axes]:
         """Heads of queries, keys and values go together; a mask of one head a row joins them."""
         if any(value is not None for value in node.inputs[4:]) or len(node.outputs) > 1:
-            raise _Unknown
+            raise Unknown
         read = [self._input(node, index) for index in range(3)]
         flat = len(read[0]) == 3
         if flat:
             count = operators.attribute(node, "q_num_heads", 0)
             if not count or count != operators.attribute(node, "kv_num_heads", 0):
-                raise _Unknown
+                raise Unknown
             heads: list[Ids | None] = [self._heads(axes[2], count) for axes in read]
             self._freeze([axes[1] for axes in read])
         else:
@@ -417,7 +418,7 @@ class _Propagation:
     def _heads(self, ids: Ids | None, count: int) -> Ids:
         """The leading label of each head, after all labels within a head were unified."""
         if ids is None or len(ids) % count:
-            raise _Unknown
+            raise Unknown
         blocks = ids.reshape(count, -1)
         for column in range(1, blocks.shape[1]):
             self._unify(blocks[:, 0], blocks[:, column])
@@ -428,15 +429,15 @@ class _Propagation:
         x = self._input(node, 0)
         before, after = self._shapes.dims(_value(node, 0)), self._shapes.dims(node.outputs[0])
         if before is None or after is None:
-            raise _Unknown
+            raise Unknown
         skip = 0
         while skip < min(len(before), len(after)) and before[skip] == after[skip]:
             skip += 1
         old, new = [d.value for d in before[skip:]], [d.value for d in after[skip:]]
         if any(dim is None or dim == 0 for dim in (*old, *new)):
-            raise _Unknown
+            raise Unknown
         out: Axes = list(x[:skip])
-        for mine, theirs in _runs([d or 0 for d in old], [d or 0 for d in new]):
+        for mine, theirs in axis_runs([d or 0 for d in old], [d or 0 for d in new]):
             part = [x[skip + i] for i in mine]
             sizes = [old[i] or 0 for i in mine], [new[i] or 0 for i in theirs]
             out.extend(self._regrouped(part, *sizes))
@@ -489,45 +490,12 @@ def _attempt(rule: Callable[[ir.Node], Sequence[Axes]], node: ir.Node) -> Sequen
     """What a rule makes of a node; None where it does not know this form of the operator."""
     try:
         return rule(node)
-    except _Unknown:
+    except Unknown:
         return None
-
-
-class _Unknown(Exception):
-    """An operator, or a form of it, of which nothing is known."""
 
 
 def _value(node: ir.Node, index: int) -> ir.Value:
     value = node.inputs[index]
     if value is None:
-        raise _Unknown
+        raise Unknown
     return value
-
-
-def _runs(old: list[int], new: list[int]) -> list[tuple[list[int], list[int]]]:
-    """The shortest runs of axes on both sides with equal products; empty where nothing is left on one."""
-    found: list[tuple[list[int], list[int]]] = []
-    i = j = 0
-    while i < len(old) or j < len(new):
-        mine: list[int] = []
-        theirs: list[int] = []
-        left = right = 1
-        while (not mine and not theirs) or left != right:
-            if (left <= right and i < len(old)) or j >= len(new):
-                if i >= len(old):
-                    raise _Unknown
-                left *= old[i]
-                mine.append(i)
-                i += 1
-            else:
-                right *= new[j]
-                theirs.append(j)
-                j += 1
-        while i < len(old) and old[i] == 1:
-            mine.append(i)
-            i += 1
-        while j < len(new) and new[j] == 1:
-            theirs.append(j)
-            j += 1
-        found.append((mine, theirs))
-    return found

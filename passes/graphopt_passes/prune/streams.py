@@ -135,7 +135,7 @@ class Streams:
             (self.pruned, other, model),
         ):
             if piece.nodes:
-                data = piece_model(owner, piece, ()).SerializeToString()
+                data = piece_model(owner, piece, lives[0]).SerializeToString()
                 session = Session(data, options=SessionOptions(threads=self._threads))
                 for live in lives:
                     live.update(_run(session, live, piece, {}))
@@ -160,7 +160,8 @@ class Streams:
         return tensor.numpy()
 
     def _session(self, piece: Piece, given: Sequence[str]) -> Session:
-        data = piece_model(self._model, piece, given).SerializeToString()
+        known = self.dense[0] | {name: self._stored(name, piece) for name in given}
+        data = piece_model(self._model, piece, known).SerializeToString()
         return Session(data, options=SessionOptions(threads=self._threads))
 
 
@@ -174,38 +175,38 @@ def _constants(piece: Piece) -> dict[str, ir.Value]:
     return {value.name or "": value for value in found}
 
 
-def piece_model(model: ir.Model, piece: Piece, given: Sequence[str]) -> onnx.ModelProto:
-    """A piece as a model of its own; the constants in `given` are inputs."""
+def piece_model(model: ir.Model, piece: Piece, known: Live) -> onnx.ModelProto:
+    """A piece as a model of its own.
+
+    Args:
+        model: what the piece is of.
+        piece: the nodes.
+        known: what will be fed, by name: it says the types of the inputs; constants among them become inputs.
+    """
     made = {value.name for node in piece.nodes for value in node.outputs}
     graph = ir.Graph((), (), nodes=(), opset_imports=dict(model.opset_imports), name="piece")
-    shell = ir.Model(
-        graph, ir_version=max(model.ir_version, 8), functions=list(model.functions.values())
-    )
-    proto = to_proto(shell)
-    reads = {v.name: v for node in piece.nodes for v in dependencies(node) if v.name not in made}
+    functions = list(model.functions.values())
+    proto = to_proto(ir.Model(graph, ir_version=max(model.ir_version, 8), functions=functions))
+    reads = {v.name or "": v for node in piece.nodes for v in dependencies(node)}
     for name, value in reads.items():
         tensor = values.constant(value)
-        if tensor is None or name in given:
-            proto.graph.input.append(_information(value))
+        if name in made:
+            continue
+        if tensor is None or name in known:
+            proto.graph.input.append(_information(name, known[name]))
         else:
-            stored = onnx.TensorProto.FromString(
-                ir.serde.serialize_tensor(
-                    ir.Tensor(tensor.numpy(), tensor.dtype, name=name)
-                ).SerializeToString()
-            )
-            proto.graph.initializer.append(stored)
+            own = ir.Tensor(tensor.numpy(), tensor.dtype, name=name)
+            proto.graph.initializer.append(ir.serde.serialize_tensor(own))
     proto.graph.node.extend(ir.serde.serialize_node(node) for node in piece.nodes)
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in piece.makes)
     return proto
 
 
-def _information(value: ir.Value) -> onnx.ValueInfoProto:
-    """A value as an input: its dims are left open, because pieces run on batches of any size."""
-    info = onnx.ValueInfoProto(name=value.name or "")
-    if value.dtype is not None:
-        info.type.tensor_type.elem_type = value.dtype.value
-        if value.shape is not None:
-            info.type.tensor_type.shape.SetInParent()
-            for _ in value.shape:
-                info.type.tensor_type.shape.dim.add()
+def _information(name: str, array: Array) -> onnx.ValueInfoProto:
+    """An array as an input: its dims are left open, because pieces run on batches of any size."""
+    info = onnx.ValueInfoProto(name=name)
+    info.type.tensor_type.elem_type = ir.DataType.from_numpy(array.dtype).value
+    info.type.tensor_type.shape.SetInParent()
+    for _ in array.shape:
+        info.type.tensor_type.shape.dim.add()
     return info

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from graphopt_passes.prune.request import Allocation, Method, SparsityRequest, parse_sparsity
 
 from graphopt.errors import OptionError
-from graphopt_passes.prune.request import Allocation, Method, SparsityRequest, parse_sparsity
 
 
 @pytest.mark.parametrize(

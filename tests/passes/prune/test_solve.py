@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
+import onnx.helper as oh
+import onnxruntime as ort
 import pytest
-
 from graphopt_passes.prune.allocate import allocate, lamp_scores, smallest
-from graphopt_passes.prune.layers import Wide, Window
+from graphopt_passes.prune.layers import Wide, Window, find_layers
 from graphopt_passes.prune.moments import inputs, output_size, patches
 from graphopt_passes.prune.request import Allocation, Method
 from graphopt_passes.prune.solve import Goal, dense_target, pattern_mask, refit, ridge, solve
+
+from graphopt.ir.model_file import load_model
 
 
 def problem(rows: int = 24, columns: int = 48) -> tuple[Wide, Wide]:
@@ -36,7 +41,9 @@ class TestMasks:
 
     def test_pattern_keeps_the_greatest_of_each_group(self) -> None:
         scores = np.array([[1.0, 4, 3, 2, 5, 5, 5, 5]])
-        assert pattern_mask(scores, 2, 4).tolist() == [[False, True, True, False, True, True, False, False]]
+        assert pattern_mask(scores, 2, 4).tolist() == [
+            [False, True, True, False, True, True, False, False]
+        ]
 
 
 class TestAllocation:
@@ -117,7 +124,9 @@ class TestSolving:
             assert np.isfinite(found).all()
 
 
-def convolve(x: npt.NDArray[np.float64], w: npt.NDArray[np.float64], window: Window) -> npt.NDArray[np.float64]:
+def convolve(
+    x: npt.NDArray[np.float64], w: npt.NDArray[np.float64], window: Window
+) -> npt.NDArray[np.float64]:
     """A convolution by patches."""
     size = output_size(x.shape[2:], window)
     cols = patches(x, window, np.arange(len(x) * int(np.prod(size))))
@@ -138,14 +147,8 @@ class TestPatches:
         ],
     )
     def test_multiply_to_the_convolution_of_onnx_runtime(
-        self, shape: tuple[int, ...], kernel: tuple[int, ...], attributes: dict[str, object]
+        self, shape: tuple[int, ...], kernel: tuple[int, ...], attributes: dict[str, Any]
     ) -> None:
-        import onnx.helper as oh
-        import onnxruntime as ort
-
-        from graphopt.ir.model_file import load_model
-        from graphopt_passes.prune.layers import find_layers
-
         rng = np.random.default_rng(0)
         x, w = (rng.standard_normal(s).astype(np.float32) for s in (shape, kernel))
         node = oh.make_node("Conv", ["x", "w"], ["y"], **attributes)
@@ -157,7 +160,9 @@ class TestPatches:
             [oh.make_tensor("w", 1, kernel, w.tobytes(), raw=True)],
         )
         model = oh.make_model(graph, opset_imports=[oh.make_opsetid("", 17)], ir_version=9)
-        session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(
+            model.SerializeToString(), providers=["CPUExecutionProvider"]
+        )
         want = session.run(None, {"x": x})[0]
         (layer,) = find_layers(load_model(model).graph)
         assert layer.window is not None

@@ -1,0 +1,212 @@
+"""The pass: zeros where asked for, the dense model matched, and what it says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from graphopt_passes.prune import Prune
+from graphopt_passes.prune.layers import find_layers
+
+import graphopt
+from graphopt.ir.check import violations
+from graphopt.ir.model_file import load_model, model_to_bytes
+from graphopt.rewrite import Calibration, Context, Gate, Options, RemarkKind
+from graphopt.targets import get_target
+from tests.rewriting import parse
+
+NETWORK = """g (float[N,8,6,6] x) => (float[N,4] y)
+    <float[32,8,3,3] w1, float[32] b1, float[64,32,3,3] w2, float[64] b2,
+     float[64,64] w3, float[64] b3, float[64,4] w4> {
+    a = Conv<pads=[1,1,1,1]>(x, w1, b1)
+    r = Relu(a)
+    c = Conv(r, w2, b2)
+    s = Relu(c)
+    p = GlobalAveragePool(s)
+    f = Flatten(p)
+    h = MatMul(f, w3)
+    i = Add(h, b3)
+    t = Relu(i)
+    y = MatMul(t, w4)
+}"""
+
+
+def network(text: str = NETWORK) -> ir.Model:
+    """The network with weights around zero."""
+    proto = parse(text)
+    for tensor in proto.graph.initializer:
+        array = np.frombuffer(tensor.raw_data, np.float32) - 1
+        tensor.raw_data = array.astype(np.float32).tobytes()
+    return load_model(proto)
+
+
+def samples(count: int = 40) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(1)
+    return [{"x": rng.standard_normal((1, 8, 6, 6)).astype(np.float32)} for _ in range(count)]
+
+
+def context(
+    model: ir.Model, sparsity: str | None, *, blind: bool = False, gate: Gate | None = None
+) -> Context:
+    calibration = None if blind else Calibration(samples())
+    options = Options(sparsity=sparsity, calibration=calibration)
+    ctx = Context(model, get_target("cpu"), options, gate or Gate())
+    ctx.pass_name = "prune"
+    return ctx
+
+
+def zeros(model: ir.Model) -> float:
+    tensors = [layer.tensor.numpy() for layer in find_layers(model.graph)]
+    return float(sum((t == 0).sum() for t in tensors) / sum(t.size for t in tensors))
+
+
+def outputs(model: ir.Model) -> np.ndarray[Any, Any]:
+    session = ort.InferenceSession(model_to_bytes(model), providers=["CPUExecutionProvider"])
+    return np.concatenate([session.run(None, feed)[0] for feed in samples(60)[40:]])
+
+
+def loss(text: str, *, blind: bool = False) -> float:
+    """Error on samples that pruning has not seen."""
+    model = network()
+    want = outputs(model)
+    assert Prune().run(model, context(model, text, blind=blind))
+    return float(np.linalg.norm(outputs(model) - want) / np.linalg.norm(want))
+
+
+def test_does_nothing_unasked() -> None:
+    model = network()
+    ctx = context(model, None)
+    before = model_to_bytes(model)
+    assert not Prune().run(model, ctx)
+    assert model_to_bytes(model) == before
+    assert not ctx.remarks
+
+
+@pytest.mark.parametrize(
+    "text", ["0.5", "0.8", "0.95", "0.8,method=wanda", "0.8,allocation=erk", "0.8,refit=no"]
+)
+def test_reaches_the_share_of_zeros(text: str) -> None:
+    model = network()
+    assert Prune().run(model, context(model, text))
+    assert abs(zeros(model) - float(text.split(",", maxsplit=1)[0])) < 0.006
+    assert not list(violations(model))
+
+
+def test_samples_keep_what_magnitude_alone_loses() -> None:
+    assert loss("0.7") < 0.6 * loss("0.7", blind=True)
+
+
+def test_warns_without_samples() -> None:
+    model = network()
+    ctx = context(model, "0.5,method=sparsegpt", blind=True)
+    assert Prune().run(model, ctx)
+    said = [remark.reason for remark in ctx.remarks if remark.kind is RemarkKind.WARNING]
+    assert any("no samples" in reason for reason in said)
+    assert any("method=sparsegpt needs samples" in reason for reason in said)
+
+
+def test_leaves_the_classifier_dense_and_says_so() -> None:
+    model = network()
+    ctx = context(model, "0.8")
+    Prune().run(model, ctx)
+    missed = {r.node: r.reason for r in ctx.remarks if r.kind is RemarkKind.MISSED}
+    assert "it has only 256 weights" in missed["y"]
+    assert (model.graph.initializers["w4"].const_value.numpy() != 0).all()  # type: ignore[union-attr]
+
+
+def test_leaves_shared_and_named_weights_dense() -> None:
+    text = NETWORK.replace("y = MatMul(t, w4)", "u = MatMul(t, w3)  y = MatMul(u, w4)")
+    model = network(text)
+    ctx = context(model, "0.4,dense=^w1$")
+    Prune().run(model, ctx)
+    reasons = {r.reason for r in ctx.remarks if r.kind is RemarkKind.MISSED}
+    assert {"stays dense: its weight has other uses", "stays dense: asked for"} <= reasons
+    for name in ("w1", "w3"):
+        assert (model.graph.initializers[name].const_value.numpy() != 0).all()  # type: ignore[union-attr]
+
+
+def test_warns_where_too_few_weights_may_go() -> None:
+    model = network()
+    ctx = context(model, "0.8,dense=w2")
+    Prune().run(model, ctx)
+    assert any("short of 80.0%" in r.reason for r in ctx.remarks if r.kind is RemarkKind.WARNING)
+
+
+def test_two_in_four_along_the_input_channels() -> None:
+    model = network()
+    ctx = context(model, "2:4")
+    assert Prune().run(model, ctx)
+    for name, axis in (("w1", 1), ("w2", 1), ("w3", 0)):
+        array = np.moveaxis(model.graph.initializers[name].const_value.numpy(), axis, -1)  # type: ignore[union-attr]
+        assert ((array.reshape(-1, 4) != 0).sum(-1) <= 2).all(), name
+    assert any("sparse tensor cores" in r.reason for r in ctx.remarks)
+
+
+def test_threshold() -> None:
+    model = network()
+    weight = model.graph.initializers["w2"].const_value.numpy()  # type: ignore[union-attr]
+    expected = int((np.abs(weight) <= 0.25).sum())
+    Prune().run(model, context(model, "threshold:0.25", blind=True))
+    assert (model.graph.initializers["w2"].const_value.numpy() == 0).sum() == expected  # type: ignore[union-attr]
+
+
+def test_same_samples_give_the_same_bytes_and_replays_take_them_from_the_cache() -> None:
+    first, second = network(), network()
+    ctx, other = context(first, "0.8"), context(second, "0.8")
+    Prune().run(first, ctx)
+    Prune().run(second, other)
+    assert model_to_bytes(first) == model_to_bytes(second)
+    replay = network()
+    again = context(replay, "0.8")
+    again.cache.update(ctx.cache)
+    Prune().run(replay, again)
+    assert model_to_bytes(replay) == model_to_bytes(first)
+    assert set(again.cache) == set(ctx.cache)
+
+
+def test_leaves_the_model_alone_when_gated_off() -> None:
+    for text in ("0.8", "channels:0.5"):
+        model = network()
+        before = model_to_bytes(model)
+        assert not Prune().run(model, context(model, text, gate=Gate(limit=0)))
+        assert model_to_bytes(model) == before
+
+
+class TestChannels:
+    def test_saves_the_arithmetic_asked_for(self) -> None:
+        model = network()
+        ctx = context(model, "channels:0.5")
+        size = len(model_to_bytes(model))
+        assert Prune().run(model, ctx)
+        assert len(model_to_bytes(model)) < 0.6 * size
+        assert not list(violations(model))
+        assert any("of the multiply-adds" in remark.reason for remark in ctx.remarks)
+
+    def test_samples_make_up_for_removed_channels(self) -> None:
+        assert loss("channels:0.5") < 0.8 * loss("channels:0.5", blind=True)
+
+    def test_says_when_nothing_can_go(self) -> None:
+        text = "g (float[N,8] x) => (float[N,40] y) <float[8,40] w> { y = MatMul(x, w) }"
+        model = network(text)
+        ctx = context(model, "channels:0.5", blind=True)
+        assert not Prune().run(model, ctx)
+        assert any("no channels can be removed" in remark.reason for remark in ctx.remarks)
+
+
+def test_whole_run_stores_zeros_sparse_and_reports_sizes() -> None:
+    model = network()
+    result = graphopt.optimize(model, sparsity="0.95", calibration=samples())
+    assert result.report.verification.passed
+    facts = result.report.sparse
+    assert facts is not None
+    assert facts.stored_bytes < 0.3 * facts.dense_bytes
+
+
+def test_whole_run_leaves_pruning_out_that_breaks_the_budget() -> None:
+    result = graphopt.optimize(
+        network(), sparsity="0.95", calibration=samples(), budget="sqnr>=200"
+    )
+    assert [each.pass_name for each in result.report.rolled_back] == ["prune"]
