@@ -85,7 +85,7 @@ class Row:
         return self.verdict == "equal"
 
 
-def measure(tool: str, python: str, model: Path, repeat: int, folder: Path) -> Row:
+def measure(tool: str, python: str, model: Path, *, repeat: int, folder: Path, dims: str) -> Row:
     """What a tool does to a model, and at which cost."""
     out = folder / f"{model.stem}.{tool}.onnx"
     cost = least(python, TOOLS[tool], [model, out], repeat=repeat)
@@ -101,7 +101,7 @@ def measure(tool: str, python: str, model: Path, repeat: int, folder: Path) -> R
         call=cost.marks["done"] - cost.marks["imported"],
         peak_mb=cost.peak_mb,
         size_mb=sum(file.stat().st_size for file in files) / 1e6,
-        verdict=judge(model, out),
+        verdict=judge(model, out, dims),
         verify=_verifying(model, out, cost.cpu_seconds) if tool == OURS else None,
     )
     for file in files:
@@ -118,12 +118,13 @@ def nodes_of(path: Path) -> int:
     return sum(len(scope.graph) for scope in all_graphs(load_model(path)))
 
 
-def judge(model: Path, out: Path) -> str:
+def judge(model: Path, out: Path, dims: str = "") -> str:
     """`equal`, or what is wrong with the result."""
     checked = _run([sys.executable, "-c", CHECK, str(out)])
     if checked.returncode:
         return f"invalid: {_last(checked.stderr)[:110]}"
-    compared = _run([sys.executable, "-m", "graphopt", "verify", str(model), str(out), "--json"])
+    command = [sys.executable, "-m", "graphopt", "verify", str(model), str(out), "--json"]
+    compared = _run([*command, *(["--dims", dims] if dims else [])])
     if compared.returncode == 0:
         return "equal"
     try:
@@ -203,6 +204,7 @@ def main() -> None:
     parser.add_argument("--tools", default=",".join(TOOLS))
     parser.add_argument("--peer-python", default=sys.executable)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--dims", default="", help="sizes of symbolic dims to judge on")
     parser.add_argument("--keep", type=Path, help="JSON lines of rows; those already in it stand")
     args = parser.parse_args()
     rows = _saved(args.keep)
@@ -213,7 +215,16 @@ def main() -> None:
                 if (model.stem, tool) in known:
                     continue
                 python = sys.executable if tool == OURS else args.peer_python
-                rows.append(measure(tool, python, model, args.repeat, Path(scratch)))
+                rows.append(
+                    measure(
+                        tool,
+                        python,
+                        model,
+                        repeat=args.repeat,
+                        folder=Path(scratch),
+                        dims=args.dims,
+                    )
+                )
                 print(rows[-1], file=sys.stderr, flush=True)
                 if args.keep is not None:
                     with args.keep.open("a") as file:
