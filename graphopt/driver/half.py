@@ -18,6 +18,10 @@ HALVES = (Precision.FP16, Precision.BF16)
 LARGE = "large"
 REPORTED = Budget(agreement=None)
 """Differences are measured and shown, and gate nothing."""
+UNJUDGED = (
+    "pruned without --budget: the differences are shown, not judged; give --inputs and a budget such as "
+    "top1-agreement>=0.98 to have them judged"
+)
 
 EMULATED = (
     "run in true half precision, by emulation: ONNX Runtime on the CPU would compute in float32"
@@ -59,6 +63,8 @@ def verify(
     options = dataclasses.replace(options, budget=budget)
     truth = _truth(file, request, options.numerics, folder)
     found = reference.verify(truth, options)
+    if budget is REPORTED and options.numerics is Numerics.LOSSY:
+        found = dataclasses.replace(found, notes=(*found.notes, UNJUDGED))
     if truth == file or options.fail_fast:
         return found
     notes = [*found.notes, EMULATED]
