@@ -60,6 +60,7 @@ def _details(target: Target) -> RenderableType:
         "domains": ", ".join(f"{name or 'ai.onnx'} {v}" for name, v in target.domains.items()),
         "functions": "are inlined" if target.inline_functions else "stay",
         "provider": provider,
+        **_more(target),
     }
     table = grid("fused operator", "since", "dtypes", "why it may be introduced", fixed="01")
     for op in target.fused:
@@ -77,3 +78,24 @@ def _plain(target: Target) -> Any:  # noqa: ANN401
     from graphopt.report.plain import plain
 
     return plain(target)
+
+
+def _more(target: Target) -> dict[str, str]:
+    """What is not said for every target."""
+    rows = {}
+    if target.architecture:
+        rows["processor"] = target.architecture
+    if target.kernels or target.operators:
+        rows["checked by"] = ", ".join(filter(None, (target.operators, *target.kernels)))
+    if target.version:
+        rows["version"] = ".".join(map(str, target.version))
+    if target.qdq is not None:
+        held = target.qdq
+        zero = "zero points allowed" if held.zero_points else "zero point 0"
+        activations = held.activations or "activations stay float"
+        rows["integers"] = (
+            f"{activations}, weights {held.weights} ({held.weight_bits} bits), {zero}"
+        )
+    rows["computes in"] = ", ".join(sorted(target.floats.computes))
+    rows["in a bundle"] = ", ".join(artefact.value for artefact in target.artefacts) or "run.py"
+    return rows

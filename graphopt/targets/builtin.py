@@ -76,6 +76,13 @@ CPU = Target(
             dtypes=_FLOAT,
         ),
         FusedOp(
+            "InstanceNormalization",
+            "ONNX Runtime 1.31 CPU: 2.1x of GroupNormalization, which it expands into 29 nodes",
+            since=6,
+            dtypes=_FLOAT,
+            form="groups",
+        ),
+        FusedOp(
             "Gelu",
             "ONNX Runtime 1.31 CPU: 1.3-2.8x (erf), 2.3-3.4x (tanh) on the op",
             since=20,
@@ -171,6 +178,9 @@ CUDA = Target(
         FusedOp("Gelu", _TABLE, domain=_MS),
         FusedOp("FastGelu", _TABLE, domain=_MS),
         FusedOp("QuickGelu", _TABLE, domain=_MS),
+        FusedOp("BiasGelu", _TABLE, domain=_MS),
+        FusedOp("SkipLayerNormalization", _TABLE, domain=_MS, dtypes=_STATISTICS),
+        FusedOp("SkipSimplifiedLayerNormalization", _TABLE, domain=_MS, dtypes=_STATISTICS),
         FusedOp("FusedMatMul", _TABLE, domain=_MS),
     ),
     provider="CUDAExecutionProvider",
@@ -206,7 +216,7 @@ _HALVES = frozenset({"FLOAT", "FLOAT16"})
 
 TENSORRT = Target(
     name="tensorrt",
-    summary="TensorRT's own ONNX parser (10.x and 11.x)",
+    summary="TensorRT's own ONNX parser, 11.x",
     opset=(9, 24),
     ir_version=(3, 13),
     domains={"": 24},
@@ -218,6 +228,7 @@ TENSORRT = Target(
             dtypes=_STATISTICS,
         ),
         FusedOp("RMSNormalization", "TensorRT >= 10.15 imports it", since=23, dtypes=_STATISTICS),
+        FusedOp("RotaryEmbedding", "TensorRT >= 10.15 imports it", since=23, dtypes=_STATISTICS),
         FusedOp("Gelu", "TensorRT >= 10.0 imports it", since=20, dtypes=_STATISTICS),
         FusedOp("InstanceNormalization", _PARSER, since=6, dtypes=_STATISTICS),
         FusedOp("HardSwish", _PARSER, since=14, dtypes=_HALVES),

@@ -58,3 +58,42 @@ def test_output_needs_fix(run: Run, model: Path, out: Path) -> None:
 
 def test_an_unknown_target(run: Run, model: Path) -> None:
     assert run("check", model, "-t", "tpu").status == 2
+
+
+CONTRIB = """<ir_version: 9, opset_import: ["" : 18, "com.microsoft" : 1]>
+g (float[N, 4] x) => (float[N, 4] y) { y = com.microsoft.QuickGelu(x) }"""
+
+
+def test_fix_mends_verifies_and_writes(run: Run, tmp_path: Path, out: Path) -> None:
+    path = save(tmp_path / "m.onnx", CONTRIB)
+    ran = run("check", path, "-t", "portable", "--json")
+    assert (ran.status, ran.json["findings"][0]["fix"]) == (3, "expand-contrib")
+    ran = run("check", path, "-t", "portable", "--fix", "-o", out, "--json")
+    assert (ran.status, ran.json["fixed"]) == (0, ["expand-contrib"])
+    assert run("check", out, "-t", "portable").status == 0
+    assert run("verify", path, out).status == 0
+
+
+def test_fix_without_output_writes_nothing(run: Run, tmp_path: Path) -> None:
+    path = save(tmp_path / "m.onnx", CONTRIB)
+    ran = run("check", path, "-t", "tensorrt", "--fix")
+    assert ran.status == 0
+    assert "after expand-contrib" in ran.out
+    assert [each.name for each in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_what_no_pass_mends_stays_refused(run: Run, tmp_path: Path) -> None:
+    ran = run("check", save(tmp_path / "m.onnx", REFUSED), "-t", "tensorrt", "--fix")
+    assert ran.status == 3
+    assert "after" not in ran.out
+
+
+def test_reasons_that_differ_in_numbers_alone_are_told_once(run: Run, tmp_path: Path) -> None:
+    text = """<ir_version: 9, opset_import: ["" : 18]>
+    g () => (float[2] y, float[2] w) <int8[2] q = {1, 2}, float s = {1}, int8 a = {3}, int8 b = {4}> {
+      y = DequantizeLinear(q, s, a)
+      w = DequantizeLinear(q, s, b)
+    }"""
+    ran = run("check", save(tmp_path / "m.onnx", text), "-t", "tensorrt")
+    assert ran.out.count("zero point") == 2  # the reason and the remedy
+    assert "y (main), w (main)" in ran.out
