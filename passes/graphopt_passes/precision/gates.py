@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from graphopt.ir import values
 from graphopt.ir.build import Names
-from graphopt.ir.model_file import load_model, save_model
+from graphopt.ir.model_file import ExternalData, load_model, save_model
 from graphopt.numerics import Numerics
 from graphopt.runtime.session import Session
 from graphopt.verify import metrics
@@ -81,7 +81,10 @@ class Gates:
         for index, node in enumerate(gated):
             builder.gate(index, twins[node], decisions[node].slots)
         with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
-            session = Session(save_model(copy, Path(folder) / "gated.onnx")[0])
+            file = save_model(copy, Path(folder) / "gated.onnx", external=ExternalData.SINGLE_FILE)[
+                0
+            ]
+            session = Session(file)
         gates = cls(gated, 0, session, feeds, (), budget)
         gates._reference = [gates._run(feed, np.zeros(len(gated), np.bool_)) for feed in feeds]
         return gates

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from graphopt.errors import GraphoptError
 from graphopt.ir import fingerprint
-from graphopt.ir.model_file import save_model
+from graphopt.ir.model_file import ExternalData, save_model
 from graphopt.rewrite import Context
 from graphopt.runtime.session import Session, SessionOptions
 from graphopt.runtime.specs import input_specs
@@ -98,7 +98,9 @@ def observe(model: ir.Model, ctx: Context, half: ir.DataType, masked: set[str]) 
     )
     if key not in ctx.cache:
         with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
-            file = save_model(model, Path(folder) / "float.onnx")[0]
+            file = save_model(
+                model, Path(folder) / "float.onnx", external=ExternalData.SINGLE_FILE
+            )[0]
             ctx.cache[key] = _observe(model, file, names, ctx, half, masked)
     found: Observed = ctx.cache[key]
     return found
@@ -108,14 +110,19 @@ def _observe(
     model: ir.Model, file: Path, names: list[str], ctx: Context, half: ir.DataType, masked: set[str]
 ) -> Observed:
     try:
-        plain = Session(file)
-        feeds, usual, source = samples(model, plain, ctx)
+        feeds, usual, source = samples(model, Session(file), ctx)
         if not feeds:
             return Observed({}, why="no input could be generated that the model runs with")
         spreads = _of_inputs(model, feeds, half)
-        for chunk in _chunks(file, names, feeds[0]):
+        start, count = 0, _FIRST_CHUNK
+        while start < len(names):
+            chunk = names[start : start + count]
             session = Session(file, options=SessionOptions(extra_outputs=tuple(chunk)))
-            spreads |= _measure(session, chunk, feeds, half, masked)
+            found, size = _measure(session, chunk, feeds, half, masked)
+            spreads |= found
+            start += len(chunk)
+            # Later values may be larger than these: leave room for four times as much.
+            count = max(_FIRST_CHUNK, int(_CHUNK_BYTES / max(4 * size / len(chunk), 1)))
     except GraphoptError as error:
         return Observed({}, why=str(error))
     return Observed(spreads, usual, source)
@@ -140,7 +147,7 @@ def samples(model: ir.Model, session: Session, ctx: Context) -> tuple[Feeds, Fee
         return None
 
     found = find_feeds(model, refuses, seed=ctx.options.seed, specs=session.inputs)
-    usual = [feed.values for feed in found.feeds if feed.name not in _STRESS]
+    usual = [feed.values for feed in found.feeds if feed.name.split(",")[0] not in _STRESS]
     return (
         [feed.values for feed in found.feeds[:_MAX_FEEDS]],
         usual[:_MAX_USUAL],
@@ -148,37 +155,29 @@ def samples(model: ir.Model, session: Session, ctx: Context) -> tuple[Feeds, Fee
     )
 
 
-def _chunks(file: Path, names: list[str], feed: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Names in portions that fit in memory, judged by what the first portion takes."""
-    first = names[:_FIRST_CHUNK]
-    yield first
-    if len(names) <= len(first):
-        return
-    session = Session(file, options=SessionOptions(extra_outputs=tuple(first)))
-    held = session.run(feed)
-    size = sum(held[name].nbytes for name in first if isinstance(held.get(name), np.ndarray))
-    # Later values may be larger than the first: leave room for four times as much.
-    count = max(8, int(_CHUNK_BYTES / max(4 * size / len(first), 1)))
-    for start in range(len(first), len(names), count):
-        yield names[start : start + count]
-
-
 def _measure(
     session: Session, names: list[str], feeds: Feeds, half: ir.DataType, masked: set[str]
-) -> dict[str, Spread]:
+) -> tuple[dict[str, Spread], int]:
+    """The spread of some values over all feeds, and the bytes that they took at most."""
     found: dict[str, Spread] = {}
     floors: dict[str, float] = {}
+    size = 0
     for feed in feeds:
         results = session.run(feed, names)
+        size = max(size, sum(array.nbytes for array in results.values() if _is_tensor(array)))
         for name in names:
-            array = results[name]
-            if not isinstance(array, np.ndarray) or array.dtype != np.float32:
+            array = results.pop(name)
+            if not _is_tensor(array) or array.dtype != np.float32:
                 continue
             floor = floors.get(name, 0.0)
             spread, norm = spread_of(array, half, floor=floor, masked=name in masked)
             floors.setdefault(name, norm * FLOOR)
             found[name] = found.get(name, Spread()).merged(spread)
-    return found
+    return found, size
+
+
+def _is_tensor(value: Any) -> bool:  # noqa: ANN401
+    return isinstance(value, np.ndarray)
 
 
 def spread_of(
