@@ -20,12 +20,14 @@ from graphopt_passes import (
     einsum,
     evasion,
     gemm,
+    groupnorm,
     layout,
     linear,
     norm,
     padding,
     powers,
     reductions,
+    residuals,
     rope,
     sequences,
     shapes,
@@ -66,8 +68,9 @@ FUSE_CONV = RewritePass("fuse-conv", (*conv.RULES, *padding.RULES))
 FUSE_ATTENTION = RewritePass("fuse-attention", (*attention.RULES, *rope.RULES))
 FUSE_GEMM = RewritePass("fuse-gemm", (*gemm.RULES, *linear.RULES))
 FUSE_ACTIVATION = RewritePass("fuse-activation", (*activation.RULES, *softmax.RULES))
-FUSE_NORM = RewritePass("fuse-norm", norm.RULES)
+FUSE_NORM = RewritePass("fuse-norm", (*norm.RULES, *groupnorm.RULES))
 LIFT_OPSET = LiftOpset(rules=(*FUSE_ATTENTION.rules, *norm.RULES, *activation.RULES))
+FUSE_RESIDUALS = RewritePass("fuse-residuals", residuals.RULES)
 # Last of all, where everything that knows Add is done.
 EVADE = RewritePass("evade-runtime-fusions", evasion.RULES)
 EXPAND_CONTRIB = RewritePass("expand-contrib", contrib.RULES)
@@ -112,6 +115,7 @@ PASSES: Mapping[str, Maker] = {
         )
     },
     LIFT_OPSET.name: LIFT_OPSET,
+    FUSE_RESIDUALS.name: FUSE_RESIDUALS,
     EVADE.name: EVADE,
     **{family.name: family for family in _FAMILIES},
 }
@@ -180,6 +184,7 @@ def _half(precision: Literal["fp16", "bf16"]) -> tuple[Step, ...]:
         MergeDuplicateConstants(),
         MergeCommonSubexpressions(),
         RemoveDeadCode(),
+        FUSE_RESIDUALS,  # after the casts: the kernels take halves
         EVADE,
     )
 
@@ -190,7 +195,10 @@ def _quantized(step: Pass) -> tuple[Step, ...]:
 
 
 _PLAIN: Mapping[tuple[str, str], tuple[Step, ...]] = {
-    **{(target, "fp32"): (*_FP32, EVADE) for target in ("cpu", "cuda", "tensorrt", "portable")},
+    **{
+        (target, "fp32"): (*_FP32, FUSE_RESIDUALS, EVADE)
+        for target in ("cpu", "cuda", "tensorrt", "portable")
+    },
     **{(target, "fp16"): _half("fp16") for target in ("cpu", "cuda", "tensorrt", "portable")},
     **{(target, "bf16"): _half("bf16") for target in ("cpu", "cuda", "tensorrt", "portable")},
     # Safe without VNNI, and then the same numbers with it.

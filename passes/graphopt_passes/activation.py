@@ -16,6 +16,7 @@ import onnx_ir as ir
 from graphopt.ir import values
 from graphopt.ir.build import Builder
 from graphopt.rewrite import Either, Lit, Match, Op, Rule, Skip, Var, rule
+from graphopt_passes.constants import no_operator
 from graphopt_passes.polynomials import Polynomial, close, read
 
 OPSETS = (7, 10_000)
@@ -79,7 +80,7 @@ def _emit_gelu(m: Match, g: Builder) -> ir.Value:
         return g.op("Gelu", m[x])
     if m.emits("Gelu", MS, dtype):
         return g.op("Gelu", m[x], domain=MS)
-    raise Skip(f"the target has no Gelu for {dtype} at opset {m.opset()}", m[x])
+    raise Skip(no_operator(m, "Gelu", dtype), m[x])
 
 
 def _emit_tanh_gelu(m: Match, g: Builder) -> ir.Value:
@@ -92,7 +93,7 @@ def _emit_tanh_gelu(m: Match, g: Builder) -> ir.Value:
         return g.op("Gelu", m[x], approximate="tanh")
     if m.emits("FastGelu", MS, dtype):
         return g.op("FastGelu", m[x], domain=MS)
-    raise Skip(f"the target has no tanh Gelu for {dtype} at opset {m.opset()}", m[x])
+    raise Skip(no_operator(m, "Gelu", dtype), m[x])
 
 
 @rule(gelu_1, opset=OPSETS, benefit=2)

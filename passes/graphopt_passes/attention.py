@@ -21,6 +21,7 @@ from graphopt.ir import values
 from graphopt.ir.build import Builder
 from graphopt.ir.shapes import Dim
 from graphopt.rewrite import Either, Lit, Match, Op, Rule, Skip, Var, rule
+from graphopt_passes.constants import no_operator
 
 OPSETS = (13, 10_000)
 """Opsets whose Softmax takes one axis."""
@@ -151,7 +152,7 @@ def fuse_attention(m: Match, g: Builder) -> ir.Value | None:
     if any(d is None or len(d) != 4 for d in dims) or not _is_last_axis(m):
         return None
     if not m.emits("Attention", dtype=dtype):
-        raise Skip(f"the target has no Attention for {dtype} at opset {m.opset()} that pays", m[q])
+        raise Skip(no_operator(m, "Attention", dtype), m[q])
     scale = _scale(m)
     if scale is None:
         return None

@@ -137,3 +137,19 @@ def given_axes(m: Match, node: ir.Node, since: int) -> tuple[int, ...] | None:
 def from_front(axes: Iterable[int], rank: int) -> tuple[int, ...]:
     """Axes counted from the front, in ascending order."""
     return tuple(sorted(axis % rank for axis in axes))
+
+
+def no_operator(m: Match, op_type: str, dtype: ir.DataType | None) -> str:
+    """Why a rule may not put `op_type` for `dtype`: the opset is too old for it, or the target gains nothing by it."""
+    target, opset = m.facts.target, m.opset()
+    later = [
+        each.since
+        for each in target.fused
+        if each.op_type == op_type
+        and each.since > opset
+        and not each.domain
+        and (dtype is None or dtype.name in each.dtypes)
+    ]
+    if later:
+        return f"{op_type} needs opset {min(later)}, the model imports {opset} (see lift-opset)"
+    return f"the target has no {op_type} for {dtype} that pays"

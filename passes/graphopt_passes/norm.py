@@ -17,7 +17,7 @@ from graphopt.ir import values
 from graphopt.ir.build import Builder
 from graphopt.ir.shapes import Dim
 from graphopt.rewrite import Either, Lit, Match, Op, Rule, Skip, Var, rule
-from graphopt_passes.constants import along, from_front, given_axes, narrow, trailing
+from graphopt_passes.constants import along, from_front, given_axes, narrow, no_operator, trailing
 
 OPSETS = (7, 10_000)
 
@@ -100,7 +100,7 @@ def _centred(m: Match, g: Builder, root: Op) -> ir.Value | None:
     if len(over) == len(dims) - 2 > 1 and not (emits and known and not _is_scaled(m, root, dims)):
         return _instance(m, g, dims[1], epsilon)
     if not emits:
-        raise Skip(f"the target has no LayerNormalization for {dtype} at opset {m.opset()}", m[x])
+        raise Skip(no_operator(m, "LayerNormalization", dtype), m[x])
     ones = _ones(g, dtype, [dims[a] for a in over], m[x])
     return g.op("LayerNormalization", m[x], ones, axis=-len(over), epsilon=epsilon)
 
@@ -150,7 +150,7 @@ def _rms(m: Match, g: Builder) -> ir.Value | None:
         return None
     dtype = m.dtype(x)
     if not m.emits("RMSNormalization", dtype=dtype):
-        raise Skip(f"the target has no RMSNormalization for {dtype} at opset {m.opset()}", m[x])
+        raise Skip(no_operator(m, "RMSNormalization", dtype), m[x])
     dims, epsilon = m.known_dims(x), _epsilon(m)
     ones = _ones(g, dtype, [dims[a] for a in over], m[x])
     return g.op("RMSNormalization", m[x], ones, axis=-len(over), epsilon=epsilon)

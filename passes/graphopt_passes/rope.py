@@ -19,7 +19,7 @@ from graphopt.ir import values
 from graphopt.ir.build import Builder
 from graphopt.ir.shapes import Dim
 from graphopt.rewrite import Either, Match, Op, Rule, Skip, Var, rule
-from graphopt_passes.constants import from_front, given_axes
+from graphopt_passes.constants import from_front, given_axes, no_operator
 
 OPSETS = (13, 10_000)
 """Opsets whose Slice, Squeeze and Unsqueeze take their axes as inputs."""
@@ -114,7 +114,7 @@ def widen_partial_rotation(m: Match, g: Builder) -> ir.Value | None:
 def _refuse_without_operator(m: Match) -> None:
     dtype = m.dtype(x)
     if not m.emits("RotaryEmbedding", dtype=dtype):
-        raise Skip(f"the target has no RotaryEmbedding for {dtype} at opset {m.opset()}", m[x])
+        raise Skip(no_operator(m, "RotaryEmbedding", dtype), m[x])
 
 
 def _is_last(m: Match, node: Op, rank: int) -> bool:

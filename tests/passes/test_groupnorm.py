@@ -1,0 +1,55 @@
+"""GroupNormalization as instance normalisation."""
+
+from __future__ import annotations
+
+import pytest
+from graphopt_passes import groupnorm
+
+from tests.rewriting import check
+
+
+def _check(before: str, after: str | None = None, **options: object) -> None:
+    check(groupnorm.RULES, before, after, tolerance=1e-5, **options)  # type: ignore[arg-type]
+
+
+def test_per_channel_scale() -> None:
+    _check(
+        "g (float[2,4,3,5] x) => (float[2,4,3,5] y) <float[4] s, float[4] b>"
+        " { y = GroupNormalization<num_groups=2, epsilon=0.001>(x, s, b) }",
+        "g (float[2,4,3,5] x) => (float[2,4,3,5] y) <float[4] s, float[4] b, int64[3] f = {0, 2, -1},"
+        " int64[4] d = {2, 4, 3, 5}, float[2] o, float[2] z, int64[2] a = {1, 2}> {"
+        " r = Reshape(x, f) n = InstanceNormalization<epsilon=0.001>(r, o, z) t = Reshape(n, d)"
+        " w = Unsqueeze(s, a) v = Unsqueeze(b, a) m = Mul(t, w) y = Add(m, v) }",
+        opset=21,
+    )
+
+
+def test_unknown_sizes_and_computed_scale() -> None:
+    _check(
+        "g (float[N,4,W] x, float[4] s, float[4] b) => (float[N,4,W] y)"
+        " { y = GroupNormalization<num_groups=2>(x, s, b) }",
+        "g (float[N,4,W] x, float[4] s, float[4] b) => (float[N,4,W] y) <int64[3] f = {0, 2, -1},"
+        " float[2] o, float[2] z, int64[1] a = {1}> {"
+        " r = Reshape(x, f) n = InstanceNormalization<epsilon=0.00001>(r, o, z) d = Shape(x) t = Reshape(n, d)"
+        " w = Unsqueeze(s, a) v = Unsqueeze(b, a) m = Mul(t, w) y = Add(m, v) }",
+        opset=21,
+    )
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "portable"])
+def test_targets_that_have_it_keep_it(target: str) -> None:
+    _check(
+        "g (float[2,4,3] x) => (float[2,4,3] y) <float[4] s, float[4] b>"
+        " { y = GroupNormalization<num_groups=2>(x, s, b) }",
+        opset=21,
+        target=target,
+    )
+
+
+def test_statistics_in_another_type_stay() -> None:
+    _check(
+        "g (float[2,4,3] x) => (float[2,4,3] y) <float[4] s, float[4] b>"
+        " { y = GroupNormalization<num_groups=2, stash_type=11>(x, s, b) }",
+        opset=21,
+        missed="another type",
+    )
