@@ -42,9 +42,25 @@ _DTYPE_ATTRIBUTES = ("dtype", "output_datatype", "output_dtype", "stash_type", "
 def has_halves(model: ir.Model) -> bool:
     """Whether any value of the model, in any graph, is float16 or bfloat16."""
     for scope in all_graphs(model):
-        values = [*scope.graph.inputs, *scope.graph.initializers.values()]
-        values += [value for node in scope.graph for value in node.outputs]
-        if any(half_of(value) is not None for value in values):
+        sources = (*scope.graph.inputs, *scope.graph.initializers.values())
+        if any(half_of(value) is not None for value in sources):
+            return True
+        if any(_makes_half(node) for node in scope.graph):
+            return True
+    return False
+
+
+def _makes_half(node: ir.Node) -> bool:
+    """Whether the node states a half, in an attribute or as the type of an output: types may not be inferred yet."""
+    if any(half_of(value) is not None for value in node.outputs):
+        return True
+    for name, held in node.attributes.items():
+        if held.is_ref():
+            continue
+        if held.type == ir.AttributeType.TENSOR and held.value.dtype in HALVES:
+            return True
+        names_dtype = name == "to" or name in _DTYPE_ATTRIBUTES
+        if held.type == ir.AttributeType.INT and names_dtype and held.value in map(int, HALVES):
             return True
     return False
 
