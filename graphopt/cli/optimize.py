@@ -73,8 +73,9 @@ Sparse: TypeAlias = Annotated[
     str,
     typer.Option(
         "--sparse",
-        metavar="auto|dense|sparse_initializer|constant",
-        help="Form of weights that are mostly zero; auto: what the target reads, where the file shrinks.",
+        metavar="auto|dense|sparse_initializer|constant|kept",
+        help="Form of weights that are mostly zero; auto: with --sparsity what the target reads, where the file "
+        "shrinks; else as they came.",
     ),
 ]
 Force: TypeAlias = Annotated[

@@ -72,8 +72,8 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
         seed: of everything random.
         fold_limit_bytes: how much larger than what it makes dead a folded constant may be.
         external: where weights go: auto (beside the model from 2 GiB on), never, single, per-tensor.
-        sparse: form of weights that are mostly zero: auto (what the target reads, where the file shrinks), dense,
-            sparse_initializer, constant.
+        sparse: form of weights that are mostly zero: auto (with `sparsity` what the target reads, where the file
+            shrinks; else kept), dense, sparse_initializer, constant, kept (as they came).
         calibration: samples for passes that decide by data: a path, feeds, or a `Calibration`.
         budget: the error that a lossy run may make, such as "sqnr>=30".
         sparsity: what to prune: "0.8", "2:4", "channels:0.5".

@@ -83,8 +83,14 @@ class Request:
 
     @property
     def sparse_style(self) -> SparseStyle:
-        """The form of weights that are mostly zero."""
-        return self.target.sparse if self.sparse is None else self.sparse
+        """The form of weights that are mostly zero.
+
+        A dense model becomes a sparse file only where zeros were asked for: many tools refuse sparse initializers.
+        """
+        if self.sparse is not None:
+            return self.sparse
+        keeps = self.target.sparse is not SparseStyle.DENSE and not self.options.sparsity
+        return SparseStyle.KEPT if keeps else self.target.sparse
 
 
 def parse_choice(kind: str, text: str, enumeration: type[enum.Enum]) -> str:

@@ -103,7 +103,8 @@ def sparse_form(
         style: what the target reads.
         external: whether weights go to files beside the model, where ONNX has no place for sparse ones.
     """
-    plan = _Plan.of(model)
+    plan = _Plan.of(model, came_only=style is SparseStyle.KEPT)
+    style = SparseStyle.INITIALIZER if style is SparseStyle.KEPT else style
     style, reason = _possible(style, plan, external=external)
     chosen = plan.paying if style is not SparseStyle.DENSE else ()
     facts = plan.facts(style, chosen, reason)
@@ -161,15 +162,18 @@ class _Plan:
     held_sparse: bool
 
     @classmethod
-    def of(cls, model: ir.Model) -> _Plan:
+    def of(cls, model: ir.Model, *, came_only: bool = False) -> _Plan:
         entries, total, held = [], 0, False
         for key, tensor, movable in _constants(model):
             total += int(tensor.nbytes)
-            held = held or isinstance(tensor, CooTensor)
+            came = isinstance(tensor, CooTensor)
+            held = held or came
             nonzeros = _nonzeros(tensor)
             if nonzeros is not None:
-                entries.append(_Entry(key, tensor, nonzeros, movable))
-        return cls(tuple(entries), total, held)
+                free = movable and (came or not came_only)
+                entries.append(_Entry(key, tensor, nonzeros, free))
+        told = () if came_only and not held else tuple(entries)
+        return cls(told, total, held)
 
     @property
     def paying(self) -> tuple[_Entry, ...]:

@@ -49,6 +49,8 @@ class SparseStyle(enum.StrEnum):
     DENSE = "dense"
     INITIALIZER = "sparse_initializer"
     CONSTANT = "constant"
+    KEPT = "kept"
+    """Sparse initializers for what came sparse, dense for what came dense."""
 
 
 class Artefact(enum.StrEnum):
