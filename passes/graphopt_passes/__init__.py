@@ -201,7 +201,7 @@ _PLAIN: Mapping[tuple[str, str], tuple[Step, ...]] = {
     },
     **{(target, "fp16"): _half("fp16") for target in ("cpu", "cuda", "tensorrt", "portable")},
     **{(target, "bf16"): _half("bf16") for target in ("cpu", "cuda", "tensorrt", "portable")},
-    # Safe without VNNI, and then the same numbers with it.
+    # Safe without VNNI: weights are coarser where 16-bit sums would saturate.
     ("cpu", "int8"): _quantized(QuantizeStatic("x86-avx2")),
     ("tensorrt", "int8"): _quantized(QuantizeStatic("tensorrt")),
     ("cpu", "int8-dynamic"): _quantized(QuantizeDynamic()),

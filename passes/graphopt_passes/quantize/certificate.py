@@ -100,11 +100,13 @@ class Judgement:
         """Removes the working files."""
         self._folder.cleanup()
 
-    def _session(self, model: ir.Model) -> Session:
+    def _session(
+        self, model: ir.Model, level: OptimizationLevel = OptimizationLevel.ALL
+    ) -> Session:
         self._count += 1
         path = Path(self._folder.name) / f"{self._count}.onnx"
         save_model(model, path)
-        session = Session(path, level=OptimizationLevel.ALL, threads=self.threads)
+        session = Session(path, level=level, threads=self.threads)
         path.unlink()
         return session
 
@@ -123,6 +125,17 @@ class Judgement:
                 for index, part in enumerate(_powers(value, found[name])):
                     power[index] += part
         return Accuracy(min((_decibels(*each) for each in sums.values()), default=np.inf), passed)
+
+    def agreement(self, model: ir.Model) -> float:
+        """Signal to noise in dB of what the kernels compute against what Q and DQ say: what saturation costs."""
+        deployed, stated = self._session(model), self._session(model, OptimizationLevel.DISABLED)
+        power = error = 0.0
+        for feed in self.feeds:
+            ours, theirs = stated.run(feed.values), deployed.run(feed.values)
+            for name, value in ours.items():
+                more = _powers(value, theirs[name])
+                power, error = power + more[0], error + more[1]
+        return _decibels(power, error)
 
     def speed(self, model: ir.Model, seconds: float = 0.6) -> float:
         """How many times faster than float `model` is, interleaved on the first sample."""

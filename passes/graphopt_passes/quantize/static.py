@@ -40,6 +40,9 @@ SQNR_DB = 20.0
 GAIN = 1.02
 """How many times faster than float a quantised graph must be to be emitted."""
 
+SATURATION_MARGIN_DB = 12.0
+"""How far below the noise of quantisation saturation must lie to be let through: it adds a quarter of a decibel."""
+
 REPAIRS = 8
 """How often leftovers are taken out before the rest is given up."""
 
@@ -194,6 +197,7 @@ class _Search:
         """The choice to apply; one without sites where float is better."""
         if self.judge is None:
             return Trial(self._all_sites(allowed), passed=True)
+        self._settle_range(allowed)
         groups = self._groups(self._fused(allowed))
         if self.ctx.options.force:
             groups = groups[:1]
@@ -223,6 +227,38 @@ class _Search:
             self._say(
                 "stays float: no choice of layers is within the budget and faster; relax it with --budget"
             )
+
+    def _settle_range(self, allowed: frozenset[str]) -> None:
+        """Lets weights take the whole range of bytes where saturation of 16-bit sums does not bite on the samples.
+
+        The worst case of every layer could saturate; real activations seldom meet it, and the guard costs up to a bit.
+        """
+        assert self.judge is not None
+        assert self.budget is not None
+        if not self.style.saturates:
+            return
+        full = dataclasses.replace(self.style, name=f"{self.style.name} full", saturates=False)
+        key = f"agreement:{self.key}"
+        if key not in self.ctx.cache:
+            facts = Facts(full, self.facts.statistics, self.facts.method, self.facts.chosen)
+            clone = load_model(self.model)
+            names = self._all_sites(allowed)
+            quantize(clone, facts, lambda node: name_of(node) in names, Names.of(clone))
+            noise = self.judge.accuracy(clone, self.budget).sqnr_db
+            self.ctx.cache[key] = (self.judge.agreement(clone), noise)
+        agreement, noise = self.ctx.cache[key]
+        if agreement < noise + SATURATION_MARGIN_DB:
+            self.ctx.remark(
+                RemarkKind.NOTE,
+                RULE,
+                "",
+                "weights are coarser where sums of 16 bits could saturate: at full range the kernels agree with Q "
+                f"and DQ to {agreement:.0f} dB only",
+            )
+            return
+        self.style = full
+        self.key += " full"
+        self.facts = Facts(full, self.facts.statistics, self.facts.method, self.facts.chosen)
 
     def _say(self, text: str) -> None:
         self.ctx.remark(RemarkKind.WARNING, RULE, "", text)

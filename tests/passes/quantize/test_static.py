@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from graphopt_passes.quantize.certificate import read_fusion
+from graphopt_passes.quantize.certificate import Judgement, read_fusion
 from graphopt_passes.quantize.emission import Facts, Layer, candidates, quantize
 from graphopt_passes.quantize.placement import Allow
 from graphopt_passes.quantize.static import QuantizeStatic
@@ -275,3 +275,21 @@ def test_a_budget_that_cannot_be_met_leaves_float() -> None:
     ctx = context(model, budget="sqnr>=200")
     assert not QuantizeStatic().run(model, ctx)
     assert "relax it with --budget" in ctx.remarks[-1].reason
+
+
+def test_saturation_that_bites_is_removed_and_told() -> None:
+    # Every product is the largest there is: at full range, sums of two pass 16 bits.
+    text = "g (float[1,64,4,4] x) => (float[1,64,4,4] y) <float[64,64,1,1] w> { y = Conv(x, w) }"
+    proto = parse(text)
+    ones = np.ones((64, 64, 1, 1), np.float32)
+    proto.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(ones, "w"))
+    x = np.random.default_rng(0).uniform(0.9, 1.0, (1, 64, 4, 4)).astype(np.float32)
+    model = load_model(proto)
+    ctx = context(model)
+    given = Options(calibration=Calibration([{"x": x}]), force=True)
+    ctx.options = given
+    assert QuantizeStatic().run(model, ctx)
+    judge = Judgement(load_model(proto), [Feed("x", {"x": x})])
+    assert judge.agreement(model) > 60
+    judge.close()
+    assert any("could saturate" in remark.reason for remark in ctx.remarks)
