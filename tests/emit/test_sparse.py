@@ -222,3 +222,14 @@ class TestDensify:
         assert (
             main(["densify", str(tmp_path / "s.onnx"), "-o", str(tmp_path / "no" / "d.onnx")]) == 2
         )
+
+
+class TestKept:
+    def test_what_came_dense_stays_dense_and_what_came_sparse_stays_sparse(self) -> None:
+        dense = load_model(product(weight(0.9)))
+        assert sparse_form(dense, SparseStyle.KEPT) == (dense, None)
+        sparse, _ = encoded(product(weight(0.9)), SparseStyle.INITIALIZER)
+        made, facts = sparse_form(sparse, SparseStyle.KEPT)
+        assert isinstance(made.graph.initializers["w"].const_value, CooTensor)
+        assert facts is not None
+        assert facts.tensors == 1
