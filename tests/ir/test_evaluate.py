@@ -123,7 +123,9 @@ EXACT = [
     X + ints("b", 9) + ints("e", -9) + ints("a", 1) + ints("p", -1) + "y = Slice(x, b, e, a, p)",
     X + ints("b", -9) + ints("e", -9) + ints("a", 1) + ints("p", -1) + "y = Slice(x, b, e, a, p)",
     X + ints("s", 1, 1, 1) + "y, z, w = Split<axis = 1>(x, s)",
-    INTEGERS + "a = Constant<value = int64[0] {}>()  " + "y = ReduceSum<noop_with_empty_axes = 1>(i, a)",
+    INTEGERS
+    + "a = Constant<value = int64[0] {}>()  "
+    + "y = ReduceSum<noop_with_empty_axes = 1>(i, a)",
     INTEGERS + "y = ReduceSum(i)",
     tensor("o", "float[1, 3]", 1, 2, 3) + ints("z", 0, 3) + "e = Expand(o, z)  y = Cast<to = 6>(e)",
     INTEGERS
@@ -303,3 +305,20 @@ def test_integer_division_by_zero_is_not_computed_here() -> None:
     kernel = numpy_kernel(model.graph[-1], model.opset_imports)
     assert kernel is not None
     assert kernel(np.array([1]), np.array([0])) is None
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        tensor("x", "float[1, 3]", 1, 2, 3)
+        + ints("p", 1, 0, 0, 0)
+        + 'y = Pad<mode = "reflect">(x, p)',
+        tensor("x", "float[1, 3]", 1, 2, 3) + "y, z = Split<axis = 0, num_outputs = 2>(x)",
+    ],
+    ids=["Pad", "Split"],
+)
+def test_what_the_runtime_refuses_is_not_folded(body: str) -> None:
+    model = model_of(body)
+    with pytest.raises(Exception, match=r"Pad reflect|being split"):
+        reference(model)
+    assert model.graph.outputs[0] not in computed(model).tensors

@@ -73,7 +73,7 @@ def _places(op: Operation, data: Array, indices: Array) -> tuple[Array, ...]:
     """
     if indices.ndim != data.ndim:
         raise ValueError(f"indices of rank {indices.ndim} into rank {data.ndim}")
-    places = list(np.indices(indices.shape, sparse=True))
+    places: list[Array] = list(np.indices(indices.shape, sparse=True))
     places[op.attr("axis", 0)] = indices.astype(np.int64)
     return tuple(places)
 
@@ -136,6 +136,8 @@ def _split(op: Operation, inputs: Inputs) -> Results:
         count = len(op.node.outputs)
         each = -(-data.shape[axis] // count)
         sizes = (each,) * (count - 1) + (data.shape[axis] - each * (count - 1),)
+        if count > 1 and sizes[-1] < 1:  # the runtime refuses it: folding would hide that
+            raise ValueError(f"{data.shape[axis]} elements are too few for {count} outputs")
     if sum(sizes) != data.shape[axis] or min(sizes) < 0 or len(sizes) != len(op.node.outputs):
         raise ValueError(f"cannot split {data.shape[axis]} into {sizes}")
     return np.split(data, np.cumsum(sizes)[:-1], axis=axis)
@@ -188,6 +190,10 @@ def _pad(op: Operation, inputs: Inputs) -> Results:
         mode != "constant" and not data.size
     ):
         return None
+    if mode == "reflect" and any(
+        max(pair) >= size for pair, size in zip(widths, data.shape, strict=True) if any(pair)
+    ):
+        return None  # the runtime refuses to reflect more than there is; NumPy goes to and fro
     if mode != "constant":
         return [np.pad(data, widths, mode=mode)]  # type: ignore[call-overload]
     fill = inputs[2] if len(inputs) > 2 and inputs[2] is not None else np.zeros((), data.dtype)
