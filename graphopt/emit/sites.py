@@ -19,7 +19,6 @@ _NAMES = {
     "FLOAT8E4M3FN": "float8e4m3fn",
     "FLOAT8E8M0": "float8e8m0",
 }
-_DEPTH = 64
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,7 +91,7 @@ class Site:
 
     def is_foldable(self, value: ir.Value | None) -> bool:
         """Whether a parser knows the value before anything runs: constant, or computed from constants alone."""
-        return value is not None and _foldable(value, self.shapes, self.scope.opsets, _DEPTH)
+        return value is not None and _foldable(value, self.shapes, self.scope.opsets)
 
 
 def all_sites(model: ir.Model, shapes: Shapes) -> Iterator[Site]:
@@ -103,21 +102,30 @@ def all_sites(model: ir.Model, shapes: Shapes) -> Iterator[Site]:
             yield Site(node, scope, shapes, domain, operators.opset(node, scope.opsets) or 0)
 
 
-def _foldable(value: ir.Value, shapes: Shapes, opsets: operators.Opsets, depth: int) -> bool:
+def _foldable(root: ir.Value, shapes: Shapes, opsets: operators.Opsets) -> bool:
+    """Whether everything that `root` is computed from is known; each value is looked at once."""
+    pending, seen = [root], {root}
+    while pending:
+        value = pending.pop()
+        if _is_known(value, shapes):
+            continue
+        node = value.producer()
+        if value.is_graph_input() or node is None or operators.has_subgraph(node):
+            return False
+        inputs = {v for v in node.inputs if v is not None}
+        if not inputs or not operators.is_pure(node, opsets):
+            return False
+        pending.extend(inputs - seen)
+        seen |= inputs
+    return True
+
+
+def _is_known(value: ir.Value, shapes: Shapes) -> bool:
+    """Whether a value is a constant, or small and known from shapes; a graph input never is, not even an empty one."""
     if values.constant(value) is not None:
         return True
-    if value.is_graph_input():
-        return False  # even an empty one, whose contents are known
-    data = shapes.data(value)
-    if data is not None and all(_is_number(each) for each in data.elements):
-        return True
-    node = value.producer()
-    if node is None or not depth or operators.has_subgraph(node):
-        return False
-    if not operators.is_pure(node, opsets):
-        return False
-    inputs = [v for v in node.inputs if v is not None]
-    return bool(inputs) and all(_foldable(v, shapes, opsets, depth - 1) for v in inputs)
+    data = None if value.is_graph_input() else shapes.data(value)
+    return data is not None and all(_is_number(each) for each in data.elements)
 
 
 def _is_number(element: object) -> bool:

@@ -117,6 +117,7 @@ PASSES: Mapping[str, Maker] = {
     LIFT_OPSET.name: LIFT_OPSET,
     FUSE_RESIDUALS.name: FUSE_RESIDUALS,
     EVADE.name: EVADE,
+    LOWER_POWERS.name: LOWER_POWERS,
     **{family.name: family for family in _FAMILIES},
 }
 
@@ -201,8 +202,7 @@ _PLAIN: Mapping[tuple[str, str], tuple[Step, ...]] = {
     },
     **{(target, "fp16"): _half("fp16") for target in ("cpu", "cuda", "tensorrt", "portable")},
     **{(target, "bf16"): _half("bf16") for target in ("cpu", "cuda", "tensorrt", "portable")},
-    # Safe without VNNI: weights are coarser where 16-bit sums would saturate.
-    ("cpu", "int8"): _quantized(QuantizeStatic("x86-avx2")),
+    ("cpu", "int8"): _quantized(QuantizeStatic()),
     ("tensorrt", "int8"): _quantized(QuantizeStatic("tensorrt")),
     ("cpu", "int8-dynamic"): _quantized(QuantizeDynamic()),
     ("cpu", "int4-weights"): _quantized(QuantizeWeights()),

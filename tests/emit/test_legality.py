@@ -200,3 +200,12 @@ def test_nodes_of_branches_are_judged_where_they_are(target: str) -> None:
     )
     found = check(text, target)
     assert {node.graph for node in found.nodes} == {"main", "main/If (-> y)"}
+
+
+def test_long_chains_of_shared_constants_are_judged_in_time() -> None:
+    doubled = " ".join(f"c{i + 1} = Add(c{i}, c{i})" for i in range(40))
+    text = (
+        "g (float[4,4] x) => (y) <int64[1] k = {1}> "
+        f"{{ c0 = Identity(k) {doubled} m = Sub(c40, c40)  y = ReduceSum(x, m) }}"
+    )
+    assert not check(text, "tensorrt").refused
