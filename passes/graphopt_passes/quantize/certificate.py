@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt.ir.model_file import load_model, save_model
+from graphopt.ir.model_file import load_model, model_to_bytes, save_model
 from graphopt.numerics import Numerics
 from graphopt.runtime.measure import measure
 from graphopt.runtime.session import OptimizationLevel, Session, SessionOptions
@@ -83,6 +83,29 @@ class Accuracy:
 
     sqnr_db: float
     passed: bool
+
+
+_PROBE = """
+<ir_version: 9, opset_import: ["" : 13]>
+probe (uint8[1,64,1,1] x) => (uint8[1,1,1,1] y)
+<float s = {1.0}, uint8 z = {0}, float t = {16384.0}, float[1] u = {1.0}, int8[1] o = {0}> {
+ d = DequantizeLinear (x, s, z)
+ e = DequantizeLinear <axis = 0> (w, u, o)
+ c = Conv (d, e)
+ y = QuantizeLinear (c, t, z)
+}
+"""
+
+
+def host_saturates() -> bool:
+    """Whether integer convolutions of this machine add pairs of products in 16 bits: x86 without VNNI."""
+    model = load_model(_PROBE.replace("int8[1] o", "int8[1,64,1,1] w = {" + _TOPS + "}, int8[1] o"))
+    session = Session(model_to_bytes(model), level=OptimizationLevel.ALL)
+    found = session.run({"x": np.full((1, 64, 1, 1), 255, np.uint8)})["y"]
+    return bool(found.item() != round(64 * 255 * 127 / 16384))
+
+
+_TOPS = ", ".join(["127"] * 64)
 
 
 class Judgement:

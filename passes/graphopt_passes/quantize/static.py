@@ -24,11 +24,12 @@ from graphopt.targets import Precision
 from graphopt.verify.budget import budget_for
 from graphopt_passes.quantize.certificate import (
     Judgement,
+    host_saturates,
     read_fusion,
 )
 from graphopt_passes.quantize.emission import Facts, Layer, candidates, quantize
 from graphopt_passes.quantize.placement import is_product, place
-from graphopt_passes.quantize.styles import Style, style_named
+from graphopt_passes.quantize.styles import Style, style_named, style_of
 
 RULE = "quantize"
 JUDGED = 16
@@ -77,13 +78,13 @@ class QuantizeStatic:
     Changes numerics: lossy, within the budget.  Leaves alone: subgraphs, computed weights, float16.
 
     Attributes:
-        style: how the runtime wants it: x86-avx2, x86-vnni, arm, tensorrt.
+        style: how the runtime wants it: x86-avx2, x86-vnni, arm, tensorrt; by the target's processor where empty.
         method: how ranges follow from statistics: best, min-max, moving-average, percentile, entropy, mse.
         skip_ops: operator types that stay float.
         skip_nodes: patterns of names of nodes, or of their first outputs, that stay float.
     """
 
-    style: str = "x86-avx2"
+    style: str = ""
     method: str = "best"
     skip_ops: tuple[str, ...] = ()
     skip_nodes: tuple[str, ...] = ()
@@ -97,7 +98,7 @@ class QuantizeStatic:
         Raises:
             OptionError: no calibration samples, or an option that is none.
         """
-        style = style_named(self.style)
+        style = style_named(self.style or style_of(ctx.target.architecture))
         if self.method not in {m.value for m in Method}:
             known = ", ".join(m.value for m in Method)
             raise OptionError(f"unknown calibration method {self.method!r}; choose one of {known}")
@@ -235,8 +236,8 @@ class _Search:
         """
         assert self.judge is not None
         assert self.budget is not None
-        if not self.style.saturates:
-            return
+        if not self.style.saturates or not host_saturates():
+            return  # a machine that does not saturate cannot tell what happens on one that does
         full = dataclasses.replace(self.style, name=f"{self.style.name} full", saturates=False)
         key = f"agreement:{self.key}"
         if key not in self.ctx.cache:

@@ -60,3 +60,11 @@ def style_named(name: str) -> Style:
     if name not in STYLES:
         raise OptionError(f"unknown quantisation style {name!r}; choose one of {', '.join(STYLES)}")
     return STYLES[name]
+
+
+_BY_ARCHITECTURE = {"x86-vnni": "x86-vnni", "x86-amx": "x86-vnni", "arm64": "arm"}
+
+
+def style_of(architecture: str) -> str:
+    """The style for a processor; for one that is not named the one that is right on every x86."""
+    return _BY_ARCHITECTURE.get(architecture, "x86-avx2")

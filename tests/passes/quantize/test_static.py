@@ -8,14 +8,15 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from graphopt_passes.quantize.certificate import Judgement, read_fusion
+from graphopt_passes.quantize.certificate import Judgement, host_saturates, read_fusion
 from graphopt_passes.quantize.emission import Facts, Layer, candidates, quantize
 from graphopt_passes.quantize.placement import Allow
 from graphopt_passes.quantize.static import QuantizeStatic
-from graphopt_passes.quantize.styles import style_named
+from graphopt_passes.quantize.styles import style_named, style_of
 
 from graphopt.calibrate.statistics import collect
 from graphopt.errors import OptionError
+from graphopt.ir import values
 from graphopt.ir.build import Names
 from graphopt.ir.check import violations
 from graphopt.ir.model_file import load_model, to_proto
@@ -288,8 +289,22 @@ def test_saturation_that_bites_is_removed_and_told() -> None:
     ctx = context(model)
     given = Options(calibration=Calibration([{"x": x}]), force=True)
     ctx.options = given
-    assert QuantizeStatic().run(model, ctx)
+    assert QuantizeStatic(style="x86-avx2").run(model, ctx)
     judge = Judgement(load_model(proto), [Feed("x", {"x": x})])
     assert judge.agreement(model) > 60
     judge.close()
-    assert any("could saturate" in remark.reason for remark in ctx.remarks)
+    conv = next(node for node in model.graph if node.op_type == "Conv")
+    makers = [value.producer() for value in conv.inputs[:2] if value is not None]
+    scales = [float(np.max(values.array(m.inputs[1]))) for m in makers if m is not None]  # type: ignore[arg-type]
+    top, weight = np.rint(1.0 / scales[0]), np.rint(1.0 / scales[1])
+    assert 2 * top * weight <= 32767
+    told = any("could saturate" in remark.reason for remark in ctx.remarks)
+    assert told == host_saturates()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "style"),
+    [("", "x86-avx2"), ("x86-vnni", "x86-vnni"), ("x86-amx", "x86-vnni"), ("arm64", "arm")],
+)
+def test_styles_follow_the_processor(architecture: str, style: str) -> None:
+    assert style_of(architecture) == style
