@@ -69,7 +69,7 @@ def instance(name: str) -> Pass:
     return step
 
 
-@pytest.mark.parametrize("name", sorted(PASSES))
+@pytest.mark.parametrize("name", sorted(set(PASSES) - {"cast-to-half"}))  # see test_half.py
 @settings(COMMON, max_examples=12)
 @given(proto=graphs.models())
 def test_pass(name: str, proto: onnx.ModelProto) -> None:
