@@ -17,14 +17,17 @@ import time
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import onnxruntime as ort
 
 import graphopt
 from graphopt.ir.model_file import load_model
 from graphopt.report.facts import stored_tensors
+
+Labels: TypeAlias = "npt.NDArray[np.integer[Any]]"
 
 AMOUNTS = (
     "0.5",
@@ -70,9 +73,9 @@ def measure(
     model: Path,
     samples: Path,
     inputs: Mapping[str, Any],
-    labels: Any,
+    labels: Labels,
     amount: str,
-    out: Path,  # noqa: ANN401
+    out: Path,
 ) -> tuple[float, float, int, int, float, float]:
     """One row of the table."""
     started = time.process_time()
@@ -98,7 +101,7 @@ def _session(data: bytes) -> ort.InferenceSession:
     return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
 
-def _accuracy(session: ort.InferenceSession, inputs: Mapping[str, Any], labels: Any) -> float:  # noqa: ANN401
+def _accuracy(session: ort.InferenceSession, inputs: Mapping[str, Any], labels: Labels) -> float:
     """Share of rows whose greatest element is the label."""
     right = 0
     for start in range(0, len(labels), BATCH):
