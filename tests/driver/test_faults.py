@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.faults import KINDS, plant
+from tests.cli.conftest import save
 
 MODEL = Path(__file__).resolve().parents[2] / "golden" / "mnist_cntk" / "model.onnx"
 WANTED = (
@@ -27,4 +28,22 @@ WANTED = (
 def test_a_planted_fault_is_caught(kind: object, mode: str) -> None:
     assert kind in KINDS
     verdict, detail = plant(KINDS[KINDS.index(kind)], MODEL, mode)
+    assert verdict == "caught", detail
+
+
+BRANCHES = """<ir_version: 9, opset_import: ["" : 18]>
+g (float[N, 4] x, bool c) => (float[N, 4] y) {
+  a = Relu(x)
+  b = If (c) <
+    then_branch = t () => (float[N, 4] p) { p0 = Sin(a) p1 = Exp(p0) p = Sin(p1) },
+    else_branch = e () => (float[N, 4] q) { q0 = Cos(a) q1 = Exp(q0) q = Cos(q1) }>
+  y = Sigmoid(b)
+}"""
+
+
+@pytest.mark.parametrize("name", ["only-in-then", "only-in-else"])
+@pytest.mark.parametrize("mode", ["final", "each"])
+def test_a_fault_in_one_branch_is_caught(tmp_path: Path, name: str, mode: str) -> None:
+    (kind,) = (kind for kind in KINDS if kind.name == name)
+    verdict, detail = plant(kind, save(tmp_path / "m.onnx", BRANCHES), mode)
     assert verdict == "caught", detail
