@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults import KINDS, plant
+from benchmarks.fault_kinds import KINDS
+from benchmarks.faults import plant
 from tests.cli.conftest import save
 
 MODEL = Path(__file__).resolve().parents[2] / "golden" / "mnist_cntk" / "model.onnx"
