@@ -12,6 +12,7 @@ import onnx_ir as ir
 from graphopt.driver.request import Request
 from graphopt.emit import finalize
 from graphopt.emit.sparse import SparseFacts, is_apart, sparse_form
+from graphopt.errors import PassError
 from graphopt.ir.model_file import ExternalData, load_model, save_model
 from graphopt.numerics import Numerics
 from graphopt.pipeline import PassRun, run_pipeline
@@ -63,11 +64,19 @@ def attempt(request: Request, gate: Gate, *, watch: Watch | None = None) -> Atte
     before = model_facts(model, path, with_hash=False)
     ctx = Context(model, request.target, request.options, gate, cache=request.cache)
 
+    done = 0
+
     def observe(run: PassRun, current: ir.Model) -> None:
+        nonlocal done
+        done += 1
         if watch is not None:
             watch(run, current, ctx)
 
-    runs = run_pipeline(model, request.steps, ctx, observer=observe)
+    try:
+        runs = run_pipeline(model, request.steps, ctx, observer=observe)
+    except PassError as fault:
+        fault.runs_before = done
+        raise
     warnings = finalize(model, request.target)
     return Attempt(
         model, runs, tuple(ctx.rewrites), tuple(ctx.remarks), ctx.numerics, before, warnings
