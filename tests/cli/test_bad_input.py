@@ -205,7 +205,7 @@ def test_an_interrupted_write_leaves_the_output_as_it_was(
         (["--disable", "tidy/drop-identiti"], ["drop-identiti", "drop-identity"]),
         (["--target", "tensort"], ["tensort", "tensorrt"]),
         (["--precision", "fp23"], ["fp23", "fp32"]),
-        (["--precision", "int8"], ["int8", "fp32"]),
+        (["--precision", "int8"], ["int8", "--calibration", "int8-dynamic"]),
         (["--verify", "finally"], ["finally", "final"]),
         (["--external", "neber"], ["neber", "never"]),
         (["--fold-limit", "lots"], ["--fold-limit", "lots"]),

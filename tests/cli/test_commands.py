@@ -228,7 +228,8 @@ class TestPassesAndTargets:
 
     def test_passes_as_json(self, run: Run) -> None:
         passes = {each["name"]: each for each in run("passes", "--json").json["passes"]}
-        assert passes["tidy"]["numerics"] == "exact"
+        assert passes["tidy"]["numerics"] == "reordered"
+        assert passes["remove-dead-code"]["numerics"] == "exact"
         assert "drop-identity" in {rule["name"] for rule in passes["tidy"]["rules"]}
 
     def test_unknown_pass(self, run: Run) -> None:
