@@ -164,6 +164,9 @@ class _Builder:
         )
         self._graph.inputs.append(self._mask)
         self._rounded: dict[ir.Value, ir.Value] = {}
+        for node in self._graph:
+            for value in node.outputs:
+                value.shape = None  # what a model states may be wrong, and the runtime plans its buffers by it
         held = [
             v.const_value for v in self._graph.initializers.values() if v.const_value is not None
         ]
