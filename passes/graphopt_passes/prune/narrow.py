@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import onnx_ir as ir
 
@@ -15,6 +16,7 @@ from graphopt.runtime.specs import input_specs
 from graphopt_passes.prune.channels import (
     HELD_OUT,
     Costs,
+    Group,
     choose,
     divergence,
     find_groups,
@@ -77,7 +79,7 @@ def remove_channels(model: ir.Model, ctx: Context, request: SparsityRequest, tex
 def _best(model: ir.Model, ctx: Context, request: SparsityRequest) -> Slimming | None:
     labels = propagate(model, ctx.shapes)
     layers = find_layers(model.graph)
-    groups = find_groups(layers, labels)
+    groups = [g for g in find_groups(layers, labels) if not _is_kept(g, request.dense)]
     if not groups or request.channels is None:
         return None
     feeds = _feeds(model, ctx.options.calibration)
@@ -95,6 +97,14 @@ def _best(model: ir.Model, ctx: Context, request: SparsityRequest) -> Slimming |
         error = divergence(model, made, unseen) if feeds else 0.0
         tried.append(Slimming(which, dropped, made, error, costs.left(keep) / costs.total))
     return min(tried, key=lambda each: each.error)
+
+
+def _is_kept(group: Group, dense: str) -> bool:
+    """Whether the user wants a weight dense through which the channels of a group run."""
+    pairs = [
+        pair for slices in (group.rows, group.columns) for each in slices.values() for pair in each
+    ]
+    return bool(dense) and any(re.search(dense, layer.name) for layer, _ in pairs)
 
 
 def _feeds(model: ir.Model, calibration: Calibration | None) -> Feeds:

@@ -188,6 +188,13 @@ class TestChannels:
     def test_samples_make_up_for_removed_channels(self) -> None:
         assert loss("channels:0.5") < 0.8 * loss("channels:0.5", blind=True)
 
+    def test_keeps_the_channels_of_weights_that_shall_stay_dense(self) -> None:
+        model = network()
+        assert Prune().run(model, context(model, "channels:0.3,dense=w1", blind=True))
+        shapes = [layer.tensor.shape.numpy() for layer in find_layers(model.graph)]
+        assert tuple(shapes[0]) == (32, 8, 3, 3)
+        assert shapes[1][0] < 64
+
     def test_says_when_nothing_can_go(self) -> None:
         text = "g (float[N,8] x) => (float[N,40] y) <float[8,40] w> { y = MatMul(x, w) }"
         model = network(text)
