@@ -218,8 +218,8 @@ class _Decoder:
         for tensor in tensors:
             if not tensor.name or tensor.dtype == ir.DataType.UNDEFINED:
                 raise ModelError(
-                    f"{where}: the initializer {tensor.name or ''!r} of {tensor.dtype} {tensor.shape} lacks a name or a "
-                    "data type; give it one or remove it"
+                    f"{where}: the initializer {tensor.name or ''!r} of {tensor.dtype} {tensor.shape} lacks a name or "
+                    "a data type; give it one or remove it"
                 )
             value = inputs.pop(tensor.name, None)
             if value is None:

@@ -277,7 +277,7 @@ def broadcast(a: DimLike, b: DimLike) -> Dim:
 
 
 def _is_capped(a: Dim, b: Dim) -> bool:
-    """Whether a = min(c, b), c > 1 (a table cut to b positions): where that broadcasts with b at all, both are equal."""
+    """Whether a = min(c, b), c > 1 (a table cut to b positions): where that broadcasts with b, both are equal."""
     atom = a._single_atom()  # noqa: SLF001 - this module is the class
     if not isinstance(atom, Call) or atom.op != "min" or b not in atom.args:
         return False
