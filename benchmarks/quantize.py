@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=MODELS)
     parser.add_argument("--samples", type=int, default=48)
     parser.add_argument("--limit", type=int, default=100)
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     score = scoring(given.zoo.resolve())
     print("| model | float | graphopt | ORT quantization, defaults | ORT, expert U8S8 | remark |")
     print("|---|---|---|---|---|---|")
