@@ -263,7 +263,7 @@ def run(case: Case, seconds: float, target: str) -> Row:
     ]
     rng = np.random.default_rng(1)
     feeds = {
-        spec.name: _feed(rng, [int(d) for d in spec.shape or ()], str(spec.dtype))
+        spec.name: _feed(rng, [int(str(d)) for d in spec.shape or ()], str(spec.dtype))
         for spec in sessions[0].inputs
     }
     outputs = [session.run(feeds)["y"] for session in sessions]
