@@ -18,9 +18,9 @@ _FIELDS = {
     "agreement": ("agreement", ">="),
 }
 _CONDITION = re.compile(r"\s*([a-z1-]+)\s*(>=|<=|>|<|=)\s*([-+.\deE]+)\s*(?:db|dB)?\s*")
-_QUANTIZED = dataclasses.replace(INT8, sqnr_db=5, cosine=0.85, argmax_agreement=None)
-"""For the worst sample, probabilities included, where a near tie may move half of the weight: it tells broken from
-sound.  The passes themselves hold the noise over all samples, of scores, to `INT8`."""
+_QUANTIZED = dataclasses.replace(INT8, sqnr_db=10, cosine=0.95, argmax_agreement=None)
+"""For the worst sample, probabilities included, where a near tie may move much of the weight.  The static pass itself
+holds the noise over all samples, of scores, to `INT8`."""
 
 _DEFAULTS = {
     Precision.FP16: FP16,

@@ -49,7 +49,9 @@ def sweep(case: Case) -> None:
     assert model_to_bytes(again.model) == after, "not deterministic"
     numerics = max((r.numerics for r in result.report.rewrites), default=Numerics.EXACT)
     dtype = narrowest_float(load_model(case.model))
-    if dtype is not ir.DataType.FLOAT:  # computed in float32 here: no two graphs round at the same places
+    if (
+        dtype is not ir.DataType.FLOAT
+    ):  # computed in float32 here: no two graphs round at the same places
         numerics = max(numerics, Numerics.REORDERED)
     for feeds in case.feeds:
         expected = outputs(before, feeds)
