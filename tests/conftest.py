@@ -20,5 +20,7 @@ def zoo() -> Path:
     """The model zoo; skips where it is absent, and says what to do."""
     path = find_zoo()
     if path is None:
-        pytest.skip("no model zoo: put the folder shared/zoo beside the checkout to run these tests")
+        pytest.skip(
+            "no model zoo: put the folder shared/zoo beside the checkout to run these tests"
+        )
     return path
