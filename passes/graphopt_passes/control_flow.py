@@ -12,12 +12,15 @@ import onnx_ir as ir
 
 from graphopt.ir import operators, values
 from graphopt.ir.build import Constant
-from graphopt.ir.scopes import Scope, all_graphs
+from graphopt.ir.scopes import Scope, all_graphs, all_nodes
 from graphopt.numerics import Numerics
 from graphopt.rewrite import Context, name_of, remove
 from graphopt.rewrite.relink import mark, place_constant, substitute
 
 ENDLESS = 2**63 - 1
+
+MAX_UNROLLED_NODES = 64
+"""A loop is written out only where no more nodes than these result: a few turns of a small body, for what folds then."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +29,10 @@ class InlineControlFlow:
 
     Before:  y = If(true) <then_branch = { t = Exp(x) }, else_branch = …>
     After:   y = Exp(x)
-    Changes numerics: exact.  Leaves alone: conditions that a feed decides; loops of two or more turns; scan outputs of
-    unknown size of a loop that never runs; Scan.
+    A loop of a few turns, known in number, is written out turn by turn.
+
+    Changes numerics: exact.  Leaves alone: conditions that a feed decides; loops of many turns, and of several that
+    scan; scan outputs of unknown size of a loop that never runs; Scan.
     Source: ONNX If-1 .. 25, Loop-1 .. 25.
     """
 
@@ -84,6 +89,21 @@ class Loop:
         stops = values.scalar(self.body.outputs[0]) is False
         return 1 if count == 1 or stops else None
 
+    def unrolled(self) -> int | None:
+        """How many turns, where they are known, nothing ends them early, nothing is scanned, and few nodes result."""
+        limit, condition = (*self.node.inputs, None, None)[:2]
+        count = values.scalar(limit)
+        begins = condition is None or values.scalar(condition) is True
+        last = self.body.outputs[0]
+        goes_on = last is self.body.inputs[1] or values.scalar(last) is True
+        maker = last.producer()
+        if maker is not None and maker.op_type == "Identity":
+            goes_on = goes_on or maker.inputs[0] is self.body.inputs[1]
+        if count is None or not begins or not goes_on or len(self.body.outputs) != self.carried + 1:
+            return None
+        size = sum(1 for _ in all_nodes(self.body))
+        return int(count) if count > 1 and count * size <= MAX_UNROLLED_NODES else None
+
 
 class _Inliner:
     """Moves the nodes of a subgraph into the graph around it."""
@@ -116,8 +136,11 @@ class _Inliner:
     def _loop(self, node: ir.Node, scope: Scope) -> bool:
         loop = Loop.of(node)
         trips = None if loop is None else loop.trips()
-        if loop is None or trips is None:
+        if loop is None:
             return False
+        if trips is None:
+            turns = loop.unrolled()
+            return turns is not None and self._unroll(loop, turns, scope)
         return self._skip(loop, scope) if trips == 0 else self._once(loop, scope)
 
     def _skip(self, loop: Loop, scope: Scope) -> bool:
@@ -154,18 +177,46 @@ class _Inliner:
             return False
         if not self._ctx.permit("inline-loop", node):
             return False
-        turn = self._constant(np.array(0, np.int64), "turn", node, scope)
-        condition = self._constant(np.array(True), "condition", node, scope)
-        ends = list(body.outputs)[1:]
-        for inner, value in zip(tuple(body.inputs), (turn, condition, *given), strict=True):
-            ends = [value if end is inner else end for end in ends]
-            _drop_outputs(body, inner)
-            inner.replace_all_uses_with(value)
-        moved = self._move(body, node, scope, "inline-loop", ends=ends)
+        moved = self._turn(loop, body, 0, given, scope, "inline-loop")
         carried, scanned = moved[: loop.carried], moved[loop.carried : len(node.outputs)]
         stacked = [self._stack(value, node, scope) for value in scanned]
         self._replace(node, [*carried, *stacked], "inline-loop")
         return True
+
+    def _unroll(self, loop: Loop, turns: int, scope: Scope) -> bool:
+        """A loop of a few turns: a copy of the body for each, what one carries on handed to the next."""
+        node, body = loop.node, loop.body
+        carried = [value for value in node.inputs[2:] if value is not None]
+        if len(carried) < loop.carried or any(v.is_initializer() for v in body.inputs):
+            return False
+        if not self._ctx.permit("unroll-loop", node):
+            return False
+        for turn in range(turns):
+            copy = body.clone(allow_outer_scope_values=True)
+            self._counts.update(v.name for v in _defined(copy) if v.name)
+            carried = self._turn(loop, copy, turn, carried, scope, "unroll-loop")
+        self._replace(node, carried, "unroll-loop")
+        return True
+
+    def _turn(
+        self,
+        loop: Loop,
+        body: ir.Graph,
+        turn: int,
+        given: Sequence[ir.Value],
+        scope: Scope,
+        rule: str,
+    ) -> list[ir.Value]:
+        """Moves a body ahead of its loop, as turn number `turn` on the values `given`; returns its results."""
+        node = loop.node
+        number = self._constant(np.array(turn, np.int64), "turn", node, scope)
+        condition = self._constant(np.array(True), "condition", node, scope)
+        ends = list(body.outputs)[1:]
+        for inner, value in zip(tuple(body.inputs), (number, condition, *given), strict=True):
+            ends = [value if end is inner else end for end in ends]
+            _drop_outputs(body, inner)
+            inner.replace_all_uses_with(value)
+        return self._move(body, node, scope, rule, ends=ends)
 
     def _stack(self, value: ir.Value, node: ir.Node, scope: Scope) -> ir.Value:
         """One scanned tensor with a first axis of size 1, as the loop would have stacked it."""
@@ -246,6 +297,11 @@ class _Inliner:
         ]
         remove(node, self._ctx)
         self._ctx.shapes.update([*filter(None, made), *users])
+
+
+def _defined(graph: ir.Graph) -> list[ir.Value]:
+    """The values that a graph's own nodes and initializers define."""
+    return [*graph.initializers.values(), *(value for node in graph for value in node.outputs)]
 
 
 def _drop_outputs(graph: ir.Graph, value: ir.Value) -> None:

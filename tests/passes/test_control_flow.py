@@ -296,8 +296,44 @@ def test_body_that_hands_a_value_through() -> None:
     )
 
 
-@pytest.mark.parametrize(("count", "condition"), [("m", ""), ("two", ""), ("one", "d"), ("", "d")])
+@pytest.mark.parametrize(
+    ("count", "condition"), [("m", ""), ("many", ""), ("one", "d"), ("", "d"), ("two", "d")]
+)
 def test_loop_of_unknown_or_many_turns_stays(count: str, condition: str) -> None:
-    header = "g (float[2] x, int64 m, bool d) => (float[2] y) <int64 one = {1}, int64 two = {2}> {"
+    header = "g (float[2] x, int64 m, bool d) => (float[2] y) <int64 one = {1}, int64 two = {2}, int64 many = {1000}> {"
     model = ir.from_proto(parse(header + loop(count, condition, STEP) + "}"))
+    assert not apply([InlineControlFlow()], model).rewrites
+
+
+def test_loop_of_a_few_turns_is_written_out() -> None:
+    check(
+        STEPS,
+        "g (float[2] x) => (float[2] y) <int64 three = {3}> {"
+        + loop(
+            "three",
+            "",
+            "(int64 i, bool ci, float[2] v) => (bool co, float[2] w)"
+            " { co = Identity(ci) f = Cast<to = 1>(i) w = Add(v, f) }",
+        )
+        + "}",
+        "g (float[2] x) => (float[2] y) <int64 a = {0}, int64 b = {1}, int64 c = {2}> {"
+        " f = Cast<to = 1>(a) u = Add(x, f) g = Cast<to = 1>(b) v = Add(u, g) h = Cast<to = 1>(c) y = Add(v, h) }",
+    )
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "(int64 i, bool ci, float[2] v) => (bool co, float[2] w)"
+        " { z = Constant<value = int64 {0}>() co = Equal(i, z) w = Add(v, v) }",
+        "(int64 i, bool ci, float[2] v) => (bool co, float[2] w, float[2] s)"
+        " { co = Identity(ci) w = Add(v, v) s = Neg(v) }",
+    ],
+    ids=["ends early", "scans"],
+)
+def test_loop_of_a_few_turns_that_is_not_written_out(body: str) -> None:
+    outputs = "y, s" if "s = Neg" in body else "y"
+    declared = "float[2] y, float[3,2] s" if "s = Neg" in body else "float[2] y"
+    text = f"g (float[2] x) => ({declared}) <int64 three = {{3}}> {{"
+    model = ir.from_proto(parse(text + loop("three", "", body, outputs=outputs) + "}"))
     assert not apply([InlineControlFlow()], model).rewrites
