@@ -20,7 +20,7 @@ from graphopt.rewrite.relink import mark, place_constant, substitute
 ENDLESS = 2**63 - 1
 
 MAX_UNROLLED_NODES = 64
-"""A loop is written out only where no more nodes than these result: a few turns of a small body, for what folds then."""
+"""A loop is written out only where at most these result: a few turns of a small body, for what folds then."""
 
 
 @dataclasses.dataclass(frozen=True)
