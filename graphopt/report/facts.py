@@ -120,10 +120,10 @@ def external_files(model: ir.Model, model_path: Path | None) -> dict[str, int]:
 
 
 def external_file(tensor: ir.TensorProtocol) -> Path | None:
-    """The file that a tensor is mapped from; None for one in memory."""
+    """The file that a tensor is mapped from, links followed; None for one in memory."""
     if isinstance(tensor, MappedTensor):
-        return tensor.mapping[0].path if tensor.mapping is not None else None
-    return Path(tensor.path) if isinstance(tensor, ir.ExternalTensor) else None
+        return tensor.mapping[0].path.resolve() if tensor.mapping is not None else None
+    return Path(tensor.path).resolve() if isinstance(tensor, ir.ExternalTensor) else None
 
 
 def file_sha256(path: Path) -> str:

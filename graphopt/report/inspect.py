@@ -308,7 +308,7 @@ def _tensor_facts(value: ir.Value, tensor: ir.TensorProtocol, path: Path | None)
         "sparse"
         if isinstance(tensor, CooTensor)
         else "external"
-        if external_file(tensor) not in (None, path)
+        if external_file(tensor) not in (None, path.resolve() if path is not None else None)
         else "inline"
     )
     return TensorFacts(

@@ -183,3 +183,20 @@ def test_plain_makes_json_of_enums_paths_and_sets() -> None:
         "e": float("inf"),
     }
     assert plain(given) == {"a": "exact", "b": "fp32", "c": "x", "d": [1, 2], "e": None}
+
+
+def test_weights_of_a_model_reached_by_a_link_are_its_own(tmp_path: Path) -> None:
+    weight = onnx.numpy_helper.from_array(np.zeros((256, 256), np.float32), "w")
+    graph = onnx.parser.parse_graph("g (float[1,256] x) => (float[1,256] y) { y = MatMul(x, w) }")
+    graph.initializer.append(weight)
+    proto = onnx.helper.make_model(
+        graph, ir_version=9, opset_imports=[onnx.helper.make_opsetid("", 18)]
+    )
+    (tmp_path / "real").mkdir()
+    onnx.save(proto, tmp_path / "real" / "m.onnx")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    path = tmp_path / "link" / "m.onnx"
+    found = inspect_model(load_model(path), path)
+    assert not found.external
+    assert found.tensors[0].storage == "inline"
+    assert found.model.size_bytes == path.stat().st_size
