@@ -29,12 +29,16 @@ if TYPE_CHECKING:
     from graphopt.numerics import Numerics
     from graphopt.pipeline import Pass, Repeat, RewritePass
     from graphopt.rewrite import Context, Lit, Match, Op, Rule, Skip, Var, exact, rule
+    from graphopt.specialize import Image, Specialization
     from graphopt.targets import Precision, Target
 
 __all__ = [  # noqa: RUF022  a table of contents
     # The main job
     "Result",
     "optimize",
+    # Making it for one use
+    "Image",
+    "Specialization",
     # Models
     "ExternalData",
     "load_model",
@@ -81,6 +85,7 @@ _HOMES = {
     "graphopt.numerics": ("Numerics",),
     "graphopt.pipeline": ("Pass", "Repeat", "RewritePass"),
     "graphopt.rewrite": ("Context", "Lit", "Match", "Op", "Rule", "Skip", "Var", "exact", "rule"),
+    "graphopt.specialize": ("Image", "Specialization"),
     "graphopt.targets": ("Precision", "Target"),
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names}

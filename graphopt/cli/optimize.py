@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
-from graphopt.cli import completion, options
+from graphopt.cli import completion, options, specializing
 from graphopt.cli.choice import one_of
 from graphopt.cli.progress import progress
 
@@ -184,6 +184,13 @@ def command(
     strict: Strict = False,
     profile: Profiles = None,
     extras: Extras = None,
+    set_dim: specializing.SetDim = None,
+    bind: specializing.Bind = None,
+    outputs: specializing.Outputs = None,
+    io_dtype: specializing.IoDtype = None,
+    io_layout: specializing.IoLayout = None,
+    image: specializing.ImageInput = None,
+    rename: specializing.Rename = None,
     report: Report = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -200,6 +207,7 @@ def command(
     from graphopt.emit.profiles import parse_profile
     from graphopt.errors import OptionError
     from graphopt.rewrite import Calibration as Samples
+    from graphopt.specialize.wanted import from_texts
 
     ranges = {
         name: (sizes.least, sizes.usual, sizes.most)
@@ -208,6 +216,15 @@ def command(
     if calibration is None and (preprocess is not None or samples is not None):
         raise OptionError("--preprocess and --samples say how to read --calibration: give that too")
     given = None if calibration is None else Samples(calibration, preprocess, samples)
+    special = from_texts(
+        dims=set_dim or (),
+        bind=bind or (),
+        outputs=outputs or (),
+        dtypes=io_dtype or (),
+        layouts=io_layout or (),
+        images=image or (),
+        rename=rename or (),
+    )
     with progress(quiet=quiet or as_json) as say:
         result = optimize(
             model,
@@ -231,6 +248,7 @@ def command(
             strict=strict,
             profiles=ranges,
             extras=tuple(extras or ()),
+            specialize=special,
             progress=say,
         )
     tell(
@@ -328,7 +346,7 @@ def _page(facts: RunReport, inputs: Path | None) -> str:
     if facts.input.path is None or facts.output.path is None:
         return run_html(facts)
     original, result = Path(facts.input.path), Path(facts.output.path)
-    if original.suffix != ".onnx":
-        return run_html(facts)  # ONNX Runtime reads protobufs only
+    if original.suffix != ".onnx" or facts.specialized:
+        return run_html(facts)  # ONNX Runtime reads protobufs only; other inputs cannot be compared
     feeds = None if inputs is None else given_feeds(inputs, original)
     return run_html(facts, examine(original, result, feeds))

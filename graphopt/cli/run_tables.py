@@ -24,6 +24,7 @@ MAX_REASONS = 8
 def run_tables(report: RunReport, *, every_remark: bool = False) -> list[RenderableType]:
     """The parts to print, one after the other."""
     parts: list[RenderableType] = [_summary(report), _sizes(report), text("")]
+    parts += [text(f"specialised: {each}", "dim") for each in report.specialized]
     passes = _passes(report)
     if passes is not None:
         parts += [passes, text("")]

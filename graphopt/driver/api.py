@@ -28,6 +28,7 @@ from graphopt.pipeline import Pass, Step
 from graphopt.pipeline.recipe import Recipe
 from graphopt.pipeline.registry import load_pass, pipeline_for
 from graphopt.rewrite import Calibration, Options
+from graphopt.specialize import Specialization
 from graphopt.targets import Precision, Target
 
 
@@ -55,6 +56,7 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
     repro: str | os.PathLike[str] | None = None,
     profiles: Mapping[str, tuple[int, int, int]] | None = None,
     extras: Sequence[str] = (),
+    specialize: Specialization | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """The optimised model, verified against the original.
@@ -82,6 +84,7 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
         strict: raise where a pass or a rewrite fails, instead of leaving it out.
         profiles: of a bundle: least, usual and largest size of dynamic dimensions, by name or `INPUT:AXIS`.
         extras: of a bundle: triton (a model repository), ort (the .ort format).
+        specialize: what to make of the model first: sizes, bound inputs, chosen outputs, names, types, layouts.
         repro: folder for the smallest model that shows the first rewrite that breaks the numbers.
         progress: called with the stage that begins, and how much of it is done if that is known.
 
@@ -126,6 +129,7 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
         profiles={name: Range(*sizes) for name, sizes in (profiles or {}).items()},
         extras=tuple(parse_extra(each, output) for each in extras),
         sparse=parse_sparse(sparse),
+        specialization=specialize or Specialization(),
         recipe=str(recipe) if isinstance(recipe, str | os.PathLike) else None,
     )
     return run(request, progress or (lambda _stage, _part: None))

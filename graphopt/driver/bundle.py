@@ -15,6 +15,7 @@ from graphopt.driver.attempt import Attempt
 from graphopt.driver.judge import Judge
 from graphopt.driver.request import Request
 from graphopt.driver.result import MANIFEST, MODEL, SCHEMA
+from graphopt.driver.specialized import Special
 from graphopt.emit.artefacts import Deployment, artefacts, is_two_of_four
 from graphopt.emit.golden_set import GoldenSet
 from graphopt.emit.legality import check_legality
@@ -47,6 +48,8 @@ class Finished:
     judge: Judge
     rolled_back: tuple[RolledBack, ...]
     warnings: tuple[str, ...]
+    special: Special | None = None
+    specialized: tuple[str, ...] = ()
 
 
 def build(run: Finished, folder: Path) -> Path:
@@ -151,6 +154,7 @@ def manifest(
             "architecture": request.target.architecture,
         },
         "recipe": _recipe(request),
+        "specialization": list(run.specialized),
         "passes": [
             {
                 "name": each.name,
@@ -181,15 +185,16 @@ def manifest(
 
 
 def _source(run: Finished) -> dict[str, Any]:
-    source = run.request.source
+    source = run.special.source if run.special is not None else run.request.source
+    facts = run.special.before if run.special is not None else run.made.before
     path = Path(source) if isinstance(source, str | os.PathLike) else None
     is_file = path is not None and path.is_file()
     return {
         "sha256": file_sha256(path) if path is not None and is_file else None,
-        "nodes": run.made.before.nodes,
-        "parameter_bytes": run.made.before.parameter_bytes,
-        "opsets": dict(run.made.before.opsets),
-        "ir_version": run.made.before.ir_version,
+        "nodes": facts.nodes,
+        "parameter_bytes": facts.parameter_bytes,
+        "opsets": dict(facts.opsets),
+        "ir_version": facts.ir_version,
     }
 
 

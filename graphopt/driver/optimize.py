@@ -16,6 +16,7 @@ from graphopt.driver.judge import EachFailure, Judge
 from graphopt.driver.repro import Fault, check_folder, write_repro
 from graphopt.driver.request import Progress, Request, VerifyMode
 from graphopt.driver.result import Result, check_output, is_bundle, place, place_bundle
+from graphopt.driver.specialized import Special, compare_with_original, specialized
 from graphopt.emit import check_model
 from graphopt.errors import PassError, VerifyError
 from graphopt.ir.model_file import load_model
@@ -227,18 +228,22 @@ def run(request: Request, say: Progress) -> Result:
     # Working files lie beside the output, so that moving them there is a rename.
     parent = None if request.output is None else request.output.parent
     with tempfile.TemporaryDirectory(prefix=".graphopt-", dir=parent) as scratch:
+        request, special = specialized(request)
         judge = Judge(request, Path(scratch), say)
+        made_of = _compared(request, special, judge, Path(scratch))
         running = Run(request, judge, Path(scratch), say, request.gate)
         made, verdict = running.settle()
         say("write", None)
         told = (*running.warnings, *made.warnings, *_warnings(made.remarks))
         if request.output is not None and is_bundle(request.output):
-            finished = Finished(request, made, verdict, judge, tuple(running.rolled_back), told)
+            finished = Finished(
+                request, made, verdict, judge, tuple(running.rolled_back), told, special, made_of
+            )
             path: Path | None = place_bundle(build(finished, Path(scratch)), request.output)
         else:
             path = None if request.output is None else place(made, request.output)
     report = RunReport(
-        input=made.before,
+        input=special.before if special is not None else made.before,
         output=model_facts(
             made.model,
             path,
@@ -257,8 +262,25 @@ def run(request: Request, say: Progress) -> Result:
         seconds=time.process_time() - started,
         sparse=made.sparse,
         warnings=told,
+        specialized=made_of,
     )
     return Result(made.model, report, path, request.sparse_style)
+
+
+def _compared(
+    request: Request, special: Special | None, judge: Judge, folder: Path
+) -> tuple[str, ...]:
+    """What the model was specialised to, and how that compares with the original; () where it was not.
+
+    Raises:
+        VerifyError: it computes something else.
+    """
+    if special is None:
+        return ()
+    sentences = request.specialization.sentences()
+    if request.verify is VerifyMode.OFF:
+        return (*sentences, "not compared with the original: not asked for")
+    return (*sentences, compare_with_original(special, judge.reference, folder))
 
 
 def _warnings(remarks: Sequence[Remark]) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from graphopt.errors import OptionError
 from graphopt.ir.model_file import ExternalData
 from graphopt.pipeline import Pass, Step, flatten
 from graphopt.rewrite import Gate, Options
+from graphopt.specialize import Specialization
 from graphopt.targets import Precision, SparseStyle, Target, get_target
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Request:
         profiles: ranges of dynamic dimensions, for a bundle.
         extras: what a bundle shall hold besides: `EXTRAS`.
         sparse: the form of weights that are mostly zero; None for what the target reads.
+        specialization: what to make of the model before anything else.
         cache: shared by all replays of the run; see `Context.cache`.
     """
 
@@ -79,6 +81,7 @@ class Request:
     profiles: Mapping[str, Range] = dataclasses.field(default_factory=dict)
     extras: tuple[str, ...] = ()
     sparse: SparseStyle | None = None
+    specialization: Specialization = dataclasses.field(default_factory=Specialization)
     cache: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property

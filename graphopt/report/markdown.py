@@ -24,11 +24,18 @@ def run_markdown(report: RunReport) -> str:
         f"# {before.path or 'model in memory'} → {after.path or 'model in memory'}",
         f"graphopt {graphopt_version()}, target {report.target}, precision {report.precision}, seed {report.seed}",
         _table(("", "before", "after"), sizes),
+        *_specialized(report),
         *_passes(report),
         *_verification(report.verification),
         *_lists(report),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _specialized(report: RunReport) -> list[str]:
+    if not report.specialized:
+        return []
+    return ["## Specialised", "\n".join(f"- {_cell(each)}" for each in report.specialized)]
 
 
 def _passes(report: RunReport) -> list[str]:

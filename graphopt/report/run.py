@@ -70,6 +70,7 @@ class RunReport:
         seed: of everything random.
         seconds: CPU time of the whole run; None where it was not taken.
         warnings: what the user should act on.
+        specialized: what the model was made of first, one phrase each, and how that compares with the original.
         sparse: sizes of the weights dense, as stored and compressed; None where none is mostly zero.
     """
 
@@ -87,6 +88,7 @@ class RunReport:
     seconds: float | None = None
     warnings: tuple[str, ...] = ()
     sparse: SparseFacts | None = None
+    specialized: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The report as `--json` prints it: strictly JSON, keys as in the documentation of the command line."""
