@@ -48,6 +48,7 @@ class SessionOptions:
         external_folder: where external data of a model given as bytes lies.
         extra_outputs: names of values of the main graph to return besides the outputs.
         optimized_path: where to write the graph as the runtime will run it, to be read back.
+        profile: beginning of the path of the runtime's profile; None for no profiling.
     """
 
     threads: int = 1
@@ -56,6 +57,7 @@ class SessionOptions:
     external_folder: Path | None = None
     extra_outputs: tuple[str, ...] = ()
     optimized_path: Path | None = None
+    profile: Path | None = None
 
 
 class Session:
@@ -107,6 +109,10 @@ class Session:
         results = self._run_plain(plain, given) if plain or not exotic else {}
         results |= self._run_exotic(exotic, given) if exotic else {}
         return {name: results[name] for name in wanted}
+
+    def end_profiling(self) -> Path:
+        """The file with the profile, which ends here; only of a session with `SessionOptions.profile`."""
+        return Path(self._session.end_profiling())
 
     def _wanted(self, wanted: Sequence[str] | None) -> dict[str, TensorSpec]:
         known = {spec.name: spec for spec in self.outputs}
@@ -250,6 +256,9 @@ def _create(
         )
     if options.optimized_path is not None:
         settings.optimized_model_filepath = str(options.optimized_path)
+    if options.profile is not None:
+        settings.enable_profiling = True
+        settings.profile_file_prefix = str(options.profile)
     source = str(model) if isinstance(model, Path) else model
     try:
         return ort.InferenceSession(source, settings, providers=list(options.providers))

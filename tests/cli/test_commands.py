@@ -261,9 +261,9 @@ class TestPassesAndTargets:
 
 class TestBench:
     def test_table(self, run: Run, model: Path, equal: Path) -> None:
-        ran = run("bench", model, equal, "--seconds", "0")
+        ran = run("bench", model, equal, "--seconds", "0", "--profile-ops")
         assert (ran.status, ran.err) == (0, "")
-        assert "ratio" in ran.out
+        assert all(word in ran.out for word in ("ratio", "95 %", "memory", "in kernels of one run"))
         assert "1.00\N{MULTIPLICATION SIGN}" in ran.out
 
     def test_json(self, run: Run, model: Path, tmp_path: Path) -> None:
@@ -277,12 +277,41 @@ class TestBench:
             tmp_path / "in.npz",
             "--level",
             "basic",
+            "--no-memory",
             "--json",
         ).json
         (row,) = body["models"]
         assert (row["model"], row["ratio"]) == (str(model), 1.0)
         assert row["rounds"] >= 5
+        assert (row["ratio_low"], row["ratio_high"]) == (1.0, 1.0)
+        assert row["peak_bytes"] is None
+        assert row["provider"] == "cpu"
         assert body["level"] == "basic"
+
+    @pytest.mark.parametrize(
+        ("text", "words"),
+        [
+            ("g (float[N, 4] z) => (float[N, 4] y) { y = Relu(z) }", "input names are z, not x"),
+            ("g (float[N, 4] x) => (float[N, 4] w) { w = Relu(x) }", "output names are w, not y"),
+            ("g (float[N, 5] x) => (float[N, 5] y) { y = Relu(x) }", "input 'x' is float[N,5]"),
+            ("g (float[N] x) => (float[N] y) { y = Relu(x) }", "input 'x' is float[N]"),
+            ("g (double[N, 4] x) => (double[N, 4] y) { y = Relu(x) }", "input 'x' is double"),
+        ],
+    )
+    def test_other_inputs_and_outputs_are_refused(
+        self, run: Run, model: Path, tmp_path: Path, text: str, words: str
+    ) -> None:
+        other = save(tmp_path / "other.onnx", '<ir_version: 9, opset_import: ["" : 18]> ' + text)
+        ran = run("bench", model, other, "--seconds", "0", "--no-memory")
+        assert ran.status == 2
+        assert words in ran.message
+
+    def test_providers_are_those_that_are_here(self, run: Run, model: Path) -> None:
+        ran = run("bench", model, "--provider", "cpu", "--seconds", "0", "--no-memory", "--json")
+        assert [row["provider"] for row in ran.json["models"]] == ["cpu"]
+        ran = run("bench", model, "--provider", "abacus")
+        assert ran.status == 2
+        assert "not in this onnxruntime; it has" in ran.message
 
     def test_bad_level(self, run: Run, model: Path) -> None:
         ran = run("bench", model, "--level", "al")

@@ -34,3 +34,15 @@ def test_one_round_has_no_spread_and_a_clock_that_stands_still_no_ratio() -> Non
     latency = timing._latency([[(1.0, 0.0)]], 0)
     assert latency.wall_spread_ms == 0
     assert latency.cpu_ratio == 1
+
+
+@pytest.mark.parametrize(("count", "skipped"), [(1, 0), (5, 0), (6, 0), (9, 1), (20, 5), (100, 39)])
+def test_the_interval_of_a_median_leaves_out_what_chance_allows(count: int, skipped: int) -> None:
+    """From tables of the sign test at 95 %."""
+    assert timing._skipped(count) == skipped
+    low, high = timing._interval([float(i) for i in range(count)])
+    assert (low, high) == (skipped, count - 1 - skipped)
+
+
+def test_no_ratio_has_no_interval() -> None:
+    assert timing._interval([]) == (1.0, 1.0)
