@@ -29,6 +29,9 @@ OPSETS = (13, 10_000)
 VIEWS = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Slice", "Identity"})
 MAX_DEPTH = 8
 
+LOW = -1e4
+"""What a mask puts in place of a score at most, so that its exponential is zero in every type beside a score."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Reach:
@@ -37,10 +40,20 @@ class Reach:
     Attributes:
         low: no finite element is below.
         masked: whether elements may be -infinity, so that a whole row may be.
+        best: every row has an element that is not below; -infinity where that is not known.
     """
 
     low: float
     masked: bool
+    best: float = -math.inf
+
+    @property
+    def floor(self) -> float:
+        """What the largest element of a row is at least, where it is finite."""
+        return max(self.low, self.best)
+
+
+HARMLESS = Reach(0.0, masked=False)
 
 
 def _reach(value: ir.Value | None, depth: int = MAX_DEPTH) -> Reach | None:
@@ -51,9 +64,10 @@ def _reach(value: ir.Value | None, depth: int = MAX_DEPTH) -> Reach | None:
     if node is None or node.domain or depth == 0:
         return None
     if node.op_type in ("MatMul", "Einsum"):
-        return Reach(0.0, masked=False)
+        return HARMLESS
     if node.op_type in VIEWS:
-        return _reach(node.inputs[0], depth - 1)
+        inner = _reach(node.inputs[0], depth - 1)
+        return None if inner is None else dataclasses.replace(inner, best=-math.inf)
     if node.op_type == "Where":
         return _either(*(_reach(v, depth - 1) for v in node.inputs[1:]))
     if node.op_type == "Add":
@@ -71,8 +85,9 @@ def _reach_of_constant(value: ir.Value) -> Reach | None:
     wide = data.astype(np.float64)
     if np.isnan(wide).any() or np.isposinf(wide).any():
         return None
-    rows = np.isneginf(wide).all(axis=-1) if wide.ndim else np.isneginf(wide)
-    return Reach(float(np.min(wide, initial=0.0, where=np.isfinite(wide))), masked=bool(rows.any()))
+    best = float(np.min(wide.max(axis=-1))) if wide.ndim else float(wide)
+    low = float(np.min(wide, initial=0.0, where=np.isfinite(wide)))
+    return Reach(low, masked=best == -math.inf, best=best)
 
 
 def _either(a: Reach | None, b: Reach | None) -> Reach | None:
@@ -84,6 +99,8 @@ def _either(a: Reach | None, b: Reach | None) -> Reach | None:
 def _sum(a: Reach | None, b: Reach | None) -> Reach | None:
     if a is None or b is None:
         return None
+    if HARMLESS in (a, b):
+        return b if a == HARMLESS else a
     return Reach(a.low + b.low, a.masked or b.masked)
 
 
@@ -94,7 +111,7 @@ def _scaled(node: ir.Node, depth: int) -> Reach | None:
     if number is None or inner is None or not 0 < number < math.inf:
         return None
     factor = float(number) if node.op_type == "Mul" else 1 / float(number)
-    return Reach(inner.low * factor, inner.masked)
+    return Reach(inner.low * factor, inner.masked, inner.best * factor)
 
 
 def _lowest(dtype: ir.DataType | None) -> float:
@@ -119,7 +136,7 @@ def drop_guard_of_unmasked_rows(m: Match, g: Builder) -> ir.Value:
     A NaN in z comes out as NaN, no longer as 0.  Source: Softmax-13.
     """
     reach = _reach(m[scores])
-    if reach is None or reach.masked or reach.low < _lowest(m.dtype(scores)):
+    if reach is None or reach.masked or reach.floor < _lowest(m.dtype(scores)):
         raise Skip("a row may be masked throughout", m[scores])
     if m.dims(guarded) != m.dims(softmax):
         raise Skip("the zero broadens the result", m[guarded])
@@ -135,28 +152,35 @@ right = Op("Mul|Div", k_t, right_scale)
 products = Op("MatMul", Either(left, q), Either(right, k_t))
 after = Op("Mul|Div", products, after_scale)
 scaled_products = Either(after, products)
-weights = Op("Softmax", Either(Op("Add", scaled_products, mask), scaled_products))
+keep, drop, fill = Var(), Var(), Var(const=True)
+kept = Op("Where", keep, scaled_products, fill)
+dropped = Op("Where", drop, fill, scaled_products)
+biased = Op("Add", scaled_products, mask)
+weights = Op("Softmax", Either(biased, kept, dropped, scaled_products))
 guard = Op("Where", Op("IsNaN", weights), Lit(0.0), weights)
 attention = Op("MatMul", Either(guard, weights), v)
 
 
 @rule(attention, opset=OPSETS)
 def fuse_attention(m: Match, g: Builder) -> ir.Value | None:
-    """`Softmax(q kT * s + mask) v` -> `Attention(q, k, v, mask, scale=s)`.
+    """`Softmax(q kT * s + mask) v` -> `Attention(q, k, v, mask, scale=s)`; Where(cond, scores, -inf) likewise.
 
-    q: [B, H, S, D], kT: [B, H, D, L], v: [B, H, L, E], mask: […, S, L], broadcasts to [B, H, S, L].
-    With the guard, rows that are masked with -infinity throughout are zero in both; without it they are NaN before.
-    Source: Attention-23.
+    q: [B, H, S, D], kT: [B, H, D, L], v: [B, H, L, E], mask: […, S, L], broadcasts to [B, H, S, L].  Without heads,
+    [B, S, D], as one head.  With the guard, rows that are masked with -infinity throughout are zero in both; without
+    it they are NaN before.  Source: Attention-23.
     """
     dims, dtype = [m.dims(value) for value in (q, k_t, v)], m.dtype(q)
-    if any(d is None or len(d) != 4 for d in dims) or not _is_last_axis(m):
+    ranks = {None if d is None else len(d) for d in dims}
+    if ranks not in ({3}, {4}) or not _is_last_axis(m):
         return None
     if not m.emits("Attention", dtype=dtype):
         raise Skip(no_operator(m, "Attention", dtype), m[q])
     scale = _scale(m)
     if scale is None:
         return None
-    _refuse_mask(m)
+    hidden = _mask(m, g)
+    if ranks == {3}:
+        return _without_heads(m, g, hidden, scale)
     key, value = _ungrouped(m, _untransposed(m, g), m[v])
     stored, served = m.known_dims(k_t)[:2], m.known_dims(q)[:2]
     heads = m.known_dims(value)[:2]
@@ -164,7 +188,52 @@ def fuse_attention(m: Match, g: Builder) -> ir.Value | None:
         raise Skip("queries, keys and values differ in batch or heads", m[attention])
     if not m.emits("Attention", dtype=dtype, form="" if heads == served else "grouped"):
         raise Skip("the target gains nothing by Attention with shared keys", m[q])
-    return g.op("Attention", m[q], key, value, m.get(mask), scale=scale)
+    return g.op("Attention", m[q], key, value, hidden, scale=scale)
+
+
+def _without_heads(m: Match, g: Builder, hidden: ir.Value | None, scale: float) -> ir.Value:
+    """Attention of [B, S, D], [B, L, D] and [B, L, E]: one head each, side by side with none."""
+    if len({m.known_dims(each)[0] for each in (q, k_t, v)}) > 1:
+        raise Skip("queries, keys and values differ in batch", m[attention])
+    maker, turn = m[k_t].producer(), (0, 2, 1)
+    if maker is not None and maker.op_type == "Transpose" and m.attr(maker, "perm", ()) == turn:
+        key = maker.inputs[0]
+    else:
+        key = g.op("Transpose", m[k_t], perm=turn)
+    if hidden is not None and len(_mask_dims(m)) == 3:
+        hidden = g.op("Unsqueeze", hidden, g.ints([1]))
+    return g.op("Attention", m[q], key, m[v], hidden, scale=scale, q_num_heads=1, kv_num_heads=1)
+
+
+def _mask(m: Match, g: Builder) -> ir.Value | None:
+    """The mask of the operator: what is added to the scores, or which scores count.
+
+    Raises:
+        Skip: Attention would give another result than the parts.
+    """
+    if m.has(biased):
+        _refuse_shape(m, m[mask])
+        _refuse_masked_rows(m, m[mask], _reach(m[mask]))
+        return m[mask]
+    if not (m.has(kept) or m.has(dropped)):
+        return None
+    which = m[keep] if m.has(kept) else m[drop]
+    _refuse_shape(m, which)
+    _refuse_masked_rows(m, which, _reach_of_choice(m, which))
+    return which if m.has(kept) else g.op("Not", which)
+
+
+def _reach_of_choice(m: Match, which: ir.Value) -> Reach | None:
+    """What a mask is that puts a number where `which` says; with a constant, rows that keep something are unmasked."""
+    number, data = values.scalar(m[fill]), values.array(which)
+    if number is None or number > LOW:
+        return None
+    if data is not None:
+        rows = (data if m.has(kept) else ~data.astype(bool)).any(axis=-1)
+        if rows.all():
+            return HARMLESS
+    # A row of one finite number is spread evenly, whatever the number.
+    return Reach(0.0, masked=True) if number == -math.inf else Reach(-math.inf, masked=False)
 
 
 def _shares(queries: tuple[Dim, ...], keys: tuple[Dim, ...]) -> bool:
@@ -187,12 +256,46 @@ def _ungrouped(m: Match, key: ir.Value, value: ir.Value) -> tuple[ir.Value, ir.V
 
 
 def _unrepeated(m: Match, value: ir.Value) -> ir.Value | None:
-    """[B, G, L, D] out of `Reshape(Expand(Unsqueeze(k, 2), [B, G, n, L, D]), [B, G n, L, D])`, or of its Expand."""
-    node = value.producer()
+    """[B, G, L, D] before each head was repeated, however that is spelled; None where it was not."""
+    node = _maker(value)
+    if node is None or node.domain:
+        return None
+    if node.op_type == "Gather":
+        return _of_repeating_gather(m, node)
+    if node.op_type == "Expand" and node.inputs[0] is not None:
+        one, whole = m.dims(node.inputs[0]), m.dims(value)
+        single = one is not None and len(one) == 4 and one[1] == 1
+        if (
+            single
+            and whole is not None
+            and one is not None
+            and whole == (one[0], whole[1], *one[2:])
+        ):
+            return node.inputs[0]
+    return _of_repeated_axis(m, value)
+
+
+def _of_repeating_gather(m: Match, node: ir.Node) -> ir.Value | None:
+    """The source of `Gather(k, [0, 0, 1, 1, …], axis=1)`: `repeat_interleave` as torch.export spells it."""
+    source, data = node.inputs[0], values.array(node.inputs[1])
+    dims = None if source is None else m.dims(source)
+    if dims is None or data is None or len(dims) != 4 or dims[1].value is None or data.ndim != 1:
+        return None
+    few = dims[1].value
+    if int(m.attr(node, "axis", 0)) % 4 != 1 or few == 0 or data.size % few:
+        return None
+    return source if np.array_equal(data, np.arange(few).repeat(data.size // few)) else None
+
+
+def _of_repeated_axis(m: Match, value: ir.Value) -> ir.Value | None:
+    """[B, G, L, D] out of `Reshape(Expand(Unsqueeze(k, 2), [B, G, n, L, D]), [B, G n, L, D])`, Tile for Expand too."""
+    node = _maker(value)
     inner = node.inputs[0] if node is not None and node.op_type == "Reshape" else value
-    expand = None if inner is None else inner.producer()
-    lift = None if expand is None or expand.op_type != "Expand" else _maker(expand.inputs[0])
-    if inner is None or lift is None or lift.op_type != "Unsqueeze" or lift.inputs[0] is None:
+    spread = _maker(inner)
+    if inner is None or spread is None or spread.op_type not in ("Expand", "Tile"):
+        return None
+    lift = _maker(spread.inputs[0])
+    if lift is None or lift.op_type not in ("Unsqueeze", "Reshape") or lift.inputs[0] is None:
         return None
     wide, dims, whole = m.dims(inner), m.dims(lift.inputs[0]), m.dims(value)
     if wide is None or dims is None or whole is None or len(wide) != 5 or len(dims) != 4:
@@ -209,7 +312,7 @@ def _maker(value: ir.Value | None) -> ir.Node | None:
 
 
 def _is_last_axis(m: Match) -> bool:
-    return int(m.attr(weights, "axis", -1)) in (-1, 3)
+    return int(m.attr(weights, "axis", -1)) % len(m.known_dims(q)) == len(m.known_dims(q)) - 1
 
 
 def _scale(m: Match) -> float | None:
@@ -225,29 +328,39 @@ def _scale(m: Match) -> float | None:
     return total
 
 
-def _refuse_mask(m: Match) -> None:
+def _mask_dims(m: Match) -> tuple[Dim, ...]:
+    return m.known_dims(mask if m.has(biased) else keep if m.has(kept) else drop)
+
+
+def _refuse_shape(m: Match, value: ir.Value) -> None:
+    """Declines a mask that the operator does not broadcast.
+
+    Raises:
+        Skip: it does not end in [S, L], or broadens the scores.
+    """
+    shape = m.known_dims(value)
+    queries, keys = m.known_dims(q), m.known_dims(k_t)
+    whole = (*queries[:-1], keys[-1])
+    # The operator's text lets the last two broadcast as well; ONNX Runtime 1.31 refuses that.
+    if not 2 <= len(shape) <= 4 or shape[-2:] != whole[-2:]:
+        raise Skip(f"the mask {_text(shape)} does not end in [S, L] = {_text(whole[-2:])}", value)
+    if any(a not in (1, b) for a, b in zip(shape[-3::-1], whole[-3::-1], strict=False)):
+        raise Skip("the mask broadens the scores", value)
+    if len(shape) > len(whole):
+        raise Skip("the mask broadens the scores", value)
+
+
+def _refuse_masked_rows(m: Match, value: ir.Value, reach: Reach | None) -> None:
     """Declines a mask for which Attention gives another result than the parts.
 
     Raises:
         Skip: a row may be masked throughout.
     """
-    value = m.get(mask)
-    if value is None:
-        return
-    shape = m.known_dims(value)
-    queries, keys = m.known_dims(q), m.known_dims(k_t)
-    whole = (*queries[:3], keys[3])
-    # The operator's text lets the last two broadcast as well; ONNX Runtime 1.31 refuses that.
-    if not 2 <= len(shape) <= 4 or shape[-2:] != whole[2:]:
-        raise Skip(f"the mask {_text(shape)} does not end in [S, L] = {_text(whole[2:])}", value)
-    if any(a not in (1, b) for a, b in zip(shape[-3::-1], whole[1::-1], strict=False)):
-        raise Skip("the mask broadens the scores", value)
-    reach = _reach(value)
     if reach is None or (reach.masked and not m.has(guard)):
         raise Skip("a row may be masked throughout", value)
     if reach.masked and not m.emits("Attention", dtype=m.dtype(q), form="masked-rows"):
         raise Skip("what the target's Attention makes of a fully masked row is not known", value)
-    if reach.low <= _lowest(m.dtype(value)):
+    if reach.floor <= _lowest(m.dtype(q)):
         raise Skip("a row may hold the lowest number throughout", value)
 
 

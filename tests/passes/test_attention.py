@@ -283,3 +283,149 @@ def test_keys_of_other_heads_than_values_stay() -> None:
         opset=23,
         missed="differ in batch or heads",
     )
+
+
+def test_heads_repeated_by_gather_tile_or_expand() -> None:
+    """`repeat_interleave` as a Gather or a Tile, and one head for all as an Expand."""
+    gathered = "k3 = Gather<axis=1>(k, twice) v3 = Gather<axis=1>(v, twice)"
+    tiled = " ".join(
+        f"{n}1 = Unsqueeze({n}, two) {n}2 = Tile({n}1, times) {n}3 = Reshape({n}2, four)"
+        for n in "kv"
+    )
+    held = SIZES + ", int64[4] twice = {0, 0, 1, 1}, int64[5] times = {1, 1, 2, 1, 1}"
+    rest = "t = Transpose<perm=[0,1,3,2]>(k3) z = MatMul(q, t) p = Softmax(z) y = MatMul(p, v3)"
+    for body in (gathered, tiled):
+        _check(
+            f"g ({GROUPED}) => (float[B,4,S,4] y) <{held}> {{ {body} {rest} }}",
+            f"g ({GROUPED}) => (float[B,4,S,4] y) {{ y = Attention<scale=1.0>(q, k, v) }}",
+            opset=23,
+        )
+    spread = "k3 = Expand(k, heads) v3 = Expand(v, heads)"
+    g = f"g ({GROUPED.replace('[B,2,L', '[2,1,5').replace('[B', '[2')}) => (float[2,4,S,4] y)"
+    _check(
+        f"{g} <int64[4] heads = {{2, 4, 5, 4}}> {{ {spread} {rest} }}",
+        f"{g} {{ y = Attention<scale=1.0>(q, k, v) }}",
+        opset=23,
+    )
+
+
+@pytest.mark.parametrize("order", ["0, 1, 0, 1", "0, 0, 1, 0"])
+def test_heads_gathered_otherwise_stay(order: str) -> None:
+    body = "k3 = Gather<axis=1>(k, twice) v3 = Gather<axis=1>(v, twice)"
+    _check(
+        f"g ({GROUPED}) => (float[B,4,S,4] y) <int64[4] twice = {{{order}}}> {{ {body}"
+        " t = Transpose<perm=[0,1,3,2]>(k3) z = MatMul(q, t) p = Softmax(z) y = MatMul(p, v3) }",
+        f"g ({GROUPED}) => (float[B,4,S,4] y) <int64[4] twice = {{{order}}}> {{ {body}"
+        " y = Attention<scale=1.0>(q, k3, v3) }",
+        opset=23,
+    )
+
+
+FLAT = "float[B,S,4] q, float[B,L,4] k, float[B,L,4] v"
+ONE = "q_num_heads=1, kv_num_heads=1"
+
+
+@pytest.mark.parametrize("turn", ["t = Transpose<perm=[0,2,1]>(k)", "t = Identity(k)"])
+@pytest.mark.parametrize("tail", ["y = MatMul(p, v)", GUARD])
+def test_attention_without_heads(turn: str, tail: str) -> None:
+    ins = FLAT if "Transpose" in turn else FLAT.replace("[B,L,4] k", "[B,4,L] k")
+    after = "" if "Transpose" in turn else f"{turn} u = Transpose<perm=[0,2,1]>(t)"
+    key = "u" if after else "k"
+    _check(
+        f"g ({ins}) => (float[B,S,4] y) <float s = {{0.5}}, float zero = {{0.0}}> {{ {turn}"
+        f" a = MatMul(q, t) z = Mul(a, s) p = Softmax(z) {tail} }}",
+        f"g ({ins}) => (float[B,S,4] y) {{ {after} y = Attention<scale=0.5, {ONE}>(q, {key}, v) }}",
+        opset=23,
+    )
+
+
+@pytest.mark.parametrize("m", ["float[3,5] m", "float[1,3,5] m", "float[2,3,5] m"])
+def test_mask_without_heads(m: str) -> None:
+    g = "g (float[2,3,4] q, float[2,5,4] k, float[2,5,4] v) => (float[2,3,4] y)"
+    wide = m != "float[3,5] m"
+    lift, name = ("n = Unsqueeze(m, one)", "n") if wide else ("", "m")
+    one = ", int64[1] one = {1}" if wide else ""
+    _check(
+        f"{g} <{m}> {{ t = Transpose<perm=[0,2,1]>(k) a = MatMul(q, t) z = Add(a, m)"
+        " p = Softmax(z) y = MatMul(p, v) }",
+        f"{g} <{m}{one}> {{ {lift} y = Attention<scale=1.0, {ONE}>(q, k, v, {name}) }}",
+        opset=23,
+    )
+
+
+def test_matrices_of_different_batches_stay() -> None:
+    _check(
+        "g (float[2,3,4] q, float[1,5,4] k, float[1,5,4] v) => (float[2,3,4] y)"
+        "{ t = Transpose<perm=[0,2,1]>(k) z = MatMul(q, t) p = Softmax(z) y = MatMul(p, v) }",
+        opset=23,
+        missed="differ in batch",
+    )
+
+
+CHOICE = "g (float[1,2,2,4] q, float[1,2,2,4] k, float[1,2,2,4] v{more}) => (float[1,2,2,4] y)"
+LOWER, FULL = "{1, 0, 1, 1}", "{0, 0, 1, 1}"
+
+
+def _chosen(
+    number: float, *, rows: str | None, tail: str = "y = MatMul(p, v)", swap: bool = False
+) -> onnx.ModelProto:
+    """Scores that a Where replaces by a number; the choice a constant of those rows, or an input."""
+    held = f", bool[2,2] c = {rows}" if rows else ""
+    order = "c, no, a" if swap else "c, a, no"
+    proto = parse(
+        f"{CHOICE.format(more='' if rows else ', bool[2,2] c')} <float zero = {{0.0}}, float no{held}> {{ {KT}"
+        f" a = MatMul(q, t) z = Where({order}) p = Softmax(z) {tail} }}",
+        opset=23,
+    )
+    tensor = next(t for t in proto.graph.initializer if t.name == "no")
+    tensor.CopyFrom(onnx.numpy_helper.from_array(np.asarray(number, np.float32), "no"))
+    return proto
+
+
+LOWEST = float(np.finfo(np.float32).min)
+
+
+@pytest.mark.parametrize(
+    ("number", "rows", "tail", "fuses"),
+    [
+        (-np.inf, LOWER, "y = MatMul(p, v)", True),
+        (LOWEST, LOWER, "y = MatMul(p, v)", True),
+        (-1e9, LOWER, GUARD, True),
+        (-np.inf, None, GUARD, True),
+        (-np.inf, FULL, GUARD, True),
+        (-np.inf, None, "y = MatMul(p, v)", False),
+        (-np.inf, FULL, "y = MatMul(p, v)", False),
+        (LOWEST, None, GUARD, False),
+        (-1e9, FULL, GUARD, False),
+        (-1e9, None, "y = MatMul(p, v)", False),
+        (-50.0, LOWER, GUARD, False),
+    ],
+)
+@pytest.mark.parametrize("swap", [False, True])
+def test_scores_replaced_by_a_number(
+    number: float, rows: str | None, tail: str, fuses: bool, swap: bool
+) -> None:
+    """A choice of scores is a bool mask, unless a whole row may be replaced and the answers part there."""
+    if swap and rows:
+        rows = rows.translate(str.maketrans("01", "10"))
+    proto = _chosen(number, rows=rows, tail=tail, swap=swap)
+    model = ir.from_proto(proto)
+    ctx = apply(attention.RULES, model)
+    fused = any(node.op_type == "Attention" for node in model.graph)
+    assert fused == fuses
+    assert fused or any("throughout" in remark.reason for remark in ctx.remarks)
+    for seed in range(3):
+        feeds = make_feeds(proto, seed)
+        got, expected = run(ir.to_proto(model), feeds)[0], run(proto, feeds)[0]
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_causal_mask_of_lowest_numbers() -> None:
+    """A constant mask may hold the lowest number anywhere, as long as every row keeps something."""
+    g = "g (float[1,2,2,4] q, float[1,2,2,4] k, float[1,2,2,4] v) => (float[1,2,2,4] y)"
+    m = "float[2,2] m = {0.0, -3.4028234663852886e38, 0.0, 0.0}"
+    _check(
+        f"{g} <{m}> {{ {KT} a = MatMul(q, t) z = Add(a, m) p = Softmax(z) y = MatMul(p, v) }}",
+        f"{g} <{m}> {{ y = Attention<scale=1.0>(q, k, v, m) }}",
+        opset=23,
+    )

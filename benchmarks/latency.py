@@ -1,0 +1,264 @@
+"""Latency in ONNX Runtime of what graphopt makes, against the export as it is and what the simplifiers make of it.
+
+    python -m benchmarks.latency [--peer-python PYTHON] [--tools onnxsim,…] [--dims batch=1,sequence=128]
+        [--threads 1,2] [--seconds 20] [--made FOLDER] [--json FILE] MODEL.onnx …
+
+All models are loaded with all optimisations into one process and run in turn, on the same inputs; every other round
+runs backwards.  A ratio is taken within a round, and its median over rounds is printed: above 1, graphopt's model is
+the faster one.  CPU time is that of the process, all threads.  A result that differs from the export's is named and
+does not compete.  `best` is the fastest of export and simplifiers by CPU time.  With `--made`, what the tools made
+stays in that folder, and what is there already is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import processes
+from benchmarks.simplify import OURS, TOOLS, nodes_of
+from graphopt.errors import GraphoptError
+from graphopt.ir.model_file import load_model
+from graphopt.runtime.measure import Latency, measure
+from graphopt.runtime.session import OptimizationLevel, Session
+from graphopt.verify.feeds import make_feeds
+
+RAW = "export"
+TOLERANCE = 1e-3
+"""Of max|d| / RMS: what computes something else is told from what rounds otherwise."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rival:
+    """One model beside ours.
+
+    Attributes:
+        name: `export`, or the tool that made it.
+        cpu: graphopt's gain over it in CPU time.
+        wall: graphopt's gain over it in wall time.
+        fault: why it does not compete, or "".
+    """
+
+    name: str
+    cpu: float
+    wall: float
+    fault: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One model at one number of threads.
+
+    Attributes:
+        model: its name.
+        threads: inside an operator.
+        nodes: of the export and of ours.
+        export_ms: median CPU time of the export.
+        ours_ms: median CPU time of ours.
+        spread: from the first to the third quartile of ours, as a share of the median.
+        rounds: how many were timed.
+        worst: max|d| / RMS of our outputs against the export's.
+        rivals: everything that ours is measured against.
+    """
+
+    model: str
+    threads: int
+    nodes: tuple[int, int]
+    export_ms: float
+    ours_ms: float
+    spread: float
+    rounds: int
+    worst: float
+    rivals: tuple[Rival, ...]
+
+    @property
+    def best(self) -> Rival:
+        """The fastest that competes."""
+        return min((each for each in self.rivals if not each.fault), key=lambda each: each.cpu)
+
+
+def make(tool: str, python: str, model: Path, folder: Path, timeout: float) -> tuple[Path, str]:
+    """Where a tool's result lies, and why there is none."""
+    out = folder / f"{model.stem}.{tool}.onnx"
+    if out.exists():
+        return out, ""
+    cost = processes.run(python, TOOLS[tool], [model, out], timeout=timeout)
+    if cost.failure or not out.exists():
+        return out, cost.failure[:80] or "wrote nothing"
+    return out, ""
+
+
+def feed_of(model: Path, dims: Mapping[str, int]) -> dict[str, Any]:
+    """The first generated inputs that the export runs with, in the sizes asked for where it has such dims."""
+    loaded = load_model(model)
+    named = {
+        str(dim) for value in loaded.graph.inputs if value.shape is not None for dim in value.shape
+    }
+    wanted = {name: size for name, size in dims.items() if name in named}
+    session = Session(model)
+    for feed in make_feeds(loaded, dims=wanted):
+        with contextlib.suppress(GraphoptError):
+            session.run(feed.values)
+            return dict(feed.values)
+    raise SystemExit(f"{model}: none of the generated inputs runs")
+
+
+def difference(expected: Mapping[str, Any], seen: Mapping[str, Any]) -> float:
+    """max|d| / RMS over all outputs; infinite where they cannot be compared."""
+    worst = 0.0
+    for name, value in expected.items():
+        other = seen.get(name)
+        if not isinstance(value, np.ndarray) or not isinstance(other, np.ndarray):
+            continue
+        if value.shape != other.shape or value.dtype != other.dtype:
+            return float("inf")
+        if value.dtype.kind != "f" or not value.size:
+            continue
+        wide = value.astype(np.float64)
+        finite = np.isfinite(wide)
+        if not np.array_equal(finite, np.isfinite(other)):
+            return float("inf")
+        gap = np.abs(wide - other.astype(np.float64))[finite]
+        rms = float(np.sqrt(np.mean(wide[finite] ** 2))) or 1.0 if finite.any() else 1.0
+        worst = max(worst, float(np.max(gap, initial=0.0)) / rms)
+    return worst
+
+
+def race(
+    model: Path, made: Mapping[str, Path], feed: Mapping[str, Any], threads: int, seconds: float
+) -> Row:
+    """Times ours against everything else."""
+    sessions: dict[str, Session] = {}
+    faults: dict[str, str] = {}
+    outputs: dict[str, Mapping[str, Any]] = {}
+    for name, path in {OURS: made[OURS], RAW: model, **made}.items():
+        try:
+            session = Session(path, level=OptimizationLevel.ALL, threads=threads)
+            outputs[name] = session.run(feed)
+            sessions[name] = session
+        except GraphoptError as fault:
+            faults[name] = f"does not run: {str(fault).splitlines()[0][:60]}"
+    if OURS in faults:
+        raise SystemExit(f"{model.stem}: ours {faults[OURS]}")
+    worst = {name: difference(outputs[RAW], seen) for name, seen in outputs.items()}
+    timed = measure(list(sessions.values()), [feed] * len(sessions), seconds=seconds, min_rounds=11)
+    found = dict(zip(sessions, timed, strict=True))
+    rivals = [
+        Rival(
+            name,
+            1 / found[name].cpu_ratio,
+            1 / found[name].ratio,
+            "" if worst[name] <= TOLERANCE else f"differs by {worst[name]:.1e}",
+        )
+        for name in found
+        if name != OURS
+    ]
+    rivals += [Rival(name, 0.0, 0.0, why) for name, why in faults.items()]
+    return _row(model, made[OURS], threads, found, worst[OURS], rivals)
+
+
+def _row(
+    model: Path,
+    ours: Path,
+    threads: int,
+    found: Mapping[str, Latency],
+    worst: float,
+    rivals: Sequence[Rival],
+) -> Row:
+    own = found[OURS]
+    return Row(
+        model.stem,
+        threads,
+        (nodes_of(model), nodes_of(ours)),
+        found[RAW].cpu_ms,
+        own.cpu_ms,
+        own.cpu_spread_ms / own.cpu_ms if own.cpu_ms else 0.0,
+        own.rounds,
+        worst,
+        tuple(rivals),
+    )
+
+
+def table(rows: Sequence[Row], tools: Sequence[str]) -> Iterator[str]:
+    """Markdown: a row for each model and number of threads; gains in CPU time, wall time in brackets."""
+    names = [RAW, *tools]
+    yield (
+        f"| model | threads | nodes | CPU ms | ± | {' | '.join(f'over {n}' for n in names)} | over the best "
+        "| max\\|d\\|/RMS |"
+    )
+    yield "|---|--:|--:|--:|--:|" + "--:|" * len(names) + "--:|--:|"
+    for row in rows:
+        by_name = {each.name: each for each in row.rivals}
+        cells = " | ".join(_cell(by_name.get(name)) for name in names)
+        best = row.best
+        yield (
+            f"| {row.model} | {row.threads} | {row.nodes[0]} → {row.nodes[1]} | {row.export_ms:.2f} → "
+            f"{row.ours_ms:.2f} | {100 * row.spread:.0f} % | {cells} | **{best.cpu:.2f}** ({best.wall:.2f}) "
+            f"{best.name} | {row.worst:.0e} |"
+        )
+
+
+def _cell(rival: Rival | None) -> str:
+    if rival is None:
+        return "-"
+    return rival.fault or f"{rival.cpu:.2f} ({rival.wall:.2f})"
+
+
+def _dims(text: str) -> dict[str, int]:
+    pairs = (part.split("=", 1) for part in text.split(",") if part)
+    return {name: int(size) for name, size in pairs}
+
+
+def main() -> int:
+    """Prints the table; exits with 1 where ours is below 0.98 of the best."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("models", nargs="+", type=Path)
+    parser.add_argument("--tools", default=",".join(name for name in TOOLS if name != OURS))
+    parser.add_argument("--peer-python", default=sys.executable)
+    parser.add_argument("--dims", default="batch=1,batch_size=1,sequence=128,seq=128")
+    parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--seconds", type=float, default=20.0, help="a model and thread number")
+    parser.add_argument("--timeout", type=float, default=900.0, help="of a tool, in seconds")
+    parser.add_argument("--made", type=Path, help="folder that keeps what the tools made")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    tools = [name for name in args.tools.split(",") if name]
+    rows: list[Row] = []
+    with contextlib.ExitStack() as stack:
+        folder = args.made or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        for model in args.models:
+            rows += _rows(model, tools, folder, args)
+            for line in table(rows[-1:], tools):
+                print(line, file=sys.stderr, flush=True)
+    print("\n".join(table(rows, tools)))
+    if args.json is not None:
+        args.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+    return 1 if any(row.best.cpu < 0.98 for row in rows) else 0
+
+
+def _rows(model: Path, tools: Sequence[str], folder: Path, args: argparse.Namespace) -> list[Row]:
+    made: dict[str, Path] = {}
+    for tool in (OURS, *tools):
+        python = sys.executable if tool == OURS else args.peer_python
+        path, fault = make(tool, python, model, folder, args.timeout)
+        if fault:
+            print(f"{model.stem}: {tool}: {fault}", file=sys.stderr)
+        else:
+            made[tool] = path
+    feed = feed_of(model, _dims(args.dims))
+    counts = [int(n) for n in args.threads.split(",")]
+    return [race(model, made, feed, threads, args.seconds) for threads in counts]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,229 @@
+"""Heads side by side: attention and rotation of [B, S, H D], where no head has to be moved to the front and back.
+
+    Before:  y = Transpose(Attention(Transpose(q), Transpose(k), Transpose(v)))     q, k, v: [B, S, H, D]
+    After:   y = Attention(q, k, v, q_num_heads=H, kv_num_heads=H)                  q, k, v: [B, S, H D]
+
+The kernels step over the other heads, so that four copies fall away.  Changes numerics: exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from graphopt.ir import values
+from graphopt.ir.build import Builder
+from graphopt.ir.shapes import Dim
+from graphopt.rewrite import Match, Op, Rule, Skip, Var, exact
+from graphopt_passes.constants import live_uses
+
+TO_FRONT = (0, 2, 1, 3)
+"""[B, S, H, D] <-> [B, H, S, D]."""
+
+q, k, v = Var(), Var(), Var()
+attention = Op("Attention", q, k, v, ...)
+back = Op("Transpose", attention)
+
+
+@exact(back, opset=(23, 10_000))
+def keep_heads_in_place(m: Match, g: Builder) -> ir.Value | None:
+    """`Transpose(Attention(Transpose(q), Transpose(k), Transpose(v)))` -> `Attention` of [B, S, H D].
+
+    q, k, v: [B, S, H, D], each Transpose by (0, 2, 1, 3).  Values that come with heads in front keep all as it is.
+    Source: Attention-23, 3-dimensional inputs.
+    """
+    node = m[attention]
+    if tuple(m.attr(back, "perm", ())) != TO_FRONT or m.attr(node, "q_num_heads", 0):
+        return None
+    if not m.emits("Attention", dtype=m.dtype(q), form="heads-in-place"):
+        return None
+    if any(v is not None for v in node.inputs[4:]) or _has_outputs(node):
+        raise Skip("past or present keys have their heads in front", node)
+    sources = [_source(m, operand) for operand in (q, k, v)]
+    if sources[0] is None or sources[1] is None or sources[2] is None:
+        raise Skip("queries, keys and values do not all come from [B, S, H, D]", node)
+    heads = [m.known_dims(each)[2].value for each in sources if each is not None]
+    width = m.known_dims(attention)[3].value
+    if None in heads or width is None:
+        raise Skip("the number or the size of the heads is unknown", node)
+    flat = [_flat(m, g, each) for each in sources if each is not None]
+    made = g.op(
+        "Attention",
+        *flat,
+        *node.inputs[3:4],
+        like=node,
+        q_num_heads=heads[0],
+        kv_num_heads=heads[1],
+    )
+    return g.op("Reshape", made, g.ints([0, 0, int(heads[0] or 0), width]))
+
+
+def _has_outputs(node: ir.Node) -> bool:
+    return any(out.uses() or out.is_graph_output() for out in node.outputs[1:])
+
+
+def _source(m: Match, operand: Var) -> ir.Value | None:
+    """[B, S, H, D] whose heads a Transpose brings to the front."""
+    maker = m[operand].producer()
+    if maker is None or maker.op_type != "Transpose" or maker.domain:
+        return None
+    source = maker.inputs[0]
+    dims = None if source is None else m.dims(source)
+    if source is None or dims is None or tuple(m.attr(maker, "perm", ())) != TO_FRONT:
+        return None
+    return source if dims[2].is_static and dims[3].is_static else None
+
+
+def _flat(m: Match, g: Builder, source: ir.Value) -> ir.Value:
+    """[B, S, H, D] as [B, S, H D]: what it was before it was divided, or a view."""
+    dims = m.known_dims(source)
+    width = int(dims[2]) * int(dims[3])
+    maker = source.producer()
+    whole = None if maker is None or maker.op_type != "Reshape" else maker.inputs[0]
+    if whole is not None and m.dims(whole) == (dims[0], dims[1], Dim.of(width)):
+        return whole
+    return g.op("Reshape", source, g.ints([0, 0, width]))
+
+
+x, cos, sin = Var(), Var(), Var()
+front = Op("Transpose", x)
+rotary = Op("RotaryEmbedding", front, cos, sin, ...)
+
+
+@exact(rotary, opset=(23, 10_000))
+def rotate_heads_in_place(m: Match, g: Builder) -> ir.Value | None:
+    """`RotaryEmbedding(Transpose(x), cos, sin)` -> `Transpose(RotaryEmbedding(x, cos, sin, num_heads=H))`.
+
+    x: [B, S, H, D], as [B, S, H D] in the operator; only where the result goes to attention alone, whose own rule then
+    takes the Transpose.  Source: RotaryEmbedding-23, 3-dimensional input.
+    """
+    node = m[rotary]
+    if tuple(m.attr(front, "perm", ())) != TO_FRONT:
+        return None
+    if not m.emits("RotaryEmbedding", dtype=m.dtype(x), form="heads-in-place"):
+        return None
+    users = live_uses(node.outputs[0])
+    if not users or not all(_is_turned_operand(m, user, node.outputs[0]) for user in users):
+        return None
+    dims = m.known_dims(x)
+    if not (dims[2].is_static and dims[3].is_static):
+        raise Skip("the number or the size of the heads is unknown", m[x])
+    turned = g.op(
+        "RotaryEmbedding",
+        _flat(m, g, m[x]),
+        m[cos],
+        m[sin],
+        *node.inputs[3:4],
+        like=node,
+        num_heads=int(dims[2]),
+    )
+    apart = g.op("Reshape", turned, g.ints([0, 0, int(dims[2]), int(dims[3])]))
+    return g.op("Transpose", apart, perm=TO_FRONT)
+
+
+def _is_turned_operand(m: Match, user: ir.Node, value: ir.Value) -> bool:
+    """Whether a node is an Attention all of whose other operands, and whose result, have their heads turned."""
+    if user.op_type != "Attention" or user.domain or value not in user.inputs[:2]:
+        return False
+    if any(each is not None for each in user.inputs[4:]) or _has_outputs(user):
+        return False
+    after = live_uses(user.outputs[0])
+    turns = [n.op_type == "Transpose" and _perm(m, n) == TO_FRONT for n in after]
+    return bool(turns) and all(turns) and all(_comes_turned(m, each) for each in user.inputs[:3])
+
+
+def _comes_turned(m: Match, value: ir.Value | None) -> bool:
+    node = None if value is None else value.producer()
+    if node is not None and node.op_type == "RotaryEmbedding" and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    return node is not None and node.op_type == "Transpose" and _perm(m, node) == TO_FRONT
+
+
+def _perm(m: Match, node: ir.Node) -> tuple[int, ...]:
+    return tuple(m.attr(node, "perm", ()))
+
+
+whole, index = Var(), Var(const=True)
+parted = Op("Reshape", whole, ..., shared=True)
+moved = Op("Transpose", parted, shared=True)
+split = Op("Split", moved, ...)
+taken = Op("Gather", moved, index)
+
+
+@exact(split, opset=(13, 10_000))
+def split_packed_heads(m: Match, g: Builder) -> Sequence[ir.Value] | None:
+    """`Split(Transpose(Reshape(x, [B, S, 3, H, D]), (2, 0, 3, 1, 4)), axis 0)` -> `Split(x)`, each part turned alone.
+
+    x: [B, S, 3 H D].  Queries, keys and values of one product, as vision transformers pack them: one Transpose of the
+    whole becomes three, which attention takes away.  Only where every part goes to attention.  Source: Split-13, -18.
+    """
+    parts = len(m[split].outputs)
+    packed = _packed(m)
+    if packed is None or packed[0] != parts or m.attr(split, "axis", 0):
+        return None
+    if not all(_feeds_attention(out) for out in m[split].outputs):
+        return None
+    if any(m.known_dims(out)[0] != 1 for out in m[split].outputs):
+        return None
+    _, heads, width = packed
+    sizes = g.ints([heads * width] * parts)
+    pieces = g.ops("Split", m[whole], sizes, outputs=parts, axis=2)
+    return [g.op("Unsqueeze", _in_front(g, p, heads, width), g.ints([0])) for p in pieces]
+
+
+@exact(taken, opset=(13, 10_000))
+def take_packed_heads(m: Match, g: Builder) -> ir.Value | None:
+    """`Gather(Transpose(Reshape(x, [B, S, 3, H, D]), (2, 0, 3, 1, 4)), i)` -> `Slice(x)`, turned alone.
+
+    x: [B, S, 3 H D].  As `split_packed_heads`, for one part at a time.  Source: Gather-13, Slice-13.
+    """
+    packed = _packed(m)
+    place = values.array(m[index])
+    if packed is None or place is None or place.ndim or m.attr(taken, "axis", 0):
+        return None
+    if not _feeds_attention(m.out(taken)):
+        return None
+    parts, heads, width = packed
+    start = int(place) % parts * heads * width
+    piece = g.op("Slice", m[whole], g.ints([start]), g.ints([start + heads * width]), g.ints([2]))
+    return _in_front(g, piece, heads, width)
+
+
+def _packed(m: Match) -> tuple[int, int, int] | None:
+    """Parts, heads and their size, where x [B, S, parts H D] is divided and its parts brought to the front."""
+    dims, turned = m.known_dims(whole), m.known_dims(parted)
+    if tuple(m.attr(moved, "perm", ())) != (2, 0, 3, 1, 4) or len(dims) != 3 or len(turned) != 5:
+        return None
+    sizes = [d.value for d in turned[2:]]
+    if turned[:2] != dims[:2] or None in sizes:
+        return None
+    if not m.emits("Attention", dtype=m.dtype(whole), form="heads-in-place"):
+        return None
+    parts, heads, width = (int(size or 0) for size in sizes)
+    return parts, heads, width
+
+
+def _in_front(g: Builder, piece: ir.Value, heads: int, width: int) -> ir.Value:
+    apart = g.op("Reshape", piece, g.ints([0, 0, heads, width]))
+    return g.op("Transpose", apart, perm=TO_FRONT)
+
+
+def _feeds_attention(part: ir.Value) -> bool:
+    """Whether a part, perhaps without its first axis, scaled or rotated, goes to Attention alone."""
+    if part.is_graph_output():
+        return False
+    users = live_uses(part)
+    while len(users) == 1 and users[0].op_type in ("Squeeze", "RotaryEmbedding"):
+        if users[0].outputs[0].is_graph_output():
+            return False
+        users = live_uses(users[0].outputs[0])
+    return bool(users) and all(user.op_type == "Attention" and not user.domain for user in users)
+
+
+RULES: tuple[Rule, ...] = (
+    keep_heads_in_place,
+    rotate_heads_in_place,
+    split_packed_heads,
+    take_packed_heads,
+)
