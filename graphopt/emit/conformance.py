@@ -23,7 +23,12 @@ def check_model(model: ir.Model) -> str | None:
     _present_weights(proto)
     try:
         onnx.checker.check_model(proto, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as fault:
+    # ValueError: types that onnx does not know, and numbers that its C++ cannot hold.
+    except (
+        onnx.checker.ValidationError,
+        onnx.shape_inference.InferenceError,
+        ValueError,
+    ) as fault:
         return " ".join(str(fault).split())
     return None
 

@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from graphopt.errors import ModelError
 from graphopt.ir import notes
+from graphopt.ir.calls import check_calls
 from graphopt.ir.order import sort_graph
 from graphopt.ir.tensor_proto import TensorReader
 from graphopt.ir.type_proto import read_type, read_value_info
@@ -49,7 +50,8 @@ def decode_model(proto: onnx.ModelProto, reader: TensorReader, origin: str) -> i
 
     Raises:
         ModelError: the model is not valid ONNX: undefined or doubly defined values, cycles, tensors that
-            contradict themselves, names that are not text, or more nesting than any reader accepts.
+            contradict themselves, names that are not text, functions that call themselves, or more nesting or nodes
+            than any reader accepts.
     """
     if not proto.HasField("graph"):
         raise ModelError(
@@ -128,6 +130,7 @@ class _Decoder:
             metadata_props=notes.props(proto),
             device_configurations=tuple(self._devices.values()),
         )
+        check_calls(model, self._origin)
         if proto.training_info:
             model.meta[notes.TRAINING_INFO] = tuple(map(self._training, proto.training_info))
         if proto.ir_version < notes.FUNCTION_VALUE_INFO_IR:

@@ -227,7 +227,7 @@ def _from_text(data: bytes, reader: TensorReader, origin: str) -> ir.Model:
         proto = onnx.parser.parse_model(text)
     except (onnx.parser.ParseError, RuntimeError, ValueError, IndexError) as error:
         # The parser's C++ exceptions come through as they are: a bad number is not a ParseError.
-        raise ModelError(f"{origin}: not valid ONNX text: {_first_lines(str(error))}") from error
+        raise ModelError(f"{origin}: not valid ONNX text: {_first_lines(_said(error))}") from error
     return decode_model(proto, reader, origin)
 
 
@@ -240,6 +240,11 @@ def _check_depth(text: str, origin: str) -> None:
             raise ModelError(
                 f"{origin}: brackets nest more than {8 * MAX_GRAPH_DEPTH} deep; flatten the model"
             )
+
+
+def _said(error: Exception) -> str:
+    told = error.args[0] if error.args else ""  # of a ParseError, bytes
+    return told.decode("utf-8", "replace") if isinstance(told, bytes) else str(error)
 
 
 def _first_lines(text: str, count: int = 6) -> str:

@@ -23,6 +23,7 @@ Opsets: TypeAlias = Mapping[str, int]
 T = TypeVar("T")
 
 MICROSOFT = "com.microsoft"
+_MAX_VERSION = 2**31 - 1  # what onnx's own C++ can hold; a file may say more
 
 # Marked random or unknown in the schemas of onnx 1.23, but a function of their inputs (control
 # flow: see `is_pure`).
@@ -227,6 +228,8 @@ def schema(node: ir.Node, opsets: Opsets) -> onnx.defs.OpSchema | None:
 @functools.lru_cache(maxsize=4096)
 def find_schema(op_type: str, version: int, domain: str) -> onnx.defs.OpSchema | None:
     """The newest schema of an operator that is not newer than `version`, or None."""
+    if version > _MAX_VERSION:
+        return None
     try:
         return onnx.defs.get_schema(op_type, version, domain)
     except onnx.defs.SchemaError:

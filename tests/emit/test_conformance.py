@@ -57,3 +57,9 @@ def test_weights_in_constant_nodes_and_branches() -> None:
     constant.attribute[0].t.CopyFrom(helper.from_array(LARGE, "value"))
     onnx.checker.check_model(proto, full_check=True)
     assert check_model(load_model(proto)) is None
+
+
+def test_a_dtype_of_the_future_is_told() -> None:
+    proto = parse("g (float[N] x) => (float[N] y) { y = Relu(x) }")
+    proto.graph.input[0].type.tensor_type.elem_type = 99
+    assert check_model(load_model(proto)) == "Invalid tensor data type 99."

@@ -65,6 +65,10 @@ def saved(folder: Path, tensor: onnx.TensorProto, data: bytes | None = bytes(32)
             b'<ir_version: 10, opset_import: ["" : 21]> g (float x) => (float y) <float w = {1e}> {}',
             "not valid ONNX text",
         ),
+        (
+            b"<ir_version: 10> g (",
+            r"ONNX text: \[ParseError at position \(line: 1 column: 21\)\]\n",
+        ),
         (b"<" * 1000, "brackets nest more than 256 deep"),
     ],
 )

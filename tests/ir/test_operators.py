@@ -123,3 +123,8 @@ def test_subgraphs_are_found() -> None:
     assert [graph.name for graph in operators.subgraphs(branch)] == ["a", "b"]
     assert operators.has_subgraph(branch)
     assert not operators.has_subgraph(node("y = Relu(x)"))
+
+
+def test_no_schema_is_of_a_version_beyond_what_onnx_can_hold() -> None:
+    assert operators.find_schema("Relu", 99, "") is not None
+    assert operators.find_schema("Relu", 2**40, "") is None
