@@ -21,6 +21,7 @@ from graphopt_passes import (
     evasion,
     gemm,
     groupnorm,
+    heads,
     layout,
     linear,
     norm,
@@ -35,17 +36,26 @@ from graphopt_passes import (
     softmax,
     tidy,
 )
-from graphopt_passes.cleanup import FreezeDefaults, LiftConstants, RemoveDeadCode, UpgradeIr
+from graphopt_passes.cleanup import (
+    FreezeDefaults,
+    LiftConstants,
+    LiftSubgraphConstants,
+    RemoveDeadCode,
+    UpgradeIr,
+)
 from graphopt_passes.control_flow import InlineControlFlow
 from graphopt_passes.dedupe import MergeCommonSubexpressions, MergeDuplicateConstants
+from graphopt_passes.distill import Distill
 from graphopt_passes.fold import FoldConstants
 from graphopt_passes.functions import InlineFunctions
+from graphopt_passes.hoisting import HoistInvariants
 from graphopt_passes.legalize import (
     CastDoubles,
     ConvertOpset,
     RenameBranchOutputs,
     WriteQuantizationAxes,
 )
+from graphopt_passes.naming import NameNodes
 from graphopt_passes.opset import LiftOpset
 from graphopt_passes.precision import CastToHalf
 from graphopt_passes.prune import Prune
@@ -53,6 +63,7 @@ from graphopt_passes.quantize.static import QuantizeStatic
 from graphopt_passes.quantize.weight_only import QuantizeDynamic, QuantizeWeights
 from graphopt_passes.shape_sources import RebuildShapes
 from graphopt_passes.transposes import CancelTransposes
+from graphopt_passes.trimming import TrimControlFlow
 
 Maker: TypeAlias = Pass | type[Pass] | Callable[[], Pass]
 
@@ -65,7 +76,7 @@ ALGEBRA = RewritePass(
     (*algebra.RULES, *bounds.RULES, *powers.RULES, *reductions.RULES, *einsum.RULES),
 )
 FUSE_CONV = RewritePass("fuse-conv", (*conv.RULES, *padding.RULES))
-FUSE_ATTENTION = RewritePass("fuse-attention", (*attention.RULES, *rope.RULES))
+FUSE_ATTENTION = RewritePass("fuse-attention", (*attention.RULES, *rope.RULES, *heads.RULES))
 FUSE_GEMM = RewritePass("fuse-gemm", (*gemm.RULES, *linear.RULES))
 FUSE_ACTIVATION = RewritePass("fuse-activation", (*activation.RULES, *softmax.RULES))
 FUSE_NORM = RewritePass("fuse-norm", (*norm.RULES, *groupnorm.RULES))
@@ -98,12 +109,16 @@ PASSES: Mapping[str, Maker] = {
             LiftConstants,
             FoldConstants,
             InlineControlFlow,
+            TrimControlFlow,
+            HoistInvariants,
             CancelTransposes,
             RebuildShapes,
+            LiftSubgraphConstants,
             MergeDuplicateConstants,
             MergeCommonSubexpressions,
             RemoveDeadCode,
             Prune,
+            Distill,
             CastToHalf,
             QuantizeStatic,
             QuantizeDynamic,
@@ -112,6 +127,7 @@ PASSES: Mapping[str, Maker] = {
             ConvertOpset,
             RenameBranchOutputs,
             WriteQuantizationAxes,
+            NameNodes,
         )
     },
     LIFT_OPSET.name: LIFT_OPSET,
@@ -134,10 +150,13 @@ CLEAN = Repeat(
         TIDY,
         FoldConstants(),  # before control flow: conditions become constant
         InlineControlFlow(),
+        TrimControlFlow(),  # after inlining, which leaves less to look at
+        HoistInvariants(),  # after trimming: what no turn changes is read from outside by then
         SHAPES,
         ALGEBRA,
         CancelTransposes(),
         RebuildShapes(),  # after the Reshape and Expand rules, which take away most of what it serves
+        LiftSubgraphConstants(),
         MergeDuplicateConstants(),  # before subexpressions: equal constants make equal nodes
         MergeCommonSubexpressions(),
         RemoveDeadCode(),
@@ -158,6 +177,7 @@ FUSE = Repeat(
         ALGEBRA,
         CancelTransposes(),
         RebuildShapes(),
+        LiftSubgraphConstants(),
         MergeDuplicateConstants(),
         MergeCommonSubexpressions(),
         RemoveDeadCode(),
@@ -212,7 +232,8 @@ _PLAIN: Mapping[tuple[str, str], tuple[Step, ...]] = {
 # What TensorRT's parser wants to see written is written last: no pass before it would keep it.
 _SPELLED = (RenameBranchOutputs(), WriteQuantizationAxes())
 
+# Names come after everything that makes nodes.
 PIPELINES: Mapping[tuple[str, str], tuple[Step, ...]] = {
-    (target, precision): (*steps, *_SPELLED) if target == "tensorrt" else steps
+    (target, precision): (*steps, *(_SPELLED if target == "tensorrt" else ()), NameNodes())
     for (target, precision), steps in _PLAIN.items()
 }

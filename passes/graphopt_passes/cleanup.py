@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import Counter
+from collections.abc import Iterator
 from typing import ClassVar
 
 import onnx.defs
@@ -156,6 +158,69 @@ def _lift(node: ir.Node, graph: ir.Graph, ctx: Context) -> bool:
     remove(node, ctx)
     graph.register_initializer(new)
     return True
+
+
+@dataclasses.dataclass(frozen=True)
+class LiftSubgraphConstants:
+    """Moves the initializers of branches and loop bodies to the main graph.
+
+    There, equal ones meet, nodes that read them are seen to be equal or to be the same in every turn, and tools that
+    look for weights find them.  One whose name a sibling uses too gets a new one.
+
+    Before:  y = If(c) <then_branch = { initializers w   t = Add(x, w) }, …>
+    After:   initializers w   y = If(c) <then_branch = { t = Add(x, w) }, …>
+    Changes numerics: exact.  Leaves alone: initializers that a subgraph returns or takes as defaults of its inputs;
+    those that a quantization annotation names; those that hide a value of a graph around them, of which ONNX Runtime
+    1.31 reads the one or the other; function bodies, which cannot hold initializers.
+    Source: onnx/docs/IR.md, "Graphs": a subgraph sees the values of the graphs around it.
+    """
+
+    name: ClassVar[str] = "lift-subgraph-constants"
+    numerics: ClassVar[Numerics] = Numerics.EXACT
+
+    def run(self, model: ir.Model, ctx: Context) -> bool:
+        """Rewrites `model`; returns whether anything changed."""
+        inner = [s for s in all_graphs(model) if s.parent is not None and s.graph.initializers]
+        inner = [scope for scope in inner if scope.function is None]
+        if not inner:
+            return False
+        annotated = annotation_names(model)
+        counts = Counter(value.name for scope in all_graphs(model) for value in _named(scope.graph))
+        changed = False
+        for scope in inner:
+            kept = annotated | _outer_names(scope)
+            for value in tuple(scope.graph.initializers.values()):
+                bound = value.is_graph_output() or value.is_graph_input() or value.name in kept
+                if not bound and ctx.permit("lift-subgraph-constant", value):
+                    _lift_out(value, scope.graph, model.graph, counts, ctx)
+                    changed = True
+        return changed
+
+
+def _named(graph: ir.Graph) -> Iterator[ir.Value]:
+    """The values that a graph itself defines by name."""
+    yield from dict.fromkeys((*graph.inputs, *graph.initializers.values()))
+    yield from (value for node in graph for value in node.outputs if value.name)
+
+
+def _outer_names(scope: Scope) -> set[str | None]:
+    """The names of the values around a graph."""
+    found: set[str | None] = set()
+    outer = scope.parent
+    while outer is not None:
+        found.update(value.name for value in _named(outer.graph))
+        outer = outer.parent
+    return found
+
+
+def _lift_out(
+    value: ir.Value, graph: ir.Graph, main: ir.Graph, counts: Counter[str | None], ctx: Context
+) -> None:
+    del graph.initializers[value.name or ""]
+    if counts[value.name] > 1:
+        counts[value.name] -= 1
+        value.name = ctx.names.fresh(value.name or "constant")
+    main.register_initializer(value)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -111,11 +111,13 @@ class _Inliner:
     def __init__(self, model: ir.Model, ctx: Context) -> None:
         self._ctx = ctx
         self._counts: collections.Counter[str] = collections.Counter()
+        self._nodes: collections.Counter[str] = collections.Counter()
         for scope in all_graphs(model):
             graph = scope.graph
             self._counts.update(v.name for v in graph.inputs if v.name and not v.is_initializer())
             self._counts.update(graph.initializers.keys())
             self._counts.update(v.name for node in graph for v in node.outputs if v.name)
+            self._nodes.update(node.name for node in graph if node.name)
 
     def visit(self, node: ir.Node, scope: Scope) -> bool:
         """Inlines `node` if it is decided; returns whether it was."""
@@ -194,6 +196,7 @@ class _Inliner:
         for turn in range(turns):
             copy = body.clone(allow_outer_scope_values=True)
             self._counts.update(v.name for v in _defined(copy) if v.name)
+            self._nodes.update(each.name for each in copy if each.name)
             carried = self._turn(loop, copy, turn, carried, scope, "unroll-loop")
         self._replace(node, carried, "unroll-loop")
         return True
@@ -260,6 +263,9 @@ class _Inliner:
         for each in moved:
             for value in each.outputs:
                 self._rename(value)
+            if each.name and self._nodes[each.name] > 1:  # no runtime takes two of a name
+                self._nodes[each.name] -= 1
+                each.name = self._ctx.names.fresh(each.name)
             mark(each, rule, name_of(node), self._ctx)
         graph.insert_before(node, moved)
         self._ctx.shapes.update(moved)

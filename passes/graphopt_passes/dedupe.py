@@ -12,18 +12,19 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.ir import operators
+from graphopt.ir import operators, values
 from graphopt.ir.annotations import annotation_names
 from graphopt.ir.mapped import MappedTensor
 from graphopt.ir.scopes import Scope, all_graphs
 from graphopt.ir.sparse import CooTensor
 from graphopt.numerics import Numerics
-from graphopt.rewrite import Context, remove
-from graphopt.rewrite.relink import can_take_over, substitute
+from graphopt.rewrite import Context, name_of, remove
+from graphopt.rewrite.relink import can_take_over, place_constant, substitute
 
 Key: TypeAlias = Hashable
 Held: TypeAlias = tuple[Scope, ir.Value]
 
+MAIN_DOMAINS = frozenset({"", "ai.onnx"})
 PROBE_BYTES = 64
 CHEAP = frozenset(
     {"Cast", "Constant", "Flatten", "Identity", "Reshape", "Shape", "Size", "Squeeze", "Unsqueeze"}
@@ -174,7 +175,8 @@ class MergeCommonSubexpressions:
 
     Two nodes are equal when operator, attributes (defaults filled in, tensors by content, subgraphs by structure) and
     inputs (in any order where the operator allows it bit for bit) are.  A node in a subgraph also gives way to an
-    equal one that comes before it in an enclosing graph.
+    equal one that comes before it in an enclosing graph.  An If whose branches are equal gets a constant condition, for
+    control flow to be inlined.
 
     Before:  a = Exp(x)  b = Exp(x)  y = Add(a, b)
     After:   a = Exp(x)              y = Add(a, a)
@@ -213,6 +215,7 @@ class _Merger:
         for node in tuple(graph):
             for inner in operators.subgraphs(node):
                 changed = self.run(inner) or changed
+            changed = self._decide(node) or changed
             key = self._keys.of(node)
             if key is None:
                 continue
@@ -225,6 +228,23 @@ class _Merger:
         for key in opened:
             del self._known[key]
         return changed
+
+    def _decide(self, node: ir.Node) -> bool:
+        """Fixes the condition of an If that computes the same either way."""
+        if node.op_type != "If" or node.domain not in MAIN_DOMAINS or not node.inputs:
+            return False
+        condition, branches = node.inputs[0], operators.subgraphs(node)
+        if condition is None or values.is_constant(condition) or len(branches) != 2:
+            return False
+        one, two = (self._keys.of_branch(branch) for branch in branches)
+        if one != two or not self._ctx.permit("equal-branches", node):
+            return False
+        name = self._ctx.names.fresh(f"{name_of(node)}_condition")
+        # A node: in a function body nothing else will do, elsewhere it goes with the If.
+        chosen = place_constant(np.array(True), name, node, as_node=True, ctx=self._ctx)
+        node.replace_input_with(0, chosen)
+        self._ctx.shapes.update([node])
+        return True
 
 
 def _merge_nodes(node: ir.Node, kept: ir.Node, ctx: Context) -> bool:
@@ -265,6 +285,11 @@ class _Keys:
             return None
         return self._node(node, {})
 
+    def of_branch(self, graph: ir.Graph) -> Key:
+        """What a branch computes, whatever types it declares for its results."""
+        count, nodes, ends = self._graph(graph, {})
+        return count, nodes, tuple(end[0] for end in ends)
+
     def _node(self, node: ir.Node, local: dict[ir.Value, Key]) -> Key:
         inputs = [self._value(value, local) for value in node.inputs]
         if len(inputs) == 2 and _commutes(node):
@@ -304,7 +329,9 @@ class _Keys:
             return tuple(self._graph(graph, local) for graph in held.as_graphs())
         return _plain(held.value)
 
-    def _graph(self, graph: ir.Graph, outer: dict[ir.Value, Key]) -> Key:
+    def _graph(
+        self, graph: ir.Graph, outer: dict[ir.Value, Key]
+    ) -> tuple[int, tuple[Key, ...], tuple[tuple[Key, str, str], ...]]:
         """The structure of a subgraph: its own values by position, captured ones by their numbers outside."""
         local = dict(outer)
         prefix = f"{len(outer)}"

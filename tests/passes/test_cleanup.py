@@ -8,7 +8,13 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 from graphopt_passes import tidy
-from graphopt_passes.cleanup import FreezeDefaults, LiftConstants, RemoveDeadCode, UpgradeIr
+from graphopt_passes.cleanup import (
+    FreezeDefaults,
+    LiftConstants,
+    LiftSubgraphConstants,
+    RemoveDeadCode,
+    UpgradeIr,
+)
 
 from graphopt.ir.check import violations
 from graphopt.ir.model_file import load_model
@@ -295,3 +301,46 @@ def test_model_without_outputs_is_left_alone() -> None:
     model = ir.from_proto(proto)
     apply(REMOVERS, model)
     assert len(model.graph) == 1
+
+
+def nested(first: str, second: str) -> str:
+    return (
+        "g (float[2] x, bool c) => (float[2] y) <float[2] u = {5, 6}> { h = Add(x, u)  y = If(c)"
+        f" <then_branch = t () => (float[2] a) {first}, else_branch = e () => (float[2] b) {second}> }}"
+    )
+
+
+def test_initializers_of_subgraphs_move_to_the_main_graph() -> None:
+    """Both branches call theirs w: one of them gets another name."""
+    model = load(
+        nested("<float[2] w = {1, 2}> { a = Add(h, w) }", "<float[2] w = {3, 4}> { b = Add(h, w) }")
+    )
+    before = save(model)
+    assert LiftSubgraphConstants().run(model, Context(model, get_target("cpu")))
+    assert list(model.graph.initializers) == ["u", "w_1", "w"]
+    after = save(model)
+    for truth in (True, False):
+        feed = {"x": np.ones(2, np.float32), "c": np.array(truth)}
+        np.testing.assert_array_equal(run(before, feed)[0], run(after, feed)[0])
+    assert not LiftSubgraphConstants().run(model, Context(model, get_target("cpu")))
+
+
+def test_an_initializer_that_hides_an_outer_one_stays() -> None:
+    """ONNX Runtime 1.31 reads the outer one in its place, because the other branch does."""
+    check(
+        (LiftSubgraphConstants(),),
+        nested("<float[2] u = {1, 2}> { a = Add(h, u) }", "{ b = Sub(h, u) }"),
+    )
+
+
+def test_initializers_that_a_branch_returns_stay() -> None:
+    check(
+        (LiftSubgraphConstants(),),
+        nested("<float[2] a = {1, 2}> { }", "{ b = Sub(h, u) }"),
+    )
+
+
+def test_initializers_stay_where_the_gate_says_so() -> None:
+    model = load(nested("<float[2] w = {1, 2}> { a = Add(h, w) }", "{ b = Sub(h, u) }"))
+    ctx = Context(model, get_target("cpu"), gate=Gate(limit=0))
+    assert not LiftSubgraphConstants().run(model, ctx)

@@ -337,3 +337,19 @@ def test_loop_of_a_few_turns_that_is_not_written_out(body: str) -> None:
     text = f"g (float[2] x) => ({declared}) <int64 three = {{3}}> {{"
     model = ir.from_proto(parse(text + loop("three", "", body, outputs=outputs) + "}"))
     assert not apply([InlineControlFlow()], model).rewrites
+
+
+def test_nodes_of_a_loop_that_is_written_out_get_names_of_their_own() -> None:
+    """ONNX Runtime refuses two nodes of one name in one graph."""
+    model = ir.from_proto(
+        parse(
+            "g (float[2] x) => (float[2] y) <int64 two = {2}> {" + loop("two", "", STEP) + "}",
+        )
+    )
+    body = model.graph[0].attributes["body"].as_graph()
+    for node, name in zip(body, ("pass_on", "double"), strict=True):
+        node.name = name
+    apply(STEPS, model)
+    names = [node.name for node in model.graph]
+    assert len(names) == len(set(names)) == 2
+    run(ir.to_proto(model), {"x": np.ones(2, np.float32)})

@@ -9,10 +9,14 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from graphopt_passes.cleanup import RemoveDeadCode
+from graphopt_passes.control_flow import InlineControlFlow
 from graphopt_passes.dedupe import MergeCommonSubexpressions, MergeDuplicateConstants, digest
 
 from graphopt.ir.mapped import MappedFile, MappedTensor
 from graphopt.ir.sparse import CooTensor
+from graphopt.rewrite import Context, Gate
+from graphopt.targets import get_target
 from tests.rewriting import apply, check, parse
 
 MERGE = [MergeDuplicateConstants()]
@@ -314,3 +318,43 @@ def test_attributes_that_are_parameters_are_compared_by_name() -> None:
     model = ir.from_proto(parse(text.format(other="p")))
     apply(CSE, model)
     assert len(model.functions["l", "f", ""].graph) == 2
+
+
+def choice(then: str, other: str) -> str:
+    return (
+        f"g (float[2] x, bool c) => (float[2] y) {{ y = If(c)"
+        f" <then_branch = t () => (float[2] a) {then}, else_branch = e () => (float[2] b) {other}> }}"
+    )
+
+
+def test_if_with_equal_branches_is_decided() -> None:
+    check(
+        (MergeCommonSubexpressions(), InlineControlFlow(), RemoveDeadCode()),
+        choice(
+            "<float[2] w = {1, 2}> { s = Exp(x)  a = Add(s, w) }",
+            "<float[2] v = {1, 2}> { t = Exp(x)  b = Add(v, t) }",
+        ),
+        "g (float[2] x, bool c) => (float[2] y) <float[2] w = {1, 2}> { s = Exp(x)  y = Add(s, w) }",
+    )
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "<float[2] v = {1, 3}> { t = Exp(x)  b = Add(t, v) }",
+        "<float[2] v = {1, 2}> { t = Exp(x)  b = Sub(t, v) }",
+        "<float[2] v = {1, 2}> { t = Exp(x)  u = Add(t, v)  b = Neg(u) }",
+    ],
+    ids=["constant", "operator", "length"],
+)
+def test_if_with_other_branches_stays(other: str) -> None:
+    check(
+        (MergeCommonSubexpressions(),),
+        choice("<float[2] w = {1, 2}> { s = Exp(x)  a = Add(s, w) }", other),
+    )
+
+
+def test_gate_leaves_equal_branches() -> None:
+    model = ir.from_proto(parse(choice("{ a = Exp(x) }", "{ b = Exp(x) }")))
+    ctx = Context(model, get_target("cpu"), gate=Gate(limit=0))
+    assert not MergeCommonSubexpressions().run(model, ctx)
