@@ -107,8 +107,17 @@ def read_npz(path: Path) -> dict[str, Any]:
             return {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(
-            f"'{path}' cannot be read as npz: {error}. Write it with numpy.savez."
+            f"'{path}' cannot be read as npz: {_reason(error)}. Write it with numpy.savez."
         ) from error
+    except MemoryError as error:
+        raise DataError(
+            f"'{path}' promises arrays that do not fit into memory: {error}. Give smaller ones."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    # Of any file of another kind NumPy says so, and advises to load it unsafely.
+    return "it is no archive of arrays" if "allow_pickle=` keyword" in str(error) else str(error)
 
 
 def _read_json(path: Path, specs: Sequence[TensorSpec]) -> Iterator[Feed]:

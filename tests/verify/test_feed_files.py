@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +128,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path, change: dict[str, Any], mess
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.npz", b"junk", "cannot be read as npz"),
+        ("a.npz", b"junk", "cannot be read as npz: it is no archive of arrays. Write it"),
         ("a.npz", b"PK\x03\x04junk", "cannot be read as npz"),
         ("a.npz", b"", "cannot be read as npz"),
         ("a.json", b"{", "cannot be read as JSON"),
@@ -145,6 +147,16 @@ def test_unreadable_files_are_named(
     path.write_bytes(content)
     with pytest.raises(DataError, match=message):
         read_feeds(tmp_path if name.endswith(".pb") else path, SPECS)
+
+
+def test_an_archive_that_promises_more_than_memory_holds_is_refused(tmp_path: Path) -> None:
+    header = io.BytesIO()
+    facts = {"descr": "<f4", "fortran_order": False, "shape": (2**46,)}
+    np.lib.format.write_array_header_1_0(header, facts)
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("x.npy", header.getvalue())
+    with pytest.raises(DataError, match="promises arrays that do not fit into memory"):
+        read_feeds(tmp_path / "a.npz", SPECS)
 
 
 def test_a_single_array_has_no_name(tmp_path: Path) -> None:
