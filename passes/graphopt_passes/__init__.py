@@ -45,7 +45,6 @@ from graphopt_passes.cleanup import (
 )
 from graphopt_passes.control_flow import InlineControlFlow
 from graphopt_passes.dedupe import MergeCommonSubexpressions, MergeDuplicateConstants
-from graphopt_passes.distill import Distill
 from graphopt_passes.fold import FoldConstants
 from graphopt_passes.functions import InlineFunctions
 from graphopt_passes.hoisting import HoistInvariants
@@ -118,7 +117,6 @@ PASSES: Mapping[str, Maker] = {
             MergeCommonSubexpressions,
             RemoveDeadCode,
             Prune,
-            Distill,
             CastToHalf,
             QuantizeStatic,
             QuantizeDynamic,
