@@ -268,8 +268,8 @@ def rounded(dtype: ir.DataType) -> Callable[[Planter, ir.Node, ir.Value], ir.Val
     return build
 
 
-def when_size(test: str) -> Callable[[Planter, ir.Node, ir.Value], ir.Value | None]:
-    """Off by 1 % when a dimension is more than one, or odd."""
+def when_size(test: str, limit: int = 1) -> Callable[[Planter, ir.Node, ir.Value], ir.Value | None]:
+    """Off by 1 % when a dimension is more than a limit, or odd."""
 
     def build(p: Planter, at: ir.Node, x: ir.Value) -> ir.Value | None:
         if x.shape is None or all(isinstance(d, int) for d in x.shape):
@@ -278,7 +278,7 @@ def when_size(test: str) -> Callable[[Planter, ir.Node, ir.Value], ir.Value | No
         size = p.op(at, "Shape", [x], start=axis, end=axis + 1)
         assert isinstance(at.graph, ir.Graph)
         if test == "several":
-            hit = p.op(at, "Greater", [size, p.constant(np.array([1], np.int64), at.graph)])
+            hit = p.op(at, "Greater", [size, p.constant(np.array([limit], np.int64), at.graph)])
         else:
             odd = p.op(at, "Mod", [size, p.constant(np.array([2], np.int64), at.graph)])
             hit = p.op(at, "Equal", [odd, p.constant(np.array([1], np.int64), at.graph)])

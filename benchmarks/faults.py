@@ -16,9 +16,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.fault_kinds import KINDS, Kind, Plant
+from benchmarks.fault_kinds import KINDS as COMMON
+from benchmarks.fault_kinds import Kind, Plant
+from benchmarks.rare_faults import RARE
 from graphopt import GraphoptError, VerifyError, optimize
 
+KINDS = (*COMMON, *RARE)
 ROOT = Path(__file__).resolve().parents[1]
 
 

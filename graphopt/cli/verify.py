@@ -77,6 +77,7 @@ def command(
     """
     from graphopt.cli.console import show, show_json
     from graphopt.cli.inspect import parse_dims
+    from graphopt.numerics import Numerics
     from graphopt.report.plain import graphopt_version, plain
     from graphopt.verify.verifier import ReferenceRun
 
@@ -87,7 +88,9 @@ def command(
         first, second = runnable(reference), runnable(candidate)
         feeds = None if inputs is None else given_feeds(inputs, reference)
         say("running the reference", None)
-        run = ReferenceRun(first, feeds, seed=seed, dims=sizes)
+        run = ReferenceRun(
+            first, feeds, seed=seed, dims=sizes, thorough=gate.numerics is not Numerics.LOSSY
+        )
         say("running the candidate", None)
         found = run.verify(second, gate)
     if as_json:

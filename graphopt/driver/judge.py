@@ -21,7 +21,7 @@ from graphopt.pipeline import PassRun, drops_defaults, flatten
 from graphopt.report.run import VerificationFacts
 from graphopt.rewrite import Context, Rewrite
 from graphopt.runtime.specs import input_specs
-from graphopt.targets import get_target
+from graphopt.targets import Precision, get_target
 from graphopt.verify.constraints import constrained_feeds, read_constraints
 from graphopt.verify.divergence import Divergence, agrees_at, first_divergence
 from graphopt.verify.feeds import Feed, read_feeds
@@ -98,8 +98,7 @@ class Judge:
 
     def _noted(self, found: Verification) -> Verification:
         """Keeps in mind on which feed a comparison failed."""
-        failed = next((report for report in found.outputs if not report.passed), None)
-        self._failing = failed.feed if failed else None
+        self._failing = next(iter(found.failing), None)
         return found
 
     def watch(self, run: PassRun, model: ir.Model, ctx: Context) -> None:
@@ -132,10 +131,13 @@ class Judge:
             file = self._original()
             feeds = self._feeds(file)
             seed = self._request.options.seed
-            run = ReferenceRun(file, feeds, seed=seed)
+            # What changes precision is judged on what it was made for.
+            whole = self._request.precision is Precision.FP32 and not self._request.options.sparsity
+            run = ReferenceRun(file, feeds, seed=seed, thorough=whole)
             self._reference_file = file
             if run.unverifiable and (clamped := self._clamped(file)) is not None:
-                run = self._better(run, ReferenceRun(clamped, feeds, seed=seed))
+                again = ReferenceRun(clamped, feeds, seed=seed, thorough=whole)
+                run = self._better(run, again)
                 self._reference_file = file if run.unverifiable else clamped
             self._reference = half.usual(run, self._request)
         return self._reference

@@ -156,8 +156,20 @@ class Run:
         if blame is None:
             self._leave_out_guilty(len(rewrites), reason, self.judge.is_right)
             return
-        for each in blame.rewrites:
+        for each in self._needed(blame.rewrites):
             self._leave_out(each, reason)
+
+    def _needed(self, blamed: Sequence[Rewrite]) -> Sequence[Rewrite]:
+        """Those of the rewrites blamed for one value without which the outputs are wrong.
+
+        On inputs off the scale, a value in the middle may differ by what no output shows.
+        """
+        needed = list(blamed)
+        for each in blamed:
+            rest = [other for other in needed if other is not each]
+            if rest and self.judge.is_right(self._probe(self.gate.without_all(rest))):
+                needed = rest
+        return needed
 
     def _leave_out_guilty(
         self, count: int, reason: str, is_right: Callable[[Attempt], bool]

@@ -67,6 +67,9 @@ _LENGTHS = (
     4000,
 )
 _SIDES = (32, 96, 128, 224, 256, 320, 416, 512, 299, 28, 8, 1)
+_LONG, _LONG_PAST = 37, 17
+EMPTY = "empty"
+
 _PRIMES: Mapping[Sort, int] = {Sort.BATCH: 3, Sort.PAST: 5, Sort.LENGTH: 13, Sort.SIDE: 67}
 
 
@@ -152,6 +155,33 @@ class Dims:
         )
         if Sort.PAST in self.sorts.values():
             yield self._variants(base, "empty past", {Sort.PAST: 0})
+
+    def long(self, typical: DimSet) -> tuple[DimSet, ...]:
+        """More of a batch and more steps than a typical run has."""
+        steps = {Sort.LENGTH: _LONG, Sort.PAST: _LONG_PAST}
+        base = dict(typical.sizes)
+        return self._variants(base, "long", {Sort.BATCH: 5} | steps, {Sort.BATCH: 1} | steps)
+
+    def crowds(self, typical: DimSet) -> tuple[DimSet, ...]:
+        """Many samples at once, where samples have no length that multiplies with them."""
+        if set(self.sorts.values()) - {Sort.BATCH, Sort.SIDE}:
+            return ()
+        return self._variants(dict(typical.sizes), "long", {Sort.BATCH: _LONG})
+
+    def empty(self, typical: DimSet) -> tuple[DimSet, ...]:
+        """No sample at all; no steps where there is no batch."""
+        base = dict(typical.sizes)
+        return self._variants(base, EMPTY, {Sort.BATCH: 0}, {Sort.LENGTH: 0})[:1]
+
+    def seeking(self, typical: DimSet) -> Iterator[DimSet]:
+        """Sets that may take another branch, where sizes decide that."""
+        base = dict(typical.sizes)
+        for size in (4, 16, 32, 64, 128, 256, 512):
+            yield from self._variants(base, "seek", {Sort.LENGTH: size, Sort.PAST: size})
+        for size in (4, 8, 16):
+            yield from self._variants(base, "seek", {Sort.BATCH: size})
+        for size in (32, 128, 224, 256):
+            yield from self._variants(base, "seek", {Sort.SIDE: size})
 
     def _variants(
         self, base: dict[str, int], label: str, *changes: Mapping[Sort, int]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt.runtime.specs import Kind, TensorSpec, input_specs
 from graphopt.verify import draws
+from graphopt.verify.arrays import Masks, Request, Spread, Variation, make_array, make_map
 from graphopt.verify.dims import Dims, DimSet
+from graphopt.verify.domains import decides_sizes, input_domains
 from graphopt.verify.draws import Draws
+from graphopt.verify.empties import takes_empty
 from graphopt.verify.feed_files import Feed, read_feeds
 from graphopt.verify.roles import Role, Use, input_roles
 from graphopt.verify.stated import stated_sizes
@@ -34,31 +36,39 @@ MAX_LEAST_ELEMENTS = 1 << 28
 MAX_ATTEMPTS = 64
 """Sets of dimensions tried before a model is given up as one that no generated feed can run."""
 
+_CROWD_ELEMENTS = 1 << 15  # of all inputs: so many samples at once are cheap
+
 _OVERRIDE_BYTES = 1 << 26  # overriding larger defaults would only test the copying of weights
 
 
-class Masks(enum.Enum):
-    """What masks hide."""
-
-    NOTHING = "all ones"
-    TAILS = "prefix masks"
-    ONE_ROW = "one row masked"
-    FUTURE = "causal masks"
-
-
-@dataclasses.dataclass(frozen=True)
-class Variation:
-    """What one feed does differently from the plain one."""
-
-    name: str = "normal"
-    scale: float = 1.0
-    masks: Masks = Masks.NOTHING
-    choice: int = 0
-    override: bool = False
-    stream: int = 0
-
+MAX_SEEKS = 40
+"""Feeds tried for the sake of a branch that no other feed takes."""
 
 _SCALED = (Variation("zeros", 0.0), Variation("large", 30.0), Variation("tiny", 1e-4))
+
+HUGE = "huge"
+_STRESS = (Variation(HUGE, 1e5), Variation("unit", spread=Spread.UNIT))
+"""Beyond what half precision holds; and, as images and probabilities are, not below zero."""
+
+STRESS = frozenset((*(variation.name for variation in _SCALED), HUGE))
+"""Names of feeds that no user would make."""
+
+_SHIFTS = tuple(
+    sign * size for size in (1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 1e4) for sign in (1, -1)
+)
+
+
+class Branches(Protocol):
+    """Which ways a model has gone on the feeds so far."""
+
+    def exist(self) -> bool:
+        """Whether the model branches at all."""
+
+    def missing(self) -> bool:
+        """Whether some branch was never taken."""
+
+    def takes_new(self, feed: Feed) -> bool:
+        """Whether a feed runs and takes one that no feed before it took."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +108,7 @@ def make_feeds(
     return list(find_feeds(model, lambda _: None, seed=seed, dims=dims).feeds)
 
 
-def find_feeds(
+def find_feeds(  # noqa: PLR0913  what is known of the inputs, by keyword only
     model: ir.Model,
     refuses: Callable[[Feed], str | None],
     *,
@@ -106,6 +116,8 @@ def find_feeds(
     dims: Mapping[str, int] | None = None,
     specs: Sequence[TensorSpec] | None = None,
     amend: Callable[[Feed], Feed] | None = None,
+    thorough: bool = False,
+    branches: Branches | None = None,
 ) -> FoundFeeds:
     """Feeds as `make_feeds` gives, each run through `refuses`; refused dimensions are replaced by others.
 
@@ -117,21 +129,26 @@ def find_feeds(
         dims: sizes for symbolic dimensions that must be those.
         specs: the inputs as the runtime sees them, where it knows more than the graph (map keys).
         amend: changes a feed before it is run, to what somebody knows of the inputs.
+        thorough: more of what finds faults and of what nobody would calibrate on: huge numbers, numbers in [0, 1),
+            where consumers expect them and where they should not be, around thresholds; long and empty dimensions.
+        branches: looks for feeds that take the branches of `If` and `Loop` that no other feed takes; None for none.
 
     Raises:
         DataError: `dims` names a dimension that no input has.
     """
-    maker = _Maker(model, seed, dims, specs)
+    maker = _Maker(model, seed, dims, specs, thorough=thorough)
     search = _Search(maker, refuses, amend)
     typical = search.first(maker.dims.first_choices())
     if typical is None:
         return FoundFeeds((), tuple(search.dropped))
     for variation in maker.variations(typical):
         search.attempt(typical, variation)
-    for candidates in maker.dims.further(typical):
+    for candidates in maker.further(typical):
         chosen = search.first(candidates)
         if chosen is not None and maker.has_masks:
             search.attempt(chosen, Variation(Masks.TAILS.value, masks=Masks.TAILS))
+    if branches is not None and branches.exist():
+        search.seek(branches, typical)
     return FoundFeeds(tuple(search.feeds), tuple(search.dropped))
 
 
@@ -163,22 +180,46 @@ class _Search:
                 return dims
         return None
 
+    def seek(self, branches: Branches, typical: DimSet) -> None:
+        """Keeps feeds that take a branch which no other one takes, until none is missing.
+
+        Numbers off the scale are tried with the other sign too: they may take the other branch.
+        """
+        for variation in self._maker.turned():
+            self.attempt(typical, variation)
+        tries = [(typical, variation) for variation in self._maker.seeking()]
+        tries += [(dims, Variation()) for dims in self._maker.dims.seeking(typical)]
+        for dims, variation in tries[:MAX_SEEKS]:
+            if not branches.missing():
+                return
+            if self._maker.elements(dims) > MAX_ELEMENTS:
+                continue
+            feed = self._made(dims, variation)
+            if branches.takes_new(feed):
+                self.feeds.append(feed)
+
     def attempt(self, dims: DimSet, variation: Variation) -> bool:
         """Whether one feed runs; it is kept if so, else dropped with the reason."""
-        name = f"{variation.name}, {dims}" if dims.sizes else variation.name
+        name = _name(dims, variation)
         limit = MAX_ELEMENTS if self._maker.can_shrink(dims) else MAX_LEAST_ELEMENTS
         if self._maker.elements(dims) > limit:
             self.dropped.append(Dropped(name, f"more than {limit} elements"))
             return False
-        feed = Feed(name, self._maker.feed(dims, variation))
-        if self._amend is not None:
-            feed = self._amend(feed)
+        feed = self._made(dims, variation)
         reason = self._refuses(feed)
         if reason is not None:
             self.dropped.append(Dropped(name, reason))
             return False
         self.feeds.append(feed)
         return True
+
+    def _made(self, dims: DimSet, variation: Variation) -> Feed:
+        feed = Feed(_name(dims, variation), self._maker.feed(dims, variation))
+        return feed if self._amend is None else self._amend(feed)
+
+
+def _name(dims: DimSet, variation: Variation) -> str:
+    return f"{variation.name}, {dims}" if dims.sizes else variation.name
 
 
 class _Maker:
@@ -190,6 +231,8 @@ class _Maker:
         seed: int,
         fixed: Mapping[str, int] | None,
         specs: Sequence[TensorSpec] | None,
+        *,
+        thorough: bool,
     ) -> None:
         declared = input_specs(model)
         runtime = {spec.name: spec for spec in specs or ()}
@@ -197,7 +240,11 @@ class _Maker:
             runtime.get(spec.name, spec) if spec.kind is Kind.OPAQUE else spec for spec in declared
         )
         self._seed = seed
+        self._thorough = thorough
         self._roles = input_roles(model)
+        self._domains = input_domains(model)
+        self._decides_sizes = decides_sizes(model)
+        self._may_be_empty = thorough and takes_empty(model)
         self._defaults = {value.name or "": value for value in model.graph.inputs}
         required = [spec for spec in self._specs if not spec.overridable]
         self.dims = Dims(required, fixed, stated_sizes(model))
@@ -215,6 +262,7 @@ class _Maker:
         """What else to try with dimensions that run."""
         numbers = [spec for spec in self._specs if self._scales(spec)]
         yield from _SCALED if numbers else (Variation("other numbers", stream=1),)
+        yield from self._thoroughly(numbers) if self._thorough else ()
         if self.has_masks:
             yield Variation(Masks.TAILS.value, masks=Masks.TAILS)
             yield Variation(Masks.ONE_ROW.value, masks=Masks.ONE_ROW)
@@ -226,6 +274,45 @@ class _Maker:
             yield Variation("optionals absent", stream=-1)
         if any(self._overrides(spec) for spec in self._specs):
             yield Variation("defaults overridden", override=True)
+
+    def _thoroughly(self, numbers: Sequence[TensorSpec]) -> Iterator[Variation]:
+        """What stresses a model without telling how it is used."""
+        domains = [self._domains[spec.name] for spec in numbers]
+        halves = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+        if numbers:
+            yield from (v for v in _STRESS if v.name != HUGE or numbers[0].dtype not in halves)
+        if any(domain.usual for domain in domains):
+            yield Variation("usual", spread=Spread.USUAL)
+        if any(domain.limited for domain in domains):
+            yield Variation("anywhere", spread=Spread.ANYWHERE)
+        if any(self._roles[spec.name].choices for spec in numbers):
+            yield Variation("turning", spread=Spread.TURNING)
+        if any(self._is_wide(spec) for spec in self._specs):
+            yield Variation("wide integers", wide=True)
+
+    def turned(self) -> Iterator[Variation]:
+        """The large ones, turned around."""
+        if any(self._scales(spec) for spec in self._specs):
+            yield Variation("large", -30.0)
+            yield Variation(HUGE, -1e5)
+
+    def seeking(self) -> Iterator[Variation]:
+        """What may take another branch: other numbers, and numbers elsewhere on the line."""
+        for stream in range(1, 5):
+            yield Variation(f"other numbers {stream}", stream=stream)
+        if any(self._scales(spec) for spec in self._specs):
+            for shift in _SHIFTS:
+                yield Variation(f"around {shift:g}", scale=max(1.0, abs(shift) / 8), shift=shift)
+
+    def further(self, typical: DimSet) -> Iterator[tuple[DimSet, ...]]:
+        """Further sets of dimensions: for each, what to try in turn until one runs."""
+        yield from self.dims.further(typical)
+        if not self._thorough:
+            return
+        yield self.dims.long(typical)
+        yield tuple(d for d in self.dims.crowds(typical) if self.elements(d) <= _CROWD_ELEMENTS)
+        if self._may_be_empty:
+            yield self.dims.empty(typical)
 
     def can_shrink(self, dims: DimSet) -> bool:
         """Whether some dimension could be smaller."""
@@ -259,13 +346,21 @@ class _Maker:
         if shape is None:
             # The rank is unknown: a square matrix is what most operators take, products of inputs too.
             shape = (4, 4)
-        request = _Request(spec.dtype, shape, role, bound, variation)
+        request = Request(
+            spec.dtype,
+            shape,
+            role,
+            bound,
+            variation,
+            self._domains[spec.name],
+            spec.name in self._decides_sizes,
+        )
         if spec.kind in {Kind.SEQUENCE, Kind.OPTIONAL_SEQUENCE}:
-            return [_array(request, stream) for _ in range(3)]
+            return [make_array(request, stream) for _ in range(3)]
         if spec.kind in {Kind.MAP, Kind.SEQUENCE_OF_MAPS}:
-            one = _map(spec, stream)
+            one = make_map(spec, stream)
             return one if spec.kind is Kind.MAP else [one]
-        return _array(request, stream)
+        return make_array(request, stream)
 
     def _bound(self, role: Role, dims: DimSet) -> int | None:
         resolved = [b if isinstance(b, int) else self.dims.resolve(b, dims) for b in role.bounds]
@@ -293,6 +388,12 @@ class _Maker:
         use = self._roles[spec.name].use
         return use is Use.NUMBER and spec.dtype.is_floating_point() and not spec.overridable
 
+    def _is_wide(self, spec: TensorSpec) -> bool:
+        """Whether an integer input may hold any number."""
+        is_number = self._roles[spec.name].use is Use.NUMBER and not spec.overridable
+        free = is_number and spec.name not in self._decides_sizes
+        return free and spec.dtype.is_integer() and spec.dtype.bitwidth > 8
+
     def _choices(self) -> int:
         """How many ways there are to choose constants and conditions, all inputs at once; at most five."""
         counts = [1]
@@ -310,124 +411,3 @@ class _Maker:
         return (
             self._roles[spec.name].use in masks and len(shape) >= 2 and shape[-1] == shape[-2] > 1
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Request:
-    """What one array must be."""
-
-    dtype: ir.DataType
-    shape: tuple[int, ...]
-    role: Role
-    bound: int | None
-    variation: Variation
-
-
-def _array(request: _Request, stream: Draws) -> Array:
-    dtype, use = request.dtype, request.role.use
-    if dtype is ir.DataType.STRING:
-        return _strings(request, stream)
-    if use is Use.FLAG or (dtype is ir.DataType.BOOL and not request.shape):
-        return draws.cast(np.full(request.shape, request.variation.choice % 2 == 0), dtype)
-    if use in {Use.MASK, Use.ADDITIVE_MASK} and request.shape:
-        return _mask(request)
-    if dtype is ir.DataType.BOOL:
-        return np.asarray(stream.uniform(request.shape) < 0.5)
-    if use is Use.NUMBER:
-        return _numbers(request, stream)
-    return draws.cast(_integers(request, stream), dtype)
-
-
-def _numbers(request: _Request, stream: Draws) -> Array:
-    """Plain numbers: floats N(0, 1) times the scale; small integer dtypes over their whole range."""
-    dtype, scale = request.dtype, request.variation.scale
-    if dtype in {ir.DataType.COMPLEX64, ir.DataType.COMPLEX128}:
-        parts = stream.normal((2, *request.shape)) * scale
-        return np.asarray(parts[0] + 1j * parts[1]).astype(dtype.numpy())
-    if dtype.is_floating_point():
-        return draws.cast(stream.normal(request.shape) * scale, dtype)
-    low, high = draws.integer_range(dtype)
-    if dtype.bitwidth <= 8:
-        return draws.cast(stream.integers(request.shape, low, high + 1), dtype)
-    return draws.cast(stream.integers(request.shape, max(low, -8), 9), dtype)
-
-
-def _integers(request: _Request, stream: Draws) -> Array:
-    """Numbers that mean something to the model: ids, counts, constants it compares with."""
-    shape, role = request.shape, request.role
-    if role.use in {Use.SHAPE, Use.RESHAPE}:
-        # Ones suit every Expand; with one free axis, every Reshape.
-        target = np.ones(shape, np.int64)
-        if role.use is Use.RESHAPE and shape:
-            target.reshape(-1)[:1] = -1
-        return target
-    if role.use is Use.AXIS:
-        return np.arange(math.prod(shape)).reshape(shape)
-    if role.use is Use.POSITIVE:
-        return (
-            0.5 + stream.uniform(shape)
-            if request.dtype.is_floating_point()
-            else np.ones(shape, np.int64)
-        )
-    if role.use is Use.INDEX:
-        return _sprinkled(stream.integers(shape, 0, max(request.bound or 1, 1)), request)
-    if role.use is Use.LENGTH:
-        return stream.integers(shape, 1, max(request.bound or 1, 1) + 1)
-    if role.choices and math.prod(shape) > 1:
-        # Elements of a table compared one by one (padding, bytes): numbers around the constants, and those.
-        low, high = int(min(0, *role.choices)), int(max(role.choices))
-        return _sprinkled(stream.integers(shape, low, high + 1), request)
-    if role.choices:
-        return np.full(shape, role.choices[request.variation.choice % len(role.choices)])
-    return stream.integers(shape, 1, 4) if math.prod(shape) > 1 else np.full(shape, 2)
-
-
-def _sprinkled(array: Array, request: _Request) -> Array:
-    """The array with the constants that the model looks for (padding ids, say) put in at the end of rows."""
-    choices = [c for c in request.role.choices if c < (request.bound or math.inf)]
-    if request.role.use is Use.INDEX:
-        choices = [c for c in choices if c >= 0]
-    if choices and array.ndim and array.shape[-1] > 2:
-        array[..., -1] = choices[request.variation.choice % len(choices)]
-    return array
-
-
-def _mask(request: _Request) -> Array:
-    """One keeps and zero hides; in an additive mask zero keeps and a large negative number hides."""
-    keep = _kept(request.shape, request.variation.masks)
-    if request.role.use is Use.MASK:
-        return draws.cast(keep, request.dtype)
-    return draws.cast(np.where(keep, 0.0, -1e4), request.dtype)
-
-
-def _kept(shape: tuple[int, ...], masks: Masks) -> Array:
-    keep = np.ones(shape, np.bool_)
-    width = shape[-1]
-    if masks is Masks.FUTURE and len(shape) >= 2:
-        return keep & np.tril(np.ones(shape[-2:], np.bool_))
-    if masks is Masks.ONE_ROW:
-        keep[0 if len(shape) > 1 else slice(0, 1)] = False
-    if masks is Masks.TAILS:
-        # Row r keeps a prefix: half of the width, then three quarters, then all but one …
-        rows = np.arange(shape[0]) if len(shape) > 1 else np.zeros(1, np.int64)
-        lengths = np.maximum(1, width - width // (rows + 2))
-        kept = np.arange(width) < lengths.reshape(-1, *[1] * (len(shape) - 1))
-        keep &= kept.reshape(width) if len(shape) == 1 else kept
-    return keep
-
-
-_WORDS = ("", "a", "B", "the quick brown fox", "über", "0", "-1.5", "日本")
-
-
-def _strings(request: _Request, stream: Draws) -> Array:
-    words = (*request.role.words, *_WORDS)
-    picks = stream.integers(request.shape, 0, len(words))
-    return np.array([words[pick] for pick in picks.reshape(-1)], object).reshape(request.shape)
-
-
-def _map(spec: TensorSpec, stream: Draws) -> dict[int | str, Any]:
-    keys: Sequence[int | str] = _WORDS[1:4] if spec.key is ir.DataType.STRING else (0, 1, 2)
-    if spec.dtype is ir.DataType.STRING:
-        return dict(zip(keys, _WORDS[1:], strict=False))
-    numbers = draws.cast(stream.normal((len(keys),)), spec.dtype).tolist()
-    return dict(zip(keys, numbers, strict=True))

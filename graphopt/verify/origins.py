@@ -5,13 +5,19 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx_ir as ir
 
 from graphopt.ir import operators, scopes, values
+from graphopt.ir.shapes import Shapes
+from graphopt.numerics import Numerics
+from graphopt.verify import metrics
 from graphopt.verify.compare import Origin
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from graphopt.verify.compare import Profile
 
 _RANDOM = frozenset(
     {
@@ -79,6 +85,10 @@ _MOVERS = frozenset(
 )
 
 
+FLOOR = 2.0**-10
+"""Scale below which an output is taken for noise, over its scale on plain inputs: an all-zero feed, say."""
+
+
 @dataclasses.dataclass(frozen=True)
 class OutputOrigin:
     """How one output is made.
@@ -100,6 +110,44 @@ class OutputOrigin:
 def output_origins(model: ir.Model) -> dict[str, OutputOrigin]:
     """The origin of every output of the main graph, by name."""
     return {value.name or "": _origin(value) for value in model.graph.outputs}
+
+
+def hidden_scores(model: ir.Model) -> dict[str, tuple[str, ...]]:
+    """By output that holds no floats: the nearest float values of the main graph that it is made of.
+
+    An output that is a position or a class says little of the numbers behind it.
+    """
+    found = {}
+    discrete = [v for v in model.graph.outputs if v.dtype and not v.dtype.is_floating_point()]
+    if discrete:
+        Shapes(model)  # states the dtypes that the file leaves out
+    for output in discrete:
+        names = _floats_behind(output)
+        if names:
+            found[output.name or ""] = names
+    return found
+
+
+def _floats_behind(output: ir.Value) -> tuple[str, ...]:
+    queue, seen = [output], {output}
+    names: list[str] = []
+    for value in queue:
+        node = value.producer()
+        if node is None or node.op_type == "Constant" or len(seen) > _MAX_BEHIND:
+            continue
+        if value is not output and value.dtype is not None and value.dtype.is_floating_point():
+            if value.name and value.graph is output.graph:
+                names.append(value.name)
+            continue
+        if node.op_type in _SHAPE_ONLY:
+            continue
+        more = [v for v in scopes.dependencies(node) if v not in seen]
+        seen.update(more)
+        queue += more
+    return tuple(names[:_MAX_HIDDEN])
+
+
+_MAX_BEHIND, _MAX_HIDDEN = 64, 8
 
 
 def random_outputs(model: ir.Model) -> dict[str, str]:
@@ -240,3 +288,18 @@ def _stated_dtypes(model: ir.Model) -> Iterable[ir.DataType]:
                 and not node.attributes["to"].is_ref()
             ):
                 yield ir.DataType(node.attributes["to"].as_int())
+
+
+def scale_floor(plain: object, made: OutputOrigin, profile: Profile) -> float:
+    """The scale below which an output is noise: a thousandth of its RMS on plain inputs, or the kernel's own error.
+
+    Args:
+        plain: the output of the reference on the first, plain feed.
+        made: how the output is made.
+        profile: the gate.
+    """
+    is_float = isinstance(plain, np.ndarray) and metrics.is_float(plain.dtype)
+    floor = metrics.root_mean_square(np.asarray(plain)) * FLOOR if is_float else 0.0
+    if profile.numerics is Numerics.REORDERED:
+        return max(floor, made.absolute / profile.tolerance)
+    return floor

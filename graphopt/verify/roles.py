@@ -59,12 +59,16 @@ class Role:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Trail:
-    """A value that holds scale * input + offset, elements of the input rearranged."""
+class Trail:
+    """A value that holds scale * input + offset, elements of the input rearranged.
+
+    `guarded` where a Max, Min or Where chose among them and others: it may keep out what nobody can take.
+    """
 
     value: ir.Value
     scale: float = 1
     offset: float = 0
+    guarded: bool = False
 
 
 _Finding: TypeAlias = "tuple[Use, Bound | None]"
@@ -92,6 +96,8 @@ _CARRIERS: dict[str, tuple[int, ...] | None] = {
     "Unsqueeze": (0,),
     "Where": (1, 2),
 }
+
+_GUARDS = frozenset({"Max", "Min", "Where"})
 
 # (operator, input) -> use without a bound.
 _PLAIN_SINKS: dict[tuple[str, int], Use] = {
@@ -167,6 +173,13 @@ _TABLE_SINKS: dict[tuple[str, int], tuple[Use, int, int | str]] = {
     ("SoftmaxCrossEntropyLoss", 1): (Use.INDEX, 0, 1),
 }
 
+SIZE_SINKS = frozenset(
+    key
+    for key, use in _PLAIN_SINKS.items()
+    if use not in {Use.MASK, Use.FLAG} and key not in {("Div", 1), ("Mod", 1), ("BitShift", 1)}
+) | frozenset({("If", 0), ("Loop", 1), ("Range", 2)})
+"""Inputs of operators that sizes, counts and places follow from."""
+
 _MAX_READ = 1 << 16  # elements of a constant that are read to see what is compared with it
 
 _COMPARISONS = frozenset({"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"})
@@ -176,11 +189,11 @@ _LENGTH_NAME = re.compile(r"len(?:gth|s|$|_)", re.IGNORECASE)
 
 def input_roles(model: ir.Model) -> dict[str, Role]:
     """The role of every input of the main graph, by name."""
-    follower = _Follower(model)
+    follower = Follower(model)
     return {value.name or "": follower.role(value) for value in model.graph.inputs}
 
 
-class _Follower:
+class Follower:
     """Follows values of one model to the operators that decide what they may hold."""
 
     def __init__(self, model: ir.Model) -> None:
@@ -195,10 +208,11 @@ class _Follower:
                     self._callers.setdefault(id(function.graph), []).append(node)
 
     def role(self, source: ir.Value) -> Role:
+        """What the elements of one input are for."""
         findings: list[_Finding] = []
         choices: list[float] = []
         words: list[str] = []
-        for trail, node, index in self._consumers(source):
+        for trail, node, index in self.consumers(source):
             if node.op_type in _COMPARISONS:
                 choices += _compared(trail, node, index)
             if node.op_type == "Loop" and index == 0:
@@ -207,9 +221,9 @@ class _Follower:
             words += _known_words(node)
         return _decide(source, findings, tuple(dict.fromkeys(choices)), tuple(dict.fromkeys(words)))
 
-    def _consumers(self, source: ir.Value) -> Iterator[tuple[_Trail, ir.Node, int]]:
+    def consumers(self, source: ir.Value) -> Iterator[tuple[Trail, ir.Node, int]]:
         """Every (trail, node, input index) that elements of the source reach unchanged."""
-        queue, seen = deque([_Trail(source)]), {id(source)}
+        queue, seen = deque([Trail(source)]), {id(source)}
         while queue:
             trail = queue.popleft()
             for node, index in trail.value.uses():
@@ -223,7 +237,7 @@ class _Follower:
                     seen.add(id(value))
                     queue.append(dataclasses.replace(trail, value=value))
 
-    def _carried(self, trail: _Trail, node: ir.Node, index: int) -> Iterator[_Trail]:
+    def _carried(self, trail: Trail, node: ir.Node, index: int) -> Iterator[Trail]:
         function = self._functions.get(node.op_identifier())
         if function is not None:
             if index < len(function.inputs):
@@ -241,7 +255,10 @@ class _Follower:
             return
         positions = _CARRIERS.get(node.op_type, ())
         if positions is None or index in positions:
-            yield from (dataclasses.replace(trail, value=output) for output in node.outputs)
+            guarded = trail.guarded or node.op_type in _GUARDS
+            yield from (
+                dataclasses.replace(trail, value=output, guarded=guarded) for output in node.outputs
+            )
         elif node.op_type in {"Add", "Sub", "Mul"}:
             yield from _moved(trail, node, index)
 
@@ -261,7 +278,7 @@ def _steers(node: ir.Node, index: int) -> bool:
     return node.op_type == "Loop" and index < 2
 
 
-def _moved(trail: _Trail, node: ir.Node, index: int) -> Iterator[_Trail]:
+def _moved(trail: Trail, node: ir.Node, index: int) -> Iterator[Trail]:
     """Through + c, - c, c - x and * c, where c is one constant."""
     if len(node.inputs) != 2:
         return
@@ -278,10 +295,10 @@ def _moved(trail: _Trail, node: ir.Node, index: int) -> Iterator[_Trail]:
         offset -= other
     else:
         scale, offset = -scale, other - offset
-    yield _Trail(node.outputs[0], scale, offset)
+    yield Trail(node.outputs[0], scale, offset, trail.guarded)
 
 
-def _sink(trail: _Trail, node: ir.Node, index: int) -> Iterator[_Finding]:
+def _sink(trail: Trail, node: ir.Node, index: int) -> Iterator[_Finding]:
     key = (node.op_type, index)
     if node.op_type == "RotaryEmbedding" and node.domain == operators.MICROSOFT:
         # There the positions come second, before the tables; in ONNX's operator last.
@@ -306,7 +323,7 @@ def _sink(trail: _Trail, node: ir.Node, index: int) -> Iterator[_Finding]:
         yield Use.MASK, None
 
 
-def _inverse(trail: _Trail, bound: Bound | None) -> Bound | None:
+def _inverse(trail: Trail, bound: Bound | None) -> Bound | None:
     """The bound on the input, given the bound on scale * input + offset."""
     if not isinstance(bound, int) or (trail.scale, trail.offset) == (1, 0):
         return bound
@@ -350,7 +367,7 @@ def _bound(dim: int | ir.SymbolicDim) -> Bound | None:
     return dim if isinstance(dim, int) else dim.value
 
 
-def _compared(trail: _Trail, node: ir.Node, index: int) -> Iterator[float]:
+def _compared(trail: Trail, node: ir.Node, index: int) -> Iterator[float]:
     """Numbers of the input at which a comparison with constants turns, and neighbours on the other side."""
     others = _constants_behind(node.inputs[1 - index]) if len(node.inputs) == 2 else ()
     if trail.scale == 0:

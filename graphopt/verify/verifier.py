@@ -20,24 +20,18 @@ from graphopt.ir.model_file import load_model
 from graphopt.numerics import Numerics
 from graphopt.runtime.session import OptimizationLevel, Session, SessionOptions
 from graphopt.runtime.specs import input_specs, output_specs
-from graphopt.verify import contract, metrics, origins
+from graphopt.verify import contract, metrics, noise, origins
+from graphopt.verify.branches import Seen, conditions
 from graphopt.verify.compare import Hint, Origin, OutputReport, compare, merge, profile_for
-from graphopt.verify.draws import Draws
-from graphopt.verify.feeds import Dropped, Feed, find_feeds
+from graphopt.verify.empties import takes_empty
+from graphopt.verify.feeds import HUGE, STRESS, Dropped, Feed, find_feeds
+from graphopt.verify.origins import scale_floor
+from graphopt.verify.trial import Trial, shared_taps
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from graphopt.verify.compare import Budget, Profile
-
-FLOOR = 2.0**-10
-"""Scale below which an output is taken for noise, over its scale on plain inputs: an all-zero feed, say."""
-
-NOISE_FACTOR = 4.0
-"""How far REORDERED may exceed what the reference itself moves when its inputs move by one unit in the last place."""
-
-NOISE_CAP = 0.05
-"""Over the RMS: a reference that moves more than this is chaotic, and nothing is forgiven on its account."""
 
 
 class Status(enum.StrEnum):
@@ -61,6 +55,7 @@ class Verification:
         excluded: outputs that are not compared, and why.
         contract: differences of inputs and outputs that a caller would notice; any fails.
         notes: what the reader should know besides.
+        failing: names of the feeds on which some output differs, those that users would make first.
         deployed: the candidate at the level it will run at, against the same reference; informs, never fails.
         reason: why the status is not passed; else "".
     """
@@ -75,6 +70,7 @@ class Verification:
     notes: tuple[str, ...] = ()
     deployed: tuple[OutputReport, ...] = ()
     reason: str = ""
+    failing: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool | None:
@@ -126,6 +122,7 @@ class ReferenceRun:
         *,
         seed: int = 0,
         dims: Mapping[str, int] | None = None,
+        thorough: bool = False,
     ) -> None:
         graph = load_model(model)
         self.inputs = input_specs(graph)
@@ -144,7 +141,13 @@ class ReferenceRun:
         self._repeated: set[int] = set()
         self._noises: dict[int, dict[str, float]] = {}
         self._origins = origins.output_origins(graph)
-        taps = tuple(dict.fromkeys(o.scores for o in self._origins.values() if o.scores))
+        self.hidden = origins.hidden_scores(graph)
+        self._broken: set[tuple[str, int]] = set()
+        decisive = conditions(graph) if thorough and feeds is None else {}
+        self._seen = Seen(decisive, self._explored, self.outputs.append)
+        ranked = (o.scores for o in self._origins.values() if o.scores)
+        hidden = (name for names in self.hidden.values() for name in names)
+        taps = tuple(dict.fromkeys((*ranked, *hidden, *decisive)))
         try:
             self._session = _session(model, taps)
         except ModelError as error:
@@ -155,9 +158,16 @@ class ReferenceRun:
             self.outputs = [self._session.run(feed.values) for feed in feeds]
         else:
             found = find_feeds(
-                graph, self._refuses, seed=seed, dims=dims, specs=self._session.inputs
+                graph,
+                self._refuses,
+                seed=seed,
+                dims=dims,
+                specs=self._session.inputs,
+                thorough=thorough,
+                branches=self._seen if thorough else None,
             )
             self.feeds, self.dropped = found.feeds, found.dropped
+            self.notes += [f"no inputs were found that take {way}" for way in self._seen.untaken()]
         self._examine()
 
     def profile(self, options: VerifyOptions) -> Profile:
@@ -197,10 +207,15 @@ class ReferenceRun:
                 Status.UNVERIFIED, reason=self.unverifiable, notes=tuple(notes), **about
             )
         try:
-            reports = self._compare(_session(candidate), profile, options)
+            shared = shared_taps(self.hidden, graph) if profile.budget is None else ()
+            promised = (input_specs(graph), output_specs(graph))
+            session = _session(candidate, shared)
+            trial = Trial(self, session, profile, options, promised, takes_empty(graph))
+            reports = trial.reports()
         except GraphoptError as error:
             return self._failed(about, f"the candidate cannot be run: {error}")
         deployed = self._deployed(candidate, options)
+        notes += trial.notes
         return self._verdict(about | {"excluded": dict(self.excluded)}, reports, deployed, notes)
 
     def _refuses(self, feed: Feed) -> str | None:
@@ -209,7 +224,18 @@ class ReferenceRun:
         except GraphoptError as error:
             return str(error)
         self.outputs.append(outputs)
+        if (
+            feed.name.split(",")[0] not in STRESS
+        ):  # what is wrong in a branch drowns in numbers that are off the scale
+            self._seen.note(outputs)
         return None
+
+    def _explored(self, feed: Feed) -> dict[str, Any] | None:
+        """The outputs on a feed; None where the reference refuses it."""
+        try:
+            return self._session.run(feed.values)
+        except GraphoptError:
+            return None
 
     def _examine(self) -> None:
         """Notes what the reference does by itself: nothing at all, or something else every time."""
@@ -223,11 +249,24 @@ class ReferenceRun:
             )
             self.unverifiable = f"no inputs to compare on: {tried} Give some with --inputs."
             return
-        self._exclude_unstable(0)
         if all(spec.name in self.excluded for spec in self.output_specs):
             self.unverifiable = "every output is random: " + "; ".join(self.excluded.values())
+        never = [spec.name for spec in self.output_specs if self._is_never_finite(spec.name)]
+        told = "is NaN or infinite in every element, whatever the inputs; give some with --inputs"
+        self.notes += [f"output '{name}' {told}" for name in never]
+        if never and len(never) == len(self.output_specs):
+            self.unverifiable = f"every output {told}"
 
-    def _exclude_unstable(self, index: int) -> None:
+    def _is_never_finite(self, name: str) -> bool:
+        """Whether an output says nothing on any feed."""
+        held = [outputs[name] for outputs in self.outputs]
+        arrays = [a for a in held if isinstance(a, np.ndarray) and a.size]
+        return bool(arrays) and all(
+            metrics.is_float(a.dtype) and not np.isfinite(a.astype(np.complex128)).any()
+            for a in arrays
+        )
+
+    def exclude_unstable(self, index: int) -> None:
         """Excludes outputs that the reference itself gives otherwise when a feed is run again."""
         if index in self._repeated:
             return
@@ -254,29 +293,6 @@ class ReferenceRun:
             *contract.output_faults(self.output_specs, outputs),
         ], notes
 
-    def _compare(
-        self, session: Session, profile: Profile, options: VerifyOptions
-    ) -> dict[str, list[OutputReport]]:
-        """Reports by output name, one a feed."""
-        takes = {spec.name for spec in session.inputs}
-        names = [spec.name for spec in self.output_specs if spec.name not in self.excluded]
-        reports: dict[str, list[OutputReport]] = {name: [] for name in names}
-        for index, feed in enumerate(self.feeds):
-            if options.feed not in (None, feed.name):
-                continue
-            if not takes.issuperset(feed.values):
-                continue  # overrides a default that is a constant now, which the options accept
-            results = _run_candidate(session, feed, names)
-            for name in names:
-                report = self.judge(name, index, results[name], profile)
-                if not report.passed:
-                    # Memory that nobody initialised, say, may show on some feeds only.
-                    self._exclude_unstable(index)
-                reports[name].append(dataclasses.replace(report, feed=feed.name))
-            if options.fail_fast and any(not r[-1].passed for r in reports.values() if r):
-                break
-        return {name: found for name, found in reports.items() if name not in self.excluded}
-
     def judge(self, name: str, index: int, value: object, profile: Profile) -> OutputReport:
         """Compares a value with one output of the reference on one feed.
 
@@ -285,11 +301,18 @@ class ReferenceRun:
         report = compare(
             name, self.outputs[index][name], value, profile, self._hint(name, index, profile)
         )
-        if report.passed or profile.numerics is not Numerics.REORDERED:
+        return report if report.passed else self.forgiven(report, name, index, profile)
+
+    def forgiven(
+        self, report: OutputReport, name: str, index: int, profile: Profile
+    ) -> OutputReport:
+        """A failure on one feed, passed after all where the reference is as uncertain itself."""
+        if profile.numerics is not Numerics.REORDERED:
             return report
         if index not in self._noises:
             self._noises[index] = self._noise(index)
-        return _forgive_noise(report, self._noises[index].get(name, 0.0))
+        stress = self.feeds[index].name.split(",")[0] == HUGE
+        return noise.forgive(report, self._noises[index].get(name, 0.0), stress=stress)
 
     def _hint(self, name: str, index: int, profile: Profile) -> Hint:
         made = self._origins.get(name, origins.OutputOrigin())
@@ -299,22 +322,12 @@ class ReferenceRun:
 
     def _noise(self, index: int) -> dict[str, float]:
         """How far each float output moves when float inputs move by one unit in the last place of float32."""
-        typical = self.feeds[0].values
-        values = {
-            name: _nudged(name, value, typical.get(name))
-            for name, value in self.feeds[index].values.items()
-        }
+        values = noise.nudged(self.feeds[index].values, self.feeds[0].values)
         try:
             moved = self._session.run(values)
         except GraphoptError:
             return {}
-        found = {}
-        for name, before in self.outputs[index].items():
-            after = moved[name]
-            comparable = isinstance(before, np.ndarray) and before.shape == after.shape
-            if comparable and metrics.is_float(before.dtype):
-                found[name] = metrics.measure(before, after, tolerance=0, floor=0).max_abs
-        return found
+        return noise.movement(self.outputs[index], moved)
 
     def _deployed(
         self, candidate: Path | bytes, options: VerifyOptions
@@ -326,7 +339,8 @@ class ReferenceRun:
             dataclasses.replace(options, numerics=max(options.numerics, Numerics.REORDERED))
         )
         try:
-            reports = self._compare(Session(candidate, level=options.deployed), profile, options)
+            session = Session(candidate, level=options.deployed)
+            reports = Trial(self, session, profile, options).reports()
         except GraphoptError as error:
             why = f"cannot be run at level {options.deployed.name}: {error}"
             return tuple(
@@ -359,6 +373,7 @@ class ReferenceRun:
             notes=tuple(notes),
             deployed=deployed,
             reason=reason,
+            failing=_failing(reports),
             **about,
         )
 
@@ -395,53 +410,11 @@ def verify(
     return run.verify(candidate, options)
 
 
-def scale_floor(plain: object, made: origins.OutputOrigin, profile: Profile) -> float:
-    """The scale below which an output is noise: a thousandth of its RMS on plain inputs, or the kernel's own error.
-
-    Args:
-        plain: the output of the reference on the first, plain feed.
-        made: how the output is made.
-        profile: the gate.
-    """
-    is_float = isinstance(plain, np.ndarray) and metrics.is_float(plain.dtype)
-    floor = metrics.root_mean_square(np.asarray(plain)) * FLOOR if is_float else 0.0
-    if profile.numerics is Numerics.REORDERED:
-        return max(floor, made.absolute / profile.tolerance)
-    return floor
+def _failing(reports: Mapping[str, Sequence[OutputReport]]) -> tuple[str, ...]:
+    names = [r.feed for found in reports.values() for r in found if not r.passed]
+    ordered = sorted(dict.fromkeys(names), key=lambda name: name.split(",")[0] in STRESS)
+    return tuple(ordered)
 
 
 def _session(model: Path | bytes, taps: tuple[str, ...] = ()) -> Session:
     return Session(model, options=SessionOptions(prepack=False, extra_outputs=taps))
-
-
-def _run_candidate(session: Session, feed: Feed, names: list[str]) -> dict[str, Any]:
-    try:
-        return session.run(feed.values, names)
-    except GraphoptError as error:
-        raise ModelError(f"on feed '{feed.name}', which the reference runs: {error}") from error
-
-
-def _nudged(name: str, value: Any, typical: Any) -> Any:  # noqa: ANN401
-    """A float array moved by one unit in the last place of float32, of each element and of the typical one.
-
-    The second part stands for the roundings behind the first bias, which a feed of zeros would not move.
-    """
-    if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
-        return value
-    scale = metrics.root_mean_square(typical) if isinstance(typical, np.ndarray) else 0.0
-    signs = np.where(Draws(0, f"nudge {name}").uniform(value.shape) < 0.5, -1.0, 1.0)
-    return np.asarray(value + signs * 2.0**-23 * (np.abs(value) + scale)).astype(value.dtype)
-
-
-def _forgive_noise(report: OutputReport, noise: float) -> OutputReport:
-    """The report, passed after all where the reference itself is as uncertain as the difference is large."""
-    if report.max_abs is None or not report.max_over_rms or not report.nonfinite_equal:
-        return report
-    rms = report.max_abs / report.max_over_rms
-    if report.max_abs > NOISE_FACTOR * noise or noise > NOISE_CAP * rms:
-        return report
-    why = (
-        f"max|d| {report.max_abs:.3g} is outside the tolerance, but the reference itself moves by {noise:.3g} "
-        "when its inputs move by one unit in the last place"
-    )
-    return dataclasses.replace(report, passed=True, why=why)
