@@ -29,11 +29,11 @@ class InlineControlFlow:
 
     Before:  y = If(true) <then_branch = { t = Exp(x) }, else_branch = …>
     After:   y = Exp(x)
-    A loop of a few turns, known in number, is written out turn by turn.
+    A Loop or Scan of a few turns, known in number, is written out turn by turn.
 
-    Changes numerics: exact.  Leaves alone: conditions that a feed decides; loops of many turns, and of several that
-    scan; scan outputs of unknown size of a loop that never runs; Scan.
-    Source: ONNX If-1 .. 25, Loop-1 .. 25.
+    Changes numerics: exact.  Leaves alone: conditions that a feed decides; loops of many turns; scan outputs of unknown
+    size of a loop that never runs; Scan before opset 9, which runs over batches.
+    Source: ONNX If-1 .. 25, Loop-1 .. 25, Scan-9 .. 25.
     """
 
     name: ClassVar[str] = "inline-control-flow"
@@ -47,7 +47,7 @@ class InlineControlFlow:
             ::-1
         ]:  # inner graphs first: what they become moves outwards once
             for node in tuple(scope.graph):
-                if node.domain in ("", "ai.onnx") and node.op_type in ("If", "Loop"):
+                if node.domain in ("", "ai.onnx") and node.op_type in ("If", "Loop", "Scan"):
                     changed = inliner.visit(node, scope) or changed
         return changed
 
@@ -90,7 +90,7 @@ class Loop:
         return 1 if count == 1 or stops else None
 
     def unrolled(self) -> int | None:
-        """How many turns, where they are known, nothing ends them early, nothing is scanned, and few nodes result."""
+        """How many turns, where they are known, nothing ends them early, and few nodes result."""
         limit, condition = (*self.node.inputs, None, None)[:2]
         count = values.scalar(limit)
         begins = condition is None or values.scalar(condition) is True
@@ -99,10 +99,69 @@ class Loop:
         maker = last.producer()
         if maker is not None and maker.op_type == "Identity":
             goes_on = goes_on or maker.inputs[0] is self.body.inputs[1]
-        if count is None or not begins or not goes_on or len(self.body.outputs) != self.carried + 1:
+        if count is None or not begins or not goes_on:
             return None
-        size = sum(1 for _ in all_nodes(self.body))
-        return int(count) if count > 1 and count * size <= MAX_UNROLLED_NODES else None
+        scans = len(self.node.outputs) - self.carried
+        return int(count) if count > 1 and _is_small(self.body, int(count), 0, scans) else None
+
+
+def _is_small(body: ir.Graph, turns: int, taken: int, stacked: int) -> bool:
+    """Whether so many turns make few nodes, with what takes inputs apart in each and stacks the results."""
+    size = sum(1 for _ in all_nodes(body))
+    return turns * (size + taken) + stacked * (turns + 1) <= MAX_UNROLLED_NODES
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    """A Scan node, opened.
+
+    Attributes:
+        node: the node.
+        body: its graph: inputs (state…, piece…), outputs (state…, result of a turn…).
+        carried: how many values are handed from turn to turn.
+        axes: along which axis each scanned input is taken apart, then each result stacked.
+        backwards: whether from its end, likewise.
+    """
+
+    node: ir.Node
+    body: ir.Graph
+    carried: int
+    axes: tuple[tuple[int, ...], tuple[int, ...]]
+    backwards: tuple[tuple[bool, ...], tuple[bool, ...]]
+
+    @staticmethod
+    def of(node: ir.Node, opsets: operators.Opsets) -> Scan | None:
+        """The opened node, or None where its parts do not fit together or it runs over batches."""
+        bodies = operators.subgraphs(node)
+        if len(bodies) != 1 or (operators.opset(node, opsets) or 0) < 9:
+            return None
+        body, count = bodies[0], operators.attribute(node, "num_scan_inputs", 0)
+        carried = len(node.inputs) - count
+        stacked = len(body.outputs) - carried
+        fits = carried >= 0 and stacked >= 0 and len(body.inputs) == len(node.inputs)
+        if not fits or len(node.outputs) != len(body.outputs):
+            return None
+        sides = (("input", count), ("output", stacked))
+        axes = [operators.attribute(node, f"scan_{side}_axes", (0,) * n) for side, n in sides]
+        back = [operators.attribute(node, f"scan_{side}_directions", (0,) * n) for side, n in sides]
+        return Scan(
+            node,
+            body,
+            carried,
+            (tuple(axes[0]), tuple(axes[1])),
+            (tuple(map(bool, back[0])), tuple(map(bool, back[1]))),
+        )
+
+    def turns(self, ctx: Context) -> int | None:
+        """How many turns, where they are known and few nodes result."""
+        for value, axis in zip(self.node.inputs[self.carried :], self.axes[0], strict=True):
+            dims = None if value is None else ctx.shapes.dims(value)
+            if dims is None or not -len(dims) <= axis < len(dims) or not dims[axis].is_static:
+                continue
+            turns = int(dims[axis])
+            fits = turns > 0 and _is_small(self.body, turns, len(self.axes[0]), len(self.axes[1]))
+            return turns if fits else None
+        return None
 
 
 class _Inliner:
@@ -123,7 +182,7 @@ class _Inliner:
         """Inlines `node` if it is decided; returns whether it was."""
         if operators.has_references(node):
             return False
-        return self._if(node, scope) if node.op_type == "If" else self._loop(node, scope)
+        return {"If": self._if, "Loop": self._loop, "Scan": self._scan}[node.op_type](node, scope)
 
     def _if(self, node: ir.Node, scope: Scope) -> bool:
         condition = values.scalar(node.inputs[0]) if node.inputs else None
@@ -181,7 +240,7 @@ class _Inliner:
             return False
         moved = self._turn(loop, body, 0, given, scope, "inline-loop")
         carried, scanned = moved[: loop.carried], moved[loop.carried : len(node.outputs)]
-        stacked = [self._stack(value, node, scope) for value in scanned]
+        stacked = [self._stack([value], 0, node, scope) for value in scanned]
         self._replace(node, [*carried, *stacked], "inline-loop")
         return True
 
@@ -193,13 +252,66 @@ class _Inliner:
             return False
         if not self._ctx.permit("unroll-loop", node):
             return False
+        results = []
         for turn in range(turns):
-            copy = body.clone(allow_outer_scope_values=True)
-            self._counts.update(v.name for v in _defined(copy) if v.name)
-            self._nodes.update(each.name for each in copy if each.name)
-            carried = self._turn(loop, copy, turn, carried, scope, "unroll-loop")
-        self._replace(node, carried, "unroll-loop")
+            copy = self._copy(body)
+            results.append(self._turn(loop, copy, turn, carried, scope, "unroll-loop"))
+            carried = results[-1][: loop.carried]
+        stacked = [
+            self._stack([each[index] for each in results], 0, node, scope)
+            if _is_read(value)
+            else None
+            for index, value in enumerate(node.outputs)
+            if index >= loop.carried
+        ]
+        self._replace(node, [*carried, *stacked], "unroll-loop")
         return True
+
+    def _copy(self, body: ir.Graph) -> ir.Graph:
+        """A copy of a body, whose names are on record."""
+        copy = body.clone(allow_outer_scope_values=True)
+        self._counts.update(v.name for v in _defined(copy) if v.name)
+        self._nodes.update(each.name for each in copy if each.name)
+        return copy
+
+    def _scan(self, node: ir.Node, scope: Scope) -> bool:
+        """A Scan of a few turns: a copy of the body for each, on pieces of what it scans."""
+        scan = Scan.of(node, scope.opsets)
+        turns = None if scan is None else scan.turns(self._ctx)
+        given = [value for value in node.inputs if value is not None]
+        whole = len(given) == len(node.inputs)
+        if scan is None or turns is None or not whole:
+            return False
+        if any(v.is_initializer() for v in scan.body.inputs):
+            return False
+        if not self._ctx.permit("unroll-scan", node):
+            return False
+        carried, scanned = given[: scan.carried], given[scan.carried :]
+        results = []
+        for turn in range(turns):
+            pieces = [
+                self._piece(value, turns - 1 - turn if back else turn, axis, node, scope)
+                for value, axis, back in zip(scanned, scan.axes[0], scan.backwards[0], strict=True)
+            ]
+            copy = self._copy(scan.body)
+            ends = list(copy.outputs)
+            results.append(self._run(copy, (*carried, *pieces), ends, node, scope, "unroll-scan"))
+            carried = results[-1][: scan.carried]
+        stacked: list[ir.Value | None] = []
+        for index, (axis, back) in enumerate(zip(scan.axes[1], scan.backwards[1], strict=True)):
+            rows = [each[scan.carried + index] for each in (results[::-1] if back else results)]
+            read = _is_read(node.outputs[scan.carried + index])
+            stacked.append(self._stack(rows, axis, node, scope) if read else None)
+        self._replace(node, [*carried, *stacked], "unroll-scan")
+        return True
+
+    def _piece(
+        self, value: ir.Value, index: int, axis: int, node: ir.Node, scope: Scope
+    ) -> ir.Value:
+        """What a turn sees of a scanned input."""
+        number = self._constant(np.array(index, np.int64), "turn", node, scope)
+        made = ir.Node("", "Gather", [value, number], [ir.AttrInt64("axis", axis)])
+        return self._insert(made, node)
 
     def _turn(
         self,
@@ -215,19 +327,45 @@ class _Inliner:
         number = self._constant(np.array(turn, np.int64), "turn", node, scope)
         condition = self._constant(np.array(True), "condition", node, scope)
         ends = list(body.outputs)[1:]
-        for inner, value in zip(tuple(body.inputs), (number, condition, *given), strict=True):
+        return self._run(body, (number, condition, *given), ends, node, scope, rule)
+
+    def _run(
+        self,
+        body: ir.Graph,
+        given: Sequence[ir.Value],
+        ends: list[ir.Value],
+        node: ir.Node,
+        scope: Scope,
+        rule: str,
+    ) -> list[ir.Value]:
+        """Moves a body ahead of its node, on the values `given`; returns what `ends` have become."""
+        for inner, value in zip(tuple(body.inputs), given, strict=True):
             ends = [value if end is inner else end for end in ends]
             _drop_outputs(body, inner)
             inner.replace_all_uses_with(value)
         return self._move(body, node, scope, rule, ends=ends)
 
-    def _stack(self, value: ir.Value, node: ir.Node, scope: Scope) -> ir.Value:
-        """One scanned tensor with a first axis of size 1, as the loop would have stacked it."""
-        if scope.opsets.get("", 0) < 13:
-            made = ir.Node("", "Unsqueeze", [value], [ir.AttrInt64s("axes", [0])])
+    def _stack(self, rows: Sequence[ir.Value], axis: int, node: ir.Node, scope: Scope) -> ir.Value:
+        """What each turn gave, along a new axis, as the loop would have stacked it."""
+        axes = None
+        if scope.opsets.get("", 0) >= 13:
+            axes = self._constant(np.array([axis], np.int64), "axes", node, scope)
+        raised = [self._unsqueeze(value, axes, axis, node) for value in rows]
+        if len(raised) == 1:
+            return raised[0]
+        return self._insert(ir.Node("", "Concat", raised, [ir.AttrInt64("axis", axis)]), node)
+
+    def _unsqueeze(
+        self, value: ir.Value, axes: ir.Value | None, axis: int, node: ir.Node
+    ) -> ir.Value:
+        if axes is None:
+            made = ir.Node("", "Unsqueeze", [value], [ir.AttrInt64s("axes", [axis])])
         else:
-            axes = self._constant(np.array([0], np.int64), "axes", node, scope)
             made = ir.Node("", "Unsqueeze", [value, axes])
+        return self._insert(made, node)
+
+    def _insert(self, made: ir.Node, node: ir.Node) -> ir.Value:
+        """Puts a new node ahead of the loop that it is made for; returns its output."""
         base = f"{name_of(node)}_{made.op_type}"
         made.name, made.outputs[0].name = self._ctx.names.fresh(base), self._ctx.names.fresh(base)
         mark(made, "inline-loop", name_of(node), self._ctx)
@@ -308,6 +446,10 @@ class _Inliner:
 def _defined(graph: ir.Graph) -> list[ir.Value]:
     """The values that a graph's own nodes and initializers define."""
     return [*graph.initializers.values(), *(value for node in graph for value in node.outputs)]
+
+
+def _is_read(value: ir.Value) -> bool:
+    return bool(value.uses()) or value.is_graph_output()
 
 
 def _drop_outputs(graph: ir.Graph, value: ir.Value) -> None:

@@ -291,7 +291,10 @@ class _Keys:
         return count, nodes, tuple(end[0] for end in ends)
 
     def _node(self, node: ir.Node, local: dict[ir.Value, Key]) -> Key:
-        inputs = [self._value(value, local) for value in node.inputs]
+        given = list(node.inputs)
+        while given and given[-1] is None:  # to leave an input out is the same as to name none
+            given.pop()
+        inputs = [self._value(value, local) for value in given]
         if len(inputs) == 2 and _commutes(node):
             inputs.sort(key=repr)
         outputs = tuple(bool(value.name) for value in node.outputs)

@@ -10,6 +10,8 @@ from graphopt_passes.cleanup import RemoveDeadCode
 from graphopt_passes.control_flow import InlineControlFlow
 
 from graphopt.pipeline import Step
+from graphopt.rewrite import Context, Gate
+from graphopt.targets import get_target
 from tests.rewriting import apply, check, parse, run
 
 STEPS: tuple[Step, ...] = (InlineControlFlow(), RemoveDeadCode())
@@ -321,22 +323,91 @@ def test_loop_of_a_few_turns_is_written_out() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
+def test_loop_that_may_end_early_is_not_written_out() -> None:
+    body = (
         "(int64 i, bool ci, float[2] v) => (bool co, float[2] w)"
-        " { z = Constant<value = int64 {0}>() co = Equal(i, z) w = Add(v, v) }",
-        "(int64 i, bool ci, float[2] v) => (bool co, float[2] w, float[2] s)"
-        " { co = Identity(ci) w = Add(v, v) s = Neg(v) }",
-    ],
-    ids=["ends early", "scans"],
-)
-def test_loop_of_a_few_turns_that_is_not_written_out(body: str) -> None:
-    outputs = "y, s" if "s = Neg" in body else "y"
-    declared = "float[2] y, float[3,2] s" if "s = Neg" in body else "float[2] y"
-    text = f"g (float[2] x) => ({declared}) <int64 three = {{3}}> {{"
-    model = ir.from_proto(parse(text + loop("three", "", body, outputs=outputs) + "}"))
+        " { z = Constant<value = int64 {0}>() co = Equal(i, z) w = Add(v, v) }"
+    )
+    text = "g (float[2] x) => (float[2] y) <int64 three = {3}> {"
+    model = ir.from_proto(parse(text + loop("three", "", body) + "}"))
     assert not apply([InlineControlFlow()], model).rewrites
+
+
+STACKING = (
+    "(int64 i, bool ci, float[2] v) => (bool co, float[2] w, float[2] s)"
+    " { co = Identity(ci) w = Add(v, v) s = Neg(w) }"
+)
+STACKED = """a = Add(x, x)  s = Neg(a)  y = Add(a, a)  t = Neg(y)
+    u = Unsqueeze(s, ax)  v = Unsqueeze(t, ax)  z = Concat<axis = 0>(u, v)"""
+
+
+def test_loop_that_stacks_is_written_out() -> None:
+    check(
+        STEPS,
+        "g (float[2] x) => (float[2] y, float[2,2] z) <int64 two = {2}> {"
+        + loop("two", "", STACKING, outputs="y, z")
+        + "}",
+        f"g (float[2] x) => (float[2] y, float[2,2] z) <int64[1] ax = {{0}}> {{ {STACKED} }}",
+    )
+
+
+@pytest.mark.parametrize("opset", [11, 18])
+def test_loop_that_stacks_for_nobody(opset: int) -> None:
+    check(
+        STEPS,
+        "g (float[2] x) => (float[2] y) <int64 two = {2}> {"
+        + loop("two", "", STACKING, outputs="y, z")
+        + "}",
+        "g (float[2] x) => (float[2] y) { a = Add(x, x)  y = Add(a, a) }",
+        opset=opset,
+    )
+
+
+def test_loop_that_stacks_too_many_rows_stays() -> None:
+    text = "g (float[2] x) => (float[2] y, float[30,2] z) <int64 many = {30}> {"
+    model = ir.from_proto(parse(text + loop("many", "", STACKING, outputs="y, z") + "}"))
+    assert not apply([InlineControlFlow()], model).rewrites
+
+
+def scan(attributes: str = "", size: str = "2") -> str:
+    return (
+        f"g (float[2] x, float[{size},2] k) => (float[2] y, float[{size},2] z) {{ y, z = Scan<num_scan_inputs = 1"
+        f"{attributes}, body = b (float[2] s, float[2] v) => (float[2] w, float[2] r)"
+        f" {{ w = Add(s, v)  r = Neg(w) }}>(x, k) }}"
+    )
+
+
+ROWS = """g (float[2] x, float[2,2] k) => (float[2] y, float[2,2] z)
+    <int64 i = {{{0}}}, int64 j = {{{1}}}, int64[1] ax = {{{axis}}}> {{
+    a = Gather<axis = {axis}>(k, i)  w = Add(x, a)  r = Neg(w)  b = Gather<axis = {axis}>(k, j)  y = Add(w, b)
+    q = Neg(y)  c = Unsqueeze({first}, ax)  d = Unsqueeze({last}, ax)  z = Concat<axis = {axis}>(c, d) }}"""
+
+
+def test_scan_of_a_few_turns_is_written_out() -> None:
+    check(STEPS, scan(), ROWS.format(0, 1, axis=0, first="r", last="q"))
+
+
+def test_scan_from_the_end_along_other_axes() -> None:
+    check(
+        STEPS,
+        scan(
+            ", scan_input_axes = [1], scan_output_axes = [1], scan_input_directions = [1]"
+            ", scan_output_directions = [1]"
+        ),
+        ROWS.format(1, 0, axis=1, first="q", last="r"),
+    )
+
+
+def test_scan_of_unknown_or_many_turns_stays() -> None:
+    for size in ("T", "40"):
+        model = ir.from_proto(parse(scan(size=size)))
+        assert not apply([InlineControlFlow()], model).rewrites
+
+
+def test_gate_keeps_a_scan() -> None:
+    model = ir.from_proto(parse(scan()))
+    ctx = Context(model, get_target("cpu"), gate=Gate(limit=0))
+    assert not InlineControlFlow().run(model, ctx)
 
 
 def test_nodes_of_a_loop_that_is_written_out_get_names_of_their_own() -> None:

@@ -358,3 +358,11 @@ def test_gate_leaves_equal_branches() -> None:
     model = ir.from_proto(parse(choice("{ a = Exp(x) }", "{ b = Exp(x) }")))
     ctx = Context(model, get_target("cpu"), gate=Gate(limit=0))
     assert not MergeCommonSubexpressions().run(model, ctx)
+
+
+def test_inputs_left_out_at_the_end_count_for_nothing() -> None:
+    model = ir.from_proto(
+        parse('g (float[2] x) => (float[2] y) { a = Clip(x)  b = Clip(x, "", "")  y = Add(a, b) }')
+    )
+    apply((MergeCommonSubexpressions(),), model)
+    assert [node.op_type for node in model.graph] == ["Clip", "Add"]
