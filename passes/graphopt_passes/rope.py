@@ -9,64 +9,81 @@ the graph (a table whose halves are equal, Concat(a, a) before Cos and Sin).  Ch
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from collections.abc import Callable
+from typing import TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.ir import values
 from graphopt.ir.build import Builder
 from graphopt.ir.shapes import Dim
 from graphopt.rewrite import Either, Match, Op, Rule, Skip, Var, rule
-from graphopt_passes.constants import from_front, given_axes, no_operator
+from graphopt_passes.angles import single_angles
+from graphopt_passes.constants import no_operator
 
 OPSETS = (13, 10_000)
 """Opsets whose Slice, Squeeze and Unsqueeze take their axes as inputs."""
 
 MAX_DEPTH = 8
-"""Nodes between the angles and where they are used: Cos, Cast, a scale, Unsqueeze, Gather and the like."""
-
-_PER_ELEMENT = frozenset({"Cos", "Sin", "Cast", "Neg", "Identity"})
+"""Cuts of cuts between a part of a head and the whole."""
 
 x, cos, sin = Var(), Var(), Var()
+first, second = Var(), Var()
 
-
-def _half(index: int) -> tuple[Op, Op]:
-    """The first or second half of x, as a Slice and as an output of a Split."""
-    return Op("Slice", x, ..., shared=True), Op("Split", x, ..., output=index, shared=True)
-
-
-first_slice, first_split = _half(0)
-second_slice, second_split = _half(1)
-first, second = Either(first_slice, first_split), Either(second_slice, second_split)
 turned = Op("Concat", Op("Neg", second), first)
 rotated = Op("Add", Op("Mul", x, cos), Op("Mul", turned, sin))
 
 
 @rule(rotated, opset=OPSETS)
 def fuse_rotate_half(m: Match, g: Builder) -> ir.Value | None:
-    """`x * cos + Concat(-x2, x1) * sin` -> `RotaryEmbedding(x, cos', sin')`, x = [B, H, S, D], x1 and x2 its halves.
+    """`x * cos + Concat(-x2, x1) * sin` -> `RotaryEmbedding(x, cos', sin')`, x1 and x2 the halves of x.
 
-    cos, sin: broadcast to [B, 1, S, D], their halves equal; cos', sin': [B, S, D/2].
+    x: [B, H, S, D], [B, S, H, D] or [B, S, D]; cos, sin: one per position, their halves equal; cos', sin': [B, S, D/2].
     Source: RotaryEmbedding-23; arXiv:2104.09864.
     """
-    dims = m.known_dims(x)
-    if len(dims) != 4 or dims[3].value is None or not _is_last(m, turned, 4):
+    return _fuse_doubled(m, g, turned, _halves)
+
+
+stacked = Op(
+    "Concat",
+    Op("Unsqueeze|Reshape", Op("Neg", second), ...),
+    Op("Unsqueeze|Reshape", first, ...),
+)
+every_two = Op("Reshape|Flatten", stacked, ...)
+rotated_pairs = Op("Add", Op("Mul", x, cos), Op("Mul", every_two, sin))
+
+
+@rule(rotated_pairs, opset=OPSETS)
+def fuse_rotate_every_two(m: Match, g: Builder) -> ir.Value | None:
+    """`x * cos + [-x1, x0, -x3, x2, …] * sin` -> `RotaryEmbedding(x, cos', sin', interleaved=1)`.
+
+    As `fuse_rotate_half`, for pairs of neighbours, as of GPT-J; each angle stands twice in cos and sin.
+    Source: RotaryEmbedding-23; arXiv:2104.09864.
+    """
+    return _fuse_doubled(m, g, stacked, _pairs)
+
+
+def _fuse_doubled(m: Match, g: Builder, joined: Op, parts: _Parts) -> ir.Value | None:
+    """The operator for a product with angles that stand there twice."""
+    if not _is_last(m, joined, len(m.known_dims(joined))):
         return None
-    if not (_is_half(m, m[first], 0, dims) and _is_half(m, m[second], 1, dims)):
+    source = next(
+        (v for v in (m[x], m[cos]) if parts(m, v, m[first], m[second])),
+        None,
+    )
+    if source is None:
         return None
-    _refuse_without_operator(m)
-    caches = [_cache(m, g, m[angles], dims, doubled=True) for angles in (cos, sin)]
-    return g.op("RotaryEmbedding", m[x], *caches)
+    angles = m[cos] if source is m[x] else m[x]
+    layout = _Layout.of(m, source, angles, doubled=True)
+    _refuse_without_operator(m, source, layout)
+    pairs = parts is _pairs
+    caches = [_cache(m, g, each, layout, doubled=True, pairs=pairs) for each in (angles, m[sin])]
+    return layout.rotate(g, source, caches, interleaved=pairs)
 
 
-def _product(half: Either, angles: Var) -> Op:
-    return Op("Mul", half, angles)
-
-
-lower = Op("Sub", _product(first, cos), _product(second, sin))
-upper = Op("Add", _product(second, cos), _product(first, sin))
+lower = Op("Sub", Op("Mul", first, cos), Op("Mul", second, sin))
+upper = Op("Add", Op("Mul", second, cos), Op("Mul", first, sin))
 joined = Op("Concat", lower, upper)
 
 
@@ -74,174 +91,310 @@ joined = Op("Concat", lower, upper)
 def fuse_rotated_halves(m: Match, g: Builder) -> ir.Value | None:
     """`Concat(x1 * cos - x2 * sin, x2 * cos + x1 * sin)` -> `RotaryEmbedding(x, cos, sin)`, x1 and x2 the halves of x.
 
-    x: [B, H, S, D], cos and sin: broadcast to [B, 1, S, D/2].
+    x as in `fuse_rotate_half`; cos, sin: one per position and pair.
     Source: RotaryEmbedding-23; arXiv:2104.09864.
     """
-    dims = m.known_dims(x)
-    if len(dims) != 4 or dims[3].value is None or not _is_last(m, joined, 4):
+    return _fuse_parts(m, g, joined, _halves)
+
+
+woven = Op("Concat", Op("Unsqueeze|Reshape", lower, ...), Op("Unsqueeze|Reshape", upper, ...))
+interleaved = Op("Reshape|Flatten", woven, ...)
+
+
+@rule(interleaved, opset=OPSETS)
+def fuse_rotated_pairs(m: Match, g: Builder) -> ir.Value | None:
+    """`[x0 cos - x1 sin, x0 sin + x1 cos, …]` -> `RotaryEmbedding(x, cos, sin, interleaved=1)`, x0 and x1 neighbours.
+
+    x as in `fuse_rotate_half`; cos, sin: one per position and pair.
+    Source: RotaryEmbedding-23; arXiv:2104.09864.
+    """
+    return _fuse_parts(m, g, woven, _pairs)
+
+
+def _fuse_parts(m: Match, g: Builder, whole: Op, parts: _Parts) -> ir.Value | None:
+    """The operator for parts that are multiplied by the angles one by one."""
+    if not _is_last(m, whole, len(m.known_dims(whole))):
         return None
-    if not (_is_half(m, m[first], 0, dims) and _is_half(m, m[second], 1, dims)):
-        return None
-    _refuse_without_operator(m)
-    caches = [_cache(m, g, m[angles], dims, doubled=False) for angles in (cos, sin)]
-    return g.op("RotaryEmbedding", m[x], *caches)
+    # The pattern is the same with the roles of halves and angles changed: which are the halves, the graph says.
+    for one, other, angles in (
+        (m[first], m[second], (m[cos], m[sin])),
+        (m[cos], m[sin], (m[first], m[second])),
+    ):
+        source = _common_source(m, one, other, parts)
+        if source is not None:
+            layout = _Layout.of(m, source, angles[0], doubled=False)
+            _refuse_without_operator(m, source, layout)
+            caches = [_cache(m, g, each, layout, doubled=False) for each in angles]
+            return layout.rotate(g, source, caches, interleaved=parts is _pairs)
+    return None
 
 
 head, tail = Op("Slice", x, ..., shared=True), Op("Slice", x, ..., shared=True)
-rotary = Op("RotaryEmbedding", head, cos, sin)
-partial = Op("Concat", rotary, tail)
+split_head = Op("Split", x, ..., shared=True)
+split_tail = Op("Split", x, ..., output=1, shared=True)
+rotary = Op("RotaryEmbedding", Either(head, split_head), cos, sin)
+partial = Op("Concat", rotary, Either(tail, split_tail))
 
 
 @rule(partial, opset=(23, 10_000))
 def widen_partial_rotation(m: Match, g: Builder) -> ir.Value | None:
     """`Concat(RotaryEmbedding(x[..., :r]), x[..., r:])` -> `RotaryEmbedding(x, rotary_embedding_dim=r)`.
 
-    Source: RotaryEmbedding-23.
+    x: [B, H, S, D].  Source: RotaryEmbedding-23.
     """
-    dims, inner = m.known_dims(x), m.known_dims(head)
+    dims, rest = m.known_dims(x), m[partial].inputs[1]
+    turned_part = m[rotary].inputs[0]
+    if len(dims) != 4 or turned_part is None or rest is None or not _is_last(m, partial, 4):
+        return None
+    inner = m.known_dims(turned_part)
     width, turn = dims[-1].value, inner[-1].value
-    if len(dims) != 4 or width is None or turn is None or not _is_last(m, partial, 4):
+    if width is None or turn is None or m.attr(rotary, "rotary_embedding_dim", 0):
         return None
-    if any(m.attr(rotary, name, 0) for name in ("rotary_embedding_dim", "interleaved")):
-        return None
-    if _cut(m[head], dims) != (0, turn) or _cut(m[tail], dims) != (turn, width):
+    if _place(m, turned_part) != (m[x], 0, turn) or _place(m, rest) != (m[x], turn, width):
         return None
     if not m.emits("RotaryEmbedding", dtype=m.dtype(x)):
         return None
-    return g.op("RotaryEmbedding", m[x], m[cos], m[sin], rotary_embedding_dim=turn)
+    return g.op("RotaryEmbedding", m[x], m[cos], m[sin], like=m[rotary], rotary_embedding_dim=turn)
 
 
-def _refuse_without_operator(m: Match) -> None:
-    dtype = m.dtype(x)
-    if not m.emits("RotaryEmbedding", dtype=dtype):
-        raise Skip(no_operator(m, "RotaryEmbedding", dtype), m[x])
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """Where batch, positions and heads of a rotated tensor are.
+
+    Attributes:
+        batch: size of the batch.
+        positions: their number.
+        heads: their number where they lie beside each other, [B, S, H, D]; 1 without heads, [B, S, D]; else None.
+        rank: of the tensor.
+        width: of a head.
+        source: the tensor.
+    """
+
+    batch: Dim
+    positions: Dim
+    heads: Dim | None
+    rank: int
+    width: int
+    source: ir.Value
+
+    @staticmethod
+    def of(m: Match, source: ir.Value, angles: ir.Value, *, doubled: bool) -> _Layout:
+        """The layout of `source`, told by the axis along which the angles vary.
+
+        Raises:
+            Skip: they vary along none or several, or a size is unknown.
+        """
+        dims, own = m.known_dims(source), m.known_dims(angles)
+        width = dims[-1].value
+        if len(dims) not in (3, 4) or width is None:
+            raise Skip("not [B, H, S, D], [B, S, H, D] or [B, S, D]", source)
+        fits = len(own) > 1 and own[-1] == (width if doubled else width // 2)
+        if fits and len(dims) == 3 and own[-2] == dims[1]:
+            return _Layout(dims[0], dims[1], Dim.of(1), 3, width, source)
+        if fits and len(dims) == 4 and own[-2] == dims[2] and (len(own) < 3 or own[-3] == 1):
+            return _Layout(dims[0], dims[2], None, 4, width, source)
+        apart = fits and len(dims) == 4 and len(own) > 2 and own[-2] == 1 and own[-3] == dims[1]
+        if apart and dims[2].is_static:
+            return _Layout(dims[0], dims[1], dims[2], 4, width, source)
+        raise Skip("the angles are not one per position and pair", angles)
+
+    def rotate(
+        self, g: Builder, source: ir.Value, caches: list[ir.Value], *, interleaved: bool
+    ) -> ir.Value:
+        """The operator, on a view where heads lie beside each other."""
+        by = 1 if interleaved else None
+        if self.heads is None:
+            return g.op("RotaryEmbedding", source, *caches, interleaved=by)
+        heads = int(self.heads)
+        if self.rank == 3:
+            return g.op("RotaryEmbedding", source, *caches, num_heads=1, interleaved=by)
+        flat = g.op("Reshape", source, g.ints([0, 0, heads * self.width]))
+        made = g.op("RotaryEmbedding", flat, *caches, num_heads=heads, interleaved=by)
+        return g.op("Reshape", made, g.ints([0, 0, heads, self.width]))
+
+
+def _refuse_without_operator(m: Match, source: ir.Value, layout: _Layout) -> None:
+    dtype, form = source.dtype, "" if layout.heads is None else "heads-in-place"
+    if not m.emits("RotaryEmbedding", dtype=dtype) or not m.emits(
+        "RotaryEmbedding", dtype=dtype, form=form
+    ):
+        raise Skip(no_operator(m, "RotaryEmbedding", dtype), source)
 
 
 def _is_last(m: Match, node: Op, rank: int) -> bool:
     return int(m.attr(node, "axis", 0)) % rank == rank - 1
 
 
-def _is_half(m: Match, value: ir.Value, index: int, dims: tuple[Dim, ...]) -> bool:
-    """Whether `value` is the first or second half of x along its last axis."""
-    node = value.producer()
-    assert node is not None
-    width = int(dims[-1])
+_Parts: TypeAlias = Callable[[Match, ir.Value, ir.Value, ir.Value], bool]
+
+
+def _halves(m: Match, source: ir.Value, one: ir.Value, other: ir.Value) -> bool:
+    """Whether two values are the first and second half of a third along its last axis."""
+    dims = m.dims(source)
+    width = None if not dims else dims[-1].value
+    place = _place(m, source)
+    if width is None or width % 2 or place is None:
+        return False
+    base, start, end = place
+    middle = start + width // 2
+    return _place(m, one) == (base, start, middle) and _place(m, other) == (base, middle, end)
+
+
+def _place(m: Match, value: ir.Value, depth: int = MAX_DEPTH) -> tuple[ir.Value, int, int] | None:
+    """The value that a Slice or Split along the last axis takes from, at the end of a chain; from where to where."""
+    dims, node = m.dims(value), value.producer()
+    width = None if not dims else dims[-1].value
+    if dims is None or width is None:
+        return None
+    cut = None if node is None or node.domain else _cut(m, node, value, len(dims))
+    source = None if node is None or cut is None else node.inputs[0]
+    outer = None if source is None or depth == 0 else _place(m, source, depth - 1)
+    if cut is None or outer is None:
+        return value, 0, width
+    base, offset, _ = outer
+    return base, offset + cut[0], offset + cut[1]
+
+
+def _cut(m: Match, node: ir.Node, value: ir.Value, rank: int) -> tuple[int, int] | None:
+    """From where to where a Slice or Split takes `value` of the last axis; None where it does anything else."""
+    dims = m.dims(node.inputs[0]) if node.inputs and node.inputs[0] is not None else None
+    if dims is None or dims[-1].value is None:
+        return None
     if node.op_type == "Slice":
-        return _cut(node, dims) == ((0, width // 2), (width // 2, width))[index]
-    axis = int(m.attr(node, "axis", 0)) % len(dims)
-    own = m.dims(value)
-    return (
-        axis == len(dims) - 1 and own is not None and own[-1].value == width // 2 and not width % 2
-    )
+        return _slice(node, rank, dims[-1].value, 1)
+    if node.op_type != "Split" or int(m.attr(node, "axis", 0)) % rank != rank - 1:
+        return None
+    sizes = [m.known_dims(out)[-1].value for out in node.outputs]
+    index = node.outputs.index(value)
+    if None in sizes:
+        return None
+    start = sum(int(size or 0) for size in sizes[:index])
+    return start, start + int(sizes[index] or 0)
 
 
-def _cut(node: ir.Node, dims: tuple[Dim, ...]) -> tuple[int, int] | None:
-    """From where to where a Slice takes of the last axis; None where it does more, or it is not known."""
+def _slice(node: ir.Node, rank: int, width: int, step: int) -> tuple[int, int] | None:
+    """Start and end of a Slice of the last axis alone, in that step."""
     given = [values.array(v) for v in node.inputs[1:]]
     if len(given) < 3 or any(data is None or data.size != 1 for data in given):
         return None
-    start, end, axis, *step = (int(data.reshape(-1)[0]) for data in given if data is not None)
-    width = int(dims[-1])
-    if axis % len(dims) != len(dims) - 1 or step not in ([], [1]):
+    start, end, axis, *by = (int(data.reshape(-1)[0]) for data in given if data is not None)
+    if axis % rank != rank - 1 or (by or [1]) != [step]:
         return None
     return slice(start, end).indices(width)[:2]
 
 
+def _pairs(m: Match, source: ir.Value, one: ir.Value, other: ir.Value) -> bool:
+    """Whether two values are the even and the odd elements of a third along its last axis."""
+    return _element(m, one, source) == 0 and _element(m, other, source) == 1
+
+
+def _element(m: Match, value: ir.Value, source: ir.Value | None) -> int | None:
+    """Which of each pair of neighbours in `source` a value takes: every other element, or one of [..., D/2, 2]."""
+    found = _pair_of(m, value)
+    return found[1] if found is not None and found[0] is source else None
+
+
+def _pair_of(m: Match, value: ir.Value) -> tuple[ir.Value, int] | None:
+    """The tensor and which of each pair of its neighbours a value takes."""
+    node = value.producer()
+    if node is None or not node.inputs or node.inputs[0] is None or node.domain:
+        return None
+    source, dims = node.inputs[0], m.dims(node.inputs[0])
+    if node.op_type == "Slice" and dims is not None and dims[-1].value is not None:
+        cut = _slice(node, len(dims), dims[-1].value, 2)
+        whole = cut is not None and cut[1] == dims[-1].value and not cut[1] % 2
+        return (source, cut[0]) if whole and cut is not None and cut[0] in (0, 1) else None
+    at = _index_of_last(m, node)
+    return None if at is None else _before_pairing(m, at)
+
+
+def _index_of_last(m: Match, node: ir.Node) -> tuple[ir.Value, int] | None:
+    """The tensor and the index that a Gather, or a Squeeze of a Slice or Split, takes along its last axis of 2."""
+    source = node.inputs[0]
+    dims = None if source is None else m.dims(source)
+    if source is None or dims is None:
+        return None
+    if node.op_type == "Gather":
+        place = values.array(node.inputs[1])
+        last = int(m.attr(node, "axis", 0)) % len(dims) == len(dims) - 1
+        return (source, int(place) % 2) if last and place is not None and not place.ndim else None
+    cutter = source.producer()
+    if node.op_type not in ("Squeeze", "Reshape") or cutter is None or cutter.domain:
+        return None
+    own, cut = m.dims(node.outputs[0]), _cut(m, cutter, source, len(dims))
+    pairs = cutter.inputs[0]
+    if own != dims[:-1] or dims[-1] != 1 or cut is None or pairs is None:
+        return None
+    return pairs, cut[0]
+
+
+def _before_pairing(m: Match, at: tuple[ir.Value, int]) -> tuple[ir.Value, int] | None:
+    """[..., D] and the index, for an index into its view [..., D/2, 2]."""
+    pairs, index = at
+    node, dims = pairs.producer(), m.dims(pairs)
+    source = None if node is None or node.op_type != "Reshape" else node.inputs[0]
+    own = None if source is None else m.dims(source)
+    if source is None or own is None or dims is None or dims[-1] != 2 or not own:
+        return None
+    return (source, index) if (*dims[:-2], dims[-2] * 2) == own else None
+
+
+def _common_source(m: Match, one: ir.Value, other: ir.Value, parts: _Parts) -> ir.Value | None:
+    """The tensor of which two values are the parts."""
+    if parts is _pairs:
+        found = _pair_of(m, one)
+        source = None if found is None else found[0]
+    else:
+        node = one.producer()
+        source = node.inputs[0] if node is not None and node.op_type in ("Slice", "Split") else None
+    return source if source is not None and parts(m, source, one, other) else None
+
+
 def _cache(
-    m: Match, g: Builder, angles: ir.Value, dims: tuple[Dim, ...], *, doubled: bool
+    m: Match,
+    g: Builder,
+    angles: ir.Value,
+    layout: _Layout,
+    *,
+    doubled: bool,
+    pairs: bool = False,
 ) -> ir.Value:
-    """Cosines or sines as [B, S, D/2], out of what broadcasts against x.
+    """Cosines or sines as [B, S, D/2], out of what broadcasts against the rotated tensor.
 
     Raises:
-        Skip: their halves are not known to be equal, or they differ between heads.
+        Skip: their copies are not known to be equal, or they differ between heads.
     """
     own = m.known_dims(angles)
-    last = int(dims[3]) if doubled else int(dims[3]) // 2
-    fits = len(own) <= 4 and own[-1].value == last and len(own) > 1 and own[-2] == dims[2]
-    if not fits or (len(own) > 2 and own[-3].value != 1):
-        raise Skip("the angles are not one per position and pair", angles)
-    if len(own) == 4 and own[0].value != 1 and own[0] != dims[0]:
+    if _Layout.of(m, layout.source, angles, doubled=doubled) != layout:
+        raise Skip("cosines and sines are laid out differently", angles)
+    if len(own) == layout.rank and own[0] not in (1, layout.batch):
         raise Skip("the angles broaden the batch", angles)
-    halved = _halved(m, g, angles, MAX_DEPTH) if doubled else angles
+    halved = single_angles(m, g, angles, pairs=pairs) if doubled else angles
     if halved is None:
-        raise Skip("the halves of the angles are not known to be equal", angles)
-    if len(own) == 2:
+        raise Skip("the copies of the angles are not known to be equal", angles)
+    rank = len(own)
+    if layout.rank == 4 and (rank == 4 or layout.heads is not None):
+        place = rank - (3 if layout.heads is None else 2)
+        halved = g.op("Squeeze", halved, g.ints([place]))
+        rank -= 1
+    if rank == 2:
         halved = g.op("Unsqueeze", halved, g.ints([0]))
-    if len(own) == 4:
-        halved = g.op("Squeeze", halved, g.ints([1]))
-    one = len(own) < 4 or own[0].value == 1
-    return _for_each(m, g, halved, dims[0]) if one and dims[0].value != 1 else halved
+    one = rank == 2 or own[0] == 1 or len(own) < layout.rank
+    return _for_each(g, halved, layout) if one and layout.batch != 1 else halved
 
 
-def _for_each(m: Match, g: Builder, value: ir.Value, batch: Dim) -> ir.Value:
+def _for_each(g: Builder, value: ir.Value, layout: _Layout) -> ir.Value:
     """[1, S, D/2] repeated for a batch, which the operator does not broadcast over."""
-    if batch.value is not None:
-        return g.op("Expand", value, g.ints([batch.value, 1, 1]))
-    size = g.op("Shape", m[x], start=0, end=1)
+    if layout.batch.value is not None:
+        return g.op("Expand", value, g.ints([layout.batch.value, 1, 1]))
+    size = g.op("Shape", layout.source, start=0, end=1)
     return g.op("Expand", value, g.op("Concat", size, g.ints([1, 1]), axis=0))
 
 
-def _halved(m: Match, g: Builder, value: ir.Value, depth: int) -> ir.Value | None:
-    """The first half of `value` along its last axis, where the second is equal to it; None where that is not known."""
-    data = values.array(value)
-    if data is not None:
-        return _halved_table(g, data)
-    node = value.producer()
-    if node is None or node.domain or depth == 0:
-        return None
-    if node.op_type == "Concat":
-        dims = m.dims(value)
-        twice = len(node.inputs) == 2 and node.inputs[0] is node.inputs[1]
-        return node.inputs[0] if twice and dims and _ends(m, node, len(dims)) else None
-    inner = None
-    if node.inputs and node.inputs[0] is not None and _keeps_last_axis(m, node):
-        inner = _halved(m, g, node.inputs[0], depth - 1)
-    if inner is not None:
-        return g.op(node.op_type, inner, *node.inputs[1:], like=node)
-    return _halved_scaled(m, g, node, depth)
-
-
-def _halved_scaled(m: Match, g: Builder, node: ir.Node, depth: int) -> ir.Value | None:
-    """A product with one number, as of scaled rotary embeddings."""
-    if node.op_type != "Mul":
-        return None
-    for index, factor in enumerate(node.inputs):
-        tensor, other = values.constant(factor), node.inputs[1 - index]
-        if tensor is None or tensor.size != 1 or other is None or factor is None:
-            continue
-        inner = _halved(m, g, other, depth - 1)
-        return None if inner is None else g.op("Mul", inner, factor)
-    return None
-
-
-def _halved_table(g: Builder, data: npt.NDArray[Any]) -> ir.Value | None:
-    width = data.shape[-1] if data.ndim else 1
-    if width % 2 or not np.array_equal(data[..., : width // 2], data[..., width // 2 :]):
-        return None
-    return g.const(np.ascontiguousarray(data[..., : width // 2]), name="angles")
-
-
-def _ends(m: Match, node: ir.Node, rank: int) -> bool:
-    return int(m.attr(node, "axis", 0)) % rank == rank - 1
-
-
-def _keeps_last_axis(m: Match, node: ir.Node) -> bool:
-    """Whether a node does with each half of its first input, along the last axis, what it does with the whole."""
-    if node.op_type in _PER_ELEMENT:
-        return True
-    dims = m.dims(node.inputs[0]) if node.inputs[0] is not None else None
-    if dims is None or not dims:
-        return False
-    if node.op_type == "Gather":
-        return int(m.attr(node, "axis", 0)) % len(dims) != len(dims) - 1
-    if node.op_type in ("Unsqueeze", "Squeeze"):
-        rank = len(dims) if node.op_type == "Squeeze" else len(m.known_dims(node.outputs[0]))
-        axes = given_axes(m, node, 13)
-        return axes is not None and rank - 1 not in from_front(axes, rank)
-    if node.op_type == "Slice" and len(node.inputs) > 3:
-        cut = values.array(node.inputs[3])
-        return cut is not None and all(int(a) % len(dims) != len(dims) - 1 for a in cut.reshape(-1))
-    return False
-
-
-RULES: tuple[Rule, ...] = (fuse_rotate_half, fuse_rotated_halves, widen_partial_rotation)
+RULES: tuple[Rule, ...] = (
+    fuse_rotate_half,
+    fuse_rotate_every_two,
+    fuse_rotated_halves,
+    fuse_rotated_pairs,
+    widen_partial_rotation,
+)

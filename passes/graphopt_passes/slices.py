@@ -414,6 +414,23 @@ def gather_instead_of_squeezed_slice(m: Match, g: Builder) -> ir.Value | None:
     return g.op("Gather", m[x], g.const(np.asarray(part.start), name="indices"), axis=axis)
 
 
+# --- rows by a column of indices
+
+rows = Var()
+column = Op("Unsqueeze|Reshape", rows, ...)
+by_tuples = Op("GatherND", x, column)
+
+
+@exact(by_tuples)
+def gather_instead_of_tuples_of_one(m: Match, g: Builder) -> ir.Value | None:
+    """`GatherND(x, i[…, None])` -> `Gather(x, i)`: rows by one index each.  Source: ONNX GatherND-11, -12, Gather-1."""
+    dims = m.dims(rows)
+    lifted = dims is not None and m.dims(column) == (*dims, Dim.of(1))
+    if not lifted or m.attr(by_tuples, "batch_dims", 0):
+        return None
+    return g.op("Gather", m[x], m[rows], axis=0)
+
+
 # --- one part of a Split
 
 split = Op("Split", x, ...)
@@ -446,5 +463,6 @@ RULES = (
     gather_with_axis,
     gather_without_axis,
     gather_instead_of_squeezed_slice,
+    gather_instead_of_tuples_of_one,
     slice_instead_of_split,
 )

@@ -104,11 +104,11 @@ def test_partial_rotation_with_a_gap_stays() -> None:
 @pytest.mark.parametrize(
     ("angles", "parameter", "missed"),
     [
-        ("c = Cos(h) s = Sin(h)", "float[B,1,S,4] h", "halves of the angles"),
+        ("c = Cos(h) s = Sin(h)", "float[B,1,S,4] h", "copies of the angles"),
         (
             "t = Concat<axis=-1>(h, g1) c = Cos(t) s = Sin(t)",
             "float[B,1,S,2] h",
-            "halves of the angles",
+            "copies of the angles",
         ),
         (ANGLES, "float[B,2,S,2] h", "one per position"),
         (ANGLES, "float[B,1,1,2] h", "one per position"),
@@ -142,4 +142,135 @@ def test_target_without_the_operator() -> None:
         f"g ({X}, float[B,1,S,2] h) => (float[B,2,S,4] y) <{INTS}> {{ {ANGLES} {HALVES['split']} {TURN} }}",
         target="portable",
         missed="no RotaryEmbedding",
+    )
+
+
+TABLE4 = "float[1,3,4] c4, float[1,3,4] s4"
+PAIR_TABLE = (
+    "float[3,4] c = {0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.4, 0.4, 0.5, 0.5, 0.6, 0.6},"
+    " float[3,4] s = {0.6, 0.6, 0.5, 0.5, 0.4, 0.4, 0.3, 0.3, 0.2, 0.2, 0.1, 0.1}"
+)
+PAIR_CACHES = "float[1,3,2] c = {0.1, 0.2, 0.3, 0.4, 0.5, 0.6}, float[1,3,2] s = {0.6, 0.5, 0.4, 0.3, 0.2, 0.1}"
+MORE = (
+    "int64[1] zero = {0}, int64[1] one = {1}, int64[1] step = {2}, int64[1] last = {-1}, int64[1] far = {99},"
+    " int64[4] whole = {1, 2, 3, 4}, int64[5] pairs = {1, 2, 3, 2, 2}, int64 first = {0}, int64 second = {1},"
+    " int64[2] ones = {1, 1}"
+)
+NEIGHBOURS = {
+    "steps": "a = Slice(x, zero, far, last, step) b = Slice(x, one, far, last, step)",
+    "gathers": "v = Reshape(x, pairs) a = Gather<axis=-1>(v, first) b = Gather<axis=-1>(v, second)",
+    "split": "v = Reshape(x, pairs) d, e = Split<axis=-1>(v, ones) a = Squeeze(d, last) b = Squeeze(e, last)",
+}
+WOVEN = "j = Unsqueeze({0}, last) k = Unsqueeze({1}, last) l = Concat<axis=-1>(j, k) {2} = Reshape(l, whole)"
+PRODUCTS = (
+    "ac = Mul(a, c) bs = Mul(b, s) lo = Sub(ac, bs) as = Mul(s, a) bc = Mul(c, b) hi = Add(as, bc)"
+)
+
+
+@pytest.mark.parametrize("pair", NEIGHBOURS.values(), ids=NEIGHBOURS)
+def test_rotated_neighbours(pair: str) -> None:
+    """Pairs of neighbours, rotated and woven again: GPT-NeoX's other form, LLaMA's own code."""
+    _check(
+        f"g (float[1,2,3,4] x, float[3,2] c, float[3,2] s) => (float[1,2,3,4] y) <{MORE}> {{ {pair} {PRODUCTS}"
+        f" {WOVEN.format('lo', 'hi', 'y')} }}",
+        "g (float[1,2,3,4] x, float[3,2] c, float[3,2] s) => (float[1,2,3,4] y) <int64[1] zero = {0}> {"
+        " d = Unsqueeze(c, zero) e = Unsqueeze(s, zero) y = RotaryEmbedding<interleaved=1>(x, d, e) }",
+    )
+
+
+@pytest.mark.parametrize("pair", NEIGHBOURS.values(), ids=NEIGHBOURS)
+def test_rotate_every_two(pair: str) -> None:
+    """GPT-J's form, its angles a table in which each stands twice."""
+    turn = f"n = Neg(b) {WOVEN.format('n', 'a', 'r')} p = Mul(c, x) q = Mul(r, s) y = Add(p, q)"
+    _check(
+        f"g (float[1,2,3,4] x) => (float[1,2,3,4] y) <{MORE}, {PAIR_TABLE}> {{ {pair} {turn} }}",
+        "g (float[1,2,3,4] x) => (float[1,2,3,4] y) <float[3,2] c = {0.1, 0.2, 0.3, 0.4, 0.5, 0.6},"
+        " float[3,2] s = {0.6, 0.5, 0.4, 0.3, 0.2, 0.1}, int64[1] zero = {0}> {"
+        " d = Unsqueeze(c, zero) e = Unsqueeze(s, zero) y = RotaryEmbedding<interleaved=1>(x, d, e) }",
+    )
+
+
+@pytest.mark.parametrize(
+    "angles",
+    [
+        "t = Gather<axis=-1>(h, twice)",
+        "u = Unsqueeze(h, last) w = Tile(u, times) t = Reshape(w, angle)",
+        "u = Unsqueeze(h, last) w = Expand(u, wide) t = Reshape(w, angle)",
+        "u = Unsqueeze(h, last) w = Concat<axis=-1>(u, u) t = Reshape(w, angle)",
+    ],
+)
+def test_rotate_every_two_by_computed_angles(angles: str) -> None:
+    turn = f"n = Neg(b) {WOVEN.format('n', 'a', 'r')} p = Mul(x, c) q = Mul(r, s) y = Add(p, q)"
+    held = (
+        "int64[4] twice = {0, 0, 1, 1}, int64[3] times = {1, 1, 2}, int64[3] wide = {3, 2, 2},"
+        " int64[2] angle = {3, 4}"
+    )
+    _check(
+        f"g (float[1,2,3,4] x, float[3,2] h) => (float[1,2,3,4] y) <{MORE}, {held}> {{ {angles} c = Cos(t)"
+        f" s = Sin(t) {NEIGHBOURS['steps']} {turn} }}",
+        "g (float[1,2,3,4] x, float[3,2] h) => (float[1,2,3,4] y) <int64[1] zero = {0}> { c = Cos(h)"
+        " d = Unsqueeze(c, zero) s = Sin(h) e = Unsqueeze(s, zero)"
+        " y = RotaryEmbedding<interleaved=1>(x, d, e) }",
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("0.1, 0.1, 0.2", "0.1, 0.7, 0.2"),  # neighbours with different angles
+        ("x, one, far, last, step", "x, zero, far, last, step"),  # the same elements twice
+        ("l = Concat<axis=-1>(j, k)", "l = Concat<axis=-1>(k, j)"),  # woven the other way
+        ("n = Neg(b)", "n = Relu(b)"),
+    ],
+)
+def test_other_neighbours_stay(change: tuple[str, str]) -> None:
+    turn = f"n = Neg(b) {WOVEN.format('n', 'a', 'r')} p = Mul(x, c) q = Mul(r, s) y = Add(p, q)"
+    text = (
+        f"g (float[1,2,3,4] x) => (float[1,2,3,4] y) <{MORE}, {PAIR_TABLE}> {{ {NEIGHBOURS['steps']}"
+        f" {turn} }}"
+    )
+    _check(text.replace(*change))
+
+
+def test_heads_beside_each_other() -> None:
+    """[B, S, H, D] goes in as [B, S, H D]."""
+    _check(
+        "g (float[B,3,2,4] x, float[3,1,2] h) => (float[B,3,2,4] y)"
+        f" <{INTS}> {{ {ANGLES} {HALVES['split']} {TURN} }}",
+        "g (float[B,3,2,4] x, float[3,1,2] h) => (float[B,3,2,4] y) <int64[1] one = {1}, int64[1] zero = {0},"
+        " int64[2] ones = {1, 1}, int64[3] flat = {0, 0, 8}, int64[4] apart = {0, 0, 2, 4}> {"
+        " c = Cos(h) c1 = Squeeze(c, one) c2 = Unsqueeze(c1, zero) b1 = Shape<start=0, end=1>(x)"
+        " w1 = Concat<axis=0>(b1, ones) d = Expand(c2, w1)"
+        " s = Sin(h) s1 = Squeeze(s, one) s2 = Unsqueeze(s1, zero) b2 = Shape<start=0, end=1>(x)"
+        " w2 = Concat<axis=0>(b2, ones) e = Expand(s2, w2)"
+        " f = Reshape(x, flat) r = RotaryEmbedding<num_heads=2>(f, d, e) y = Reshape(r, apart) }",
+    )
+
+
+def test_no_heads() -> None:
+    _check(
+        f"g (float[1,S,4] x, float[1,S,2] h) => (float[1,S,4] y) <{INTS}> {{ {ANGLES} {HALVES['split']} {TURN} }}",
+        "g (float[1,S,4] x, float[1,S,2] h) => (float[1,S,4] y) { c = Cos(h) s = Sin(h)"
+        " y = RotaryEmbedding<num_heads=1>(x, c, s) }",
+    )
+
+
+def test_halves_cut_out_of_the_whole() -> None:
+    """Part of the head is rotated, and its halves are cut out of the whole head."""
+    ints = "int64[1] zero = {0}, int64[1] two = {2}, int64[1] four = {4}, int64[1] far = {99}, int64[1] last = {3}"
+    _check(
+        f"g (float[1,2,S,6] x, float[1,S,2] h) => (float[1,2,S,6] y) <{ints}> {{ t = Concat<axis=-1>(h, h)"
+        " c = Cos(t) s = Sin(t) u = Slice(x, zero, four, last) a = Slice(x, zero, two, last)"
+        " b = Slice(x, two, four, last) n = Neg(b) r = Concat<axis=-1>(n, a) p = Mul(u, c) q = Mul(r, s)"
+        " z = Add(p, q) w = Slice(x, four, far, last) y = Concat<axis=-1>(z, w) }",
+        "g (float[1,2,S,6] x, float[1,S,2] h) => (float[1,2,S,6] y) { c = Cos(h) s = Sin(h)"
+        " y = RotaryEmbedding<rotary_embedding_dim=4>(x, c, s) }",
+    )
+
+
+def test_partial_rotation_by_split() -> None:
+    _check(
+        f"{PARTIAL} <int64[2] sizes = {{4, 2}}> {{ h, t = Split<axis=-1>(x, sizes) r = RotaryEmbedding(h, c, s)"
+        " y = Concat<axis=-1>(r, t) }",
+        f"{PARTIAL} {{ y = RotaryEmbedding<rotary_embedding_dim=4>(x, c, s) }}",
     )

@@ -258,3 +258,25 @@ def test_split_with_two_used_outputs_stays() -> None:
         before="""g (float[N,6] x) => (float[N,2] y, float[N,2] z)
             { y, q, z = Split<axis = 1, num_outputs = 3>(x) }""",
     )
+
+
+def test_tuples_of_one_index_are_indices() -> None:
+    """`x[i]` as torch.export spells it."""
+    g = "g (float[5,N] x, int64[B,S] i) => (float[B,S,N] y)"
+    check(
+        RULES,
+        before=f"{g} <int64[1] last = {{-1}}> {{ t = Unsqueeze(i, last)  y = GatherND(x, t) }}",
+        after=f"{g} {{ y = Gather<axis = 0>(x, i) }}",
+    )
+
+
+def test_tuples_within_a_batch_stay() -> None:
+    check(
+        RULES,
+        before="""g (float[5,3] x, int64[5,2] i) => (float[5,2] y) <int64[1] last = {-1}>
+            { t = Unsqueeze(i, last)  y = GatherND<batch_dims = 1>(x, t) }""",
+    )
+
+
+def test_tuples_of_two_indices_stay() -> None:
+    check(RULES, before="g (float[5,3] x, int64[4,2] i) => (float[4] y) { y = GatherND(x, i) }")
