@@ -28,18 +28,8 @@ _PASS = frozenset(
     {
         *("Relu", "LeakyRelu", "Elu", "Selu", "Celu", "ThresholdedRelu", "Sigmoid", "HardSigmoid"),
         *("HardSwish", "Swish", "Tanh", "Erf", "Exp", "Log", "Sqrt", "Abs", "Neg", "Reciprocal"),
-        *(
-            "Softplus",
-            "Softsign",
-            "Gelu",
-            "FastGelu",
-            "QuickGelu",
-            "Mish",
-            "Clip",
-            "Cast",
-            "Identity",
-        ),
-        *("Dropout", "Floor", "Ceil", "Round", "Sin", "Cos", "Sign"),
+        *("Softplus", "Softsign", "Gelu", "FastGelu", "QuickGelu", "Mish", "Clip", "Cast"),
+        *("Identity", "Dropout", "Floor", "Ceil", "Round", "Sin", "Cos", "Sign"),
     }
 )
 _BROADCAST = frozenset(
