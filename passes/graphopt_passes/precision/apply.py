@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt.ir import operators, values
+from graphopt.ir.scopes import all_graphs
 from graphopt.numerics import Numerics
 from graphopt.rewrite import Context
 from graphopt.rewrite.relink import mark
 from graphopt_passes.precision.flow import SENTINEL
 from graphopt_passes.precision.legality import is_float
 from graphopt_passes.precision.plan import LIMITS, Decision, Kind
+from graphopt_passes.precision.rescale import scaled_inputs
 
 RULE = "cast"
 LOSSY = Numerics.LOSSY
@@ -50,6 +53,7 @@ class Emission:
         self._low: set[ir.Value] = set()
         self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
         self._homes: dict[ir.Value, ir.Graph] = {}
+        self._constants: dict[ir.Value, None] = {}
 
     def run(self) -> None:
         """Casts what the decisions say."""
@@ -74,19 +78,68 @@ class Emission:
 
     def _node(self, node: ir.Node, decision: Decision) -> None:
         low = decision.kind is Kind.LOW or (
-            decision.kind is Kind.FOLLOW and any(value in self._low for value in node.inputs)
+            decision.kind is Kind.FOLLOW
+            and (any(value in self._low for value in node.inputs) or self._is_wanted(node))
         )
         # A mask that is float32 here would become minus infinity, and a row of those NaN.
         cut = any(v in self._masked and v not in self._low for v in node.inputs)
         low = low and not cut and self._ctx.permit(RULE, node, LOSSY)
         slots = decision.slots
         for index, value in enumerate(node.inputs):
-            if value is not None and (is_float(value) or value in self._low):
-                wanted = self._half if low and slots.inputs[index] else _FLOAT
+            if value is None or not (is_float(value) or value in self._low):
+                continue
+            wanted = self._half if low and slots.inputs[index] else _FLOAT
+            if low and decision.shift and index in scaled_inputs(node):
+                node.replace_input_with(index, self._converted(value, decision.shift))
+            else:
                 self._read(node, index, value, wanted)
         for index, value in enumerate(node.outputs):
             if low and slots.outputs[index]:
                 self._narrow(value)
+        if low and decision.shift:
+            self._scale_back(node, decision.shift)
+
+    def _is_wanted(self, node: ir.Node) -> bool:
+        """Whether a node that only reads constants gives something that others take in half."""
+        floats = [value for value in node.inputs if is_float(value)]
+        if not floats or not all(_is_convertible(value) for value in floats):
+            return False
+        readers = [self._decisions.get(use.node) for value in node.outputs for use in value.uses()]
+        return any(each is not None and each.kind is Kind.LOW for each in readers)
+
+    def _scale_back(self, node: ir.Node, shift: int) -> None:
+        """Lets all readers of a scaled product read the product, in float32."""
+        made = node.outputs[0]
+        uses, graph = made.uses(), self._home(made)
+        name = made.name or ""
+        made.name = self._ctx.names.fresh(f"{name}_scaled")
+        wide = self._get(made, _FLOAT)
+        maker = wide.producer()
+        assert maker is not None
+        back = self._constant(graph, np.array(2.0**-shift, np.float32), f"{name}_scale")
+        scale = ir.Node("", "Mul", [wide, back], name=self._ctx.names.fresh(f"{name}_unscaled"))
+        out = scale.outputs[0]
+        out.name, out.type, out.shape = name, ir.TensorType(_FLOAT), made.shape
+        mark(scale, RULE, name, self._ctx)
+        graph.insert_after(maker, scale)
+        for use in uses:
+            use.node.replace_input_with(use.idx, out)
+        for scope in all_graphs(self._model):
+            for index, value in enumerate(scope.graph.outputs):
+                if value is made:
+                    scope.graph.outputs[index] = out
+
+    def _constant(self, graph: ir.Graph, array: np.ndarray[Any, Any], hint: str) -> ir.Value:
+        tensor = ir.Tensor(array)
+        value = ir.Value(
+            name=self._ctx.names.fresh(hint),
+            type=ir.TensorType(tensor.dtype),
+            shape=ir.Shape(array.shape),
+            const_value=tensor,
+        )
+        graph.register_initializer(value)
+        self._homes[value] = graph
+        return value
 
     def _cast_node(self, node: ir.Node, decision: Decision) -> None:
         """A cast reads what comes; one to float32 makes halves where the decision says so."""
@@ -134,19 +187,20 @@ class Emission:
             return value
         key = (value, wanted)
         if key not in self._casts:
-            convertible = value.is_initializer() and values.is_constant(value)
+            convertible = _is_convertible(value)
             self._casts[key] = self._converted(value) if convertible else self._cast(value, wanted)
         return self._casts[key]
 
-    def _converted(self, value: ir.Value) -> ir.Value:
+    def _converted(self, value: ir.Value, shift: int = 0) -> ir.Value:
         """A copy of a constant in half; the original goes when nobody reads it any more."""
+        self._constants[value] = None
         tensor = value.const_value
         assert tensor is not None
         narrow = ir.Value(
             name=self._ctx.names.fresh(f"{value.name}_{self._half.name.lower()}"),
             type=ir.TensorType(self._half),
             shape=value.shape,
-            const_value=narrowed(tensor, self._half, masks=value in self._masks),
+            const_value=narrowed(tensor, self._half, masks=value in self._masks, shift=shift),
         )
         home = self._home(value)
         home.register_initializer(narrow)
@@ -193,20 +247,28 @@ class Emission:
         graph.outputs[index] = wide
 
     def _drop_unused(self) -> None:
-        for value, _ in self._casts:
+        for value in self._constants:
             home = self._homes.get(value)
             unused = not value.uses() and not value.is_graph_output() and not value.is_graph_input()
             if home is not None and value.is_initializer() and unused:
                 del home.initializers[value.name or ""]
 
 
-def narrowed(tensor: ir.TensorProtocol, half: ir.DataType, *, masks: bool) -> ir.TensorProtocol:
+def _is_convertible(value: ir.Value | None) -> bool:
+    """Whether a copy of the value in half can be written into the file."""
+    return value is not None and value.is_initializer() and values.is_constant(value)
+
+
+def narrowed(
+    tensor: ir.TensorProtocol, half: ir.DataType, *, masks: bool, shift: int = 0
+) -> ir.TensorProtocol:
     """The tensor in half, made when it is written, so that a large model is never held twice.
 
     Args:
         tensor: float32.
         half: FLOAT16 or BFLOAT16.
         masks: elements below the range stand for minus infinity and become `SENTINEL`.
+        shift: the exponent of the power of two to scale by.
     """
 
     def convert() -> ir.TensorProtocol:
@@ -214,6 +276,8 @@ def narrowed(tensor: ir.TensorProtocol, half: ir.DataType, *, masks: bool) -> ir
         if masks:
             below = np.isfinite(array) & (array < -LIMITS[half].greatest)
             array = np.where(below, np.float32(SENTINEL[half]), array)
+        if shift:
+            array = np.ldexp(array, shift)
         with np.errstate(over="ignore"):
             return ir.Tensor(np.asarray(array.astype(half.numpy())), dtype=half)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -19,7 +20,7 @@ from graphopt.verify.budget import budget_for
 from graphopt_passes.precision.apply import Emission
 from graphopt_passes.precision.flow import flow_of, sentinels
 from graphopt_passes.precision.gates import Gates, gated_nodes
-from graphopt_passes.precision.islands import drop_islands
+from graphopt_passes.precision.islands import drop_islands, runs_allowed
 from graphopt_passes.precision.legality import Legality
 from graphopt_passes.precision.plan import LIMITS, Decision, Facts, Kind, decide_all, gather
 from graphopt_passes.precision.plan_file import read_plan, write_plan
@@ -28,6 +29,8 @@ from graphopt_passes.precision.refine import AMPLIFIED, Refinement, refine
 
 _DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 _CAST_KNOWS_BF16 = 13
+MAX_ROUNDS = 3
+"""How often islands are left out and what is left is tried again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,16 +107,13 @@ class CastToHalf:
         if key not in ctx.cache:
             try:
                 gates = Gates.of(model, decisions, facts.half, facts.masks, feeds, budget)
-                ctx.cache[key] = refine(len(gates.nodes), gates)
             except GraphoptError as error:
                 ctx.remark(RemarkKind.WARNING, "refine", "", f"not refined: {error}")
                 return decisions
+            ctx.cache[key] = _settled(decisions, gates, runs_allowed(model, facts))
         found: Refinement = ctx.cache[key]
         _tell_refinement(found, ctx)
-        refined = dict(decisions)
-        for index, reason in found.raised.items():
-            refined[low[index]] = Decision(Kind.HIGH, reason)
-        return drop_islands(refined) if found.raised else refined
+        return _without(decisions, low, found.raised)
 
     def _check_target(self, half: ir.DataType, ctx: Context) -> None:
         target = ctx.target
@@ -125,6 +125,37 @@ class CastToHalf:
         )
 
 
+def _settled(decisions: dict[ir.Node, Decision], gates: Gates, limit: int) -> Refinement:
+    """What experiments say, islands that do not pay left out: leaving out a rounding is no smaller error always."""
+    found = refine(len(gates.nodes), gates, limit=limit)
+    for _ in range(MAX_ROUNDS):
+        kept = _without(decisions, gates.nodes, found.raised)
+        dropped = {
+            index: kept[node].reason
+            for index, node in enumerate(gates.nodes)
+            if kept[node].kind is Kind.HIGH and index not in found.raised
+        }
+        raised = {**found.raised, **dropped}
+        found = dataclasses.replace(found, raised=raised)
+        if not dropped or len(raised) == len(gates.nodes):
+            break
+        again = refine(len(gates.nodes), gates, limit=gates.runs + limit // 2, raised=raised)
+        found = dataclasses.replace(found, raised=again.raised, after=again.after, runs=again.runs)
+        if again.before <= 1:
+            break
+    return found
+
+
+def _without(
+    decisions: Mapping[ir.Node, Decision], gated: Sequence[ir.Node], raised: Mapping[int, str]
+) -> dict[ir.Node, Decision]:
+    """The decisions with some gated nodes in float32, and without the islands that this makes."""
+    if not raised:
+        return dict(decisions)
+    high = {gated[index]: Decision(Kind.HIGH, reason) for index, reason in raised.items()}
+    return drop_islands({**decisions, **high})
+
+
 def _tell_refinement(found: Refinement, ctx: Context) -> None:
     if not found.raised and found.after <= 1:
         return
@@ -132,9 +163,12 @@ def _tell_refinement(found: Refinement, ctx: Context) -> None:
         f"{len(found.raised)} nodes go back to float32: error {found.before:.2g} of the budget before, "
         f"{found.after:.2g} after, {found.runs} experiments"
     )
-    if AMPLIFIED in found.raised.values():
-        reason += "; the model amplifies rounding on these inputs: give samples with --calibration, or a wider --budget"
-    calm = found.after <= 1 and AMPLIFIED not in found.raised.values()
+    amplified = any(why.startswith(AMPLIFIED) for why in found.raised.values())
+    if amplified:
+        reason += "; the model amplifies rounding on these inputs: give samples with --calibration"
+        if found.accepting:
+            reason += f", or accept all in half with --budget '{found.accepting}'"
+    calm = found.after <= 1 and not amplified
     ctx.remark(RemarkKind.NOTE if calm else RemarkKind.WARNING, "refine", "", reason)
 
 

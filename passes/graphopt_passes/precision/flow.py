@@ -46,7 +46,7 @@ _BOUNDARY = frozenset((
     "InstanceNormalization", "GroupNormalization", "BatchNormalization", "Attention", "LSTM", "GRU", "RNN", "Tanh",
     "Sigmoid", "QuantizeLinear", "DequantizeLinear",
 ))
-_MASKING = MOVEMENT | frozenset(("Where", "Add", "Sub", "Mul", "Min", "Max", "Cast", "Neg"))
+_MASKING = MOVEMENT | frozenset(("Where", "Add", "Sub", "Mul", "Div", "Min", "Max", "Cast", "Neg"))
 _MASKED = frozenset(("Softmax", "LogSoftmax", "Attention", "MultiHeadAttention", "GroupQueryAttention"))
 # fmt: on
 
@@ -190,6 +190,35 @@ def _is_outer_product(node: ir.Node) -> bool:
     return first.shape[-1] == 1
 
 
+_DENOMINATORS = {"Div": 1, "Mod": 1, "Reciprocal": 0, "Log": 0}
+
+
+def fragile(
+    model: ir.Model, flushes: Callable[[ir.Value], bool], step: float
+) -> dict[ir.Value, str]:
+    """Values of which zeros or steps matter more than their size, and why.
+
+    Args:
+        model: the model.
+        flushes: whether a half makes zeros of elements that are none.
+        step: between the smallest numbers of the half.
+    """
+    found: dict[ir.Value, str] = {}
+    for scope in all_graphs(model):
+        for node in scope.graph:
+            if node.domain:
+                continue
+            place = _DENOMINATORS.get(node.op_type)
+            value = node.inputs[place] if place is not None and place < len(node.inputs) else None
+            if value is not None and flushes(value):
+                found[value] = "a half would make zeros of numbers that something is divided by"
+            if node.op_type == "QuantizeLinear" and node.inputs[0] is not None:
+                scales = values.array(node.inputs[1])
+                if scales is not None and scales.size and float(np.abs(scales).min()) < 4 * step:
+                    found[node.inputs[0]] = "quantised next, in steps smaller than a half has"
+    return found
+
+
 SENTINEL = {ir.DataType.FLOAT16: -3e4, ir.DataType.BFLOAT16: -1e38}
 """What stands for "masked": two of them added stay finite, and the exponential of either is 0."""
 
@@ -202,11 +231,30 @@ def sentinels(model: ir.Model, flow: Flow, limit: float) -> tuple[set[ir.Value],
         for value in scope.graph.initializers.values():
             if not _masks(value, limit):
                 continue
-            reached = flow.reach([value], lambda node: node.op_type in _MASKING)
+            reached = _carriers(value, flow)
             if all(_ends_in_softmax(each, reached) for each in reached):
                 constants.add(value)
                 cone |= reached
     return constants, cone
+
+
+def _carriers(mask: ir.Value, flow: Flow) -> set[ir.Value]:
+    """The values that a mask goes on in."""
+    found, pending = {mask}, [mask]
+    while pending:
+        source = pending.pop()
+        for node, value in flow.down.get(source, ()):
+            if value not in found and _passes_on(node, source):
+                found.add(value)
+                pending.append(value)
+    return found
+
+
+def _passes_on(node: ir.Node, value: ir.Value) -> bool:
+    """Whether the result of a node masks what `value` masks; a product adds its third operand."""
+    if node.op_type == "Gemm":
+        return all(v is not value for v in node.inputs[:2])
+    return node.op_type in _MASKING
 
 
 def _masks(value: ir.Value, limit: float) -> bool:
@@ -226,6 +274,6 @@ def _ends_in_softmax(value: ir.Value, reached: set[ir.Value]) -> bool:
     for use in value.uses():
         if use.node.op_type in _MASKED:
             continue
-        if use.node.op_type not in _MASKING or not reached.issuperset(use.node.outputs[:1]):
+        if not _passes_on(use.node, value) or not reached.issuperset(use.node.outputs[:1]):
             return False
     return True

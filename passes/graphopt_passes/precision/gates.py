@@ -20,9 +20,10 @@ from graphopt.runtime.session import Session
 from graphopt.verify import metrics
 from graphopt.verify.compare import Budget, Hint, compare, profile_for
 from graphopt_passes.precision.apply import narrowed
-from graphopt_passes.precision.legality import Slots, is_float
+from graphopt_passes.precision.legality import is_float
 from graphopt_passes.precision.plan import Decision, Kind
 from graphopt_passes.precision.ranges import FLOOR
+from graphopt_passes.precision.rescale import scaled_inputs
 
 MASK = "graphopt_half_mask"
 _WEIGHTS = 1 << 28
@@ -50,6 +51,7 @@ class Gates:
     _reference: Sequence[Mapping[str, Any]] = ()
     _budget: Budget = dataclasses.field(default_factory=Budget)
     _focus: tuple[int, ...] = ()
+    _seen: Budget = dataclasses.field(default_factory=Budget)
 
     @classmethod
     def of(
@@ -79,7 +81,7 @@ class Gates:
         twins = dict(zip(model.graph, copy.graph, strict=True))
         builder = _Builder(copy, half, {value.name for value in masks}, len(gated))
         for index, node in enumerate(gated):
-            builder.gate(index, twins[node], decisions[node].slots)
+            builder.gate(index, twins[node], decisions[node])
         with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
             file = save_model(copy, Path(folder) / "gated.onnx", external=ExternalData.SINGLE_FILE)[
                 0
@@ -103,10 +105,22 @@ class Gates:
     def survey(self, low: Sequence[bool]) -> float:
         """As `badness`, on every feed; experiments go on with the feeds that were worst."""
         self.runs += 1
+        self._seen = Budget(agreement=None)
         found = [self._on(index, np.asarray(low, np.bool_)) for index in range(len(self._feeds))]
         worst = sorted(range(len(found)), key=lambda index: -found[index])
         self._focus = tuple(dict.fromkeys((*worst[:_FOCUS], *self._focus)))[: 2 * _FOCUS]
         return max(found, default=0.0)
+
+    def words(self) -> str:
+        """The budget, as one writes it, that accepts what the last survey found; "" where none does."""
+        seen, parts = self._seen, []
+        if seen.max_over_rms is not None:
+            if math.isinf(seen.max_over_rms):
+                return ""
+            parts.append(f"max<={_up(seen.max_over_rms):.2g}")
+        if seen.sqnr_db is not None:
+            parts.append(f"sqnr>={math.floor(seen.sqnr_db - 1)}")
+        return ",".join(parts)
 
     def _on(self, index: int, mask: np.ndarray[Any, Any]) -> float:
         results = self._run(self._feeds[index], mask)
@@ -126,7 +140,15 @@ class Gates:
         profile = profile_for(Numerics.LOSSY, budget=self._budget)
         report = compare(name, reference, value, profile, Hint(floor=plain * FLOOR))
         if not report.nonfinite_equal:
+            self._seen = Budget(max_over_rms=math.inf)
             return math.inf
+        self._seen = dataclasses.replace(
+            self._seen,
+            max_over_rms=max(self._seen.max_over_rms or 0.0, report.max_over_rms or 0.0),
+            sqnr_db=min(
+                [db for db in (self._seen.sqnr_db, report.sqnr_db) if db is not None], default=None
+            ),
+        )
         budget, parts = self._budget, [0.0]
         if budget.max_over_rms and report.max_over_rms:
             parts.append(report.max_over_rms / budget.max_over_rms)
@@ -135,6 +157,11 @@ class Gates:
         if budget.cosine and report.cosine is not None and budget.cosine < 1:
             parts.append(math.sqrt(max(1 - report.cosine, 0) / (1 - budget.cosine)))
         return max(parts)
+
+
+def _up(number: float) -> float:
+    """A little more, in two digits."""
+    return number * 1.2 + 1e-9
 
 
 def gated_nodes(
@@ -172,8 +199,10 @@ class _Builder:
         ]
         self._weights = sum(tensor.nbytes for tensor in held) <= _WEIGHTS
 
-    def gate(self, index: int, node: ir.Node, slots: Slots) -> None:
+    def gate(self, index: int, node: ir.Node, decision: Decision) -> None:
         """Rounds what the node reads and gives, where its element of the mask is true."""
+        slots, shift = decision.slots, decision.shift
+        scaled = scaled_inputs(node) if shift else ()
         number = self._constant(np.asarray(index, np.int64), "gate")
         choice = self._before(node, "Gather", [self._mask, number])
         for place, value in enumerate(node.inputs):
@@ -181,24 +210,31 @@ class _Builder:
                 continue
             if values.is_constant(value) and not self._weights and value.name not in self._masks:
                 continue
-            chosen = self._before(node, "Where", [choice, self._round(value), value])
+            rounded = self._rounded_anew(value, shift) if place in scaled else self._round(value)
+            chosen = self._before(node, "Where", [choice, rounded, value])
             node.replace_input_with(place, chosen)
         for place, value in enumerate(node.outputs):
             if slots.outputs[place] and value.name:
-                self._gate_output(node, choice, value)
+                self._gate_output(node, choice, value, shift)
 
-    def _gate_output(self, node: ir.Node, choice: ir.Value, value: ir.Value) -> None:
+    def _gate_output(self, node: ir.Node, choice: ir.Value, value: ir.Value, shift: int) -> None:
         users = value.uses()
-        narrow = self._after(node, "Cast", [value], to=int(self._half))
+        scaled = self._scaled(node, value, shift)
+        anchor = scaled.producer() or node
+        narrow = self._after(anchor, "Cast", [scaled], to=int(self._half))
         wide = self._after(_producer(narrow), "Cast", [narrow], to=int(ir.DataType.FLOAT))
+        wide = self._scaled(_producer(wide), wide, -shift)
         chosen = self._after(_producer(wide), "Where", [choice, wide, value])
+        chosen.type = value.type
+        if not shift:
+            self._rounded[chosen] = wide  # for readers in half, where this node is in float32
         for use in users:
             use.node.replace_input_with(use.idx, chosen)
         for place, output in enumerate(self._graph.outputs):
             if output is value:
                 name, value.name = value.name, self._names.fresh(f"{value.name}_raw")
                 chosen.name = name
-                chosen.type, chosen.shape = value.type, value.shape
+                chosen.shape = value.shape
                 self._graph.outputs[place] = chosen
 
     def _round(self, value: ir.Value) -> ir.Value:
@@ -207,11 +243,19 @@ class _Builder:
             self._rounded[value] = self._rounded_anew(value)
         return self._rounded[value]
 
-    def _rounded_anew(self, value: ir.Value) -> ir.Value:
+    def _scaled(self, anchor: ir.Node, value: ir.Value, shift: int) -> ir.Value:
+        if not shift:
+            return value
+        scale = self._constant(np.array(2.0**shift, np.float32), "gate_scale")
+        return self._after(anchor, "Mul", [value, scale])
+
+    def _rounded_anew(self, value: ir.Value, shift: int = 0) -> ir.Value:
         tensor = values.constant(value)
         if tensor is not None:
-            half = narrowed(tensor, self._half, masks=value.name in self._masks).numpy()
-            return self._constant(half.astype(np.float32), f"{value.name}_rounded")
+            masks = value.name in self._masks
+            half = narrowed(tensor, self._half, masks=masks, shift=shift).numpy()
+            back = np.ldexp(half.astype(np.float32), -shift)
+            return self._constant(back, f"{value.name}_rounded")
         producer = value.producer()
         anchor = producer if producer is not None and producer.graph is self._graph else None
         narrow = self._after(anchor, "Cast", [value], to=int(self._half))

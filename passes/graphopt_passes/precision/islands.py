@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from graphopt.ir import values
 from graphopt_passes.precision.legality import is_float
-from graphopt_passes.precision.plan import Decision, Kind
+from graphopt_passes.precision.plan import Decision, Facts, Kind
 
 # fmt: off
 _HEAVY = frozenset((
@@ -30,6 +30,32 @@ def drop_islands(decisions: dict[ir.Node, Decision]) -> dict[ir.Node, Decision]:
             for node in region:
                 kept[node] = dataclasses.replace(kept[node], kind=Kind.HIGH, reason=reason)
     return kept
+
+
+EXPERIMENTS = 5e10
+"""Products and sums that experiments may take in all: about ten seconds on one core."""
+
+_FEWEST, _MOST = 96, 400
+
+
+def runs_allowed(model: ir.Model, facts: Facts) -> int:
+    """How many experiments a model is worth: more where one costs little."""
+    total = 0.0
+    for node in model.graph:
+        seen = facts.spread(node.outputs[0]) if node.outputs else None
+        size = 1 if seen is None else seen.size
+        total += size * (_depth(node) if node.op_type in _HEAVY else 1)
+    return int(min(max(EXPERIMENTS / max(total, 1.0), _FEWEST), _MOST))
+
+
+def _depth(node: ir.Node) -> float:
+    """Products for each element of the result, by the size of the weights."""
+    tensors = [tensor for v in node.inputs if (tensor := values.constant(v)) is not None]
+    largest = max(tensors, key=lambda tensor: tensor.size, default=None)
+    if largest is None or len(largest.shape) == 0:
+        return 64.0
+    shape = largest.shape.numpy()
+    return largest.size / max(shape[-1] if node.op_type in ("MatMul", "Gemm") else shape[0], 1)
 
 
 def _regions(decisions: dict[ir.Node, Decision]) -> list[list[ir.Node]]:

@@ -15,6 +15,7 @@ from graphopt.ir.scopes import all_graphs
 from graphopt_passes.precision import flow as flows
 from graphopt_passes.precision.legality import Legality, Slots, is_float
 from graphopt_passes.precision.ranges import Spread, spread_of
+from graphopt_passes.precision.rescale import scaled_inputs, shift_for
 
 MARGIN = 0.5
 """Of the greatest half: how far observed values may go, because others will be seen later."""
@@ -41,11 +42,13 @@ class Decision:
         kind: what.
         reason: the rule that decided, in words.
         slots: the operands that may be half.
+        shift: exponent of the power of two that the constants of a product are scaled by; 0 for none.
     """
 
     kind: Kind
     reason: str = ""
     slots: Slots = dataclasses.field(default_factory=lambda: Slots((), ()))
+    shift: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,16 +59,18 @@ class Limits:
         greatest: finite magnitude.
         error: relative rounding error of a value or weight that is accepted; a sound one makes 2^-12 (2^-9 in bf16).
         integer: up to which integers are exact.
+        step: between the smallest numbers.
     """
 
     greatest: float
     error: float
     integer: int
+    step: float
 
 
 LIMITS = {
-    ir.DataType.FLOAT16: Limits(65504.0, 2.0**-9, 2048),
-    ir.DataType.BFLOAT16: Limits(3.3895313892515355e38, 2.0**-6, 256),
+    ir.DataType.FLOAT16: Limits(65504.0, 2.0**-9, 2048, 2.0**-24),
+    ir.DataType.BFLOAT16: Limits(3.3895313892515355e38, 2.0**-6, 256, 2.0**-133),
 }
 
 # fmt: off
@@ -97,6 +102,7 @@ class Facts:
         exact: values that must stay exact, with the reason.
         masks: constants that stand for minus infinity.
         masked: values that carry such masks.
+        fragile: values of which zeros or steps matter, with the reason.
         forced: the user's own words, by node name or output name: "float32" or "half".
     """
 
@@ -105,6 +111,7 @@ class Facts:
     exact: Mapping[ir.Value, str]
     masks: set[ir.Value]
     masked: set[ir.Value]
+    fragile: Mapping[ir.Value, str] = dataclasses.field(default_factory=dict)
     forced: Mapping[str, str] = dataclasses.field(default_factory=dict)
     _weights: dict[ir.Value, Spread] = dataclasses.field(default_factory=dict)
 
@@ -153,7 +160,13 @@ def gather(
     )
     limit = LIMITS[legality.half].greatest
     masks, masked = flows.sentinels(model, flow, limit)
-    return Facts(legality, spreads, exact, masks, masked)
+
+    def flushes(value: ir.Value) -> bool:
+        seen = spreads.get(value.name or "")
+        return seen is not None and seen.flushed
+
+    fragile = flows.fragile(model, flushes, LIMITS[legality.half].step)
+    return Facts(legality, spreads, exact, masks, masked, fragile)
 
 
 def decide_all(model: ir.Model, facts: Facts) -> dict[ir.Node, Decision]:
@@ -186,10 +199,37 @@ def _decide_arithmetic(
         return Decision(Kind.HIGH, "mixes dtypes already")
     slots = facts.legality.slots(node)
     reason = slots.refusal or ("" if forced else _range_reason(node, slots, facts))
+    if reason and not slots.refusal:
+        return _rescaled(node, slots, facts) or Decision(Kind.HIGH, reason)
     if reason:
         return Decision(Kind.HIGH, reason)
     follows = not node.domain and node.op_type in flows.FOLLOWERS
     return Decision(Kind.FOLLOW if follows else Kind.LOW, slots=slots)
+
+
+def _rescaled(node: ir.Node, slots: Slots, facts: Facts) -> Decision | None:
+    """Half all the same, where what is wrong with a product is the size of its weights or of its result."""
+    scaled, made = scaled_inputs(node), node.outputs[0]
+    if not scaled or not slots.outputs[0] or made in facts.masked:
+        return None
+    kept = [place for place in range(len(node.inputs)) if place not in scaled]
+    if any(_operand_reason(node.inputs[place], facts) for place in kept if slots.inputs[place]):
+        return None
+    seen = facts.spread(made)
+    shift = shift_for(node, seen, facts.half, facts.limits.greatest, facts.limits.error)
+    if shift is None:
+        return None
+    return Decision(Kind.LOW, f"rescaled: constants times 2^{shift}", slots, shift)
+
+
+def _operand_reason(value: ir.Value | None, facts: Facts) -> str:
+    """Why one operand forbids half, or ""."""
+    if value is None:
+        return ""
+    if value in facts.fragile:
+        return facts.fragile[value]
+    spread = facts.spread(value)
+    return "" if spread is None else _spread_reason(value, spread, facts)
 
 
 def _names(node: ir.Node) -> list[str]:
@@ -249,15 +289,15 @@ def _range_reason(node: ir.Node, slots: Slots, facts: Facts) -> str:
         *zip(node.inputs, slots.inputs, strict=True),
         *zip(node.outputs, slots.outputs, strict=True),
     ]
+    if node.op_type in ("Shape", "Size"):
+        return ""
     unseen = False
     for value, allowed in low:
         if value is None or not allowed:
             continue
-        spread = facts.spread(value)
-        if spread is None:
-            unseen = True
-        elif reason := _spread_reason(value, spread, facts):
+        if reason := _operand_reason(value, facts):
             return reason
+        unseen = unseen or facts.spread(value) is None
     if unseen and node.op_type in _RISKY:
         return "without data its range is not known"
     if not unseen and node.op_type in _REDUCTIONS:

@@ -13,12 +13,13 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.errors import GraphoptError
-from graphopt.ir import fingerprint
+from graphopt.ir import fingerprint, operators
 from graphopt.ir.model_file import ExternalData, save_model
 from graphopt.rewrite import Context
 from graphopt.runtime.session import Session, SessionOptions
 from graphopt.runtime.specs import input_specs
 from graphopt.verify.feeds import find_feeds, read_feeds
+from graphopt_passes.precision.bodies import Bodies, wanted_of
 from graphopt_passes.precision.legality import is_float
 
 Array = np.ndarray[Any, Any]
@@ -33,8 +34,9 @@ FLOOR = 2.0**-10
 _FIRST_CHUNK = 24
 _CHUNK_BYTES = 1 << 28
 _MAX_FEEDS = 8
-_MAX_USUAL = 8
-_STRESS = ("large", "zeros", "tiny")
+_MAX_USUAL = 12
+_UNJUDGED = ("large", "huge")
+"""Generated feeds that count for ranges, not for errors; the verifier leaves them out too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Spread:
         error: greatest relative error, root-mean-square, of rounding it to the half; inf where it overflows.
         integers: every element is an integer.
         exact: every element is exactly a half.
+        flushed: some element that is not zero becomes zero.
+        size: elements of the largest.
     """
 
     absmax: float = 0.0
@@ -54,6 +58,8 @@ class Spread:
     error: float = 0.0
     integers: bool = True
     exact: bool = True
+    flushed: bool = False
+    size: int = 0
 
     def merged(self, other: Spread) -> Spread:
         """The worst of both."""
@@ -63,6 +69,8 @@ class Spread:
             max(self.error, other.error),
             self.integers and other.integers,
             self.exact and other.exact,
+            self.flushed or other.flushed,
+            max(self.size, other.size),
         )
 
 
@@ -84,7 +92,7 @@ class Observed:
 
 
 def observe(model: ir.Model, ctx: Context, half: ir.DataType, masked: set[str]) -> Observed:
-    """The spread of every float value of the main graph, on calibration samples or on generated inputs.
+    """The spread of every float value, bodies of control flow included, on calibration samples or on generated inputs.
 
     Args:
         model: in float32.
@@ -123,6 +131,7 @@ def _observe(
             start += len(chunk)
             # Later values may be larger than these: leave room for four times as much.
             count = max(_FIRST_CHUNK, int(_CHUNK_BYTES / max(4 * size / len(chunk), 1)))
+        spreads |= _of_bodies(model, file, feeds, half, masked)
     except GraphoptError as error:
         return Observed({}, why=str(error))
     return Observed(spreads, usual, source)
@@ -147,7 +156,7 @@ def samples(model: ir.Model, session: Session, ctx: Context) -> tuple[Feeds, Fee
         return None
 
     found = find_feeds(model, refuses, seed=ctx.options.seed, specs=session.inputs)
-    usual = [feed.values for feed in found.feeds if feed.name.split(",")[0] not in _STRESS]
+    usual = [feed.values for feed in found.feeds if feed.name.split(",")[0] not in _UNJUDGED]
     return (
         [feed.values for feed in found.feeds[:_MAX_FEEDS]],
         usual[:_MAX_USUAL],
@@ -166,14 +175,43 @@ def _measure(
         results = session.run(feed, names)
         size = max(size, sum(array.nbytes for array in results.values() if _is_tensor(array)))
         for name in names:
-            array = results.pop(name)
-            if not _is_tensor(array) or array.dtype != np.float32:
-                continue
-            floor = floors.get(name, 0.0)
-            spread, norm = spread_of(array, half, floor=floor, masked=name in masked)
-            floors.setdefault(name, norm * FLOOR)
-            found[name] = found.get(name, Spread()).merged(spread)
+            _add(found, floors, name, results.pop(name), half, masked)
     return found, size
+
+
+def _add(
+    found: dict[str, Spread],
+    floors: dict[str, float],
+    name: str,
+    array: Any,  # noqa: ANN401
+    half: ir.DataType,
+    masked: set[str],
+) -> None:
+    """Merges one more array into what is known of a value."""
+    if not _is_tensor(array) or array.dtype != np.float32:
+        return
+    spread, norm = spread_of(array, half, floor=floors.get(name, 0.0), masked=name in masked)
+    floors.setdefault(name, norm * FLOOR)
+    found[name] = found.get(name, Spread()).merged(spread)
+
+
+def _of_bodies(
+    model: ir.Model, file: Path, feeds: Feeds, half: ir.DataType, masked: set[str]
+) -> dict[str, Spread]:
+    """The spreads of values inside control flow, every turn of every body."""
+    found: dict[str, Spread] = {}
+    if not any(operators.has_subgraph(node) for node in model.graph):
+        return found
+    outer = wanted_of(model.graph)
+    session = Session(file, options=SessionOptions(extra_outputs=outer))
+    bodies, floors = Bodies(model), dict[str, float]()
+    for feed in feeds:
+        known = {**feed, **session.run(feed)}
+        for turn in bodies.turns(model.graph, known):
+            names = [v.name or "" for node in turn.graph for v in node.outputs if is_float(v)]
+            for name in names:
+                _add(found, floors, name, turn.values.get(name), half, masked)
+    return found
 
 
 def _is_tensor(value: Any) -> bool:  # noqa: ANN401
@@ -211,6 +249,8 @@ def spread_of(
         error,
         bool((kept == np.rint(kept)).all()),
         bool((rounded == wide).all()),
+        bool(((rounded == 0) & (wide != 0)).any()),
+        flat.size,
     )
     return spread, norm
 

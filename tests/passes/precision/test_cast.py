@@ -214,14 +214,41 @@ def test_a_large_negative_constant_that_is_no_mask_stays_float32() -> None:
     assert "|low| reaches 1e+06" in reasons(ctx)["y"]
 
 
-def test_weights_that_a_half_does_not_hold() -> None:
+def test_weights_that_a_half_does_not_hold_are_scaled_by_a_power_of_two() -> None:
     text = (
         "g (float[4,16] x) => (float[4,16] y) <float[16,16] v>"
         "{ a = MatMul(x, w) b = Mul(a, k) y = MatMul(b, v) }"
     )
     constants = {"w": normal(16, 16, scale=1e-8), "k": np.array(1e8, np.float32)}
+    model, _, proto = cast(text, constants=constants)
+    assert halves(model) == ["MatMul", "MatMul"]
+    scaled = next(v for n, v in model.graph.initializers.items() if n.startswith("w_"))
+    assert scaled.const_value is not None
+    ratio = scaled.const_value.numpy().astype(np.float64) / constants["w"]
+    assert float(np.median(np.log2(ratio))) == pytest.approx(
+        round(np.median(np.log2(ratio))), abs=1e-3
+    )
+    assert error(model, proto, {"x": normal(4, 16)}) < 0.01
+
+
+def test_a_product_beyond_a_half_is_scaled_too() -> None:
+    text = "g (float[4,3,8,8] x) => (float[4,4,8,8] y) { c = Conv<pads=[1,1,1,1]>(x, w, b) y = Mul(c, k) }"
+    constants = {
+        "w": normal(4, 3, 3, 3, scale=3e4),
+        "b": normal(4, scale=3e4),
+        "k": np.array(1e-5, np.float32),
+    }
     model, ctx, proto = cast(text, constants=constants)
-    assert "weight error: rounding w" in reasons(ctx)["a"]
+    assert halves(model) == ["Conv"]
+    assert "range" in reasons(ctx)["y"]
+    assert error(model, proto, {"x": normal(4, 3, 8, 8)}) < 0.01
+
+
+def test_weights_of_every_size_are_not_scaled() -> None:
+    text = "g (float[4,16] x) => (float[4,16] y) { a = MatMul(x, w) y = Mul(a, k) }"
+    sizes = np.where(np.arange(16) % 2, 1e-12, 1.0).astype(np.float32)
+    constants = {"w": normal(16, 16) * sizes, "k": (1 / sizes).astype(np.float32)}
+    model, _, proto = cast(text, constants=constants)
     assert error(model, proto, {"x": normal(4, 16)}) < 0.01
 
 
