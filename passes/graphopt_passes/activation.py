@@ -23,6 +23,7 @@ OPSETS = (7, 10_000)
 """Opsets of multidirectional broadcasting."""
 
 MS = "com.microsoft"
+FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 ROUNDING = 1e-6
 """Relative rounding of numbers that were written down in float32."""
 CUBIC = 0.044715
@@ -292,6 +293,96 @@ def fuse_uniform_prelu(m: Match, g: Builder) -> ir.Value | None:
     return g.op("LeakyRelu", m[x], alpha=number) if _is_single_float(m, x) else None
 
 
+positive = Op("Relu", x, shared=True)
+mirrored = Op("Relu", Op("Neg", x, shared=True))
+minus_mirrored = Op("Sub", positive, Op("Mul", mirrored, slope))
+plus_mirrored = Op("Add", positive, Op("Mul", mirrored, slope))
+plus_negated = Op("Add", positive, Op("Neg", Op("Mul", mirrored, slope)))
+below = Either(Op("Min", x, Lit(0.0)), Op("Sub", x, positive))
+plus_below = Op("Add", positive, Op("Mul", below, slope))
+doubled = Op("Sub", x, Op("Abs", x))
+sloped = Op("Mul", doubled, slope)
+plus_halved = Op(
+    "Add",
+    positive,
+    Either(
+        Op("Mul", sloped, half),
+        Op("Mul", Op("Mul", doubled, half), slope),
+        Op("Div", sloped, Lit(2.0)),
+    ),
+)
+
+
+def _prelu(m: Match, g: Builder, root: Op, sign: float) -> ir.Value | None:
+    if m.dtype(x) not in FLOATS:
+        return None
+    _refuse_broader(m, root)
+    data = m.array(slope)
+    return g.op("PRelu", m[x], g.const((sign * data).astype(data.dtype), name="slope"))
+
+
+@rule(minus_mirrored, opset=OPSETS)
+def fuse_prelu_of_difference(m: Match, g: Builder) -> ir.Value | None:
+    """`relu(x) - a relu(-x)` -> `PRelu(x, a)`, a constant.  Source: PRelu-7; arXiv:1502.01852."""
+    return _prelu(m, g, minus_mirrored, 1.0)
+
+
+@rule(plus_mirrored, opset=OPSETS)
+def fuse_prelu_of_sum(m: Match, g: Builder) -> ir.Value | None:
+    """`relu(x) + a relu(-x)` -> `PRelu(x, -a)`, a constant: as Keras writes it.  Source: PRelu-7."""
+    return _prelu(m, g, plus_mirrored, -1.0)
+
+
+@rule(plus_negated, opset=OPSETS)
+def fuse_prelu_of_negated_product(m: Match, g: Builder) -> ir.Value | None:
+    """`relu(x) + -(a relu(-x))` -> `PRelu(x, a)`, a constant.  Source: PRelu-7."""
+    return _prelu(m, g, plus_negated, 1.0)
+
+
+@rule(plus_below, opset=OPSETS)
+def fuse_prelu_of_minimum(m: Match, g: Builder) -> ir.Value | None:
+    """`relu(x) + a min(x, 0)` -> `PRelu(x, a)`, a constant.  Source: PRelu-7."""
+    return _prelu(m, g, plus_below, 1.0)
+
+
+@rule(plus_halved, opset=OPSETS)
+def fuse_prelu_of_magnitude(m: Match, g: Builder) -> ir.Value | None:
+    """`relu(x) + a (x - |x|) / 2` -> `PRelu(x, a)`, a constant: as of TensorFlow.  Source: PRelu-7."""
+    return _prelu(m, g, plus_halved, 1.0)
+
+
+exponential = Op("Add", Op("Exp", Op("Neg", x)), one)
+logistic = Op("Div", one, exponential)
+inverse = Op("Reciprocal", exponential)
+divided = Op("Div", u, exponential)
+
+
+@rule(logistic, opset=OPSETS)
+def fuse_sigmoid(m: Match, g: Builder) -> ir.Value | None:
+    """`1 / (1 + exp(-x))` -> `Sigmoid(x)`.  Source: Sigmoid-6."""
+    return _sigmoid(m, g, logistic)
+
+
+@rule(inverse, opset=OPSETS)
+def fuse_sigmoid_of_reciprocal(m: Match, g: Builder) -> ir.Value | None:
+    """`Reciprocal(1 + exp(-x))` -> `Sigmoid(x)`.  Source: Sigmoid-6."""
+    return _sigmoid(m, g, inverse)
+
+
+@rule(divided, opset=OPSETS)
+def fuse_sigmoid_of_quotient(m: Match, g: Builder) -> ir.Value | None:
+    """`u / (1 + exp(-x))` -> `u * Sigmoid(x)`: with u = x, SiLU.  Source: Sigmoid-6."""
+    made = _sigmoid(m, g, exponential)
+    return None if made is None else g.op("Mul", m[u], made)
+
+
+def _sigmoid(m: Match, g: Builder, root: Op) -> ir.Value | None:
+    if m.dtype(x) not in FLOATS:
+        return None
+    _refuse_broader(m, root)
+    return g.op("Sigmoid", m[x])
+
+
 def _is_single_float(m: Match, value: Var) -> bool:
     """Whether float32 attributes hold factors of the value's type without loss."""
     return m.dtype(value) in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -311,4 +402,12 @@ RULES: tuple[Rule, ...] = (
     fuse_mish,
     fuse_leaky_relu,
     fuse_uniform_prelu,
+    fuse_prelu_of_difference,
+    fuse_prelu_of_sum,
+    fuse_prelu_of_negated_product,
+    fuse_prelu_of_minimum,
+    fuse_prelu_of_magnitude,
+    fuse_sigmoid,
+    fuse_sigmoid_of_reciprocal,
+    fuse_sigmoid_of_quotient,
 )

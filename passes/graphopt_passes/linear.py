@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from graphopt.ir import values
 from graphopt.ir.build import Builder
-from graphopt.rewrite import Match, Op, Rule, Skip, Var, rule
+from graphopt.rewrite import Either, Match, Op, Rule, Skip, Var, rule
 from graphopt_passes.constants import Wide, along, feeds_products_only, narrow, on_axis, refuse_tied
 
 OPSETS = (7, 10_000)
@@ -243,7 +243,69 @@ def _perm(m: Match, node: ir.Node, rank: int) -> Sequence[int]:
     return tuple(m.attr(node, "perm", ())) or tuple(reversed(range(rank)))
 
 
+gain, offset = Var(const=True), Var(const=True)
+multiplied = Op("MatMul", x, w)
+with_offset = Op("Add", multiplied, offset)
+with_gain = Op("Mul|Div", with_offset, gain)
+
+
+@rule(with_gain, opset=OPSETS)
+def fold_scale_after_bias(m: Match, g: Builder) -> ir.Value | None:
+    """`(x W + b) * s` -> `x (W*s) + b*s`, s a number or one per column of W [N], b likewise: a layer scale."""
+    weight, rank = values.array(m[w]), len(m.known_dims(multiplied))
+    if weight is None or weight.ndim != 2 or m.dtype(w) not in FLOATS:
+        return None
+    factor = along(m.array(gain), rank, -1, weight.shape[1])
+    shift = along(m.array(offset), rank, -1, weight.shape[1])
+    if factor is None or shift is None:
+        raise Skip("scale or bias are not one number per column", m[with_gain])
+    refuse_tied(m[w])
+    if m[with_gain].op_type == "Div":
+        with np.errstate(divide="ignore"):
+            factor = 1.0 / factor
+    matrix = narrow(weight.astype(np.float64) * factor, m.dtype(w), m[w])
+    bias_data = narrow(shift * factor, m.dtype(offset), m[offset])
+    product_ = g.op("MatMul", m[x], g.const(matrix, name="weight"))
+    return g.op("Add", product_, g.const(bias_data, name="bias"))
+
+
+moved = Op("Transpose|Reshape", Either(with_offset, multiplied), ...)
+normalized_view = Op("BatchNormalization", moved, gamma, beta_, mean, var)
+
+
+@rule(normalized_view, opset=(9, 10_000))
+def unfold_batchnorm_of_moved_product(m: Match, g: Builder) -> ir.Value | None:
+    """`BN(Transpose(x W + b))` -> `Transpose((x W + b) * s + t)`, s and t per column, where columns become channels.
+
+    As of a linear layer before a normalisation of its features: [B, S, N] -> [B, N, S], or viewed as [B S, N].  Scale
+    and shift then go into W and b.  Source: BatchNormalization-9, -14 in inference mode.
+    """
+    node, view, weight = m[normalized_view], m[moved], values.array(m[w])
+    value = view.inputs[0]
+    if weight is None or weight.ndim != 2 or value is None or m.dtype(w) not in FLOATS:
+        return None
+    before, after = m.known_dims(value), m.known_dims(moved)
+    if view.op_type == "Transpose":
+        keeps = len(before) > 1 and _perm(m, view, len(before))[1] == len(before) - 1
+    else:
+        keeps = len(after) == 2 and after[1] == before[-1]
+    if not keeps or before[-1] != weight.shape[1]:
+        return None
+    if m.attr(node, "training_mode", 0) or any(v.uses() for v in node.outputs[1:]):
+        raise Skip("BatchNormalization in training mode", node)
+    refuse_tied(m[w])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        factor = m.wide(gamma) / np.sqrt(m.wide(var) + float(m.attr(node, "epsilon", 1e-5)))
+    shift = m.wide(beta_) - m.wide(mean) * factor
+    number, addend = (narrow(v, m.dtype(w), m[gamma]) for v in (factor, shift))
+    scaled = g.op("Mul", value, g.const(number, name="scale"))
+    made = g.op("Add", scaled, g.const(addend, name="shift"))
+    return g.op(view.op_type, made, *view.inputs[1:], like=view)
+
+
 RULES: tuple[Rule, ...] = (
+    fold_scale_after_bias,
+    unfold_batchnorm_of_moved_product,
     merge_scales_of_product,
     fold_distant_scale_into_weight,
     fold_shift_before_product,

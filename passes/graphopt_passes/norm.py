@@ -25,9 +25,15 @@ x = Var()
 eps = Var(const=True)
 
 
-def _mean_square(value: Op | Var) -> tuple[Op, Op]:
-    """The mean of the square of `value`, and that plus epsilon."""
-    square = Either(Op("Pow", value, Lit(2.0)), Op("Mul", value, value))
+def _mean_square(*spellings: Op | Var) -> tuple[Op, Op]:
+    """The mean of the square of a value, in one of its spellings, and that plus epsilon."""
+    square = Either(
+        *(
+            option
+            for each in spellings
+            for option in (Op("Pow", each, Lit(2.0)), Op("Mul", each, each))
+        )
+    )
     mean = Op("ReduceMean", square, ...)
     return mean, Op("Add", mean, eps)
 
@@ -43,7 +49,10 @@ def _normalized(value: Op | Var, moment: Op) -> tuple[Op, Op]:
 
 mean = Op("ReduceMean", x, ...)
 centred = Op("Sub", x, mean)
-variance, lifted_variance = _mean_square(centred)
+mean_again = Op("ReduceMean", x, ...)
+centred_again = Op("Sub", x, mean_again)
+"""As torch.export spells a variance: with a mean of its own, its axes counted from the other end."""
+variance, lifted_variance = _mean_square(centred, centred_again)
 centred_quotient, centred_product = _normalized(centred, lifted_variance)
 
 power, lifted_power = _mean_square(x)
@@ -87,11 +96,98 @@ def fuse_rms_product(m: Match, g: Builder) -> ir.Value | None:
     return _rms(m, g)
 
 
+weight = Var()
+weighted = Op("Mul", x, weight)
+root_of_power = Either(Op("Sqrt", lifted_power), Op("Pow", lifted_power, Lit(0.5)))
+weighted_quotient = Op("Div", weighted, root_of_power)
+
+
+@rule(weighted_quotient, opset=OPSETS, benefit=2)
+def fuse_weighted_rms_quotient(m: Match, g: Builder) -> ir.Value | None:
+    """`x * w / sqrt(mean(x^2) + eps)` -> `RMSNormalization(x, 1) * w`, whose factor then goes into the operator.
+
+    Source: RMSNormalization-23.
+    """
+    normal = _rms(m, g)
+    return None if normal is None else g.op("Mul", normal, m[weight])
+
+
+gain = Var()
+shift_free = Op("RMSNormalization", centred, gain)
+
+
+@rule(shift_free, opset=(23, 10_000), benefit=2)
+def fuse_rms_of_centred(m: Match, g: Builder) -> ir.Value | None:
+    """`RMSNormalization(x - mean(x), s)` -> `LayerNormalization(x, s)`: an exporter took the tail for the whole.
+
+    torch.onnx at opset 23 does so with a layer normalisation that is spelled out.  Source: LayerNormalization-17.
+    """
+    node, over = m[shift_free], _trailing_axes(m, m[mean])
+    rank = len(m.known_dims(x))
+    if over is None or int(m.attr(node, "axis", -1)) % rank != rank - len(over):
+        return None
+    if not m.emits("LayerNormalization", dtype=m.dtype(x)):
+        raise Skip(no_operator(m, "LayerNormalization", m.dtype(x)), m[x])
+    return g.op("LayerNormalization", m[x], m[gain], like=node)
+
+
+total = Either(
+    Op("ReduceSumSquare", x, ...),
+    Op("ReduceSum", Either(Op("Pow", x, Lit(2.0)), Op("Mul", x, x)), ...),
+)
+length = Either(Op("ReduceL2", x, ...), Op("Sqrt", total), Op("Sqrt", Op("Add", total, eps)))
+unit = Op("Div", x, length)
+unit_product = Op("Mul", x, Either(Op("Reciprocal", length), Op("Div", Lit(1.0), length)))
+
+
+@rule(unit, opset=OPSETS)
+def fuse_unit_length(m: Match, g: Builder) -> ir.Value | None:
+    """`x / sqrt(sum(x^2) + eps)` -> `RMSNormalization(x, 1/sqrt(D), eps/D)` over the last axis, of size D.
+
+    Without epsilon a row of zeros is NaN in both.  Leaves alone: a length that is clamped from below (another number
+    where it is clamped).  Source: RMSNormalization-23.
+    """
+    return _unit(m, g)
+
+
+@rule(unit_product, opset=OPSETS)
+def fuse_unit_length_product(m: Match, g: Builder) -> ir.Value | None:
+    """`x * (1 / sqrt(sum(x^2) + eps))` -> `RMSNormalization(x, 1/sqrt(D), eps/D)` over the last axis, of size D.
+
+    Source: RMSNormalization-23.
+    """
+    return _unit(m, g)
+
+
+def _unit(m: Match, g: Builder) -> ir.Value | None:
+    node, dims, dtype = _reduction(m), m.known_dims(x), m.dtype(x)
+    since = 13 if node.op_type == "ReduceSum" else 18
+    held = given_axes(m, node, since)
+    size = dims[-1].value if dims else None
+    if not held or from_front(held, len(dims)) != (len(dims) - 1,) or not size or dtype is None:
+        return None
+    if not m.attr(node, "keepdims", 1):
+        return None
+    if not m.emits("RMSNormalization", dtype=dtype, form="unit-length"):
+        raise Skip(no_operator(m, "RMSNormalization", dtype), m[x])
+    epsilon = _epsilon(m) / size if eps in m.env else 0.0
+    factor = g.const(np.full([size], size**-0.5, dtype.numpy()), name="scale")
+    return g.op("RMSNormalization", m[x], factor, axis=-1, epsilon=epsilon)
+
+
+def _reduction(m: Match) -> ir.Node:
+    """The node that sums the squares."""
+    value = m[total] if total in m.env else m[length]
+    maker = value.producer()
+    assert maker is not None, "the pattern bound it"
+    return maker
+
+
 def _centred(m: Match, g: Builder, root: Op) -> ir.Value | None:
     over = _trailing_axes(m, m[mean])
     if over is None:
         return _channels_first(m, g)
-    if _trailing_axes(m, m[variance]) != over:
+    if any(_trailing_axes(m, m[op]) != over for op in _moments(m)):
         return None
     dims, dtype = m.known_dims(x), m.dtype(x)
     epsilon = _epsilon(m)
@@ -105,11 +201,16 @@ def _centred(m: Match, g: Builder, root: Op) -> ir.Value | None:
     return g.op("LayerNormalization", m[x], ones, axis=-len(over), epsilon=epsilon)
 
 
+def _moments(m: Match) -> list[Op]:
+    """The reductions beside the first mean."""
+    return [variance, *([mean_again] if m.has(mean_again) else [])]
+
+
 def _channels_first(m: Match, g: Builder) -> ir.Value | None:
     """The means are over axis 1 of [N, C, H, …]: a layer normalisation between two Transpose, where that pays."""
     dims, dtype = m.known_dims(x), m.dtype(x)
-    axes = [given_axes(m, m[op], 18) for op in (mean, variance)]
-    keeps = all(m.attr(op, "keepdims", 1) for op in (mean, variance))
+    axes = [given_axes(m, m[op], 18) for op in (mean, *_moments(m))]
+    keeps = all(m.attr(op, "keepdims", 1) for op in (mean, *_moments(m)))
     if (
         len(dims) < 3
         or not keeps
@@ -360,6 +461,10 @@ RULES: tuple[Rule, ...] = (
     fuse_centred_product,
     fuse_rms_quotient,
     fuse_rms_product,
+    fuse_weighted_rms_quotient,
+    fuse_rms_of_centred,
+    fuse_unit_length,
+    fuse_unit_length_product,
     fold_factor_into_norm,
     fold_addend_into_norm,
     fold_factor_through_transpose,

@@ -332,3 +332,91 @@ def test_prelu_of_several_slopes_stays() -> None:
         before="g (float[N,2] x) => (float[N,2] y) <float[2] s = {0.25, 0.5}> { y = PRelu(x, s) }",
         missed="differ",
     )
+
+
+PAIRS = {
+    "difference": "p = Relu(x) n = Neg(x) r = Relu(n) t = Mul(r, a) y = Sub(p, t)",
+    "sum": "p = Relu(x) n = Neg(x) r = Relu(n) t = Mul(na, r) y = Add(p, t)",
+    "negated": "p = Relu(x) n = Neg(x) r = Relu(n) t = Mul(r, a) s = Neg(t) y = Add(s, p)",
+    "minimum": "p = Relu(x) n = Min(x, zero) t = Mul(a, n) y = Add(p, t)",
+    "remainder": "p = Relu(x) n = Sub(x, p) t = Mul(a, n) y = Add(p, t)",
+    "magnitude": "p = Relu(x) m = Abs(x) n = Sub(x, m) t = Mul(a, n) h = Mul(t, half) y = Add(p, h)",
+    "half magnitude": "p = Relu(x) m = Abs(x) n = Sub(x, m) h = Mul(n, half) t = Mul(a, h) y = Add(p, t)",
+    "divided magnitude": "p = Relu(x) m = Abs(x) n = Sub(x, m) t = Mul(a, n) h = Div(t, two) y = Add(p, h)",
+}
+SLOPES = "float[3,1] a = {0.1, 0.2, -0.3}, float[3,1] na = {-0.1, -0.2, 0.3}"
+
+
+@pytest.mark.parametrize("body", PAIRS.values(), ids=PAIRS)
+def test_prelu_of_parts(body: str) -> None:
+    held = f"<{SLOPES}, float zero = {{0.0}}, float half = {{0.5}}, float two = {{2.0}}>"
+    check(
+        activation.RULES,
+        f"g (float[N,3,4] x) => (float[N,3,4] y) {held} {{ {body} }}",
+        f"g (float[N,3,4] x) => (float[N,3,4] y) <{SLOPES}> {{ y = PRelu(x, a) }}",
+    )
+    check(
+        activation.RULES,
+        f"g (float[N,3,4] x) => (float[N,3,4] y) {held} {{ {body} }}".replace(
+            SLOPES, "float a = {0.5}, float na = {-0.5}"
+        ),
+        "g (float[N,3,4] x) => (float[N,3,4] y) { y = LeakyRelu<alpha=0.5>(x) }",
+    )
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "p = Relu(x) n = Neg(x) r = Relu(n) t = Mul(r, z) y = Sub(p, t)",  # a slope that is computed
+        "p = Relu(x) n = Neg(z) r = Relu(n) t = Mul(r, a) y = Sub(p, t)",  # another value
+        "p = Relu(x) r = Relu(x) t = Mul(r, a) y = Sub(p, t)",
+    ],
+)
+def test_other_pairs_of_relu_stay(body: str) -> None:
+    check(
+        activation.RULES,
+        f"g (float[N,3,4] x, float[N,3,4] z) => (float[N,3,4] y) <{SLOPES}> {{ {body} }}",
+    )
+
+
+def test_prelu_that_broadens_stays() -> None:
+    body = PAIRS["difference"]
+    check(
+        activation.RULES,
+        f"g (float[1,4] x) => (float[3,4] y) <{SLOPES}> {{ {body} }}",
+        missed="broaden",
+    )
+
+
+@pytest.mark.parametrize(
+    ("tail", "after"),
+    [
+        ("y = Div(one, d)", "y = Sigmoid(x)"),
+        ("y = Reciprocal(d)", "y = Sigmoid(x)"),
+        ("y = Div(z, d)", "s = Sigmoid(x) y = Mul(z, s)"),
+        ("y = Div(x, d)", "y = com.microsoft.QuickGelu<alpha=1.0>(x)"),
+    ],
+)
+def test_sigmoid_of_parts(tail: str, after: str) -> None:
+    g = '<ir_version: 9, opset_import: ["" : 18{ms}]> g (float[N,4] x, float[N,4] z) => (float[N,4] y)'
+    check(
+        activation.RULES,
+        f"{g.format(ms='')} <float one = {{1.0}}> {{ n = Neg(x) e = Exp(n) d = Add(one, e) {tail} }}",
+        g.format(ms=', "com.microsoft" : 1' if "microsoft" in after else "") + f" {{ {after} }}",
+    )
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "n = Neg(x) e = Exp(n) d = Add(two, e) y = Reciprocal(d)",
+        "e = Exp(x) d = Add(one, e) y = Reciprocal(d)",
+        "n = Neg(x) e = Exp(n) d = Add(row, e) y = Reciprocal(d)",
+    ],
+)
+def test_other_quotients_of_exponentials_stay(body: str) -> None:
+    check(
+        activation.RULES,
+        "g (float[N,1] x) => (float[N,M] y) <float one = {1.0}, float two = {2.0}, float[2] row = {1.0, 1.0}>"
+        f" {{ {body} }}",
+    )

@@ -227,3 +227,87 @@ def test_batchnorm_in_training_between_transposes_stays() -> None:
         missed="training",
         dims=(3, 4),
     )
+
+
+@pytest.mark.parametrize("scale", ["float[6] f", "float f", "float[1,1,6] f"])
+@pytest.mark.parametrize("op", ["Mul(q, f)", "Mul(f, q)", "Div(q, f)"])
+def test_scale_after_the_bias(scale: str, op: str) -> None:
+    g = "g (float[B,S,4] x) => (float[B,S,6] y) "
+    _check(
+        g + f"<float[4,6] w, float[6] b, {scale}> {{ p = MatMul(x, w) q = Add(b, p) y = {op} }}",
+        g + "<float[4,6] w, float[6] b> { p = MatMul(x, w) y = Add(p, b) }",
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "missed"),
+    [
+        ("p = MatMul(x, w) q = Add(p, b) y = Mul(q, rows)", "one number per column"),
+        (
+            "p = MatMul(x, w) q = Add(p, b) y0 = Mul(q, f) z = MatMul(x, w) y = Sub(y0, z)",
+            "store it twice",
+        ),
+        ("p = MatMul(x, w) q = Add(p, x0) y = Mul(q, f)", ""),
+        ("p = MatMul(x, w) q = Add(p, b) y0 = Mul(q, f) y = Sub(y0, q)", "other uses"),
+    ],
+)
+def test_scale_after_the_bias_that_stays(body: str, missed: str) -> None:
+    g = "g (float[B,3,40] x, float[B,3,60] x0) => (float[B,3,60] y) "
+    _check(
+        g + f"<float[40,60] w, float[60] b, float[60] f, float[3,1] rows> {{ {body} }}",
+        missed=missed,
+    )
+
+
+STATISTICS = "float[6] ga, float[6] be, float[6] me, float[6] va"
+
+
+@pytest.mark.parametrize("bias", ["p0 = MatMul(x, w) p = Add(p0, b)", "p = MatMul(x, w)"])
+def test_batchnorm_of_transposed_columns(bias: str) -> None:
+    g = "g (float[B,S,4] x) => (float[B,6,S] y) "
+    fused = "q = Mul(p, s) r = Add(q, h)"
+    after = bias if "Add" not in bias else "p0 = MatMul(x, w) p = Add(p0, b)"
+    both = (
+        f"{after} {fused}"
+        if "Add" not in bias
+        else "p0 = MatMul(x, w) p = Add(p0, b) r = Add(p, h)"
+    )
+    _check(
+        g + f"<float[4,6] w, float[6] b, {STATISTICS}> {{ {bias} t = Transpose<perm=[0,2,1]>(p)"
+        " y = BatchNormalization(t, ga, be, me, va) }",
+        g + f"<float[4,6] w, float[6] b, float[6] s, float[6] h> {{ {both}"
+        " y = Transpose<perm=[0,2,1]>(r) }",
+    )
+
+
+def test_batchnorm_of_viewed_columns() -> None:
+    _check(
+        f"g (float[2,3,4] x) => (float[6,6] y) <float[4,6] w, {STATISTICS}, int64[2] s = {{6,6}}> {{ p = MatMul(x, w)"
+        " t = Reshape(p, s) y = BatchNormalization(t, ga, be, me, va) }",
+        "g (float[2,3,4] x) => (float[6,6] y) <float[4,6] w, float[6] f, float[6] h, int64[2] s = {6,6}> {"
+        " p = MatMul(x, w) q = Mul(p, f) r = Add(q, h) y = Reshape(r, s) }",
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "out"),
+    [
+        (
+            "p = MatMul(x, w) t = Transpose<perm=[2,1,0]>(p) y = BatchNormalization(t, ga, be, me, va)",
+            "6,6,2",
+        ),
+        ("p = MatMul(x, w) t = Reshape(p, s) y = BatchNormalization(t, ga, be, me, va)", "2,6,6"),
+    ],
+)
+def test_batchnorm_of_rows_stays(body: str, out: str) -> None:
+    _check(
+        f"g (float[2,6,4] x) => (float[{out}] y) <float[4,6] w, {STATISTICS}, int64[3] s = {{2,6,6}}> {{ {body} }}"
+    )
+
+
+def test_batchnorm_in_training_mode_stays() -> None:
+    _check(
+        f"g (float[2,3,4] x) => (float[2,6,3] y) <float[4,6] w, {STATISTICS}> {{ p = MatMul(x, w)"
+        " t = Transpose<perm=[0,2,1]>(p) y, rm, rv = BatchNormalization<training_mode=1>(t, ga, be, me, va) }",
+        missed="training",
+    )

@@ -382,3 +382,95 @@ def test_instance_norm_that_the_target_lacks_stays() -> None:
         + f"{{ {MEAN} {_moment(ROOTS[0])} y = Identity(n) }}"
     )
     _check(text.replace("float", "double"), None, missed="no InstanceNormalization")
+
+
+def test_layer_norm_whose_variance_has_a_mean_of_its_own() -> None:
+    """torch.export writes a variance with a mean of its own, its axis counted from the front."""
+    body = (
+        "m = ReduceMean(x, a) d = Sub(x, m) k = ReduceMean(x, b) f = Sub(x, k) q = Mul(f, f)"
+        " v = ReduceMean(q, b) w = Add(v, e) r = Sqrt(w) y = Div(d, r)"
+    )
+    _check(
+        _graph("N,4,8", ", int64[1] b = {2}") + f"{{ {body} }}",
+        "g (float[N,4,8] x) => (float[N,4,8] y) <float[8] s>"
+        "{ y = LayerNormalization<axis=-1, epsilon=0.00001>(x, s) }",
+    )
+
+
+def test_variance_about_another_mean_stays() -> None:
+    body = (
+        "m = ReduceMean(x, a) d = Sub(x, m) k = ReduceMean(x, b) f = Sub(x, k) q = Mul(f, f)"
+        " v = ReduceMean(q, a) w = Add(v, e) r = Sqrt(w) y = Div(d, r)"
+    )
+    _check(_graph("N,4,8", ", int64[1] b = {1}") + f"{{ {body} }}", None)
+
+
+def test_weight_before_the_root_of_an_rms_norm() -> None:
+    body = (
+        "h = Mul(g0, x) q = Mul(x, x) v = ReduceMean(q, a) w = Add(v, e) r = Sqrt(w) y = Div(h, r)"
+    )
+    _check(
+        _graph("N,4,8", ", float[8] g0") + f"{{ {body} }}",
+        "g (float[N,4,8] x) => (float[N,4,8] y) <float[8] s>"
+        "{ y = RMSNormalization<axis=-1, epsilon=0.00001>(x, s) }",
+        opset=23,
+    )
+    _check(_graph("N,4,8", ", float[8] g0") + f"{{ {body} }}", None, opset=22, missed="opset 23")
+
+
+def test_layer_norm_whose_tail_was_taken_for_an_rms_norm() -> None:
+    g = _graph("N,4,8", ", float[8] s")
+    _check(
+        g + f"{{ {MEAN} y = RMSNormalization<axis=-1, epsilon=0.01>(d, s) }}",
+        "g (float[N,4,8] x) => (float[N,4,8] y) <float[8] s>"
+        "{ y = LayerNormalization<axis=-1, epsilon=0.01>(x, s) }",
+        opset=23,
+    )
+    other = _graph("N,4,8", ", float[4,8] s", axes="int64[1] a = {1}")
+    for axes in (other, _graph("N,4,8", ", float[4,8] s")):
+        _check(axes + f"{{ {MEAN} y = RMSNormalization<axis=1>(d, s) }}", None, opset=23)
+
+
+LENGTHS = {
+    "ReduceL2": ("r = ReduceL2(x, a)", "0.0"),
+    "ReduceSumSquare": ("t = ReduceSumSquare(x, a) r = Sqrt(t)", "0.0"),
+    "squares": ("q = Mul(x, x) t = ReduceSum(q, a) r = Sqrt(t)", "0.0"),
+    "epsilon": ("q = Pow(x, two) t = ReduceSum(q, a) w = Add(t, e) r = Sqrt(w)", "0.00000125"),
+}
+
+
+@pytest.mark.parametrize(("length", "epsilon"), LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("tail", ["y = Div(x, r)", "i = Reciprocal(r) y = Mul(x, i)"])
+def test_unit_length(length: str, epsilon: str, tail: str) -> None:
+    """The mean of D squares is their sum over D."""
+    proto = parse(_graph("N,4,8") + f"{{ {length} {tail} }}", opset=23)
+    model = ir.from_proto(proto)
+    apply(norm.RULES, model)
+    (node,) = model.graph
+    assert node.op_type == "RMSNormalization"
+    assert node.attributes["epsilon"].as_float() == pytest.approx(float(epsilon))
+    feeds = {"x": np.random.default_rng(0).standard_normal((2, 4, 8)).astype(np.float32)}
+    feeds["x"][0, 1] *= 1e-6
+    feeds["x"][1, 2] = 0
+    got, expected = run(ir.to_proto(model), feeds)[0], run(proto, feeds)[0]
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("axes", "length"),
+    [
+        (AXES, "t = ReduceL2(x, a) r = Clip(t, e)"),  # clamped: another number where it is small
+        ("int64[1] a = {1}", "r = ReduceL2(x, a)"),
+        ("int64[2] a = {1, 2}", "r = ReduceL2(x, a)"),
+        (AXES, "t = ReduceL2(x, a) r = Add(t, e)"),
+        (AXES, "r = ReduceL1(x, a)"),
+    ],
+)
+def test_other_lengths_stay(axes: str, length: str) -> None:
+    _check(_graph("N,4,8", axes=axes) + f"{{ {length} y = Div(x, r) }}", None, opset=23)
+
+
+def test_unit_length_where_it_gains_nothing_stays() -> None:
+    text = _graph("N,4,8") + "{ r = ReduceL2(x, a) y = Div(x, r) }"
+    _check(text, None, opset=22, missed="opset 23")
+    _check(text, None, opset=23, target="tensorrt", missed="no RMSNormalization")
