@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Literal, TypeAlias
 
+import onnx_ir as ir
+
 from graphopt.pipeline import Pass, Repeat, RewritePass, Step
 from graphopt_passes import (
     activation,
@@ -56,7 +58,7 @@ from graphopt_passes.legalize import (
 )
 from graphopt_passes.naming import NameNodes
 from graphopt_passes.opset import LiftOpset
-from graphopt_passes.precision import CastToHalf
+from graphopt_passes.precision import CastToHalf, opsets_for
 from graphopt_passes.prune import Prune
 from graphopt_passes.quantize.static import QuantizeStatic
 from graphopt_passes.quantize.weight_only import QuantizeDynamic, QuantizeWeights
@@ -80,6 +82,12 @@ FUSE_GEMM = RewritePass("fuse-gemm", (*gemm.RULES, *linear.RULES))
 FUSE_ACTIVATION = RewritePass("fuse-activation", (*activation.RULES, *softmax.RULES))
 FUSE_NORM = RewritePass("fuse-norm", (*norm.RULES, *groupnorm.RULES))
 LIFT_OPSET = LiftOpset(rules=(*FUSE_ATTENTION.rules, *norm.RULES, *activation.RULES))
+LIFT_FOR_HALF: Mapping[str, LiftOpset] = {
+    precision: LiftOpset(
+        f"lift-opset-{precision}", wishes=opsets_for(dtype), use=f"compute in {precision}"
+    )
+    for precision, dtype in (("fp16", ir.DataType.FLOAT16), ("bf16", ir.DataType.BFLOAT16))
+}
 FUSE_RESIDUALS = RewritePass("fuse-residuals", residuals.RULES)
 # Last of all, where everything that knows Add is done.
 EVADE = RewritePass("evade-runtime-fusions", evasion.RULES)
@@ -129,6 +137,7 @@ PASSES: Mapping[str, Maker] = {
         )
     },
     LIFT_OPSET.name: LIFT_OPSET,
+    **{each.name: each for each in LIFT_FOR_HALF.values()},
     FUSE_RESIDUALS.name: FUSE_RESIDUALS,
     EVADE.name: EVADE,
     LOWER_POWERS.name: LOWER_POWERS,
@@ -198,6 +207,7 @@ def _half(precision: Literal["fp16", "bf16"]) -> tuple[Step, ...]:
     """The float32 pipeline, the casts, and what removes double ones; nothing after the casts makes float32 nodes."""
     return (
         *_FP32,
+        LIFT_FOR_HALF[precision],  # last before the casts: what fused needs no newer opset
         CastToHalf(precision),
         TIDY,
         MergeDuplicateConstants(),

@@ -7,7 +7,7 @@ After:   opset 23: the same with ReduceMean(…, [-1]), ready to become RMSNorma
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import onnx.defs
 import onnx_ir as ir
@@ -40,10 +40,14 @@ class LiftOpset:
     Attributes:
         name: of the pass.
         rules: what would use a newer operator.
+        wishes: opsets that somebody else has a use for, asked of the model; None for none.
+        use: what a newer opset would let more nodes do, in words.
     """
 
     name: str = "lift-opset"
     rules: tuple[Rule, ...] = ()
+    wishes: Callable[[ir.Model, Context], Iterable[int]] | None = None
+    use: str = "fuse"
 
     @property
     def numerics(self) -> Numerics:
@@ -55,7 +59,8 @@ class LiftOpset:
         opset = model.opset_imports.get("", 0)
         if not ctx.target.raises_opset or not opset or model.functions:
             return False
-        for wanted in sorted(set(gains(self.rules, model, ctx)), reverse=True):
+        wished = () if self.wishes is None else self.wishes(model, ctx)
+        for wanted in sorted({*gains(self.rules, model, ctx), *wished}, reverse=True):
             plan = self._plan(model, wanted, ctx)
             where = model.graph.name or "main"
             if plan is not None and ctx.permit("lift-opset", where, _numerics(plan, opset, wanted)):
@@ -75,7 +80,7 @@ class LiftOpset:
                     plan.append(spell(node, opset, wanted, ctx.shapes, ctx.target))
                 except Skip as skip:
                     where = f"{operators.describe(node)} stays at opset {opset}: {skip}"
-                    reason = f"at opset {wanted} more would fuse, but {where}"
+                    reason = f"at opset {wanted} more would {self.use}, but {where}"
                     ctx.missed("lift-opset", node, reason)
                     return None
         return plan
