@@ -212,6 +212,8 @@ def test_an_interrupted_write_leaves_the_output_as_it_was(
         (["--recipe", "nowhere.toml"], ["nowhere.toml"]),
         (["--inputs", "nowhere.npz"], ["nowhere.npz"]),
         (["--seed", "x"], ["--seed"]),
+        (["--samples", "3"], ["--samples", "--calibration"]),
+        (["--pass", "tidy, fold-constants"], ["2 passes", "one at a time"]),
         (["--no-such-option"], ["--no-such-option"]),
     ],
 )

@@ -322,3 +322,31 @@ def test_what_the_runtime_refuses_is_not_folded(body: str) -> None:
     with pytest.raises(Exception, match=r"Pad reflect|being split"):
         reference(model)
     assert model.graph.outputs[0] not in computed(model).tensors
+
+
+@pytest.mark.parametrize(
+    ("body", "opset"),
+    [
+        (tensor("x", "float[2]", 1, 2) + "y = Unsqueeze(x)", 11),
+        (
+            tensor("x", "float[2]", 1, 2)
+            + tensor("i", "int64[1, 1]", 0)
+            + "y = GatherElements(x, i)",
+            18,
+        ),
+        (
+            tensor("x", "float[2]", 1, 2)
+            + ints("a", 0)
+            + ints("b", 2)
+            + "y = Slice(x, a, b, a, a)",
+            18,
+        ),
+        (tensor("x", "float[2]", 1, 2) + ints("n", 3, 3) + "y, z = Split(x, n)", 18),
+    ],
+    ids=["Unsqueeze", "GatherElements", "Slice", "Split"],
+)
+def test_what_makes_no_sense_is_left_to_the_runtime_and_not_folded(body: str, opset: int) -> None:
+    model = model_of(body, opset=opset)
+    evaluation = computed(model)
+    assert model.graph.outputs[0] not in evaluation.tensors
+    assert evaluation.reasons[model.graph[-1]]

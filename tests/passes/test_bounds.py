@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import onnx_ir as ir
 import pytest
 from graphopt_passes.bounds import RULES
 
 from graphopt.numerics import Numerics
-from tests.rewriting import check
+from tests.rewriting import apply, check, parse
 
 HEAD = "g (float[N] x) => (float[N] y)"
 CONSTANTS = (
@@ -130,3 +131,13 @@ def test_joined_clip_with_other_use_stays() -> None:
         before=f"g (float[N] x) => (float[N] y, float[N] t) {CONSTANTS} {{ t = Clip(x, a, b)  y = Clip(t, c, d) }}",
         missed="graph output",
     )
+
+
+def test_clamps_of_an_unknown_type_stay() -> None:
+    text = (
+        '<ir_version: 8, opset_import: ["" : 18, "my" : 1]>'
+        f"g (float[N] x) => (float[N] y) {CONSTANTS} {{ h = my.Op(x)  t = Clip(h, a, b)  y = Clip(t, c, d) }}"
+    )
+    ctx = apply(RULES, ir.from_proto(parse(text)))
+    assert not ctx.rewrites
+    assert "unknown element type" in [r.reason for r in ctx.remarks]

@@ -316,3 +316,14 @@ def test_split_into_very_many_given_pieces_stays() -> None:
             s = SplitToSequence(x, n)  y = SequenceAt(s, p) }}""",
         missed="splits into 300 tensors",
     )
+
+
+def test_an_absent_element_is_not_taken() -> None:
+    """Not valid, and not refused by any reader: the runtime says what is wrong with it."""
+    text = (
+        "g (float[N] x) => (float[N] y) <int64 i = {1}>"
+        "{ s = SequenceConstruct(x, , x)  y = SequenceAt(s, i) }"
+    )
+    ctx = apply(RULES, ir.from_proto(parse(text)))
+    assert not ctx.rewrites
+    assert [r.reason for r in ctx.remarks] == ["an element of the sequence is absent"]

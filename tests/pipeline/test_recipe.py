@@ -313,3 +313,27 @@ def test_our_own_pipelines_can_be_written_down(monkeypatch: pytest.MonkeyPatch) 
         steps = pipeline_for(target, Precision.FP32)
         assert steps
         assert parse_pipeline(", ".join(map(to_spec, steps))) == steps
+
+
+LATE = """
+import dataclasses
+from fractions import Fraction
+from typing import ClassVar
+from graphopt.numerics import Numerics
+@dataclasses.dataclass(frozen=True)
+class Late:
+    name: ClassVar[str] = "late"
+    numerics: ClassVar[Numerics] = Numerics.EXACT
+    share: Fraction = Fraction(1, 2)
+    def run(self, model, ctx):
+        return False
+"""
+
+
+def test_an_option_of_a_type_that_text_cannot_say_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "late.py").write_text(LATE)
+    where = f'"{tmp_path / "late.py"}:Late"'
+    with pytest.raises(
+        OptionError, match=r"option 'share' .*cannot be given in a recipe; set it in Python"
+    ):
+        load_pass(f"{where}{{share=0.5}}")

@@ -1,0 +1,32 @@
+"""Normalisations that stay as they are: what is not known, and what the target lacks."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from graphopt_passes import norm
+
+from tests.rewriting import apply, check, parse
+
+
+def test_factor_beside_a_scale_of_unknown_size_stays() -> None:
+    check(
+        norm.RULES,
+        "g (float[N,K] x, float[K] s) => (float[N,K] y) <float[1] f = {2.0}>"
+        "{ n = LayerNormalization(x, s) y = Mul(n, f) }",
+        None,
+        missed="the size of the scale is unknown",
+    )
+
+
+def test_casts_stay_around_a_norm_that_the_target_lacks_in_half_precision() -> None:
+    """ONNX Runtime's RMSNormalization on a CPU knows no bfloat16."""
+    model = ir.from_proto(
+        parse(
+            "g (bfloat16[N,2] x) => (bfloat16[N,2] y) <float[2] s = {1.0, 1.0}>"
+            "{ c = Cast<to=1>(x) n = RMSNormalization(c, s) y = Cast<to=16>(n) }",
+            opset=23,
+        )
+    )
+    ctx = apply(norm.RULES, model, target="cpu")
+    assert not ctx.rewrites
+    assert [r.reason for r in ctx.remarks] == ["the target has no RMSNormalization for BFLOAT16"]
