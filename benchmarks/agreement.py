@@ -3,7 +3,8 @@
     python benchmarks/agreement.py [--verbose]
 
 cpu       every node test: the check's verdict against making a session in the installed ONNX Runtime.
-tensorrt  the counts that the packaged table records of NVIDIA's parser, per operator, over the node tests as they are
+cuda      every packaged registration of its provider: a node of that type and version must be placed there.
+tensorrt  (model by model: parser_verdicts.py) the counts that the packaged table records of NVIDIA's parser, per operator, over the node tests as they are
           and with inputs after the first made initializers.  Counts are compared, so the figure is an upper bound.
 """
 

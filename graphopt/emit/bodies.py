@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx
 import onnx.checker
 import onnx.inliner
@@ -37,12 +39,48 @@ def expanded(site: Site) -> ir.Model | None:
         if output.name:
             proto.graph.output.add(name=output.name)
     try:
-        inferred = onnx.shape_inference.infer_shapes(proto)
-        body = onnx.inliner.inline_selected_functions(
-            inferred, [], exclude=True, inline_schema_functions=True
-        )
+        body = _inlined(proto) if all(proto.graph.node[0].input) else _instantiated(proto, site)
     except (RuntimeError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError):
+        return None
+    if body is None:
         return None
     if any(each.op_type == node.op_type and each.domain == site.domain for each in body.graph.node):
         return None
     return load_model(body)
+
+
+def _inlined(proto: onnx.ModelProto) -> onnx.ModelProto:
+    inferred = onnx.shape_inference.infer_shapes(proto)
+    return onnx.inliner.inline_selected_functions(
+        inferred, [], exclude=True, inline_schema_functions=True
+    )
+
+
+def _instantiated(proto: onnx.ModelProto, site: Site) -> onnx.ModelProto | None:
+    """The body of a node that leaves operands out, which onnx's inliner stumbles over."""
+    node = proto.graph.node[0]
+    schema: Any = operators.find_schema(node.op_type, site.opset, site.domain)
+    versions = () if schema is None else schema.context_dependent_function_opset_versions
+    fitting = [version for version in versions if version <= site.opset]
+    if schema is None or not fitting:
+        return None
+    types = {info.name: info.type for info in proto.graph.input}
+    kinds = [types.get(name, onnx.TypeProto()).SerializeToString() for name in node.input]
+    found = onnx.FunctionProto.FromString(
+        schema.get_context_dependent_function_with_opset_version(
+            max(fitting), node.SerializeToString(), kinds
+        )
+    )
+    body = onnx.ModelProto(ir_version=10, opset_import=found.opset_import)
+    body.graph.name = "body"
+    for formal, actual in zip(found.input, node.input, strict=False):
+        if actual:
+            body.graph.input.add(name=formal).type.CopyFrom(types[actual])
+    left_out = set(found.input) - {info.name for info in body.graph.input}
+    for each in found.node:
+        inner = body.graph.node.add()
+        inner.CopyFrom(each)
+        inner.input[:] = ["" if name in left_out else name for name in each.input]
+    for _, name in zip(node.output, found.output, strict=False):
+        body.graph.output.add(name=name)
+    return body

@@ -85,6 +85,15 @@ def _types(site: Site, table: OperatorTable, entry: Operator, target: Target) ->
     seen = site.dtype(0)
     if not entry.types or seen is None or seen in entry.types:
         return
+    if seen in entry.observed:
+        yield _finding(
+            site,
+            Verdict.WARNING,
+            f"{site.op}: input 0 is {seen}, which the documentation does not list and a parser took",
+            "RTX 1.7.1 parser (observed)",
+            "cast around the node to be sure",
+        )
+        return
     if seen == "DOUBLE" and "FLOAT" in entry.types:
         yield _finding(
             site,

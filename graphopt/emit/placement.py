@@ -253,6 +253,8 @@ def remedy_for(site: Site) -> str:
     """What to do about a node that ONNX Runtime has no kernel for."""
     if site.domain not in ("", "ai.onnx", "ai.onnx.ml", "com.microsoft"):
         return "load the library that implements the operator with register_custom_ops_library, or replace it"
+    if site.node.op_type == "StringNormalizer":
+        return "install the locale where the model runs, or export with the locale C"
     dtypes = {site.dtype(index) for index in range(len(site.node.inputs))} - {None}
     if "DOUBLE" in dtypes:
         return "export in float32, or run the pass cast-doubles"

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from graphopt.emit.sites import Site, type_text
 from graphopt.ir import operators
-from graphopt.runtime.installed import installed_kernels, operator_schemas
+from graphopt.runtime.installed import has_locale, installed_kernels, operator_schemas
 from graphopt.targets.kernels import Kernel, KernelTable, packaged_kernels
 
 # Settings that constructors of kernels throw at (onnxruntime/core/providers/cpu/rnn/*.h).
@@ -52,6 +52,8 @@ def find_kernel(table: KernelTable, site: Site) -> LookUp:
             None,
             f"{table.provider} has kernels for {site.op} of versions {known}, not for {version}",
         )
+    if (fault := _unbound(site, schema)) is not None:
+        return LookUp(None, fault)
     operands = constraint_types(site, schema)
     for row in fitting:
         if all(operands.get(name) in (None, *allowed) for name, allowed in row.types.items()):
@@ -90,7 +92,22 @@ def schema_fault(site: Site) -> str | None:
     held = _REFUSED_SETTINGS.get(site.node.op_type)
     if held is not None and not site.domain and site.attribute(held[0]) == held[1]:
         return f"{site.op} with {held[0]} = {held[1]} is not implemented"
+    locale = _locale(site)
+    if locale and not has_locale(locale):
+        return f"{site.op} needs the locale {locale!r}, which this machine does not have"
     return None
+
+
+def _locale(site: Site) -> str:
+    """The locale that a StringNormalizer loads when it is made, where it changes cases or stop words ignore them."""
+    if site.node.op_type != "StringNormalizer" or site.domain:
+        return ""
+    changes = site.attribute("case_change_action") != "NONE"
+    ignores = not site.attribute("is_case_sensitive") and "stopwords" in site.node.attributes
+    named = site.attribute("locale")
+    return (
+        (named if isinstance(named, str) and named else "en_US.UTF-8") if changes or ignores else ""
+    )
 
 
 def constraint_types(site: Site, schema: Any) -> dict[str, str]:  # noqa: ANN401
@@ -109,6 +126,19 @@ def constraint_types(site: Site, schema: Any) -> dict[str, str]:  # noqa: ANN401
         for name in (_type_name(formal), formal.name):
             found.setdefault(name, text)
     return found
+
+
+def _unbound(site: Site, schema: Any) -> str | None:  # noqa: ANN401
+    """Operands that one type constraint binds to different types, which the runtime calls a type error."""
+    found: dict[str, str] = {}
+    for formal, value in _bound(schema.inputs, site.node.inputs):
+        name = _type_name(formal)
+        if value is None or not value.name or "(" in name:
+            continue
+        text = type_text(site, value)
+        if text is not None and found.setdefault(name, text) != text:
+            return f"{site.op}: its operands {name} are {found[name]} and {text}, and must be alike"
+    return None
 
 
 def _bound(

@@ -30,6 +30,10 @@ def broken(site: Site, rule: Rule) -> str | None:
         return None
     if rule.input is not None and site.input(rule.input) is None:
         return None  # what is absent and required, the schema refuses
+    if rule.dtypes and site.dtype(0) not in rule.dtypes:
+        return None
+    if rule.fixed and not site.is_foldable(site.input(rule.input or 0)):
+        return None
     return CHECKS[rule.check](site, rule)
 
 
@@ -151,6 +155,19 @@ def _constant(site: Site, rule: Rule) -> str | None:
     )
 
 
+def _absent(site: Site, rule: Rule) -> str | None:
+    value = site.input(rule.input or 0)
+    return None if value is None else f"input {rule.input} ({value.name!r}) is given"
+
+
+def _mask_fits(site: Site, rule: Rule) -> str | None:
+    """An attention mask is as long as the keys, or broadcast."""
+    mask, keys = site.static_dims(rule.input or 3), site.static_dims(1)
+    if not mask or keys is None or len(keys) < 3 or mask[-1] in (keys[-2], 1):
+        return None
+    return f"the mask ends in {mask[-1]}, the keys are {keys[-2]}"
+
+
 def _constant_is(site: Site, rule: Rule) -> str | None:
     value = site.input(rule.input or 0)
     seen = values.scalar(value)
@@ -188,7 +205,7 @@ def _per_tensor_activation(site: Site, rule: Rule) -> str | None:
     if value is None or not scale or site.is_foldable(value) or _dequantizes_constant(site):
         return None
     dims = site.static_dims(1)
-    if dims == (1,):
+    if dims == (1,) or _held_dtype(site) in ("INT4", "FLOAT4E2M1"):
         return None
     return "an activation is quantised with one scale a channel"
 
@@ -229,13 +246,15 @@ def _even_elements(site: Site, rule: Rule) -> str | None:
     """T3: two 4-bit numbers share a byte."""
     del rule
     dims = site.static_dims(0)
-    held = site.dtype(0) if site.node.op_type == "DequantizeLinear" else _quantized_dtype(site)
-    if held not in ("INT4", "FLOAT4E2M1") or not dims or dims[-1] % 2 == 0:
+    if _held_dtype(site) not in ("INT4", "FLOAT4E2M1") or not dims or dims[-1] % 2 == 0:
         return None
     return f"4-bit data with an odd last dimension, {dims[-1]}"
 
 
-def _quantized_dtype(site: Site) -> str | None:
+def _held_dtype(site: Site) -> str | None:
+    """The type of what is quantised."""
+    if site.node.op_type == "DequantizeLinear":
+        return site.dtype(0)
     return site.dtype_of(site.node.outputs[0]) if site.node.outputs else None
 
 
@@ -357,6 +376,8 @@ CHECKS: Mapping[str, Check] = {
     "rank-pair-not": _rank_pair_not,
     "static-shape": _static_shape,
     "constant": _constant,
+    "absent": _absent,
+    "mask-fits": _mask_fits,
     "constant-is": _constant_is,
     "constant-below": _constant_below,
     "all-zero": _all_zero,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import re
+import subprocess
+import sys
 from collections import defaultdict
 from typing import Any
 
@@ -50,6 +52,14 @@ def operator_schemas() -> dict[tuple[str, str], tuple[Any, ...]]:
     for each in listing() if listing is not None else ():
         found[each.domain, each.name].append(each)
     return {key: tuple(sorted(v, key=lambda s: s.since_version)) for key, v in found.items()}
+
+
+@functools.cache
+def has_locale(name: str) -> bool:
+    """Whether this machine has a locale; asked in another process, because setting one is for a whole process."""
+    program = "import locale, sys; locale.setlocale(locale.LC_ALL, sys.argv[1])"
+    line = [sys.executable, "-I", "-c", program, name]
+    return subprocess.run(line, capture_output=True, check=False).returncode == 0  # noqa: S603  our own words
 
 
 def element_type(text: str) -> str:

@@ -23,6 +23,8 @@ class Rule:
         optional: whether the operand may be absent.
         warning: whether breaking the rule is only worth a word.
         when: (attribute, value): the rule holds for nodes with that value alone.
+        dtypes: element types of the first operand that the rule holds for; () for all.
+        fixed: whether the rule holds for an operand that is a constant alone.
         note: the rule in words.
     """
 
@@ -34,6 +36,8 @@ class Rule:
     optional: bool = False
     warning: bool = False
     when: tuple[str, Any] | None = None
+    dtypes: tuple[str, ...] = ()
+    fixed: bool = False
     note: str = ""
 
 
@@ -44,6 +48,7 @@ class Operator:
     Attributes:
         supported: whether it takes it at all.
         types: element types of its first operand; empty where the table does not say.
+        observed: types that a parser took though its documentation does not list them.
         since: version of the runtime from which on it is taken; () where it always was.
         rules: conditions.
         restrictions: the documentation's own words.
@@ -52,6 +57,7 @@ class Operator:
 
     supported: bool
     types: frozenset[str] = frozenset()
+    observed: frozenset[str] = frozenset()
     since: tuple[int, ...] = ()
     rules: tuple[Rule, ...] = ()
     restrictions: str = ""
@@ -90,6 +96,7 @@ def _operator(entry: Mapping[str, Any]) -> Operator:
     return Operator(
         supported=entry["supported"],
         types=frozenset(entry.get("types", ())),
+        observed=frozenset(entry.get("observed", ())),
         since=tuple(entry.get("since", ())),
         rules=tuple(_rule(each) for each in entry.get("rules", ())),
         restrictions=entry.get("restrictions", ""),
@@ -100,6 +107,7 @@ def _operator(entry: Mapping[str, Any]) -> Operator:
 def _rule(entry: Mapping[str, Any]) -> Rule:
     fields = dict(entry)
     fields["values"] = tuple(fields.get("values", ()))
+    fields["dtypes"] = tuple(fields.get("dtypes", ()))
     if "when" in fields:
         fields["when"] = tuple(fields["when"])
     return Rule(**fields)

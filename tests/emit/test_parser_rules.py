@@ -51,7 +51,40 @@ KEPT = {
     "symmetric Q/DQ": (QUANTIZE.format(consts=GOOD_SCALE, axis=""), 18),
     "fmod of floats": ("g (float[4] x) => (y) { y = Mod<fmod = 1>(x, x) }", 18),
     "float Range": (
-        "g (float x) => (y) <float one = {1}> { y = Range(x, one, one) }",
+        "g () => (y) <float zero = {0}, float one = {1}> { y = Range(zero, one, one) }",
+        18,
+    ),
+    "Range of integers": (
+        "g (int64 x) => (y) <int64 one = {1}> { y = Range(x, one, one) }",
+        18,
+    ),
+    "scales and zero points that are fed": (
+        "g (float[2,4] x, float s, int8 z) => (y) { q = QuantizeLinear(x, s, z)  y = DequantizeLinear(q, s, z) }",
+        18,
+    ),
+    "resize by scales of some axes": (
+        "g (float[1,1,4,4] x) => (y) <float[2] s = {2, 2}> { y = Resize<axes = [2, 3]>(x, , s) }",
+        18,
+    ),
+    "lengths of sequences in float32": (
+        "g (float[3,2,4] x, float[1,8,4] w, float[1,8,2] r, int32[2] s) => (y) "
+        "{ y = LSTM<hidden_size = 2>(x, w, r, , s) }",
+        18,
+    ),
+    "a mask, and no causal one": (
+        "g (float[1,2,3,8] q, float[3,3] m) => (y) { y = Attention(q, q, q, m) }",
+        23,
+    ),
+    "a causal mask alone": (
+        "g (float[1,2,3,8] q) => (y) { y = Attention<is_causal = 1>(q, q, q) }",
+        23,
+    ),
+    "a window of everything": (
+        "g (float[1,2,3,8] q) => (y) { y = Attention<left_window_size = -1>(q, q, q) }",
+        24,
+    ),
+    "a type that was seen to parse": (
+        "g (bfloat16[1,1,4,4] x, bfloat16[1,4,4,2] i) => (y) { y = GridSample(x, i) }",
         18,
     ),
     "attention of equal heads": (
@@ -79,9 +112,44 @@ BROKEN = {
         "g (float[1,1,4,4] x, float[4] s) => (y) { y = Resize(x, , s) }",
         "computed while the model runs",
     ),
-    "axes-are-all": (
-        "g (float[1,1,4,4] x) => (y) <float[2] s = {2, 2}> { y = Resize<axes = [2, 3]>(x, , s) }",
-        "all 4 axes",
+    "constant floats": (
+        "g (float x) => (y) <float one = {1}> { y = Range(x, one, one) }",
+        "must fold",
+    ),
+    "absent": (
+        "g (float[1,2,3,8] q, float[3,3] m) => (y) { y = Attention<is_causal = 1>(q, q, q, m) }",
+        "takes one of them",
+    ),
+    "absent past": (
+        "g (float[1,2,3,8] q, float[1,2,3,8] p) => (y) { y = Attention(q, q, q, , p, p) }",
+        "past_key is unsupported",
+    ),
+    "absent for halves": (
+        "g (float16[3,2,4] x, float16[1,8,4] w, float16[1,8,2] r, int32[2] s) => (y) "
+        "{ y = LSTM<hidden_size = 2>(x, w, r, , s) }",
+        "input 4 ('s') is given",
+    ),
+    "mask-fits": (
+        "g (float[1,2,3,8] q, float[3,2] m) => (y) { y = Attention(q, q, q, m) }",
+        "the mask ends in 2, the keys are 3",
+    ),
+    "mask of integers": (
+        "g (float[1,2,3,8] q, int32[3,3] m) => (y) { y = Attention(q, q, q, m) }",
+        "input 3 is INT32",
+    ),
+    "window": (
+        "g (float[1,2,3,8] q) => (y) { y = Attention<left_window_size = 2>(q, q, q) }",
+        "knows no window",
+    ),
+    "rank-from": ("g (float[4] x) => (y) { y = ArgMax(x) }", "has rank 1"),
+    "reduction": (
+        "g (float[4] x, int64[2] i, float[2] u) => (y) "
+        '{ y = ScatterElements<reduction = "add">(x, i, u) }',
+        "reduction = 'add'",
+    ),
+    "same-dtypes": (
+        "g (float16[2,4] x, float[4] s) => (y) { y = LayerNormalization(x, s) }",
+        "FLOAT, FLOAT16",
     ),
     "attr-all": (
         "g (float[1,1,8,8] x) => (y) { y = MaxPool<kernel_shape = [2, 2], dilations = [2, 2]>(x) }",
@@ -120,10 +188,6 @@ BROKEN = {
         "g (float[1,3,16] q, float[1,3,12] v) => (y) "
         "{ y = Attention<q_num_heads = 2, kv_num_heads = 2>(q, q, v) }",
         "head sizes 8 of Q and K, 6 of V",
-    ),
-    "inputs-at-most": (
-        "g (float[1,2,3,8] q, float[1,2,3,8] p) => (y) { y = Attention(q, q, q, , p, p) }",
-        "at most 4",
     ),
     "attr-matches": (
         'g (float[2,4] x) => (y) { y = Einsum<equation = "Ij->jI">(x) }',
@@ -179,7 +243,11 @@ OPSETS = {
     "attr-absent": 23,
     "same-head-size": 23,
     "same-head-size of three": 23,
-    "inputs-at-most": 23,
+    "absent": 23,
+    "absent past": 23,
+    "mask-fits": 23,
+    "mask of integers": 23,
+    "window": 24,
 }
 
 
@@ -230,3 +298,31 @@ def test_a_loop_that_changes_a_rank_is_refused() -> None:
         "{ e = Identity(d)  k = Constant<value_ints = [0]>()  t = Unsqueeze(s, k) }> }"
     )
     assert any("changes its rank" in fault.reason for fault in check(text).refused)
+
+
+@pytest.mark.parametrize(
+    ("text", "opset", "words"),
+    [
+        (KEPT["scales and zero points that are fed"][0], 18, "0 is computed with"),
+        (KEPT["resize by scales of some axes"][0], 18, "all 4 axes"),
+        (KEPT["a type that was seen to parse"][0], 18, "documentation does not list"),
+        (
+            "g (float[1,2,3,8] q, int64[1] n) => (y) { y = Attention(q, q, q, , , , n) }",
+            24,
+            "compare the numbers",
+        ),
+    ],
+)
+def test_what_parses_and_is_doubtful_is_said(text: str, opset: int, words: str) -> None:
+    found = check(text, opset=opset)
+    assert found.verdict is Verdict.WARNING
+    assert any(words in each.reason for each in found.findings)
+
+
+def test_four_bit_activations_may_have_a_scale_a_channel() -> None:
+    text = (
+        "g (float[4,2] x, int4[4] z) => (y) <float[4] s = {1, 1, 1, 1}> "
+        "{ q = QuantizeLinear<axis = 0>(x, s, z)  y = DequantizeLinear<axis = 0>(q, s, z) }"
+    )
+    refused = check(text, opset=21).refused
+    assert not any("one scale a channel" in fault.reason for fault in refused)
