@@ -13,6 +13,12 @@ from graphopt.cli.choice import one_of
 from graphopt.cli.progress import progress
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.text import Text
+
+    from graphopt.driver.result import Result
+    from graphopt.report.explain import Explanation
     from graphopt.report.run import RunReport
 
 EXTERNAL = ("auto", "never", "single", "per-tensor")
@@ -154,6 +160,15 @@ Extras: TypeAlias = Annotated[
         help="Put this into the bundle too: a Triton model repository, the .ort format. Repeatable.",
     ),
 ]
+Explain: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--explain",
+        metavar="NODE",
+        help="Say why a node (its name or an output's, * and ? allowed) is as it is: dtype, reason, rewrites. "
+        "Repeatable.",
+    ),
+]
 Report: TypeAlias = Annotated[
     Path | None,
     typer.Option("--report", metavar="FILE", help="Write the report: .html, .md or .json."),
@@ -191,6 +206,7 @@ def command(
     io_layout: specializing.IoLayout = None,
     image: specializing.ImageInput = None,
     rename: specializing.Rename = None,
+    explain: Explain = None,
     report: Report = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -258,6 +274,7 @@ def command(
         as_json=as_json,
         quiet=quiet,
         every_remark=remarks,
+        explained=explanations(result, explain or ()),
     )
     return 1 if result.report.verification.passed is False else 0
 
@@ -270,6 +287,7 @@ def tell(
     as_json: bool,
     quiet: bool,
     every_remark: bool,
+    explained: Sequence[Explanation] = (),
 ) -> None:
     """Writes the report where it was asked for."""
     if report is not None:
@@ -277,12 +295,34 @@ def tell(
     if as_json:
         from graphopt.cli.console import show_json
 
-        show_json(report_facts.to_json())
+        facts = report_facts.to_json()
+        if explained:
+            facts["explained"] = {each.node: list(each.sentences) for each in explained}
+        show_json(facts)
     elif not quiet:
         from graphopt.cli.console import show
         from graphopt.cli.run_tables import run_tables
 
-        show(*run_tables(report_facts, every_remark=every_remark))
+        show(*run_tables(report_facts, every_remark=every_remark), *explanation_lines(explained))
+
+
+def explanations(result: Result, patterns: Sequence[str]) -> list[Explanation]:
+    """What the run says about the nodes that were asked for."""
+    if not patterns:
+        return []
+    from graphopt.report.explain import explain
+
+    return [e for pattern in patterns for e in explain(result.report, result.model, pattern)]
+
+
+def explanation_lines(explained: Sequence[Explanation]) -> list[Text]:
+    """The same, to be printed."""
+    from graphopt.cli.console import line
+
+    return [
+        line((f"\n{each.node}", "bold"), "".join(f"\n  {sentence}" for sentence in each.sentences))
+        for each in explained
+    ]
 
 
 def parse_bytes(text: str) -> int:

@@ -61,6 +61,16 @@ def test_json_is_one_object_with_the_documented_keys(run: Run, model: Path, out:
     )
 
 
+def test_nodes_are_explained_in_text_and_json(run: Run, model: Path, out: Path) -> None:
+    last = onnx.load(model).graph.output[0].name
+    half = ("--target", "cuda", "--precision", "fp16", "--explain", last)
+    ran = run("optimize", model, "-o", out, *half)
+    assert ran.status == 0
+    assert f"\n{last}\n  float32: Add: cost" in ran.out or f"\n{last}\n  float32: Relu: cost" in ran.out
+    sentences = run("optimize", model, "-o", out, "--json", *half).json["explained"][last]
+    assert sentences[0].startswith("float32: ")
+
+
 def test_quiet_says_nothing(run: Run, model: Path, out: Path) -> None:
     ran = run("optimize", model, "-o", out, "--quiet")
     assert (ran.status, ran.out, ran.err) == (0, "", "")

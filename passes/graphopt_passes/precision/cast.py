@@ -80,10 +80,14 @@ class CastToHalf:
         decisions = self._refined(model, decisions, facts, seen.usual, ctx)
         if self.write_plan:
             write_plan(Path(self.write_plan), model, decisions)
+        names = {
+            node: name_of(node) for node in decisions
+        }  # outputs of the model pass theirs on to a cast
         before = len(ctx.rewrites)
         Emission(model, decisions, half, facts.masks, facts.masked, ctx).run()
         ctx.refresh()
         _tell(decisions, seen.source, seen.why, ctx)
+        _tell_halves(decisions, names, facts, ctx)
         return len(ctx.rewrites) > before
 
     def _forced(self, model: ir.Model) -> dict[str, str]:
@@ -186,3 +190,27 @@ def _tell(decisions: dict[ir.Node, Decision], source: str, why: str, ctx: Contex
     for node, decision in decisions.items():
         if decision.kind is Kind.HIGH:
             ctx.remark(RemarkKind.NOTE, "float32", node, f"{node.op_type}: {decision.reason}")
+
+
+def _tell_halves(
+    decisions: Mapping[ir.Node, Decision],
+    names: Mapping[ir.Node, str],
+    facts: Facts,
+    ctx: Context,
+) -> None:
+    """Says of each node in half how far from its limits it was seen; details in quotes, so that one line counts all."""
+    for node, decision in decisions.items():
+        if any(value.dtype is facts.half for value in node.outputs) and decision.kind in _CAST:
+            what = decision.reason or "nothing speaks against it"
+            told = f"{what} '{node.op_type}{_seen(names[node], facts)}'"
+            ctx.remark(RemarkKind.NOTE, "half", names[node], told)
+
+
+_CAST = (Kind.LOW, Kind.FOLLOW)
+
+
+def _seen(name: str, facts: Facts) -> str:
+    spread = facts.spreads.get(name)
+    if spread is None:
+        return ", its range not known"
+    return f", up to {spread.absmax:.3g} of {facts.limits.greatest:.3g}, rounding costs {spread.error:.2g} of its size"

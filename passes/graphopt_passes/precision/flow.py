@@ -211,7 +211,9 @@ def fragile(
             place = _DENOMINATORS.get(node.op_type)
             value = node.inputs[place] if place is not None and place < len(node.inputs) else None
             if value is not None and flushes(value):
-                found[value] = "a half would make zeros of numbers that something is divided by"
+                found[value] = (
+                    "a half would make zeros of what is divided by, or has its logarithm taken"
+                )
             if node.op_type == "QuantizeLinear" and node.inputs[0] is not None:
                 scales = values.array(node.inputs[1])
                 if scales is not None and scales.size and float(np.abs(scales).min()) < 4 * step:

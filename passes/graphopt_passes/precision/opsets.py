@@ -1,4 +1,4 @@
-"""The opsets at which more of a model may be half: bfloat16 came to many operators with opset 22, kernels with others."""
+"""The opsets at which more of a model may be half: many operators take bfloat16 from opset 22 on."""
 
 from __future__ import annotations
 
