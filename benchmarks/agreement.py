@@ -3,9 +3,9 @@
     python benchmarks/agreement.py [--verbose]
 
 cpu       every node test: the check's verdict against making a session in the installed ONNX Runtime.
-cuda      every packaged registration of its provider: a node of that type and version must be placed there.
-tensorrt  (model by model: parser_verdicts.py) the counts that the packaged table records of NVIDIA's parser, per operator, over the node tests as they are
-          and with inputs after the first made initializers.  Counts are compared, so the figure is an upper bound.
+tensorrt  the counts that the packaged table records of NVIDIA's parser, per operator, over the node tests as they are
+          and with inputs after the first made initializers.  Counts are compared, so the figure is an upper bound;
+          parser_verdicts.py compares model by model, with the parser itself.
 """
 
 from __future__ import annotations

@@ -202,11 +202,6 @@ BROKEN = {
         "g (float[4] x, bool t) => (y) <float r = {0.5}> { y = Dropout(x, r, t) }",
         "not a constant",
     ),
-    "branch-names-differ": (IF.format(a="b", b="b = Neg(x)"), "both branches call an output 'b'"),
-    "branch-ranks-equal": (
-        IF.format(a="a", b="k = Constant<value_ints = [0]>() b = Unsqueeze(x, k)"),
-        "have ranks 2 and 3",
-    ),
     "all-zero": (
         QUANTIZE.format(consts="float s = {0.5}, int8 z = {3}", axis=""),
         "zero point 3.0 is not 0",
@@ -306,6 +301,12 @@ def test_a_loop_that_changes_a_rank_is_refused() -> None:
         (KEPT["scales and zero points that are fed"][0], 18, "0 is computed with"),
         (KEPT["resize by scales of some axes"][0], 18, "all 4 axes"),
         (KEPT["a type that was seen to parse"][0], 18, "documentation does not list"),
+        (IF.format(a="b", b="b = Neg(x)"), 18, "both branches call an output 'b'"),
+        (
+            IF.format(a="a", b="k = Constant<value_ints = [0]>() b = Unsqueeze(x, k)"),
+            18,
+            "have ranks 2 and 3",
+        ),
         (
             "g (float[1,2,3,8] q, int64[1] n) => (y) { y = Attention(q, q, q, , , , n) }",
             24,
