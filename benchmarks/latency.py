@@ -255,6 +255,8 @@ def _rows(model: Path, tools: Sequence[str], folder: Path, args: argparse.Namesp
             print(f"{model.stem}: {tool}: {fault}", file=sys.stderr)
         else:
             made[tool] = path
+    if OURS not in made:
+        raise SystemExit(f"{model}: graphopt made nothing")
     feed = feed_of(model, _dims(args.dims))
     counts = [int(n) for n in args.threads.split(",")]
     return [race(model, made, feed, threads, args.seconds) for threads in counts]

@@ -10,7 +10,6 @@ finite queries and keys of ordinary size.  Changes numerics: reordered.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable
 
@@ -22,105 +21,16 @@ from graphopt.ir.build import Builder
 from graphopt.ir.shapes import Dim
 from graphopt.rewrite import Either, Lit, Match, Op, Rule, Skip, Var, rule
 from graphopt_passes.constants import no_operator
+from graphopt_passes.masks import HARMLESS, Reach, lowest, reach_of
 
 OPSETS = (13, 10_000)
 """Opsets whose Softmax takes one axis."""
 
-VIEWS = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Slice", "Identity"})
-MAX_DEPTH = 8
-
 LOW = -1e4
 """What a mask puts in place of a score at most, so that its exponential is zero in every type beside a score."""
 
-
-@dataclasses.dataclass(frozen=True)
-class Reach:
-    """What the elements of a value can be.
-
-    Attributes:
-        low: no finite element is below.
-        masked: whether elements may be -infinity, so that a whole row may be.
-        best: every row has an element that is not below; -infinity where that is not known.
-    """
-
-    low: float
-    masked: bool
-    best: float = -math.inf
-
-    @property
-    def floor(self) -> float:
-        """What the largest element of a row is at least, where it is finite."""
-        return max(self.low, self.best)
-
-
-HARMLESS = Reach(0.0, masked=False)
-
-
-def _reach(value: ir.Value | None, depth: int = MAX_DEPTH) -> Reach | None:
-    """What a mask or score can be below; None where nothing is known.  Products of computed values count as 0."""
-    node = None if value is None else value.producer()
-    if value is not None and values.is_constant(value):
-        return _reach_of_constant(value)
-    if node is None or node.domain or depth == 0:
-        return None
-    if node.op_type in ("MatMul", "Einsum"):
-        return HARMLESS
-    if node.op_type in VIEWS:
-        inner = _reach(node.inputs[0], depth - 1)
-        return None if inner is None else dataclasses.replace(inner, best=-math.inf)
-    if node.op_type == "Where":
-        return _either(*(_reach(v, depth - 1) for v in node.inputs[1:]))
-    if node.op_type == "Add":
-        return _sum(*(_reach(v, depth - 1) for v in node.inputs))
-    if node.op_type in ("Mul", "Div"):
-        return _scaled(node, depth - 1)
-    return None
-
-
-def _reach_of_constant(value: ir.Value) -> Reach | None:
-    """A constant with -infinity masks a row only if a whole row of it is so."""
-    data = values.array(value)
-    if data is None or data.dtype.kind not in "fiV" or data.size == 0:
-        return None
-    wide = data.astype(np.float64)
-    if np.isnan(wide).any() or np.isposinf(wide).any():
-        return None
-    best = float(np.min(wide.max(axis=-1))) if wide.ndim else float(wide)
-    low = float(np.min(wide, initial=0.0, where=np.isfinite(wide)))
-    return Reach(low, masked=best == -math.inf, best=best)
-
-
-def _either(a: Reach | None, b: Reach | None) -> Reach | None:
-    if a is None or b is None:
-        return None
-    return Reach(min(a.low, b.low), a.masked or b.masked)
-
-
-def _sum(a: Reach | None, b: Reach | None) -> Reach | None:
-    if a is None or b is None:
-        return None
-    if HARMLESS in (a, b):
-        return b if a == HARMLESS else a
-    return Reach(a.low + b.low, a.masked or b.masked)
-
-
-def _scaled(node: ir.Node, depth: int) -> Reach | None:
-    """A score or mask times a positive number: the scale of attention."""
-    first = 1 if values.scalar(node.inputs[0]) is not None and node.op_type == "Mul" else 0
-    number, inner = values.scalar(node.inputs[1 - first]), _reach(node.inputs[first], depth)
-    if number is None or inner is None or not 0 < number < math.inf:
-        return None
-    factor = float(number) if node.op_type == "Mul" else 1 / float(number)
-    return Reach(inner.low * factor, inner.masked, inner.best * factor)
-
-
-def _lowest(dtype: ir.DataType | None) -> float:
-    """The lowest finite number of a float type, to which a score can still be added without overflow."""
-    if dtype == ir.DataType.FLOAT16:
-        return -6e4  # a few scores above -65504
-    if dtype in (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.BFLOAT16):
-        return float(dtype.min)
-    return 0.0
+ABSORBING = -1e30
+"""In float32, a number beside which any score vanishes; ONNX Runtime 1.31 takes the lowest number for -infinity."""
 
 
 scores = Var()
@@ -135,8 +45,8 @@ def drop_guard_of_unmasked_rows(m: Match, g: Builder) -> ir.Value:
     torch exports the guard with every scaled_dot_product_attention.  ONNX Runtime 1.31 CPU: 1.5x-1.9x on attention.
     A NaN in z comes out as NaN, no longer as 0.  Source: Softmax-13.
     """
-    reach = _reach(m[scores])
-    if reach is None or reach.masked or reach.floor < _lowest(m.dtype(scores)):
+    reach = reach_of(m[scores])
+    if reach is None or reach.masked or reach.floor < lowest(m.dtype(scores)):
         raise Skip("a row may be masked throughout", m[scores])
     if m.dims(guarded) != m.dims(softmax):
         raise Skip("the zero broadens the result", m[guarded])
@@ -152,11 +62,16 @@ right = Op("Mul|Div", k_t, right_scale)
 products = Op("MatMul", Either(left, q), Either(right, k_t))
 after = Op("Mul|Div", products, after_scale)
 scaled_products = Either(after, products)
+raised = Op("Cast", scaled_products)
+score = Either(raised, scaled_products)
 keep, drop, fill = Var(), Var(), Var(const=True)
-kept = Op("Where", keep, scaled_products, fill)
-dropped = Op("Where", drop, fill, scaled_products)
-biased = Op("Add", scaled_products, mask)
-weights = Op("Softmax", Either(biased, kept, dropped, scaled_products))
+kept = Op("Where", keep, score, fill)
+dropped = Op("Where", drop, fill, score)
+biased = Op("Add", score, mask)
+raised_sum = Op("Cast", biased)
+plain_weights = Op("Softmax", Either(raised_sum, biased, kept, dropped, score))
+lowered = Op("Cast", plain_weights)
+weights = Either(lowered, plain_weights)
 guard = Op("Where", Op("IsNaN", weights), Lit(0.0), weights)
 attention = Op("MatMul", Either(guard, weights), v)
 
@@ -178,9 +93,10 @@ def fuse_attention(m: Match, g: Builder) -> ir.Value | None:
     scale = _scale(m)
     if scale is None:
         return None
+    precision = _softmax_precision(m)
     hidden = _mask(m, g)
     if ranks == {3}:
-        return _without_heads(m, g, hidden, scale)
+        return _without_heads(m, g, hidden, scale, precision)
     key, value = _ungrouped(m, _untransposed(m, g), m[v])
     stored, served = m.known_dims(k_t)[:2], m.known_dims(q)[:2]
     heads = m.known_dims(value)[:2]
@@ -188,10 +104,25 @@ def fuse_attention(m: Match, g: Builder) -> ir.Value | None:
         raise Skip("queries, keys and values differ in batch or heads", m[attention])
     if not m.emits("Attention", dtype=dtype, form="" if heads == served else "grouped"):
         raise Skip("the target gains nothing by Attention with shared keys", m[q])
-    return g.op("Attention", m[q], key, value, hidden, scale=scale)
+    return g.op("Attention", m[q], key, value, hidden, scale=scale, softmax_precision=precision)
 
 
-def _without_heads(m: Match, g: Builder, hidden: ir.Value | None, scale: float) -> ir.Value:
+def _softmax_precision(m: Match) -> int | None:
+    """In which type the softmax is computed, where it is not that of the scores.
+
+    Raises:
+        Skip: it is cast otherwise than up and down again.
+    """
+    if m.dtype(plain_weights) == m.dtype(q):
+        return None
+    if m.dtype(plain_weights) != ir.DataType.FLOAT or m.dtype(weights) != m.dtype(q):
+        raise Skip("the scores are cast to another type than float32 and back", m[q])
+    return int(ir.DataType.FLOAT)
+
+
+def _without_heads(
+    m: Match, g: Builder, hidden: ir.Value | None, scale: float, precision: int | None
+) -> ir.Value:
     """Attention of [B, S, D], [B, L, D] and [B, L, E]: one head each, side by side with none."""
     if len({m.known_dims(each)[0] for each in (q, k_t, v)}) > 1:
         raise Skip("queries, keys and values differ in batch", m[attention])
@@ -202,7 +133,14 @@ def _without_heads(m: Match, g: Builder, hidden: ir.Value | None, scale: float) 
         key = g.op("Transpose", m[k_t], perm=turn)
     if hidden is not None and len(_mask_dims(m)) == 3:
         hidden = g.op("Unsqueeze", hidden, g.ints([1]))
-    return g.op("Attention", m[q], key, m[v], hidden, scale=scale, q_num_heads=1, kv_num_heads=1)
+    return g.op(
+        "Attention",
+        *(m[q], key, m[v], hidden),
+        scale=scale,
+        softmax_precision=precision,
+        q_num_heads=1,
+        kv_num_heads=1,
+    )
 
 
 def _mask(m: Match, g: Builder) -> ir.Value | None:
@@ -212,15 +150,60 @@ def _mask(m: Match, g: Builder) -> ir.Value | None:
         Skip: Attention would give another result than the parts.
     """
     if m.has(biased):
-        _refuse_shape(m, m[mask])
-        _refuse_masked_rows(m, m[mask], _reach(m[mask]))
-        return m[mask]
+        return _added_mask(m, g, m[mask])
     if not (m.has(kept) or m.has(dropped)):
         return None
     which = m[keep] if m.has(kept) else m[drop]
     _refuse_shape(m, which)
-    _refuse_masked_rows(m, which, _reach_of_choice(m, which))
+    reach = _reach_of_choice(m, which)
+    if reach is not None and _may_be_even(m, reach):
+        number, zero = (g.const(np.asarray(n, np.float32)) for n in (ABSORBING, 0.0))
+        return g.op("Where", which, *((zero, number) if m.has(kept) else (number, zero)))
+    _refuse_masked_rows(m, which, reach)
     return which if m.has(kept) else g.op("Not", which)
+
+
+def _added_mask(m: Match, g: Builder, value: ir.Value) -> ir.Value:
+    """A mask that is added to the scores, as the operator takes it: [S, L] at its end, in the type of the queries."""
+    reach = reach_of(value)
+    even = reach is not None and _may_be_even(m, reach)
+    if not even:
+        _refuse_masked_rows(m, value, reach)
+    dims, whole = m.known_dims(value), (*m.known_dims(q)[:-1], m.known_dims(k_t)[-1])
+    _refuse_shape(m, value, over_queries=True)
+    if value.dtype != m.dtype(q):
+        value = _cast_mask(m, g, value)
+    if even:  # beside such a number every score vanishes, as beside the lowest, and a row of it is spread evenly
+        value = g.op("Max", value, g.const(np.asarray(ABSORBING, np.float32)))
+    return value if dims[-2] == whole[-2] else _over_queries(m, g, value, whole[-2])
+
+
+def _may_be_even(m: Match, reach: Reach) -> bool:
+    """Whether rows may hold one low number throughout, which Softmax spreads evenly: in float32, that can be kept."""
+    single = m.dtype(q) == ir.DataType.FLOAT
+    return single and not reach.masked and reach.floor <= lowest(m.dtype(q))
+
+
+def _cast_mask(m: Match, g: Builder, value: ir.Value) -> ir.Value:
+    """A constant mask in the type of the queries; what is below its range masks.
+
+    Raises:
+        Skip: it is computed, or -infinity would mask a whole row.
+    """
+    data, dtype = values.array(value), m.dtype(q)
+    if data is None or dtype is None:
+        raise Skip("the mask is computed in another type than the scores", value)
+    with np.errstate(over="ignore"):
+        return g.const(data.astype(dtype.numpy()), name="mask")
+
+
+def _over_queries(m: Match, g: Builder, value: ir.Value, queries: Dim) -> ir.Value:
+    """A mask [..., 1, L] as [..., S, L]: ONNX Runtime 1.31 does not broadcast it."""
+    if queries.value is not None:
+        return g.op("Expand", value, g.ints([queries.value, 1]))
+    axis = len(m.known_dims(q)) - 2
+    size = g.op("Shape", m[q], start=axis, end=axis + 1)
+    return g.op("Expand", value, g.op("Concat", size, g.ints([1]), axis=0))
 
 
 def _reach_of_choice(m: Match, which: ir.Value) -> Reach | None:
@@ -312,7 +295,7 @@ def _maker(value: ir.Value | None) -> ir.Node | None:
 
 
 def _is_last_axis(m: Match) -> bool:
-    return int(m.attr(weights, "axis", -1)) % len(m.known_dims(q)) == len(m.known_dims(q)) - 1
+    return int(m.attr(plain_weights, "axis", -1)) % len(m.known_dims(q)) == len(m.known_dims(q)) - 1
 
 
 def _scale(m: Match) -> float | None:
@@ -332,7 +315,7 @@ def _mask_dims(m: Match) -> tuple[Dim, ...]:
     return m.known_dims(mask if m.has(biased) else keep if m.has(kept) else drop)
 
 
-def _refuse_shape(m: Match, value: ir.Value) -> None:
+def _refuse_shape(m: Match, value: ir.Value, *, over_queries: bool = False) -> None:
     """Declines a mask that the operator does not broadcast.
 
     Raises:
@@ -342,12 +325,19 @@ def _refuse_shape(m: Match, value: ir.Value) -> None:
     queries, keys = m.known_dims(q), m.known_dims(k_t)
     whole = (*queries[:-1], keys[-1])
     # The operator's text lets the last two broadcast as well; ONNX Runtime 1.31 refuses that.
-    if not 2 <= len(shape) <= 4 or shape[-2:] != whole[-2:]:
+    ends = len(shape) > 1 and shape[-1] == whole[-1]
+    ends = ends and (shape[-2] == whole[-2] or (over_queries and shape[-2] == 1 and _varies(m)))
+    if not ends or len(shape) > 4:
         raise Skip(f"the mask {_text(shape)} does not end in [S, L] = {_text(whole[-2:])}", value)
     if any(a not in (1, b) for a, b in zip(shape[-3::-1], whole[-3::-1], strict=False)):
         raise Skip("the mask broadens the scores", value)
     if len(shape) > len(whole):
         raise Skip("the mask broadens the scores", value)
+
+
+def _varies(m: Match) -> bool:
+    """Whether a mask for all queries is worth its expansion."""
+    return values.constant(m[mask]) is None
 
 
 def _refuse_masked_rows(m: Match, value: ir.Value, reach: Reach | None) -> None:
@@ -360,7 +350,7 @@ def _refuse_masked_rows(m: Match, value: ir.Value, reach: Reach | None) -> None:
         raise Skip("a row may be masked throughout", value)
     if reach.masked and not m.emits("Attention", dtype=m.dtype(q), form="masked-rows"):
         raise Skip("what the target's Attention makes of a fully masked row is not known", value)
-    if reach.floor <= _lowest(m.dtype(q)):
+    if reach.floor <= lowest(m.dtype(q)):
         raise Skip("a row may hold the lowest number throughout", value)
 
 

@@ -17,7 +17,8 @@ GUARD = "n = IsNaN(p) w = Where(n, zero, p) y = MatMul(w, v)"
 
 
 def _check(before: str, after: str | None = None, **options: object) -> None:
-    check(attention.RULES, before, after, tolerance=1e-5, **options)  # type: ignore[arg-type]
+    options.setdefault("tolerance", 1e-5)
+    check(attention.RULES, before, after, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ def test_mask_that_spares_every_row() -> None:
 @pytest.mark.parametrize("number", [-np.inf, np.finfo(np.float32).min])
 @pytest.mark.parametrize("tail", ["y = MatMul(p, v)", GUARD])
 def test_fully_masked_rows(number: float, tail: str) -> None:
-    """Attention answers 0 where the guard does; NaN and an even spread are not its answers."""
+    """Attention answers 0 where the guard does, never NaN; an even spread where the number is not the lowest."""
     proto = parse(
         f"{MASKED}> {{ m = Where(c, zero, no) {KT} a = MatMul(q, t) z = Add(a, m) p = Softmax(z) {tail} }}",
         opset=23,
@@ -84,7 +85,7 @@ def test_fully_masked_rows(number: float, tail: str) -> None:
     model = ir.from_proto(proto)
     ctx = apply(attention.RULES, model)
     fused = any(node.op_type == "Attention" for node in model.graph)
-    assert fused == (tail == GUARD and number == -np.inf)
+    assert fused == (tail == GUARD or np.isfinite(number))
     assert fused or any("throughout" in remark.reason for remark in ctx.remarks)
     feeds = make_feeds(proto, 0)
     feeds["c"][:, :, 0] = False
@@ -395,9 +396,9 @@ LOWEST = float(np.finfo(np.float32).min)
         (-np.inf, FULL, GUARD, True),
         (-np.inf, None, "y = MatMul(p, v)", False),
         (-np.inf, FULL, "y = MatMul(p, v)", False),
-        (LOWEST, None, GUARD, False),
-        (-1e9, FULL, GUARD, False),
-        (-1e9, None, "y = MatMul(p, v)", False),
+        (LOWEST, None, GUARD, True),
+        (-1e9, FULL, GUARD, True),
+        (-1e9, None, "y = MatMul(p, v)", True),
         (-50.0, LOWER, GUARD, False),
     ],
 )
@@ -428,4 +429,97 @@ def test_causal_mask_of_lowest_numbers() -> None:
         f"{g} <{m}> {{ {KT} a = MatMul(q, t) z = Add(a, m) p = Softmax(z) y = MatMul(p, v) }}",
         f"{g} <{m}> {{ y = Attention<scale=1.0>(q, k, v, m) }}",
         opset=23,
+    )
+
+
+def test_mask_of_all_queries_alike_is_expanded() -> None:
+    """[B, 1, 1, L], as BERT has it, from booleans: what is added is 0 or the lowest number."""
+    low = "float low = {-3.4028234663852886e38}, float one = {1.0}, float big = {-1e30}"
+    ins = f"g ({QKV}, bool[B,1,1,L] c) => (float[B,2,S,4] y)"
+    _check(
+        f"{ins} <{low}> {{ f = Cast<to=1>(c) h = Sub(one, f) m = Mul(h, low) {KT} a = MatMul(q, t)"
+        " z = Add(a, m) p = Softmax(z) y = MatMul(p, v) }",
+        f"{ins} <{low}, int64[1] i = {{1}}> {{ f = Cast<to=1>(c) h = Sub(one, f) m = Mul(h, low)"
+        " n = Max(m, big) s = Shape<start=2, end=3>(q) d = Concat<axis=0>(s, i) e = Expand(n, d)"
+        " y = Attention<scale=1.0>(q, k, v, e) }",
+        opset=23,
+    )
+    fixed = ins.replace("S", "3").replace("L", "5").replace("B", "2")
+    _check(
+        f"{fixed} <{low}> {{ f = Cast<to=1>(c) h = Sub(one, f) m = Mul(h, low) {KT} a = MatMul(q, t)"
+        " z = Add(a, m) p = Softmax(z) y = MatMul(p, v) }",
+        f"{fixed} <{low}, int64[2] d = {{3, 1}}> {{ f = Cast<to=1>(c) h = Sub(one, f) m = Mul(h, low)"
+        " n = Max(m, big) e = Expand(n, d) y = Attention<scale=1.0>(q, k, v, e) }",
+        opset=23,
+    )
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        "f = Cast<to=1>(c) h = Sub(one, f) m = Mul(h, low)",  # integers need not be 0 or 1
+        "f = Cast<to=1>(c) b = Cast<to=9>(c) m = Where(b, low, f)",
+    ],
+)
+def test_mask_of_numbers_from_outside_stays(mask: str) -> None:
+    _check(
+        f"g ({QKV}, int64[B,1,S,L] c) => (float[B,2,S,4] y) <float low = {{-3e38}}, float one = {{1.0}}> {{ {mask}"
+        f" {KT} a = MatMul(q, t) z = Add(a, m) p = Softmax(z) y = MatMul(p, v) }}",
+        opset=23,
+        missed="masked throughout",
+    )
+
+
+def test_mask_where_it_is_zero_of_itself() -> None:
+    """`Where(bool(z), low, z)` is zero wherever it is z."""
+    ins = f"g ({QKV}, int64[B,1,S,L] c) => (float[B,2,S,4] y) <float low = {{-1e9}}>"
+    head = "f = Cast<to=1>(c) b = Cast<to=9>(f) m = Where(b, low, f)"
+    _check(
+        f"{ins} {{ {head} {KT} a = MatMul(q, t) z = Add(a, m) p = Softmax(z) y = MatMul(p, v) }}",
+        f"{ins} {{ {head} y = Attention<scale=1.0>(q, k, v, m) }}",
+        opset=23,
+    )
+
+
+HALVES = "float16[1,2,2,4] q, float16[1,2,2,4] k, float16[1,2,2,4] v"
+
+
+@pytest.mark.parametrize(
+    "held", ["", "float[2,2] m = {0.0, -inf, 0.0, 0.0}", "float[2,2] m = {0.0, -1e9, 0.0, 0.0}"]
+)
+def test_softmax_in_single_precision(held: str) -> None:
+    """Scores that are cast up for Softmax and down again: the operator's own precision."""
+    add = "z = Add(f, m)" if held else "z = Identity(f)"
+    proto = parse(
+        f"g ({HALVES}) => (float16[1,2,2,4] y) <{held.replace('-inf', '-1e30')}> {{ {KT} a = MatMul(q, t)"
+        f" f = Cast<to=1>(a) {add} p0 = Softmax(z) p = Cast<to=10>(p0) y = MatMul(p, v) }}".replace(
+            "z = Identity(f) p0 = Softmax(z)", "p0 = Softmax(f)"
+        ).replace(" <>", ""),
+        opset=23,
+    )
+    model = ir.from_proto(proto)
+    apply(attention.RULES, model)
+    node = next(n for n in model.graph if n.op_type == "Attention")
+    assert node.attributes["softmax_precision"].as_int() == onnx.TensorProto.FLOAT
+    feeds = make_feeds(proto, 0)
+    got, expected = run(ir.to_proto(model), feeds)[0], run(proto, feeds)[0]
+    np.testing.assert_allclose(got.astype(float), expected.astype(float), atol=4e-3)
+
+
+def test_softmax_in_another_precision_stays() -> None:
+    _check(
+        f"g ({HALVES}) => (float[1,2,2,4] y) {{ {KT} a = MatMul(q, t) f = Cast<to=1>(a) p = Softmax(f)"
+        " w = Cast<to=1>(v) y = MatMul(p, w) }",
+        opset=23,
+    )
+
+
+def test_computed_mask_in_another_precision_stays() -> None:
+    _check(
+        f"g ({HALVES}, bool[2,2] c) => (float16[1,2,2,4] y) <float zero = {{0.0}}, float low = {{-1e4}}> {{ {KT}"
+        " a = MatMul(q, t) f = Cast<to=1>(a) m = Where(c, zero, low) z = Add(f, m) p0 = Softmax(z)"
+        " p = Cast<to=10>(p0) y = MatMul(p, v) }",
+        opset=23,
+        missed="another type",
+        tolerance=1e-2,
     )

@@ -1,0 +1,134 @@
+"""Reads what the elements of an attention mask can be: whether a whole row may be masked, and by what."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.ir import values
+
+FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+VIEWS = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Slice", "Identity"})
+MAX_DEPTH = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Reach:
+    """What the elements of a value can be.
+
+    Attributes:
+        low: no finite element is below.
+        masked: whether elements may be -infinity, so that a whole row may be.
+        best: every row has an element that is not below; -infinity where that is not known.
+    """
+
+    low: float
+    masked: bool
+    best: float = -math.inf
+
+    @property
+    def floor(self) -> float:
+        """What the largest element of a row is at least, where it is finite."""
+        return max(self.low, self.best)
+
+
+HARMLESS = Reach(0.0, masked=False)
+
+
+def reach_of(value: ir.Value | None, depth: int = MAX_DEPTH) -> Reach | None:
+    """What a mask or score can be below; None where nothing is known.  Products of computed values count as 0."""
+    node = None if value is None else value.producer()
+    if value is not None and values.is_constant(value):
+        return _reach_of_constant(value)
+    if node is None or node.domain or depth == 0:
+        return None
+    if node.op_type in ("MatMul", "Einsum"):
+        return HARMLESS
+    if node.op_type in VIEWS:
+        inner = reach_of(node.inputs[0], depth - 1)
+        return None if inner is None else dataclasses.replace(inner, best=-math.inf)
+    if node.op_type == "Where":
+        return _reach_of_where(node, depth - 1)
+    if node.op_type == "Add":
+        return _sum(*(reach_of(v, depth - 1) for v in node.inputs))
+    if node.op_type == "Cast" and node.outputs[0].dtype in FLOATS:
+        return reach_of(node.inputs[0], depth - 1)
+    if node.op_type in ("Mul", "Div"):
+        return _scaled(node, depth - 1)
+    return None
+
+
+def _reach_of_where(node: ir.Node, depth: int) -> Reach | None:
+    """Either branch; `Where(bool(z), c, z)` takes z where it is zero alone."""
+    test, then, other = node.inputs
+    maker = None if test is None else test.producer()
+    zero = maker is not None and maker.op_type == "Cast" and maker.inputs[0] is other
+    return _either(reach_of(then, depth), HARMLESS if zero else reach_of(other, depth))
+
+
+def _is_share(value: ir.Value | None, depth: int = MAX_DEPTH) -> bool:
+    """Whether the elements of a value are 0 or 1: booleans as numbers, also turned round."""
+    node = None if value is None else value.producer()
+    if node is None or node.domain or depth == 0:
+        return False
+    source = node.inputs[-1] if node.inputs else None
+    if node.op_type == "Cast":
+        return source is not None and (
+            source.dtype == ir.DataType.BOOL or _is_share(source, depth - 1)
+        )
+    if node.op_type == "Sub" and values.fill(node.inputs[0]) == 1.0:
+        return _is_share(source, depth - 1)
+    return node.op_type in VIEWS and _is_share(node.inputs[0], depth - 1)
+
+
+def _reach_of_constant(value: ir.Value) -> Reach | None:
+    """A constant with -infinity masks a row only if a whole row of it is so."""
+    data = values.array(value)
+    if data is None or data.dtype.kind not in "fiV" or data.size == 0:
+        return None
+    wide = data.astype(np.float64)
+    if np.isnan(wide).any() or np.isposinf(wide).any():
+        return None
+    best = float(np.min(wide.max(axis=-1))) if wide.ndim else float(wide)
+    low = float(np.min(wide, initial=0.0, where=np.isfinite(wide)))
+    return Reach(low, masked=best == -math.inf, best=best)
+
+
+def _either(a: Reach | None, b: Reach | None) -> Reach | None:
+    if a is None or b is None:
+        return None
+    return Reach(min(a.low, b.low), a.masked or b.masked)
+
+
+def _sum(a: Reach | None, b: Reach | None) -> Reach | None:
+    if a is None or b is None:
+        return None
+    if HARMLESS in (a, b):
+        return b if a == HARMLESS else a
+    return Reach(a.low + b.low, a.masked or b.masked)
+
+
+def _scaled(node: ir.Node, depth: int) -> Reach | None:
+    """A score or mask times a positive number, the scale of attention; or zeros and ones times a negative one."""
+    first = 1 if values.scalar(node.inputs[0]) is not None and node.op_type == "Mul" else 0
+    number = values.scalar(node.inputs[1 - first])
+    if number is not None and -math.inf < number < 0 and node.op_type == "Mul":
+        return Reach(float(number), masked=False) if _is_share(node.inputs[first]) else None
+    inner = reach_of(node.inputs[first], depth)
+    if number is None or inner is None or not 0 < number < math.inf:
+        return None
+    factor = float(number) if node.op_type == "Mul" else 1 / float(number)
+    return Reach(inner.low * factor, inner.masked, inner.best * factor)
+
+
+def lowest(dtype: ir.DataType | None) -> float:
+    """The lowest finite number of a float type, to which a score can still be added without overflow."""
+    if dtype == ir.DataType.FLOAT16:
+        return -6e4  # a few scores above -65504
+    if dtype in (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.BFLOAT16):
+        return float(dtype.min)
+    return 0.0
