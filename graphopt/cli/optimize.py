@@ -71,8 +71,17 @@ Sparsity: TypeAlias = Annotated[
     typer.Option(
         "--sparsity",
         metavar="AMOUNT",
-        help="Prune: 0.8 (share of zeros), 2:4 (two zeros in four), channels:0.5 (share of the arithmetic). Give "
-        "--calibration, else accuracy suffers.",
+        help="Prune: 0.8 (share of zeros), 2:4 (two zeros in four), channels:0.5 (share of the arithmetic), max or "
+        "channels:max (the most within --budget). Give --calibration, else accuracy suffers.",
+    ),
+]
+Distill: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--distill",
+        metavar="SETTINGS",
+        help="Train what is left towards the original, without labels: yes, or steps=300,lr=0.001,... Needs PyTorch "
+        "and --calibration.",
     ),
 ]
 Sparse: TypeAlias = Annotated[
@@ -185,6 +194,7 @@ def command(
     samples: SampleCount = None,
     budget: BudgetText = None,
     sparsity: Sparsity = None,
+    distill: Distill = None,
     sparse: Sparse = "auto",
     force: Force = False,
     recipe: Recipe = None,
@@ -250,6 +260,7 @@ def command(
             calibration=given,
             budget=budget,
             sparsity=sparsity,
+            distill=distill,
             sparse=sparse,
             force=force,
             recipe=recipe,
@@ -367,6 +378,8 @@ def check_report_path(path: Path | None) -> None:
 
 def write_report(facts: RunReport, path: Path, inputs: Path | None = None) -> None:
     """Writes the report as JSON, HTML or Markdown, by suffix; for HTML both models are measured on `inputs`."""
+    from graphopt.ir.atomic import write_file
+
     if path.suffix == ".json":
         body = json.dumps(facts.to_json(), indent=2, allow_nan=False) + "\n"
     elif path.suffix == ".html":
@@ -375,7 +388,7 @@ def write_report(facts: RunReport, path: Path, inputs: Path | None = None) -> No
         from graphopt.report.markdown import run_markdown
 
         body = run_markdown(facts)
-    path.write_text(body, encoding="utf-8")
+    write_file(path, body.encode())
 
 
 def _page(facts: RunReport, inputs: Path | None) -> str:

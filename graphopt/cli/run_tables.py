@@ -29,6 +29,8 @@ def run_tables(report: RunReport, *, every_remark: bool = False) -> list[Rendera
     if passes is not None:
         parts += [passes, text("")]
     parts += _verification(report)
+    if report.distilled is not None:
+        parts += [text(f"distilled  {each}", "dim") for each in report.distilled.sentences()]
     if report.sparse is not None:
         parts += [text(f"sparsity  {each}", "dim") for each in report.sparse.sentences()]
     parts += _rolled_back(report)

@@ -50,6 +50,7 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
     calibration: Calibration | str | os.PathLike[str] | Feeds | None = None,
     budget: str | None = None,
     sparsity: str | None = None,
+    distill: str | None = None,
     force: bool = False,
     remarks: bool = False,
     strict: bool = False,
@@ -78,7 +79,8 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
             shrinks; else kept), dense, sparse_initializer, constant, kept (as they came).
         calibration: samples for passes that decide by data: a path, feeds, or a `Calibration`.
         budget: the error that a lossy run may make, such as "sqnr>=30".
-        sparsity: what to prune: "0.8", "2:4", "channels:0.5".
+        sparsity: what to prune: "0.8", "2:4", "channels:0.5", "max" (the most within `budget`).
+        distill: train what is left towards the original (needs torch and `calibration`): "yes", "steps=500,lr=3e-4".
         force: emit what the target is known to run slower.
         remarks: search for near misses and report them.
         strict: raise where a pass or a rewrite fails, instead of leaving it out.
@@ -118,6 +120,7 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
             budget=budget,
             sparsity=sparsity,
             force=force,
+            distill=distill,
         ),
         verify=VerifyMode(
             parse_choice("verify mode", verify or held.verify or "final", VerifyMode)
@@ -130,6 +133,7 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
         extras=tuple(parse_extra(each, output) for each in extras),
         sparse=parse_sparse(sparse),
         specialization=specialize or Specialization(),
+        progress=progress or (lambda _stage, _part: None),
         recipe=str(recipe) if isinstance(recipe, str | os.PathLike) else None,
     )
     return run(request, progress or (lambda _stage, _part: None))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from graphopt.distill.history import History
 from graphopt.driver.request import Request
 from graphopt.emit import finalize
 from graphopt.emit.sparse import SparseFacts, is_apart, sparse_form
@@ -37,6 +38,7 @@ class Attempt:
         warnings: what the target has to say about the model.
         files: the working files that hold the result, once written; the model first.
         sparse: what storing weights sparse is about; None where none is mostly zero, or nothing was written.
+        distilled: what training did; None where there was none.
     """
 
     model: ir.Model
@@ -48,6 +50,7 @@ class Attempt:
     warnings: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
     sparse: SparseFacts | None = None
+    distilled: History | None = None
 
 
 def attempt(request: Request, gate: Gate, *, watch: Watch | None = None) -> Attempt:
@@ -62,7 +65,15 @@ def attempt(request: Request, gate: Gate, *, watch: Watch | None = None) -> Atte
     source = request.source
     path = Path(source) if isinstance(source, str | os.PathLike) else None
     before = model_facts(model, path, with_hash=False)
-    ctx = Context(model, request.target, request.options, gate, cache=request.cache)
+    ctx = Context(
+        model,
+        request.target,
+        request.options,
+        gate,
+        cache=request.cache,
+        original=lambda: load_model(request.source),
+        progress=request.progress,
+    )
 
     done = 0
 
@@ -79,7 +90,14 @@ def attempt(request: Request, gate: Gate, *, watch: Watch | None = None) -> Atte
         raise
     warnings = finalize(model, request.target)
     return Attempt(
-        model, runs, tuple(ctx.rewrites), tuple(ctx.remarks), ctx.numerics, before, warnings
+        model,
+        runs,
+        tuple(ctx.rewrites),
+        tuple(ctx.remarks),
+        ctx.numerics,
+        before,
+        warnings,
+        distilled=ctx.findings.get("distill"),
     )
 
 

@@ -16,6 +16,7 @@ from graphopt.driver.judge import EachFailure, Judge
 from graphopt.driver.repro import Fault, check_folder, write_repro
 from graphopt.driver.request import Progress, Request, VerifyMode
 from graphopt.driver.result import Result, check_output, is_bundle, place, place_bundle
+from graphopt.driver.search import with_amount
 from graphopt.driver.specialized import Special, compare_with_original, specialized
 from graphopt.emit import check_model
 from graphopt.errors import PassError, VerifyError
@@ -241,12 +242,13 @@ def run(request: Request, say: Progress) -> Result:
     parent = None if request.output is None else request.output.parent
     with tempfile.TemporaryDirectory(prefix=".graphopt-", dir=parent) as scratch:
         request, special = specialized(request)
+        request, searched = with_amount(request, say)
         judge = Judge(request, Path(scratch), say)
         made_of = _compared(request, special, judge, Path(scratch))
         running = Run(request, judge, Path(scratch), say, request.gate)
         made, verdict = running.settle()
         say("write", None)
-        told = (*running.warnings, *made.warnings, *_warnings(made.remarks))
+        told = (*searched, *running.warnings, *made.warnings, *_warnings(made.remarks))
         if request.output is not None and is_bundle(request.output):
             finished = Finished(
                 request, made, verdict, judge, tuple(running.rolled_back), told, special, made_of
@@ -273,6 +275,7 @@ def run(request: Request, say: Progress) -> Result:
         seed=request.options.seed,
         seconds=time.process_time() - started,
         sparse=made.sparse,
+        distilled=made.distilled,
         warnings=told,
         specialized=made_of,
     )

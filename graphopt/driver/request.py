@@ -63,6 +63,7 @@ class Request:
         sparse: the form of weights that are mostly zero; None for what the target reads.
         specialization: what to make of the model before anything else.
         cache: shared by all replays of the run; see `Context.cache`.
+        progress: called by passes that take long.
     """
 
     source: Source
@@ -83,6 +84,7 @@ class Request:
     sparse: SparseStyle | None = None
     specialization: Specialization = dataclasses.field(default_factory=Specialization)
     cache: dict[str, Any] = dataclasses.field(default_factory=dict)
+    progress: Progress = lambda _stage, _part: None
 
     @property
     def sparse_style(self) -> SparseStyle:

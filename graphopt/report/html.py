@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from graphopt.report.curves import loss_plot
 from graphopt.report.examine import Examined, Point
 from graphopt.report.plain import graphopt_version
 from graphopt.report.run import RunReport
@@ -43,6 +44,7 @@ def run_html(report: RunReport, examined: Examined | None = None) -> str:
         noted=[each for each in report.remarks if each.kind is not RemarkKind.MISSED],
         examined=examined,
         plot=_plot(examined.along) if examined else "",
+        losses=loss_plot(report.distilled) if report.distilled else "",
         operators=_operators(report),
     )
 

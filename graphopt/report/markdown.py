@@ -27,6 +27,7 @@ def run_markdown(report: RunReport) -> str:
         *_specialized(report),
         *_passes(report),
         *_verification(report.verification),
+        *_smaller(report),
         *_lists(report),
     ]
     return "\n\n".join(parts) + "\n"
@@ -36,6 +37,18 @@ def _specialized(report: RunReport) -> list[str]:
     if not report.specialized:
         return []
     return ["## Specialised", "\n".join(f"- {_cell(each)}" for each in report.specialized)]
+
+
+def _smaller(report: RunReport) -> list[str]:
+    """What zeros did to the file, and what training made up for."""
+    parts = []
+    if report.sparse is not None:
+        parts += ["## Sparsity", "\n".join(f"- {_cell(each)}" for each in report.sparse.sentences())]
+    if report.distilled is not None:
+        rows = [(step, f"{loss:.6g}") for step, loss in report.distilled.judged]
+        said = "\n".join(f"- {_cell(each)}" for each in report.distilled.sentences())
+        parts += ["## Distillation", said, _table(("step", "loss on held-out samples"), rows)]
+    return parts
 
 
 def _passes(report: RunReport) -> list[str]:

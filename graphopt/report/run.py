@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 from typing import Any
 
+from graphopt.distill.history import History
 from graphopt.emit.sparse import SparseFacts
 from graphopt.pipeline import PassRun
 from graphopt.report.facts import ModelFacts
@@ -71,6 +72,7 @@ class RunReport:
         seconds: CPU time of the whole run; None where it was not taken.
         warnings: what the user should act on.
         specialized: what the model was made of first, one phrase each, and how that compares with the original.
+        distilled: what training towards the original did; None where there was none.
         sparse: sizes of the weights dense, as stored and compressed; None where none is mostly zero.
     """
 
@@ -88,6 +90,7 @@ class RunReport:
     seconds: float | None = None
     warnings: tuple[str, ...] = ()
     sparse: SparseFacts | None = None
+    distilled: History | None = None
     specialized: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:

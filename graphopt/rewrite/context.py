@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,7 @@ class Options:
         budget: the error that a lossy run may make, as the user wrote it; None for the default of the precision.
         sparsity: what to prune, as the user wrote it.
         force: emit what the target is known to run slower.
+        distill: how to train what is left to compute what the original did, as the user wrote it; None for not at all.
     """
 
     seed: int = 0
@@ -147,6 +148,7 @@ class Options:
     budget: str | None = None
     sparsity: str | None = None
     force: bool = False
+    distill: str | None = None
 
 
 @dataclasses.dataclass
@@ -162,6 +164,9 @@ class Context:
         rewrites: what was changed, in order.
         pass_name: the pass that is running.
         cache: what is dear and the same in every replay of a run (statistics, by fingerprint); never a decision.
+        original: loads the model as the user gave it; None where nobody knows.
+        progress: called with the stage that goes on, and how much of it is done.
+        findings: facts that passes have for the report, by name of the pass.
     """
 
     model: ir.Model
@@ -172,6 +177,9 @@ class Context:
     rewrites: list[Rewrite] = dataclasses.field(default_factory=list)
     pass_name: str = ""
     cache: MutableMapping[str, Any] = dataclasses.field(default_factory=dict)
+    original: Callable[[], ir.Model] | None = None
+    progress: Callable[[str, float | None], None] = lambda _stage, _part: None
+    findings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     _said: set[Remark] = dataclasses.field(default_factory=set, init=False, repr=False)
     _shapes: Shapes | None = dataclasses.field(default=None, init=False, repr=False)

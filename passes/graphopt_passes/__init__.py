@@ -47,6 +47,7 @@ from graphopt_passes.cleanup import (
 )
 from graphopt_passes.control_flow import InlineControlFlow
 from graphopt_passes.dedupe import MergeCommonSubexpressions, MergeDuplicateConstants
+from graphopt_passes.distill import Distill
 from graphopt_passes.fold import FoldConstants
 from graphopt_passes.functions import InlineFunctions
 from graphopt_passes.hoisting import HoistInvariants
@@ -59,7 +60,7 @@ from graphopt_passes.legalize import (
 from graphopt_passes.naming import NameNodes
 from graphopt_passes.opset import LiftOpset
 from graphopt_passes.precision import CastToHalf, opsets_for
-from graphopt_passes.prune import Prune
+from graphopt_passes.prune import Prune, SweepChannels
 from graphopt_passes.quantize.static import QuantizeStatic
 from graphopt_passes.quantize.weight_only import QuantizeDynamic, QuantizeWeights
 from graphopt_passes.shape_sources import RebuildShapes
@@ -125,6 +126,8 @@ PASSES: Mapping[str, Maker] = {
             MergeCommonSubexpressions,
             RemoveDeadCode,
             Prune,
+            Distill,
+            SweepChannels,
             CastToHalf,
             QuantizeStatic,
             QuantizeDynamic,
@@ -193,14 +196,16 @@ FUSE = Repeat(
 )
 
 # Powers are lowered last: x**3 as two products is faster and one node more, and the GELU patterns read the power.
-_FP32 = (
+_SPARSE = (
     *PREPARE,
     CLEAN,
     LIFT_OPSET,  # after cleaning, where what would fuse lies open; before fusing, which then can
     FUSE,
-    Prune(),  # nothing without --sparsity; after fusing, which makes the matrices that stay
-    LOWER_POWERS,
+    SweepChannels(),  # this and Prune do nothing without --sparsity; after fusing, which makes the matrices that stay
+    Prune(),
+    SweepChannels(),  # zeros leave channels behind that nobody reads
 )
+_FP32 = (*_SPARSE, Distill(), LOWER_POWERS)  # nothing without --distill
 
 
 def _half(precision: Literal["fp16", "bf16"]) -> tuple[Step, ...]:
@@ -223,6 +228,19 @@ def _quantized(step: Pass) -> tuple[Step, ...]:
     return (*_FP32, step, MergeDuplicateConstants(), RemoveDeadCode(), EVADE)
 
 
+def _trained(step: Pass) -> tuple[Step, ...]:
+    """As `_quantized`, but distillation sees the rounding, and trains through it."""
+    return (
+        *_SPARSE,
+        LOWER_POWERS,
+        step,
+        MergeDuplicateConstants(),
+        RemoveDeadCode(),
+        Distill(),
+        EVADE,
+    )
+
+
 _PLAIN: Mapping[tuple[str, str], tuple[Step, ...]] = {
     **{
         (target, "fp32"): (*_FP32, FUSE_RESIDUALS, EVADE)
@@ -230,8 +248,8 @@ _PLAIN: Mapping[tuple[str, str], tuple[Step, ...]] = {
     },
     **{(target, "fp16"): _half("fp16") for target in ("cpu", "cuda", "tensorrt", "portable")},
     **{(target, "bf16"): _half("bf16") for target in ("cpu", "cuda", "tensorrt", "portable")},
-    ("cpu", "int8"): _quantized(QuantizeStatic()),
-    ("tensorrt", "int8"): _quantized(QuantizeStatic("tensorrt")),
+    ("cpu", "int8"): _trained(QuantizeStatic()),
+    ("tensorrt", "int8"): _trained(QuantizeStatic("tensorrt")),
     ("cpu", "int8-dynamic"): _quantized(QuantizeDynamic()),
     ("cpu", "int4-weights"): _quantized(QuantizeWeights()),
     ("cuda", "int4-weights"): _quantized(QuantizeWeights()),

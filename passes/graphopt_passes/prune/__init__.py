@@ -1,5 +1,6 @@
 """Pruning: zeros among the weights, whole channels, and what can go without any loss."""
 
 from graphopt_passes.prune.prune import Prune
+from graphopt_passes.prune.sweep import SweepChannels
 
-__all__ = ["Prune"]
+__all__ = ["Prune", "SweepChannels"]

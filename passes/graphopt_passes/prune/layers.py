@@ -57,6 +57,7 @@ class Layer:
         window: of a convolution.
         transposed: whether the stored matrix is [columns, rows].
         dense: why it stays dense, or "".
+        is_bound: whether its weights stay as they are, bit for bit: they are shared, or the user named them.
     """
 
     node: ir.Node
@@ -66,6 +67,7 @@ class Layer:
     window: Window | None
     transposed: bool
     dense: str = ""
+    is_bound: bool = False
 
     @property
     def name(self) -> str:
@@ -82,6 +84,12 @@ class Layer:
         """The stored weight."""
         assert self.weight.const_value is not None
         return self.weight.const_value
+
+    @property
+    def columns(self) -> int:
+        """Inputs of one row."""
+        shape = self.tensor.shape.numpy()
+        return shape[0] if self.transposed else self.size // shape[0]
 
     @property
     def blocks(self) -> int:
@@ -129,7 +137,11 @@ def find_layers(graph: ir.Graph, dense: str = "") -> list[Layer]:
     found = [layer for node in graph if (layer := _layer(node)) is not None]
     last = _closing(graph, found)
     return [
-        dataclasses.replace(layer, dense=_why_dense(layer, dense, closing=layer.node in last))
+        dataclasses.replace(
+            layer,
+            dense=_why_dense(layer, dense, closing=layer.node in last),
+            is_bound=_is_shared(layer) or _is_named(layer, dense),
+        )
         for layer in found
     ]
 
@@ -219,10 +231,18 @@ def _window(node: ir.Node, tensor: ir.TensorProtocol) -> Window:
     )
 
 
+def _is_shared(layer: Layer) -> bool:
+    return len(layer.weight.uses()) > 1 or layer.weight.is_graph_output()
+
+
+def _is_named(layer: Layer, dense: str) -> bool:
+    return bool(dense) and re.search(dense, layer.name) is not None
+
+
 def _why_dense(layer: Layer, dense: str, *, closing: bool) -> str:
-    if len(layer.weight.uses()) > 1 or layer.weight.is_graph_output():
+    if _is_shared(layer):
         return "its weight has other uses"
-    if dense and re.search(dense, layer.name):
+    if _is_named(layer, dense):
         return "asked for"
     if layer.size < SMALL_ELEMENTS:
         return f"it has only {layer.size} weights"

@@ -9,10 +9,11 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from graphopt_passes.prune.layers import Array, Layer, Wide, Window
 
-MAX_COLUMNS = 4096
+MAX_COLUMNS, MAX_COLUMNS_WIDE = 16384, 4096
 """Inputs of a layer that are looked at in all: neighbouring positions of an image say the same again."""
 
 _WIDE_COLUMNS = 256
+_WIDE_ROWS = 640
 
 
 class Moments:
@@ -27,7 +28,8 @@ class Moments:
             seed: of the choice of positions.
         """
         self._window = layer.window
-        self._room = max(math.ceil(MAX_COLUMNS / batches), 1)
+        most = MAX_COLUMNS_WIDE if layer.columns > _WIDE_ROWS else MAX_COLUMNS
+        self._room = max(math.ceil(most / batches), 1)
         self._random = np.random.default_rng(seed)
         self.moment: Wide = np.zeros(0)
         self.cross: Wide = np.zeros(0)

@@ -16,7 +16,14 @@ from graphopt_passes.prune.narrow import remove_channels
 from graphopt_passes.prune.request import Method, SparsityRequest, parse_sparsity
 from graphopt_passes.prune.samples import Feeds, read_feeds
 from graphopt_passes.prune.solve import Goal
-from graphopt_passes.prune.weights import Pruned, goals, method_for, prune_blind, prune_fitted
+from graphopt_passes.prune.weights import (
+    Pruned,
+    fitted,
+    goals,
+    method_for,
+    prune_blind,
+    prune_fitted,
+)
 
 RULE = "weights"
 BLIND = (
@@ -61,7 +68,7 @@ class Prune:
         _tell_dense(ctx, layers, wanted, request)
         if not wanted or not ctx.permit(RULE, _site(model), Numerics.LOSSY):
             return False
-        done = _solved(model, ctx, request, text, wanted)
+        done = _solved(model, ctx, request, text, layers, wanted)
         for each in done:
             _store(each)
         _tell(ctx, layers, done, request)
@@ -73,13 +80,22 @@ def _site(model: ir.Model) -> str:
 
 
 def _solved(
-    model: ir.Model, ctx: Context, request: SparsityRequest, text: str, wanted: dict[Layer, Goal]
+    model: ir.Model,
+    ctx: Context,
+    request: SparsityRequest,
+    text: str,
+    layers: Sequence[Layer],
+    wanted: dict[Layer, Goal],
 ) -> Sequence[Pruned]:
     """The new weights; remembered over the replays of a run, in which the same model comes by again."""
     key = f"prune:{text}:{fingerprint.structural(model)}:{fingerprint.weights(model)}"
     known: dict[str, Pruned] | None = ctx.cache.get(key)
     if known is not None and all(layer.name in known for layer in wanted):
-        return [dataclasses.replace(known[layer.name], layer=layer) for layer in wanted]
+        return [
+            dataclasses.replace(known[each.name], layer=each)
+            for each in layers
+            if each.name in known
+        ]
     feeds: Feeds = []
     if ctx.options.calibration is not None:
         feeds = read_feeds(model, ctx.options.calibration)
@@ -92,7 +108,8 @@ def _solved(
         done = prune_blind(wanted)
     else:
         seed = ctx.options.seed
-        done = prune_fitted(model, wanted, feeds, method, fit=request.refit, seed=seed)
+        every = fitted(layers, wanted) if request.refit else wanted
+        done = prune_fitted(model, every, feeds, method, fit=request.refit, seed=seed)
     ctx.cache[key] = {each.layer.name: each for each in done}
     return done
 
@@ -123,6 +140,7 @@ def _tell(
 ) -> None:
     """Says what share became zero, and warns where it is less than asked for."""
     total = sum(layer.size for layer in layers)
+    done = [each for each in done if not each.layer.dense]
     zeros = sum(each.zeros * each.layer.size for each in done) / max(total, 1)
     said = f"{zeros:.1%} of the {total} weights of {len(layers)} layers are zero, in {len(done)} layers"
     ctx.remark(RemarkKind.NOTE, RULE, "", said)

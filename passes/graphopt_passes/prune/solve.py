@@ -24,9 +24,11 @@ RIDGE = 0.01
 """Over the mean of the diagonal of H."""
 
 _BLOCK = 128
-_WIDE_COLUMNS = 256
-_ADMM_STEPS, _ADMM_RAMP, _ADMM_RHO = 40, 27, 0.3
-_REFIT_STEPS = 10
+_FINE_COLUMNS = 256
+_WIDE_COLUMNS = 640
+_ADMM_STEPS, _ADMM_STEPS_WIDE, _ADMM_RHO = 100, 40, 0.3
+_ADMM_RAMP = 0.7
+_REFIT_STEPS, _REFIT_STEPS_WIDE = 30, 10
 _DAMPINGS = (0.01, 0.1, 1.0, 10.0)
 
 
@@ -43,6 +45,11 @@ class Goal:
     zeros: int = 0
     pattern: tuple[int, int] | None = None
     fixed: int = 0
+
+    @property
+    def removes(self) -> bool:
+        """Whether there is anything to set to zero."""
+        return self.zeros > 0 or self.pattern is not None
 
     def mask(self, scores: Wide) -> Mask:
         """Which weights stay: those with the greatest scores."""
@@ -96,7 +103,7 @@ def refit(mask: Mask, start: Wide, weight: Wide, moment: Wide, cross: Wide) -> W
     eased = rest / scale
     step = eased.copy()
     energy = np.sum(rest * eased, axis=1, keepdims=True)
-    for _ in range(_REFIT_STEPS):
+    for _ in range(_REFIT_STEPS_WIDE if len(moment) > _WIDE_COLUMNS else _REFIT_STEPS):
         image = apply(step)
         curve = np.sum(step * image, axis=1, keepdims=True)
         rate = np.divide(energy, curve, out=np.zeros_like(energy), where=curve > 0)
@@ -115,6 +122,9 @@ def solve(
     weight: Wide, moment: Wide, cross: Wide, goal: Goal, method: Method, *, fit: bool
 ) -> tuple[Wide, Mask]:
     """The pruned matrix and its mask."""
+    if not goal.removes:
+        kept = np.ones(weight.shape, bool)
+        return (dense_target(weight, moment, cross) if fit else weight), kept
     if method is Method.MAGNITUDE:
         start, mask = weight, goal.mask(np.abs(weight))
     elif method is Method.WANDA:
@@ -183,7 +193,7 @@ def admm(target: Wide, moment: Wide, goal: Goal) -> tuple[Wide, Mask]:
 
     Source: Meng et al. 2024 (ALPS), Boza 2024: columns scaled to unit energy, one factorisation for all steps.
     """
-    precision: Any = np.float32 if len(moment) > _WIDE_COLUMNS else np.float64
+    precision: Any = np.float32 if len(moment) > _FINE_COLUMNS else np.float64
     scale = np.sqrt(np.diag(moment) + ridge(moment))
     normal: Array = (moment / scale[:, None] / scale[None, :]).astype(precision)
     normal = normal + np.asarray(RIDGE * np.eye(len(normal)), precision)
@@ -192,9 +202,10 @@ def admm(target: Wide, moment: Wide, goal: Goal) -> tuple[Wide, Mask]:
     solver: Array = np.linalg.inv(normal + np.asarray(_ADMM_RHO * np.eye(len(normal)), precision))
     sparse, dual = wanted.copy(), np.zeros_like(wanted)
     mask = np.ones(wanted.shape, bool)
-    for turn in range(_ADMM_STEPS):
+    steps = _ADMM_STEPS_WIDE if len(moment) > _WIDE_COLUMNS else _ADMM_STEPS
+    for turn in range(steps):
         dense = (pull + precision(_ADMM_RHO) * (sparse - dual)) @ solver
-        ramp = 1 - (1 - min((turn + 1) / _ADMM_RAMP, 1)) ** 3
+        ramp = 1 - (1 - min((turn + 1) / (_ADMM_RAMP * steps), 1)) ** 3
         mask = goal.share(ramp).mask(np.abs(dense + dual))
         sparse = np.where(mask, dense + dual, precision(0))
         dual += dense - sparse

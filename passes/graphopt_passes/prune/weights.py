@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -62,6 +62,16 @@ def goals(layers: Sequence[Layer], request: SparsityRequest) -> dict[Layer, Goal
     return {layer: Goal(count) for layer, count in zip(free, counts, strict=True)}
 
 
+def fitted(layers: Sequence[Layer], wanted: Mapping[Layer, Goal]) -> dict[Layer, Goal]:
+    """The goals, and for each layer that keeps all its weights the goal to fit them to what was lost before it."""
+    if not wanted:
+        return dict(wanted)
+    kept = {layer: Goal() for layer in layers if layer not in wanted and not layer.is_bound}
+    return {
+        layer: (dict(wanted) | kept)[layer] for layer in layers if layer in wanted or layer in kept
+    }
+
+
 def method_for(request: SparsityRequest, *, samples: bool) -> Method:
     """The method that a request means."""
     if not samples:
@@ -108,9 +118,12 @@ def prune_fitted(
         streams.run(piece, _alive(pieces, stops, index), new)
         for layers in _by_window(group):
             moments = Moments(layers[0], len(feeds), seed)
-            for dense, pruned in streams.pairs(layers[0].source.name or ""):
+            pairs = list(streams.pairs(layers[0].source.name or ""))
+            for dense, pruned in pairs:
                 moments.add(dense, pruned)
             for layer in layers:
+                if not wanted[layer].removes and all(d is p for d, p in pairs):
+                    continue  # nothing was lost before it
                 done = _fit(layer, wanted[layer], moments, method, fit=fit)
                 found.append(done)
                 new[layer.name] = done.weight

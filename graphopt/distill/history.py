@@ -1,0 +1,52 @@
+"""What a training did, as facts for the report."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """One training.
+
+    Attributes:
+        steps: how many were made.
+        samples: how many were trained on.
+        held_out: how many were judged on.
+        parameters: how many numbers were trained.
+        parity: greatest relative difference between the interpreter and ONNX Runtime before the first step.
+        losses: of the steps, as (step, loss), thinned out.
+        judged: of the held-out samples, as (step, loss); step 0 is before training.
+        kept: the step whose weights are in the result; 0 where training made nothing better.
+        measure: what the losses are: divergence of logits, or error over signal.
+    """
+
+    steps: int
+    samples: int
+    held_out: int
+    parameters: int
+    parity: float
+    losses: tuple[tuple[int, float], ...]
+    judged: tuple[tuple[int, float], ...]
+    kept: int
+    measure: str
+
+    @property
+    def before(self) -> float:
+        """Loss on the held-out samples before training."""
+        return self.judged[0][1]
+
+    @property
+    def after(self) -> float:
+        """Loss on the held-out samples of what was kept."""
+        return dict(self.judged)[self.kept]
+
+    def sentences(self) -> tuple[str, ...]:
+        """What a user should know, in words."""
+        done = f"{self.parameters} weights trained for {self.steps} steps on {self.samples} unlabelled samples"
+        if not self.kept:
+            return (f"{done}: no better on the {self.held_out} held out, so nothing was changed",)
+        return (
+            f"{done}: {self.measure} on the {self.held_out} held out went from {self.before:.4g} to {self.after:.4g} "
+            f"(best at step {self.kept})",
+        )

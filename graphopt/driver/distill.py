@@ -1,0 +1,47 @@
+"""Distillation of one file from another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from graphopt.calibrate.samples import read_samples
+from graphopt.distill.history import History
+from graphopt.distill.recover import Progress, distill
+from graphopt.distill.settings import parse_settings
+from graphopt.emit.sparse import is_apart, sparse_form
+from graphopt.ir.model_file import ExternalData, load_model, save_model
+from graphopt.rewrite import Calibration
+from graphopt.runtime.specs import input_specs
+from graphopt.targets import SparseStyle
+
+
+def distil_file(  # noqa: PLR0913  the options of the command line
+    teacher: Path,
+    student: Path,
+    output: Path,
+    calibration: Calibration,
+    settings: str,
+    *,
+    seed: int = 0,
+    external: ExternalData = ExternalData.AUTO,
+    progress: Progress | None = None,
+) -> History:
+    """Trains a student towards a teacher and writes it; weights that came sparse are written sparse.
+
+    Raises:
+        ModelError: a file cannot be read, or has an operator that cannot be interpreted.
+        DataError: samples, inputs or outputs do not fit.
+        OptionError: the settings cannot be read, or PyTorch is absent.
+    """
+    wanted = parse_settings(settings)
+    original, made = load_model(teacher), load_model(student)
+    feeds = [
+        {name: np.asarray(array) for name, array in each.values.items()}
+        for each in read_samples(calibration, input_specs(original))
+    ]
+    history = distill(original, made, feeds, wanted, seed=seed, progress=progress)
+    form, _ = sparse_form(made, SparseStyle.KEPT, external=is_apart(external))
+    save_model(form, output, external=external)
+    return history

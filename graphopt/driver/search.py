@@ -1,0 +1,84 @@
+"""`--sparsity max`: the highest sparsity with which the result stays within the budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from graphopt.driver.attempt import attempt, write
+from graphopt.driver.judge import Judge
+from graphopt.driver.request import Progress, Request, VerifyMode
+from graphopt.errors import OptionError
+
+MAX = "max"
+_RATIOS = ("0.5", "0.6", "0.7", "0.75", "0.8", "0.85", "0.9", "0.93", "0.95", "0.97", "0.98")
+_CHANNELS = tuple(f"channels:0.{digit}" for digit in range(1, 10))
+
+
+def ladder(sparsity: str | None) -> tuple[str, ...]:
+    """The amounts to choose from, least first; empty where an amount, or none, is given.
+
+    `max` and `channels:max` may be followed by options, as any amount.
+    """
+    word, comma, rest = (sparsity or "").partition(",")
+    rungs = {MAX: _RATIOS, f"channels:{MAX}": _CHANNELS}.get(word.strip(), ())
+    return tuple(rung + comma + rest for rung in rungs)
+
+
+def highest(rungs: tuple[str, ...], holds: Callable[[str], bool]) -> str | None:
+    """The last rung that holds, by bisection; None where not even the first does.
+
+    What holds is taken to hold on all rungs below.
+    """
+    low, high = 0, len(rungs)
+    while low < high:
+        middle = (low + high) // 2
+        if holds(rungs[middle]):
+            low = middle + 1
+        else:
+            high = middle
+    return rungs[low - 1] if low else None
+
+
+def with_amount(request: Request, say: Progress) -> tuple[Request, tuple[str, ...]]:
+    """The request with the amount of zeros or channels that `max` stands for, and what to tell about it.
+
+    Each rung is a run of the pipeline, compared with the original on the user's inputs.
+
+    Raises:
+        OptionError: `max` without a budget, or without verification, which is what the budget is held against.
+    """
+    rungs = ladder(request.options.sparsity)
+    if not rungs:
+        return request, ()
+    if request.options.budget is None or request.verify is VerifyMode.OFF:
+        raise OptionError(
+            f"--sparsity {request.options.sparsity!r} looks for the most that stays within a budget: give --budget, as "
+            "in --budget 'top1-agreement>=0.98', and do not turn verification off"
+        )
+    with tempfile.TemporaryDirectory(prefix="graphopt-") as scratch:
+        judge = Judge(request, Path(scratch), say)
+        found = highest(
+            rungs, lambda rung: _holds(_asking(request, rung), judge, Path(scratch), say)
+        )
+    chosen = _asking(request, found)
+    if found is None:
+        told = f"not even --sparsity {rungs[0]} stays within {request.options.budget}: nothing was pruned"
+        return chosen, (told,)
+    return chosen, ()
+
+
+def _asking(request: Request, sparsity: str | None) -> Request:
+    return dataclasses.replace(
+        request, options=dataclasses.replace(request.options, sparsity=sparsity)
+    )
+
+
+def _holds(request: Request, judge: Judge, folder: Path, say: Progress) -> bool:
+    say(f"try {request.options.sparsity}", None)
+    made = write(
+        attempt(request, request.gate), folder, "tried.onnx", request.external, request.sparse_style
+    )
+    return judge.verdict(made).passed is True

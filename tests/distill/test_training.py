@@ -1,0 +1,317 @@
+"""Distillation with torch: the interpreter against ONNX Runtime, operator by operator, and training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from graphopt.distill.recover import distill, transfer
+from graphopt.distill.settings import parse_settings
+from graphopt.errors import DataError, ModelError
+from graphopt.ir.model_file import load_model, model_to_bytes
+from graphopt.runtime.session import Session
+from tests.rewriting import parse
+
+torch = pytest.importorskip("torch", reason="distillation is tested where PyTorch is installed")
+
+from graphopt.distill.interpret import Interpreter, unsupported  # noqa: E402
+from graphopt.distill.operators import OPERATORS  # noqa: E402
+
+# (inputs, outputs, constants, nodes): one small model each; x has both signs, p is positive.
+CASES = [
+    ("float[2,6] x", "float[2,6]", "", "y = {op}(x)", op)
+    for op in (
+        *("Abs", "Atan", "Ceil", "Cos", "Cosh", "Erf", "Exp", "Floor", "Identity", "Neg", "Relu"),
+        *("Sigmoid", "Sign", "Sin", "Sinh", "Softplus", "Softsign", "Tan", "Tanh", "HardSwish"),
+        *("Mish", "LeakyRelu", "Elu", "Celu", "Selu", "ThresholdedRelu", "HardSigmoid", "Gelu"),
+        *("Round", "Softmax", "LogSoftmax", "Asinh", "ReduceMean", "ReduceMax", "ReduceSumSquare"),
+        *("LpNormalization", "Reciprocal"),
+    )
+] + [
+    ("float[2,6] x", "float[2,6]", "", text, text.split("(")[0].split("= ")[-1])
+    for text in (
+        "y = Add(x, x)",
+        "a = Exp(x) y = Div(x, a)",
+        "a = Exp(x) y = Log(a)",
+        "a = Abs(x) y = Sqrt(a)",
+        "a = Abs(x) b = Add(a, a) y = Pow(a, b)",
+        "y = Max(x, x)",
+        "a = Neg(x) y = Min(x, a)",
+        "a = Neg(x) y = Mean(x, a)",
+        "y = Sum(x, x, x)",
+        "a = Neg(x) b = Greater(x, a) y = Where(b, x, a)",
+        "a = Neg(x) b = Less(x, a) c = Not(b) y = Cast<to=1>(c)",
+        "a = Tanh(x) y = Asin(a)",
+        "a = Tanh(x) y = Acos(a)",
+        "a = Tanh(x) y = Atanh(a)",
+        "y = Clip(x)",
+        "y = CumSum(x, one)",
+        "y = Trilu(x)",
+        "y = Dropout(x)",
+        "a = Shape(x) y = Expand(x, a)",
+        "a = Transpose(x) y = Transpose(a)",
+        "y = Slice(x, zeros, sixes, axes01)",
+        "a = Slice(x, last, first, axis1, minus) y = Tanh(a)",
+        "a, b = Split<axis=1, num_outputs=2>(x) y = Concat<axis=1>(b, a)",
+        "a = Unsqueeze(x, one1) y = Squeeze(a, one1)",
+        "a = Flatten<axis=0>(x) b = Shape(x) y = Reshape(a, b)",
+        "a = Gather<axis=1>(x, perm) y = Tanh(a)",
+        "a = Tile(x, twos) y = Slice(a, zeros, sixes, axes01)",
+        "a = Pad(x, pads) y = Slice(a, ones2, sevens, axes01)",
+        "a = Range(zero, six, one) b = Cast<to=1>(a) y = Add(x, b)",
+        "a = ConstantOfShape(sixes1) y = Add(x, a)",
+        "a = GatherElements<axis=1>(x, places) b = Mul(x, half) y = Add(b, a)",
+        "a, b = TopK<axis=1>(x, six1) y = Tanh(a)",
+        "a = ArgMax<axis=1>(x) b = Cast<to=1>(a) y = Add(x, b)",
+        "y = ScatterElements<axis=1>(x, places, x)",
+        "y = ScatterND(x, rows, x)",
+        "a = GatherND(x, rows) y = Tanh(a)",
+        "a = OneHot(ids, six, values) b = Cast<to=1>(a) y = Add(x, b)",
+        "a = ReduceSum<keepdims=1>(x, one1) y = Sub(x, a)",
+        "a = ReduceL2<keepdims=1>(x, one1) y = Mul(x, a)",
+        "a = ReduceLogSumExp<keepdims=1>(x, one1) y = Sub(x, a)",
+        "a = ReduceMin<keepdims=1>(x, one1) y = Sub(x, a)",
+        "a = ReduceL1<keepdims=1>(x, one1) y = Sub(x, a)",
+        "a = ReduceProd<keepdims=1>(x, one1) y = Sub(x, a)",
+        "y = PRelu(x, slope)",
+        "y = MatMul(x, square)",
+        "y = Gemm<alpha=0.5, transB=1>(x, square, slope)",
+        "y = LayerNormalization(x, slope, slope)",
+        'y = Einsum<equation="ij,jk->ik">(x, square)',
+        "y = Mod<fmod=1>(x, slope)",
+        "a = QuantizeLinear(x, scale, point) y = DequantizeLinear(a, scale, point)",
+    )
+]
+CONSTANTS = """int64 one = {1}, int64 zero = {0}, int64 six = {6}, int64[1] one1 = {1}, int64[1] six1 = {6},
+    int64[2] zeros = {0,0}, int64[2] sixes = {2,6}, int64[2] sixes1 = {2,6}, int64[2] axes01 = {0,1},
+    int64[1] last = {5},
+    int64[1] first = {-9}, int64[1] axis1 = {1}, int64[1] minus = {-1}, int64[6] perm = {5,4,3,2,1,0},
+    int64[2] twos = {2,2}, int64[4] pads = {1,1,1,1}, int64[2] ones2 = {1,1}, int64[2] sevens = {3,7},
+    int64[2,6] places = {5,4,3,2,1,0,0,1,2,3,4,5}, int64[2,1] rows = {1,0}, int64[2] ids = {3,5},
+    float[2] values = {0.0,1.0}, float[6] slope, float[6,6] square, float half = {0.5}, float scale = {0.05},
+    int8 point = {3}"""
+
+
+IMAGES = [
+    "y = Conv<pads=[1,1,1,1]>(x, w)",
+    'y = Conv<auto_pad="SAME_UPPER", strides=[2,2]>(x, w)',
+    "y = Conv<pads=[0,1,1,0], dilations=[2,2]>(x, w, b)",
+    "y = Conv<group=8, pads=[1,1,1,1]>(x, d)",
+    "y = ConvTranspose<strides=[2,2], pads=[1,0,0,1], output_padding=[1,1]>(x, t)",
+    "y = MaxPool<kernel_shape=[3,3], strides=[2,2], pads=[1,1,1,1]>(x)",
+    "y = MaxPool<kernel_shape=[2,2], strides=[2,2], ceil_mode=1>(x)",
+    "y = AveragePool<kernel_shape=[3,3], pads=[1,1,1,1]>(x)",
+    "y = AveragePool<kernel_shape=[3,3], pads=[1,1,1,1], count_include_pad=1>(x)",
+    "y = GlobalAveragePool(x)",
+    "y = GlobalMaxPool(x)",
+    "y = BatchNormalization(x, b, b, b, v)",
+    "y = InstanceNormalization(x, b, b)",
+    "y = GroupNormalization<num_groups=4>(x, b, b)",
+    "y = LRN<size=3>(x)",
+    "y = DepthToSpace<blocksize=2>(x)",
+    "y = SpaceToDepth<blocksize=7>(x)",
+    'y = Resize<mode="nearest">(x, , scales)',
+]
+IMAGE_CONSTANTS = """float[4,8,3,3] w, float[4] b4, float[8] b, float[8] v, float[8,1,3,3] d, float[8,4,3,3] t,
+    float[4] scales = {1.0,1.0,2.0,2.0}"""
+
+
+def agree(text: str, feeds: Mapping[str, np.ndarray[Any, Any]], opset: int = 21) -> None:
+    proto = parse(text, opset=opset)
+    rng = np.random.default_rng(2)
+    for tensor in proto.graph.initializer:
+        if tensor.data_type == 1 and len(tensor.dims) and tensor.name not in ("values", "scales"):
+            array = np.abs(rng.standard_normal(tuple(tensor.dims))).astype(np.float32) + 0.1
+            tensor.ClearField("float_data")
+            tensor.raw_data = array.tobytes()
+    model = load_model(proto)
+    want = Session(model_to_bytes(model)).run(feeds)
+    got = Interpreter(model).run({n: torch.tensor(a) for n, a in feeds.items()}, {})
+    for name, array in want.items():
+        np.testing.assert_allclose(got[name].numpy(), array, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case[4] + str(i) for i, case in enumerate(CASES)])
+def test_operators_compute_what_the_runtime_computes(case: tuple[str, str, str, str, str]) -> None:
+    given, _, _, nodes, op = case
+    text = nodes.format(op=op)
+    x = np.random.default_rng(0).standard_normal((2, 6)).astype(np.float32)
+    agree(f"g ({given}) => (float y) <{CONSTANTS}> {{ {text} }}", {"x": x})
+
+
+@pytest.mark.parametrize("node", IMAGES)
+def test_operators_on_images_compute_what_the_runtime_computes(node: str) -> None:
+    x = np.random.default_rng(0).standard_normal((2, 8, 7, 7)).astype(np.float32)
+    node = node.replace("(x, w, b)", "(x, w, b4)")
+    agree(f"g (float[2,8,7,7] x) => (float y) <{IMAGE_CONSTANTS}> {{ {node} }}", {"x": x})
+
+
+def test_knows_sixty_operators() -> None:
+    assert len(OPERATORS) >= 60
+
+
+TEACHER = """g (float[N,8] x) => (float[N,4] y) <float[8,32] w1, float[32] b1, float[32,4] w2, float[4] b2> {
+    h = Gemm(x, w1, b1)  r = Relu(h)  y = Gemm(r, w2, b2) }"""
+DEEP = """g (float[N,8] x) => (float[N,4] y) <float[8,8] w1, float[8,8] w2, float[8,4] w3> {
+    a = MatMul(x, w1)  r = Relu(a)  s = Add(r, x)  b = MatMul(s, w2)  q = Relu(b)  t = Add(q, s)  y = MatMul(t, w3) }"""
+
+
+def network(text: str = TEACHER, seed: int = 0, *, sparse: float = 0.0) -> ir.Model:
+    model = load_model(parse(text))
+    rng = np.random.default_rng(seed)
+    for name, value in model.graph.initializers.items():
+        assert value.const_value is not None
+        array = rng.standard_normal(value.const_value.shape.numpy()).astype(np.float32) / 2
+        if array.ndim > 1:
+            array[np.abs(array) < np.quantile(np.abs(array), sparse)] = 0
+        value.const_value = ir.Tensor(array, name=name)
+    return model
+
+
+def samples(count: int = 60) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(3)
+    return [{"x": rng.standard_normal((1, 8)).astype(np.float32)} for _ in range(count)]
+
+
+def weights(model: ir.Model) -> dict[str, np.ndarray[Any, Any]]:
+    held = model.graph.initializers.items()
+    return {n: v.const_value.numpy() for n, v in held if v.const_value is not None}
+
+
+def error(teacher: ir.Model, student: ir.Model) -> float:
+    rng = np.random.default_rng(9)
+    feed = {"x": rng.standard_normal((200, 8)).astype(np.float32)}
+    want, got = (Session(model_to_bytes(m)).run(feed)["y"] for m in (teacher, student))
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+def test_brings_a_pruned_student_nearer_and_keeps_its_zeros() -> None:
+    teacher, student = network(), network(sparse=0.7)
+    zeros = {name: array == 0 for name, array in weights(student).items()}
+    before = error(teacher, student)
+    seen: list[tuple[str, float | None]] = []
+    history = distill(
+        teacher,
+        student,
+        samples(),
+        parse_settings("steps=80,lr=0.01"),
+        progress=lambda stage, part: seen.append((stage, part)),
+    )
+    assert history.kept > 0
+    assert history.parity < 1e-4
+    assert error(teacher, student) < 0.9 * before
+    for name, array in weights(student).items():
+        if array.ndim > 1:
+            np.testing.assert_array_equal(array == 0, zeros[name])
+    assert seen[-1] == ("distill", 1.0)
+
+
+def test_same_seed_gives_the_same_bits() -> None:
+    made = []
+    for _ in range(2):
+        student = network(sparse=0.7)
+        distill(network(), student, samples(), parse_settings("steps=10"))
+        made.append(model_to_bytes(student))
+    assert made[0] == made[1]
+
+
+def test_leaves_a_student_as_it_was_that_training_makes_no_better() -> None:
+    student = network()
+    before = model_to_bytes(student)
+    history = distill(network(), student, samples(), parse_settings("steps=4,lr=1"))
+    assert history.kept == 0
+    assert "nothing was changed" in history.sentences()[0]
+    assert model_to_bytes(student) == before
+
+
+def test_block_by_block_and_with_features() -> None:
+    for settings in ("steps=60,lr=0.01,mode=blocks", "steps=60,lr=0.01,features=0.5"):
+        teacher, student = network(DEEP), network(DEEP, sparse=0.5)
+        before = error(teacher, student)
+        distill(teacher, student, samples(), parse_settings(settings))
+        assert error(teacher, student) < before
+
+
+def test_refuses_blocks_that_nobody_shares() -> None:
+    with pytest.raises(DataError, match="share no residual sums"):
+        distill(network(), network(), samples(), parse_settings("mode=blocks"))
+
+
+def test_another_student_learns_too() -> None:
+    small = TEACHER.replace("32", "12")
+    teacher, student = network(), network(small, seed=5)
+    before = error(teacher, student)
+    distill(teacher, student, samples(), parse_settings("steps=100,lr=0.02"))
+    assert error(teacher, student) < 0.7 * before
+
+
+def test_transfer_copies_what_fits() -> None:
+    teacher, student = network(), network(seed=5)
+    assert transfer(teacher, student) == 4
+    assert error(teacher, student) == 0
+
+
+QUANTISED = """g (float[N,8] x) => (float[N,4] y)
+    <int8[8,4] q, float[4] s = {0.02,0.02,0.02,0.02}, int8[4] z = {0,0,0,0}, float a = {0.05}, uint8 m = {128}> {
+    xq = QuantizeLinear(x, a, m)  xd = DequantizeLinear(xq, a, m)
+    w = DequantizeLinear<axis=1>(q, s, z)  y = MatMul(xd, w) }"""
+
+
+def test_trains_through_rounding_and_keeps_zeros_on_the_grid() -> None:
+    teacher = load_model(
+        parse("g (float[N,8] x) => (float[N,4] y) <float[8,4] w> { y = MatMul(x, w) }")
+    )
+    rng = np.random.default_rng(0)
+    wide = rng.standard_normal((8, 4)).astype(np.float32)
+    teacher.graph.initializers["w"].const_value = ir.Tensor(wide, name="w")
+    student = load_model(parse(QUANTISED))
+    rough = np.clip(np.rint(wide / 0.02 + 15 * rng.standard_normal((8, 4))), -127, 127).astype(
+        np.int8
+    )
+    rough[0] = 0
+    student.graph.initializers["q"].const_value = ir.Tensor(rough, name="q")
+    before = error(teacher, student)
+    history = distill(teacher, student, samples(), parse_settings("steps=150,lr=0.02"))
+    assert history.kept > 0
+    assert error(teacher, student) < before
+    after = weights(student)["q"]
+    assert after.dtype == np.int8
+    assert not after[0].any()
+
+
+def test_refuses_operators_that_it_does_not_know() -> None:
+    text = "g (float[N,8] x) => (float[N,8] y) <float[8] w> { a = Mul(x, w)  y = Shrink(a) }"
+    model = load_model(parse(text))
+    assert unsupported(model) == {"Shrink": 1}
+    with pytest.raises(ModelError, match="does not know 1 x Shrink"):
+        distill(model, load_model(parse(text)), samples(), parse_settings("steps=1"))
+
+
+def test_refuses_forms_that_it_does_not_know() -> None:
+    text = """g (float[N,1,4] x) => (float[N,1,4] y) <float[4] w> {
+        a = Mul(x, w)  y = AveragePool<kernel_shape=[1], ceil_mode=1>(a) }"""
+    feeds = [{"x": np.full((1, 1, 4), i, np.float32)} for i in range(8)]
+    with pytest.raises(ModelError, match="does not know this form"):
+        distill(load_model(parse(text)), load_model(parse(text)), feeds, parse_settings("steps=1"))
+
+
+def test_refuses_a_student_without_weights() -> None:
+    text = "g (float[N,8] x) => (float[N,8] y) { y = Relu(x) }"
+    with pytest.raises(ModelError, match="no weights that can be trained"):
+        distill(load_model(parse(text)), load_model(parse(text)), samples(), parse_settings("yes"))
+
+
+def test_refuses_where_the_interpreter_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OPERATORS, "Relu", lambda call: call.x)
+    with pytest.raises(ModelError, match="computes output 'y' otherwise"):
+        distill(network(), network(), samples(), parse_settings("steps=1"))
+
+
+def test_refuses_a_teacher_without_float_outputs() -> None:
+    text = "g (float[N,8] x) => (int64[N] y) { y = ArgMax<axis=1, keepdims=0>(x) }"
+    with pytest.raises(DataError, match="no output of the teacher is a float"):
+        distill(load_model(parse(text)), load_model(parse(text)), samples(), parse_settings("yes"))
