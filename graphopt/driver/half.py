@@ -15,6 +15,7 @@ from graphopt.verify.compare import Budget
 from graphopt.verify.verifier import ReferenceRun, Verification, VerifyOptions
 
 HALVES = (Precision.FP16, Precision.BF16)
+ROUNDED = (*HALVES, Precision.FP16_WEIGHTS)
 LARGE = "large"
 REPORTED = Budget(agreement=None)
 """Differences are measured and shown, and gate nothing."""
@@ -35,7 +36,7 @@ def usual(run: ReferenceRun, request: Request) -> ReferenceRun:
     Scores of a hundred before a softmax make one unit in the last place of a half an error of percents, in a model that
     never sees such scores.  What overflows on that feed was kept in float32 when it was cast.
     """
-    if request.precision not in HALVES or request.inputs is not None:
+    if request.precision not in ROUNDED or request.inputs is not None:
         return run
     kept = [index for index, feed in enumerate(run.feeds) if feed.name.split(",")[0] != LARGE]
     if 0 < len(kept) < len(run.feeds):

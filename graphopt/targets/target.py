@@ -17,6 +17,8 @@ class Precision(enum.StrEnum):
     FP32 = "fp32"
     FP16 = "fp16"
     BF16 = "bf16"
+    FP16_WEIGHTS = "fp16-weights"
+    FP8 = "fp8"
     INT8 = "int8"
     INT8_DYNAMIC = "int8-dynamic"
     INT4_WEIGHTS = "int4-weights"

@@ -25,6 +25,8 @@ holds the noise over all samples, of scores, to `INT8`."""
 _DEFAULTS = {
     Precision.FP16: FP16,
     Precision.BF16: BF16,
+    Precision.FP16_WEIGHTS: FP16,
+    Precision.FP8: _QUANTIZED,
     Precision.INT8: _QUANTIZED,
     Precision.INT8_DYNAMIC: _QUANTIZED,
     Precision.INT4_WEIGHTS: _QUANTIZED,

@@ -18,6 +18,7 @@ from graphopt.rewrite.context import name_of
 from graphopt_passes.precision.plan import Decision, Kind
 
 SCHEMA = 1
+DTYPES = frozenset({*(kind.value for kind in Kind), "float8"})
 _SCALARS = (
     ir.AttributeType.INT,
     ir.AttributeType.INTS,
@@ -95,20 +96,30 @@ def read_plan(path: Path, model: ir.Model) -> dict[str, str]:
     Raises:
         OptionError: the file is no plan, or fits no node of the model.
     """
+    wanted = planned_dtypes(path, model)
+    return {name_of(node): kind for node, kind in wanted.items() if kind in (Kind.HIGH, Kind.LOW)}
+
+
+def planned_dtypes(path: Path, model: ir.Model) -> dict[ir.Node, str]:
+    """The dtype that a plan gives each node of `model` that it knows: float32, half, float8, follow, body.
+
+    Raises:
+        OptionError: as `read_plan`.
+    """
     listed = _listed(path)
-    found = keys(model)
-    wanted = {name_of(node): listed[key]["dtype"] for node, key in found.items() if key in listed}
+    wanted = {n: str(listed[key]["dtype"]) for n, key in keys(model).items() if key in listed}
     if listed and not wanted:
         raise OptionError(
             f"precision plan {path}: none of its {len(listed)} nodes is in the model; it was written for another one"
         )
-    return {name: kind for name, kind in wanted.items() if kind in (Kind.HIGH, Kind.LOW)}
+    return wanted
 
 
 def _listed(path: Path) -> dict[str, Any]:
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
-        return {entry["key"]: entry for entry in body["nodes"] if entry["dtype"] in set(Kind)}
+        listed = {entry["key"]: entry for entry in body["nodes"]}
+        unknown = {str(entry["dtype"]) for entry in listed.values()} - DTYPES
     except OSError as error:
         raise OptionError(
             f"cannot read the precision plan {path}: {error.strerror}; give the file that write_plan wrote"
@@ -117,3 +128,7 @@ def _listed(path: Path) -> dict[str, Any]:
         raise OptionError(
             f"{path} is no precision plan ({error!r}): it must be JSON with nodes, each with key and dtype"
         ) from error
+    if unknown:
+        words, known = ", ".join(sorted(unknown)), ", ".join(sorted(DTYPES))
+        raise OptionError(f"precision plan {path}: unknown dtype {words}; write one of {known}")
+    return listed

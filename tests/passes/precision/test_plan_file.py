@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 import pytest
 from graphopt_passes.precision import CastToHalf
 
+from graphopt.driver import optimize
+from graphopt.driver.result import Result
 from graphopt.errors import OptionError
+from graphopt.ir.scopes import all_graphs
 from graphopt.pipeline import run_pipeline
+from graphopt.report.explain import explain
 from graphopt.rewrite import Context
 from graphopt.targets import get_target
 from tests.rewriting import parse
@@ -44,6 +50,43 @@ def test_an_edited_plan_is_followed_under_other_names(tmp_path: Path) -> None:
     assert made == {"MatMul 0": "FLOAT", "Relu 1": "FLOAT", "MatMul 2": "FLOAT16"}
 
 
+def test_a_plan_follows_the_model_into_a_new_export_on_the_command_line(tmp_path: Path) -> None:
+    """Other names for every node and value, other weights, another order of the initializers: the same structure."""
+    plan, first, second = tmp_path / "plan.json", tmp_path / "first.onnx", tmp_path / "second.onnx"
+    text = (
+        "g (float[N,16] x, bool c) => (float[N,16] y) <float[16,16] w, float[16,16] v>"
+        "{ a = MatMul(x, w) o = If(c) <then_branch = t () => (float[N,16] p) { p = MatMul(a, v) },"
+        "  else_branch = e () => (float[N,16] q) { q = Tanh(a) }> y = MatMul(o, w) }"
+    )
+    onnx.save(parse(text), first)
+
+    def run_again(source: Path) -> Result:
+        return optimize(source, recipe=recipe, target="cuda", precision="fp16", verify="off")
+
+    recipe = tmp_path / "write.toml"
+    recipe.write_text(f'[options.cast-to-half]\nwrite_plan = "{plan}"\n')
+    run_again(first)
+    body = json.loads(plan.read_text())
+    assert all(entry["reason"] or entry["dtype"] != "float32" for entry in body["nodes"])
+    inner = next(entry for entry in body["nodes"] if entry["node"] == "p")
+    inner["dtype"] = "float32"
+    plan.write_text(json.dumps(body))
+    names = {"a": "hidden", "o": "chosen", "p": "left", "q": "right", "w": "weight", "v": "other"}
+    onnx.save(parse(re.sub(r"\b[aopqwv]\b", lambda m: names[m[0]], text), seed=7), second)
+    recipe.write_text(f'[options.cast-to-half]\nplan = "{plan}"\n')
+    made = run_again(second)
+    dtypes = {
+        node.outputs[0].name: node.outputs[0].dtype
+        for scope in all_graphs(made.model)
+        for node in scope.graph
+        if node.op_type == "MatMul"
+    }
+    assert [dtype for name, dtype in dtypes.items() if name == "left"] == [ir.DataType.FLOAT]
+    assert list(dtypes.values()).count(ir.DataType.FLOAT16) == 2
+    (sentence, *_) = explain(made.report, made.model, "left")[0].sentences
+    assert sentence == "float32: MatMul: user"
+
+
 def test_nodes_can_be_kept_by_name() -> None:
     assert run(TEXT, CastToHalf(float32=("y",)))["MatMul 2"] == "FLOAT"
 
@@ -54,6 +97,7 @@ def test_nodes_can_be_kept_by_name() -> None:
         (None, "cannot read the precision plan"),
         ("{", "is no precision plan"),
         ('{"nodes": [{"key": "k", "dtype": "half"}]}', "written for another one"),
+        ('{"nodes": [{"key": "k", "dtype": "fp16"}]}', "unknown dtype fp16; write one of"),
     ],
 )
 def test_what_is_no_plan_for_the_model_is_refused(
