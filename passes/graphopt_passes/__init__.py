@@ -59,7 +59,7 @@ from graphopt_passes.legalize import (
 )
 from graphopt_passes.naming import NameNodes
 from graphopt_passes.opset import LiftOpset
-from graphopt_passes.precision import CastToHalf, opsets_for
+from graphopt_passes.precision import CastToHalf, QuantizeFp8, StoreHalf, opsets_for
 from graphopt_passes.prune import Prune, SweepChannels
 from graphopt_passes.quantize.static import QuantizeStatic
 from graphopt_passes.quantize.weight_only import QuantizeDynamic, QuantizeWeights
@@ -89,6 +89,7 @@ LIFT_FOR_HALF: Mapping[str, LiftOpset] = {
     )
     for precision, dtype in (("fp16", ir.DataType.FLOAT16), ("bf16", ir.DataType.BFLOAT16))
 }
+LIFT_FOR_FP8 = LiftOpset("lift-opset-fp8", wishes=lambda _model, _ctx: (19,), use="compute in fp8")
 FUSE_RESIDUALS = RewritePass("fuse-residuals", residuals.RULES)
 # Last of all, where everything that knows Add is done.
 EVADE = RewritePass("evade-runtime-fusions", evasion.RULES)
@@ -129,6 +130,8 @@ PASSES: Mapping[str, Maker] = {
             Distill,
             SweepChannels,
             CastToHalf,
+            StoreHalf,
+            QuantizeFp8,
             QuantizeStatic,
             QuantizeDynamic,
             QuantizeWeights,
@@ -140,7 +143,7 @@ PASSES: Mapping[str, Maker] = {
         )
     },
     LIFT_OPSET.name: LIFT_OPSET,
-    **{each.name: each for each in LIFT_FOR_HALF.values()},
+    **{each.name: each for each in (*LIFT_FOR_HALF.values(), LIFT_FOR_FP8)},
     FUSE_RESIDUALS.name: FUSE_RESIDUALS,
     EVADE.name: EVADE,
     LOWER_POWERS.name: LOWER_POWERS,
@@ -248,6 +251,16 @@ _PLAIN: Mapping[tuple[str, str], tuple[Step, ...]] = {
     },
     **{(target, "fp16"): _half("fp16") for target in ("cpu", "cuda", "tensorrt", "portable")},
     **{(target, "bf16"): _half("bf16") for target in ("cpu", "cuda", "tensorrt", "portable")},
+    **{
+        (target, "fp16-weights"): (
+            *_FP32,
+            FUSE_RESIDUALS,
+            EVADE,
+            StoreHalf(),
+        )  # last: casts of constants would fold
+        for target in ("cpu", "cuda", "tensorrt", "portable")
+    },
+    ("tensorrt", "fp8"): (*_FP32, LIFT_FOR_FP8, QuantizeFp8(), RemoveDeadCode()),
     ("cpu", "int8"): _trained(QuantizeStatic()),
     ("tensorrt", "int8"): _trained(QuantizeStatic("tensorrt")),
     ("cpu", "int8-dynamic"): _quantized(QuantizeDynamic()),
