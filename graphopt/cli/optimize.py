@@ -36,7 +36,7 @@ Precision: TypeAlias = Annotated[
         "--precision",
         metavar="NAME",
         help="fp32: every dtype as it is; fp16, bf16: half where it pays; "
-        "fp16-weights: float16 in the file, float32 in arithmetic; fp8: TensorRT; int8: needs --calibration. [default: fp32]",
+        "fp16-weights: half in the file only; fp8: TensorRT; int8: needs --calibration. [default: fp32]",
     ),
 ]
 Calibration: TypeAlias = Annotated[
