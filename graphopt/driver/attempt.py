@@ -13,7 +13,7 @@ from graphopt.distill.history import History
 from graphopt.driver.request import Request
 from graphopt.emit import finalize
 from graphopt.emit.sparse import SparseFacts, is_apart, sparse_form
-from graphopt.errors import PassError
+from graphopt.errors import PassError, TargetError
 from graphopt.ir.model_file import ExternalData, load_model, save_model
 from graphopt.numerics import Numerics
 from graphopt.pipeline import PassRun, run_pipeline
@@ -53,10 +53,13 @@ class Attempt:
     distilled: History | None = None
 
 
-def attempt(request: Request, gate: Gate, *, watch: Watch | None = None) -> Attempt:
+def attempt(
+    request: Request, gate: Gate, *, watch: Watch | None = None, is_probe: bool = False
+) -> Attempt:
     """Loads the source anew and runs the pipeline under `gate`.
 
-    Runs are deterministic: the same gate gives the same model.
+    Runs are deterministic: the same gate gives the same model.  A probe is there to be compared, not to be kept: with
+    some rewrites left out, it need not be what the target takes.
 
     Raises:
         GraphoptError: whatever loading, a pass or the target's limits have to say.
@@ -88,7 +91,12 @@ def attempt(request: Request, gate: Gate, *, watch: Watch | None = None) -> Atte
     except PassError as fault:
         fault.runs_before = done
         raise
-    warnings = finalize(model, request.target)
+    try:
+        warnings = finalize(model, request.target)
+    except TargetError:
+        if not is_probe:
+            raise
+        warnings = ()
     return Attempt(
         model,
         runs,

@@ -99,7 +99,7 @@ class Run:
         return self._written(made, self.judge.file_name)
 
     def _probe(self, gate: Gate) -> Attempt:
-        return self._written(attempt(self.request, gate), "probe.onnx")
+        return self._written(attempt(self.request, gate, is_probe=True), "probe.onnx")
 
     def _written(self, made: Attempt, name: str) -> Attempt:
         return write(made, self.folder, name, self.request.external, self.request.sparse_style)
@@ -145,7 +145,7 @@ class Run:
         near = {*found.region, *found.boundary}
         suspects = [each for each in rewrites if each.site in near]
         blame = find_among(
-            lambda tried: attempt(self.request, tried),
+            lambda tried: attempt(self.request, tried, is_probe=True),
             lambda made: self.judge.agrees_at(found, made),
             self.gate,
             suspects,

@@ -62,7 +62,10 @@ def _trim(node: ir.Node, scope: Scope, ctx: Context) -> bool:
         return False
     if node.op_type == "If":
         changed = _share_results(node, scope, ctx)
-        return (not is_dead(node) and _drop_branch_results(node, ctx)) or changed
+        if is_dead(node):  # its results have given their names away: no runtime would take it
+            remove(node, ctx)
+            return True
+        return _drop_branch_results(node, ctx) or changed
     ports = Ports.of(node, scope)
     if ports is None:
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from graphopt.ir.build import Builder
 from graphopt.numerics import Numerics
 from graphopt.pipeline import RewritePass
 from graphopt.rewrite import Context, Match, Op, Var, exact
+from graphopt.targets import get_target
 from tests.driver.conftest import Loose, double, only, operators, put, remove_identity, same
 
 x = Var()
@@ -348,3 +350,35 @@ def test_a_graphsurgeon_function_that_breaks_the_numbers_is_left_out(
     result = optimize(source, output=out, passes=[f"{script}:spoil"])
     assert [left.pass_name for left in result.report.rolled_back] == ["spoil"]
     assert operators(out) == ["Abs", "Exp", "Neg"]
+
+
+def test_a_replay_that_the_target_could_not_take_is_compared_all_the_same(
+    tmp_path: Path, out: Path
+) -> None:
+    """Without its last rewrites the model needs opset 20; a search over how many to make must get past that."""
+    source = put(
+        tmp_path / "m.onnx",
+        '<ir_version: 9, opset_import: ["" : 20]> g (float[4] x) => (float[4] y)'
+        " { a = Abs(x)  b = Exp(a)  c = Gelu(b)  y = Neg(c) }",
+    )
+
+    root = Op("Exp", x)
+
+    @exact(root)
+    def refused(m: Match, g: Builder) -> ir.Value | None:
+        return None if m[root].attributes else g.op("Exp", m[x], nonsense=1)
+
+    @exact(Op("Gelu", x))
+    def expanded(m: Match, g: Builder) -> ir.Value:
+        erf = g.op("Erf", g.op("Div", m[x], g.const(np.float32(np.sqrt(2)))))
+        half = g.op("Mul", m[x], g.const(np.float32(0.5)))
+        return g.op("Mul", half, g.op("Add", erf, g.const(np.float32(1))))
+
+    once = Loose("invalid", lambda model, ctx: RewritePass("r", (refused,)).run(model, ctx))
+    target = dataclasses.replace(get_target("cpu"), opset=(7, 18))
+    passes = only(once, RewritePass("expand", (expanded,)))
+    result = optimize(source, output=out, recipe=passes, target=target)
+    assert [(left.pass_name, left.rule) for left in result.report.rolled_back] == [
+        ("invalid", "refused")
+    ]
+    assert operators(out)[:2] == ["Abs", "Exp"]

@@ -281,3 +281,13 @@ def test_what_does_not_fit_together_is_left_alone() -> None:
     del body.outputs[1]
     ctx = Context(model, get_target("cpu"))
     assert not TrimControlFlow().run(model, ctx)
+
+
+def test_if_whose_results_all_come_from_outside_goes() -> None:
+    check(
+        STEPS,
+        """g (float[N] x, bool c) => (float[N] u) { u, v = If(c) <
+             then_branch = t () => (float[N] a, float[N] b) { a = Identity(x)  b = Neg(x) },
+             else_branch = e () => (float[N] p, float[N] q) { p = Identity(x)  q = Sign(x) }> }""",
+        "g (float[N] x, bool c) => (float[N] u) { u = Identity(x) }",
+    )

@@ -281,15 +281,107 @@ def branch(g: Grower) -> None:
     g.node("If", [cond], x.shape, then_branch=graphs[0], else_branch=graphs[1])
 
 
+def twin_branches(g: Grower) -> None:
+    """An If with two results: equal branches or not, a value of the outside or a constant given back, one unread."""
+    x = g.pick()
+    assert x is not None
+    equal = g.draw(st.booleans())
+    graphs = []
+    for side in ("t", "e"):
+        inner = Grower(g.draw, f"{g.fresh('b')}{side}_")
+        work = inner.node("Neg" if equal or side == "t" else "Abs", [x.name], x.shape)
+        inner.node("Add", [work.name, inner.constant(np.array(2.0, np.float32))], x.shape)
+        kind = "Identity" if equal else g.draw(st.sampled_from(["Identity", "Sign"]))
+        other = inner.node(kind, [x.name], x.shape)
+        ends = [inner.values[1].name, other.name]
+        infos = [helper.make_tensor_value_info(e, TensorProto.FLOAT, None) for e in ends]
+        graphs.append(
+            helper.make_graph(inner.nodes, side, [], infos, list(inner.constants.values()))
+        )
+    names = [g.fresh("v"), g.fresh("v")]
+    g.nodes.append(
+        helper.make_node("If", ["flag"], names, then_branch=graphs[0], else_branch=graphs[1])
+    )
+    g.values += [Item(name, x.shape) for name in names if g.draw(st.booleans())]
+
+
+def loop(g: Grower) -> None:
+    """A Loop that carries one value it changes, one it does not, and one that feeds only itself; and stacks rows."""
+    x = g.pick(lambda item: len(item.shape) < 4)
+    if x is None:
+        return
+    turns = g.draw(st.sampled_from([0, 1, 2, 40]))
+    inner = Grower(g.draw, f"{g.fresh('l')}_")
+    p = inner.prefix
+    outer = inner.node("Exp" if g.draw(st.booleans()) else "Sign", [x.name], x.shape)
+    half = inner.constant(np.array(0.5, np.float32))
+    scaled = inner.node("Mul", [f"{p}a", half], x.shape)
+    changed = inner.node("Add", [scaled.name, outer.name], x.shape)
+    row = inner.node("Sub", [changed.name, f"{p}k"], x.shape)
+    alone = inner.node("Tanh", [f"{p}s"], x.shape)
+    inner.nodes.append(helper.make_node("Identity", [f"{p}c"], [f"{p}d"]))
+    kept = f"{p}k" if g.draw(st.booleans()) else inner.node("Identity", [f"{p}k"], x.shape).name
+    if kept == f"{p}k":
+        kept = inner.node("Abs", [f"{p}k"], x.shape).name
+    info = helper.make_tensor_value_info
+    inputs = [info(f"{p}i", TensorProto.INT64, []), info(f"{p}c", TensorProto.BOOL, [])]
+    inputs += [info(f"{p}{n}", TensorProto.FLOAT, None) for n in "aks"]
+    ends = [changed.name, kept, alone.name, row.name]
+    outputs = [info(f"{p}d", TensorProto.BOOL, [])]
+    outputs += [info(n, TensorProto.FLOAT, None) for n in ends]
+    body = helper.make_graph(
+        inner.nodes, f"{p}body", inputs, outputs, list(inner.constants.values())
+    )
+    count = g.constant(np.array(turns, np.int64)) if g.draw(st.booleans()) else "turns"
+    names = [g.fresh("v") for _ in range(4)]
+    g.nodes.append(helper.make_node("Loop", [count, "", x.name, x.name, x.name], names, body=body))
+    made = [Item(name, x.shape) for name in names[:3]]
+    g.values += [item for item in made if g.draw(st.booleans())]
+
+
+def scan(g: Grower) -> None:
+    """A Scan along the last axis, forwards or backwards, with a state that no turn changes and an input unread."""
+    x = g.pick(lambda item: len(item.shape) == 2)
+    if x is None:
+        return
+    inner = Grower(g.draw, f"{g.fresh('n')}_")
+    p = inner.prefix
+    start = g.node("ReduceSum", [x.name, g.ints(-1)], x.shape[:-1], keepdims=0)
+    g.values.pop()
+    total = inner.node("Add", [f"{p}a", f"{p}v"], start.shape)
+    row = inner.node("Mul", [total.name, f"{p}k"], start.shape)
+    same = inner.node("Identity", [f"{p}k"], start.shape)
+    info = helper.make_tensor_value_info
+    inputs = [info(f"{p}{n}", TensorProto.FLOAT, None) for n in "akvu"]
+    outputs = [info(n, TensorProto.FLOAT, None) for n in (total.name, same.name, row.name)]
+    names = [g.fresh("v") for _ in range(3)]
+    way = g.draw(st.integers(0, 1))
+    g.nodes.append(
+        helper.make_node(
+            "Scan",
+            [start.name, start.name, x.name, x.name],
+            names,
+            num_scan_inputs=2,
+            scan_input_axes=[1, -1],
+            scan_input_directions=[way, 0],
+            scan_output_axes=[-1],
+            scan_output_directions=[way],
+            body=helper.make_graph(inner.nodes, f"{p}body", inputs, outputs),
+        )
+    )
+    g.values.append(Item(names[2], x.shape))
+
+
 STEPS = (
     unary, twice, binary, with_constant, with_constant, casts, dropout, clip, transpose, views, reshape,
     shape_path, slices, concat_split, reduce, linear, expand, choose, branch,
+    twin_branches, loop, scan,
 )  # fmt: skip
 
 
 @st.composite
 def models(draw: Callable[[st.SearchStrategy[Any]], Any]) -> onnx.ModelProto:
-    """A valid model of 5 to 15 constructs with inputs x [N, 4], z [N, 2, 4] and flag."""
+    """A valid model of 5 to 15 constructs with inputs x [N, 4], z [N, 2, 4], flag and turns."""
     g = Grower(draw)
     g.values = [Item("x", (BATCH, 4)), Item("z", (BATCH, 2, 4))]
     for _ in range(draw(st.integers(4, 12))):
@@ -303,6 +395,7 @@ def models(draw: Callable[[st.SearchStrategy[Any]], Any]) -> onnx.ModelProto:
         info("x", TensorProto.FLOAT, ["N", 4]),
         info("z", TensorProto.FLOAT, ["N", 2, 4]),
         info("flag", TensorProto.BOOL, []),
+        info("turns", TensorProto.INT64, []),
     ]
     declared = [
         helper.make_tensor_value_info(item.name, TensorProto.FLOAT, [None] * len(item.shape))
@@ -321,4 +414,5 @@ def feeds(seed: int) -> dict[str, np.ndarray[Any, Any]]:
         "x": rng.standard_normal((BATCH, 4)).astype(np.float32),
         "z": rng.standard_normal((BATCH, 2, 4)).astype(np.float32),
         "flag": np.array(bool(seed % 2)),
+        "turns": np.array(seed, np.int64),
     }
