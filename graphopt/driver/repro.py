@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from graphopt.errors import OptionError
+from graphopt.ir.atomic import filled
 from graphopt.ir.model_file import ExternalData, load_model, save_model
 from graphopt.rewrite import Rewrite
 from graphopt.runtime.specs import input_specs, output_specs
@@ -49,11 +49,17 @@ def check_folder(folder: Path) -> None:
 
 
 def write_repro(folder: Path, fault: Fault) -> None:
-    """Writes the region before and after, the inputs and output that the original has there, and how to run it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes the region before and after, the inputs and output that the original has there, and how to run it.
+
+    Raises:
+        OptionError: the file system refuses; the folder is as it was.
+    """
+    with filled(folder) as place:
+        _write(place, fault)
+
+
+def _write(folder: Path, fault: Fault) -> None:
     data = folder / "test_data_set_0"
-    if data.is_dir():
-        shutil.rmtree(data)
     data.mkdir()
     found = fault.divergence
     for source, name in ((fault.original, BEFORE), (fault.result, AFTER)):

@@ -1,4 +1,4 @@
-"""Writes files so that each is there whole or not at all."""
+"""Writes files and folders so that each is there whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ _REMEDY = {
     errno.EPERM: "write to a folder in which you may create files",
     errno.EROFS: "write to a file system that is not read-only",
     errno.ENOENT: "create the folder first",
+    errno.EEXIST: "give a path whose parent is a folder",
     errno.ENOTDIR: "give a path whose parent is a folder",
     errno.ENAMETOOLONG: "give a shorter name",
 }
@@ -42,7 +44,7 @@ class FileSet:
         """
         _refuse_special(path)
         temporary = path.parent / f".graphopt-{secrets.token_hex(8)}.tmp"
-        with _told(path):
+        with told(path):
             fd = os.open(
                 temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666
             )
@@ -71,7 +73,7 @@ class FileSet:
         replaced: list[tuple[Path, Path | None]] = []
         try:
             for path, temporary in self._temporary.items():
-                with _told(path):
+                with told(path):
                     # The last file is replaced in one step; what comes before it must be able to come back.
                     last = len(replaced) == len(self._temporary) - 1
                     replaced.append((path, None if last else _kept(path)))
@@ -92,6 +94,64 @@ class FileSet:
         for temporary in self._temporary.values():
             temporary.unlink(missing_ok=True)
         self._temporary.clear()
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes one file.
+
+    Raises:
+        OptionError: the file system refuses; what was at `path` is still there.
+    """
+    outputs = FileSet()
+    try:
+        outputs.write(path, [data])
+        outputs.commit()
+    finally:
+        outputs.discard()
+
+
+@contextlib.contextmanager
+def filled(folder: Path, stale: str = "") -> Iterator[Path]:
+    """A new folder to write to, whose entries replace those of `folder` when the block ends without an exception.
+
+    Args:
+        folder: made, with its parents, where it does not exist; entries of other names stay.
+        stale: a pattern of entries that go if the block makes none of that name.
+
+    Raises:
+        OptionError: the file system refuses; `folder` is as it was.
+    """
+    stage = folder.parent / f".graphopt-{secrets.token_hex(8)}.tmp"
+    with told(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        stage.mkdir()
+        try:
+            yield stage
+            _move_in(stage, folder, stale)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+def _move_in(stage: Path, folder: Path, stale: str) -> None:
+    """Renames what is in `stage`; what it replaces waits there, to come back if a rename fails."""
+    if not folder.exists():
+        stage.rename(folder)
+        return
+    names = {entry.name for entry in stage.iterdir()}
+    names |= {entry.name for entry in folder.glob(stale)} if stale else set()
+    aside = stage / f"{secrets.token_hex(8)}.old"
+    aside.mkdir()
+    moved: list[tuple[Path, Path]] = []
+    try:
+        for name in sorted(names):
+            for source, target in ((folder, aside), (stage, folder)):
+                if os.path.lexists(source / name):
+                    (source / name).rename(target / name)
+                    moved.append((source / name, target / name))
+    except BaseException:
+        for source, target in reversed(moved):
+            target.rename(source)
+        raise
 
 
 def _kept(path: Path) -> Path | None:
@@ -124,7 +184,7 @@ def _refuse_special(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
+def told(path: Path) -> Iterator[None]:
     """Turns what the system says into what the user needs."""
     try:
         yield

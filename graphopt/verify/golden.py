@@ -246,9 +246,9 @@ def update_case(case: Path, optimize: Optimize, name: str = "", *, accept: bool)
                 return CaseReport(
                     name, (f"not written, errors grew: {told}; accept it to write",), changes
                 )
-            if accept:
-                remove_orphans(case, manifest)
             place(made.folder, case, source)
+            if accept:
+                remove_orphans(case, read_manifest(case))
     except GraphoptError as error:
         return CaseReport(name, (f"{type(error).__name__}: {error}",))
     return CaseReport(name, (), changes, made.verification.outputs, written=True)

@@ -7,6 +7,7 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 from graphopt.errors import DataError, OptionError
+from graphopt.ir.atomic import filled
 from graphopt.verify.golden_files import MANIFEST, SCHEMA, STRUCTURE
 
 if TYPE_CHECKING:
@@ -31,18 +32,19 @@ def refuse_foreign(folder: Path, model: Path) -> None:
 
 
 def place(made: Path, folder: Path, model: Path) -> None:
-    """Puts a finished case where it belongs; data sets of the last recording go first."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("test_data_set_*"):
-        shutil.rmtree(old)
-    if (folder / "model.onnx").resolve() != model.resolve():
-        shutil.copyfile(model, folder / "model.onnx")
-    for entry in sorted(made.iterdir()):
-        target = folder / entry.name
-        if entry.is_dir():
-            shutil.copytree(entry, target)
-        else:
-            shutil.copyfile(entry, target)
+    """Puts a finished case where it belongs; data sets of the last recording go.
+
+    Raises:
+        OptionError: the file system refuses; what was there is as it was.
+    """
+    with filled(folder, stale="test_data_set_*") as place:
+        if (folder / "model.onnx").resolve() != model.resolve():
+            shutil.copyfile(model, place / "model.onnx")
+        for entry in sorted(made.iterdir()):
+            if entry.is_dir():
+                shutil.copytree(entry, place / entry.name)
+            else:
+                shutil.copyfile(entry, place / entry.name)
 
 
 def find_cases(root: Path) -> list[Path]:
