@@ -18,6 +18,7 @@ from graphopt_passes import (
     bounds,
     broadcasts,
     contrib,
+    contrib_transformers,
     conv,
     einsum,
     evasion,
@@ -93,7 +94,7 @@ LIFT_FOR_FP8 = LiftOpset("lift-opset-fp8", wishes=lambda _model, _ctx: (19,), us
 FUSE_RESIDUALS = RewritePass("fuse-residuals", residuals.RULES)
 # Last of all, where everything that knows Add is done.
 EVADE = RewritePass("evade-runtime-fusions", evasion.RULES)
-EXPAND_CONTRIB = RewritePass("expand-contrib", contrib.RULES)
+EXPAND_CONTRIB = RewritePass("expand-contrib", (*contrib.RULES, *contrib_transformers.RULES))
 LOWER_POWERS = RewritePass("lower-powers", powers.LOWERING)
 
 _FAMILIES = (
