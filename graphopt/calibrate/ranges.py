@@ -97,6 +97,13 @@ def choose(found: Statistics, form: Format, method: Method = Method.BEST) -> Cho
     return min(tried, key=lambda chosen: chosen.noise)
 
 
+def stated(found: Statistics, ends: Range, form: Format) -> Chosen:
+    """The parameters of a range that the user states, and what it costs on the samples."""
+    if found.is_empty:
+        return Chosen(parameters(*ends, form), "stated", 0.0, 0.0)
+    return _chosen(bins_of(found), ends, "stated", form)
+
+
 def _chosen(bins: Bins, ends: Range, method: str, form: Format) -> Chosen:
     given = parameters(*ends, form)
     low, high = given.range

@@ -27,10 +27,12 @@ class Samples:
     Attributes:
         reader: starts from the beginning.
         limit: how many to give at most; None for all.
+        keeps: which of them to give, by position; None for all.
     """
 
     reader: Reader
     limit: int | None = None
+    keeps: Callable[[int], bool] | None = None
 
     def __iter__(self) -> Iterator[Feed]:
         """The samples in order.
@@ -38,7 +40,18 @@ class Samples:
         Raises:
             DataError: a sample cannot be read or does not fit the model; the message names sample and input.
         """
-        return islice(self.reader(), self.limit)
+        found = islice(self.reader(), self.limit)
+        if self.keeps is None:
+            return found
+        keeps = self.keeps
+        return (feed for index, feed in enumerate(found) if keeps(index))
+
+    def parted(self, every: int) -> tuple[Samples, Samples]:
+        """All but every n-th sample, and every n-th."""
+        return (
+            dataclasses.replace(self, keeps=lambda index: index % every != every - 1),
+            dataclasses.replace(self, keeps=lambda index: index % every == every - 1),
+        )
 
     def first(self, count: int) -> list[Feed]:
         """The first samples, at most `count`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from itertools import islice
@@ -38,6 +39,25 @@ _HIGH, _LOW = 2.0**12, 2.0**50
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Channels:
+    """What each index of one axis holds.
+
+    Attributes:
+        sums: in two integers: int64 [2, channels].
+        squares: sums of squares in two integers: int64 [2, channels].
+        ends: the least and the greatest element: float64 [2, channels].
+    """
+
+    sums: Array
+    squares: Array
+    ends: Array
+
+
+NO_CHANNELS = Channels(np.zeros((2, 0), np.int64), np.zeros((2, 0), np.int64), np.zeros((2, 0)))
+"""Where the size of an axis varied, or something was left out."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Statistics:
     """One value over some samples.
 
@@ -50,8 +70,8 @@ class Statistics:
         samples: how many had a finite element.
         elements: how many there were in all.
         excluded: how many were NaN, infinite or sentinels.
-        channel_sum: sums by index of axis 1 (axis -1 for `last`), in two integers: int64 [2, channels].
-        last_sum: the same by index of the last axis; not of images and volumes, which have four and more.
+        channels: by index of axis 1.
+        last: by index of the last axis; not of images and volumes, which have four axes and more.
     """
 
     histogram: Array
@@ -62,8 +82,8 @@ class Statistics:
     samples: int = 0
     elements: int = 0
     excluded: int = 0
-    channel_sum: Array = dataclasses.field(default_factory=lambda: np.zeros((2, 0), np.int64))
-    last_sum: Array = dataclasses.field(default_factory=lambda: np.zeros((2, 0), np.int64))
+    channels: Channels = dataclasses.field(default_factory=lambda: NO_CHANNELS)
+    last: Channels = dataclasses.field(default_factory=lambda: NO_CHANNELS)
 
     @property
     def is_empty(self) -> bool:
@@ -78,11 +98,26 @@ class Statistics:
 
     def channel_means(self, axis: int) -> Array | None:
         """Mean of each index of axis 1 or -1, float64; None where its size varied or something was excluded."""
-        sums = self.channel_sum if axis == 1 else self.last_sum
-        channels = sums.shape[1]
-        if channels == 0 or self.excluded or self.elements == 0:
+        return self._mean(self.by_axis(axis).sums)
+
+    def channel_powers(self, axis: int) -> Array | None:
+        """Mean square of each index of axis 1 or -1, float64; of large tensors from a part of the elements."""
+        return self._mean(self.by_axis(axis).squares)
+
+    def channel_ranges(self, axis: int) -> tuple[Array, Array] | None:
+        """Exact extremes of each index of axis 1 or -1, float64; None where the mean is."""
+        low, high = self.by_axis(axis).ends
+        return None if low.size == 0 or self.excluded else (low, high)
+
+    def by_axis(self, axis: int) -> Channels:
+        """What is known of axis 1, or of the last."""
+        return self.channels if axis == 1 else self.last
+
+    def _mean(self, sums: Array) -> Array | None:
+        count = sums.shape[1]
+        if count == 0 or self.excluded or self.elements == 0:
             return None
-        return np.asarray(_joined(sums) * channels / self.elements)
+        return np.asarray(_joined(sums) * count / self.elements)
 
     def merged(self, other: Statistics) -> Statistics:
         """Of both sets of samples; associative and commutative to the last bit."""
@@ -95,8 +130,8 @@ class Statistics:
             samples=self.samples + other.samples,
             elements=self.elements + other.elements,
             excluded=self.excluded + other.excluded,
-            channel_sum=_added(self.channel_sum, other.channel_sum, self, other),
-            last_sum=_added(self.last_sum, other.last_sum, self, other),
+            channels=_added(self.channels, other.channels, self, other),
+            last=_added(self.last, other.last, self, other),
         )
 
 
@@ -105,15 +140,20 @@ def empty() -> Statistics:
     return Statistics(np.zeros(KEYS, np.int64))
 
 
-def observe(array: Array) -> Statistics:
-    """Statistics of one value in one sample; of floats of any width."""
+def observe(array: Array, axes: Sequence[int] = (1, -1)) -> Statistics:
+    """Statistics of one value in one sample, of floats of any width; by index of those of axis 1 and -1 in `axes`."""
     flat = np.ascontiguousarray(array, np.float32)
     if flat.size == 0:
         return empty()
-    low, high = float(flat.min()), float(flat.max())
+    channels = _by_axis(flat, 1 if 1 in axes else 0)
+    last = _by_axis(flat, flat.ndim - 1 if -1 in axes and flat.ndim <= 3 else 0)
+    known = channels if channels.ends.size else last
+    ends = known.ends if known.ends.size else np.array([[flat.min()], [flat.max()]])
+    low, high = float(ends[0].min()), float(ends[1].max())
     excluded = 0
     kept = flat.reshape(-1)
     if not -SENTINEL < low <= high < SENTINEL:
+        channels = last = NO_CHANNELS
         kept = kept[np.abs(kept) < SENTINEL]  # NaN compares false
         excluded = flat.size - kept.size
         if kept.size == 0:
@@ -130,8 +170,8 @@ def observe(array: Array) -> Statistics:
         samples=1,
         elements=flat.size,
         excluded=excluded,
-        channel_sum=_axis_sums(flat, 1, excluded),
-        last_sum=_axis_sums(flat, flat.ndim - 1 if flat.ndim <= 3 else flat.ndim, excluded),
+        channels=channels,
+        last=last,
     )
 
 
@@ -140,11 +180,34 @@ def _stride(size: int) -> int:
     return next((step for step in STRIDES if step >= wanted), STRIDES[-1])
 
 
-def _axis_sums(array: Array, axis: int, excluded: int) -> Array:
-    if excluded or axis >= array.ndim or axis < 1:
-        return np.zeros((2, 0), np.int64)
-    others = tuple(i for i in range(array.ndim) if i != axis)
-    return _split(array.sum(axis=others, dtype=np.float64))
+def _by_axis(array: Array, axis: int) -> Channels:
+    """Sums and extremes by index of an axis other than the first; NaN and infinities show in the extremes."""
+    if not 1 <= axis < array.ndim:
+        return NO_CHANNELS
+    outer, inner = math.prod(array.shape[:axis]), math.prod(array.shape[axis + 1 :])
+    rows = array.reshape(outer, array.shape[axis], inner)
+    if inner < _WIDE:  # a short inner axis costs more than turning the array
+        rows = rows.transpose(0, 2, 1).reshape(1, -1, array.shape[axis]).transpose(0, 2, 1)
+    over = (0, 2) if inner > 1 or outer > 1 else 2
+    ends = np.stack([rows.min(axis=over), rows.max(axis=over)]).astype(np.float64)
+    ends = ends.reshape(2, -1)
+    if not np.isfinite(ends).all() or np.abs(ends).max() >= SENTINEL:
+        return Channels(NO_CHANNELS.sums, NO_CHANNELS.squares, ends)
+    step = _stride(array.size)
+    part = rows[:, :, ::step]
+    squares = np.einsum("ocs,ocs->c", part, part).astype(np.float64) * (array.size / part.size)
+    return Channels(_split(_sums(rows)), _split(squares), ends)
+
+
+def _sums(rows: Array) -> Array:
+    """By channel, in float64; NumPy adds a contiguous row pairwise, so that float32 serves within one."""
+    if rows.strides[2] == rows.itemsize:
+        return np.asarray(rows.sum(axis=2).sum(axis=0, dtype=np.float64))
+    return np.asarray(rows.sum(axis=(0, 2), dtype=np.float64))
+
+
+_WIDE = 128
+"""Elements from which on NumPy reduces a contiguous axis at full speed."""
 
 
 def _split(sums: Any) -> Array:  # noqa: ANN401
@@ -165,13 +228,19 @@ def _carried(halves: Array) -> Array:
     return np.stack([halves[0] + carry, halves[1] - carry * unit])
 
 
-def _added(mine: Array, theirs: Array, me: Statistics, other: Statistics) -> Array:
+def _added(mine: Channels, theirs: Channels, me: Statistics, other: Statistics) -> Channels:
     if me.elements == 0:
         return theirs
     if other.elements == 0:
         return mine
-    same = mine.shape == theirs.shape
-    return _carried(mine + theirs) if same else np.zeros((2, 0), np.int64)
+    if mine.sums.shape != theirs.sums.shape or mine.ends.shape != theirs.ends.shape:
+        return NO_CHANNELS
+    ends = np.stack(
+        [np.minimum(mine.ends[0], theirs.ends[0]), np.maximum(mine.ends[1], theirs.ends[1])]
+    )
+    return Channels(
+        _carried(mine.sums + theirs.sums), _carried(mine.squares + theirs.squares), ends
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,9 +276,10 @@ class Collected:
             arrays[f"{index}.range"] = np.array([found.minimum, found.maximum])
             arrays[f"{index}.sums"] = np.stack([found.low_sum, found.high_sum])
             arrays[f"{index}.numbers"] = np.array([found.samples, found.elements, found.excluded])
-            arrays[f"{index}.channels"] = found.channel_sum
-            arrays[f"{index}.last"] = found.last_sum
-        head = json.dumps({"version": 1, "samples": self.samples, "names": names})
+            for axis, each in (("channels", found.channels), ("last", found.last)):
+                arrays[f"{index}.{axis}"] = np.stack([each.sums, each.squares])
+                arrays[f"{index}.{axis}.ends"] = each.ends
+        head = json.dumps({"version": 2, "samples": self.samples, "names": names})
         with path.open("wb") as file:
             np.savez(file, head=np.frombuffer(head.encode(), np.uint8), **arrays)  # type: ignore[arg-type, unused-ignore]
 
@@ -248,12 +318,17 @@ def _restored(archive: Any, index: int) -> Statistics:  # noqa: ANN401
         samples,
         elements,
         excluded,
-        archive[f"{index}.channels"],
-        archive[f"{index}.last"],
+        _restored_channels(archive, f"{index}.channels"),
+        _restored_channels(archive, f"{index}.last"),
     )
 
 
-def collect(
+def _restored_channels(archive: Any, key: str) -> Channels:  # noqa: ANN401
+    sums, squares = archive[key]
+    return Channels(sums, squares, archive[f"{key}.ends"])
+
+
+def collect(  # noqa: PLR0913  all but the first three by keyword only
     model: bytes | Path,
     names: Sequence[str],
     feeds: Iterable[Feed],
@@ -261,6 +336,7 @@ def collect(
     threads: int = 1,
     executor: Executor | None = None,
     chunk: int = 8,
+    axes: Mapping[str, Sequence[int]] | None = None,
 ) -> Collected:
     """Statistics of the named values of the main graph over all feeds, in one pass.
 
@@ -271,17 +347,21 @@ def collect(
         threads: inside one operator.
         executor: runs chunks of samples elsewhere; the result has the same bits.
         chunk: samples that one task takes.
+        axes: which axes, of 1 and -1, to keep channels of, by value; both where a value is not named.
 
     Raises:
         ModelError: the model fails on a sample, or has no such value.
     """
     if executor is None:
-        return _collect_here(model, tuple(names), feeds, threads)
+        return _collect_here(model, tuple(names), feeds, threads, axes or {})
     found = Collected({}, 0)
     iterator = iter(feeds)
     while window := list(islice(iterator, chunk * _WINDOW)):
         parts = [window[i : i + chunk] for i in range(0, len(window), chunk)]
-        tasks = [executor.submit(_collect_here, model, tuple(names), p, threads) for p in parts]
+        tasks = [
+            executor.submit(_collect_here, model, tuple(names), part, threads, axes or {})
+            for part in parts
+        ]
         for task in tasks:
             found = found.merged(task.result())
     return found
@@ -292,7 +372,11 @@ _WINDOW = 16
 
 
 def _collect_here(
-    model: bytes | Path, names: tuple[str, ...], feeds: Iterable[Feed], threads: int
+    model: bytes | Path,
+    names: tuple[str, ...],
+    feeds: Iterable[Feed],
+    threads: int,
+    axes: Mapping[str, Sequence[int]],
 ) -> Collected:
     folder = model.parent if isinstance(model, Path) else None
     options = SessionOptions(threads=threads, external_folder=folder, extra_outputs=names)
@@ -304,9 +388,24 @@ def _collect_here(
     count = 0
     for feed in feeds:
         results = session.run(feed.values, tapped) if tapped else {}
-        count += 1
+        batch = _batch(feed)
+        count += batch
         for name in names:
             array = results.get(name, feed.values.get(name))
             if array is not None:
-                found[name] = found[name].merged(observe(array))
+                for row in _rows(array, batch):
+                    found[name] = found[name].merged(observe(row, axes.get(name, (1, -1))))
     return Collected(found, count)
+
+
+def _batch(feed: Feed) -> int:
+    """How many samples a feed holds: the leading size that all of its inputs share, else 1."""
+    sizes = {len(array) if np.ndim(array) > 1 else 1 for array in feed.values.values()}
+    return sizes.pop() if len(sizes) == 1 else 1
+
+
+def _rows(array: Array, batch: int) -> Iterable[Array]:
+    """The samples of a batch, each by itself: however samples are batched, they count the same."""
+    if batch > 1 and array.ndim > 1 and len(array) == batch:
+        return (array[index : index + 1] for index in range(batch))
+    return (array,)

@@ -47,6 +47,18 @@ def load(text: str, where: str) -> Any:  # noqa: ANN401
     return _as_pass(held, prefix, origin, where)
 
 
+def load_object(text: str, where: str) -> Any:  # noqa: ANN401
+    """Whatever `module:object` or `path/to/file.py:object` names.
+
+    Raises:
+        OptionError: it cannot be found.
+    """
+    source, _, name = text.rpartition(":")
+    if not source or not name:
+        raise OptionError(f"{where}: {text!r} is not module:object or path/to/file.py:object")
+    return _attribute(_module(source, where), name, f"{where}: {source}")
+
+
 def _split_prefix(text: str) -> tuple[str, str]:
     prefix, _, rest = text.partition(":")
     return (prefix, rest) if prefix in (_SURGEON, _IR) and ":" in rest else ("", text)

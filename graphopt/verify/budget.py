@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Any
 
 from graphopt.errors import OptionError
+from graphopt.pipeline.loading import load_object
 from graphopt.targets import Precision
-from graphopt.verify.compare import BF16, FP16, INT8, Budget
+from graphopt.verify.compare import BF16, FP16, INT8, Budget, Metric
 
 _FIELDS = {
     "max": ("max_over_rms", "<="),
@@ -48,13 +50,17 @@ def parse_budget(text: str) -> Budget:
     Args:
         text: conditions, with commas or `and` between them: `max<=X` (greatest difference over the RMS of the
             reference), `sqnr>=DB`, `cosine>=X`, `top1-agreement>=X` (rows with the same greatest element),
-            `agreement>=X` (equal elements of integer outputs).
+            `agreement>=X` (equal elements of integer outputs), `module:function>=X` (a function of outputs and feeds,
+            both lists of mappings by name, one a sample, to a number: asked while layers are chosen).
 
     Raises:
         OptionError: the text is none.
     """
-    found: dict[str, float | None] = {"agreement": None}
+    found: dict[str, Any] = {"agreement": None}
     for part in re.split(r",|\band\b", text):
+        if ":" in part:
+            found["metric"] = _metric(part, text)
+            continue
         match = _CONDITION.fullmatch(part)
         if match is None or match[1] not in _FIELDS:
             raise _refusal(text, f"{part.strip()!r} is not a condition")
@@ -68,8 +74,23 @@ def parse_budget(text: str) -> Budget:
     return dataclasses.replace(Budget(), **found)
 
 
+def _metric(part: str, text: str) -> Metric:
+    """A function of the user's: `module:function>=X`, `path/to/file.py:function>=X`."""
+    name, sign, bound = part.partition(">=")
+    try:
+        least = float(bound)
+    except ValueError as error:
+        raise _refusal(text, f"{part.strip()!r} is no module:function>=NUMBER") from error
+    if not sign:
+        raise _refusal(text, f"{part.strip()!r} is no module:function>=NUMBER")
+    function = load_object(name.strip(), "--budget")
+    if not callable(function):
+        raise _refusal(text, f"{name.strip()!r} is no function")
+    return Metric(name.strip(), function, least)
+
+
 def _refusal(text: str, why: str) -> OptionError:
     return OptionError(
-        f"--budget {text!r}: {why}; write sqnr>=DB, max<=X, cosine>=X, top1-agreement>=X or agreement>=X, with commas "
-        "between several"
+        f"--budget {text!r}: {why}; write sqnr>=DB, max<=X, cosine>=X, top1-agreement>=X, agreement>=X or "
+        "module:function>=X, with commas between several"
     )

@@ -14,9 +14,24 @@ from graphopt.numerics import Numerics
 from graphopt.verify import metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from graphopt.verify.metrics import Array, Metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A measure of the user's.
+
+    Attributes:
+        name: as the user wrote it, `module:function`.
+        value: from outputs, one mapping by name a sample, and feeds, the same, to a number: more is better.
+        least: what it must reach.
+    """
+
+    name: str
+    value: Callable[[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]], float]
+    least: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +44,7 @@ class Budget:
         cosine: least cosine.
         argmax_agreement: least fraction of rows whose greatest element is the same.
         agreement: least fraction of equal elements in integer, bool and string outputs.
+        metric: a function of the user's and what it must reach; asked by passes that decide by samples.
     """
 
     max_over_rms: float | None = None
@@ -36,6 +52,7 @@ class Budget:
     cosine: float | None = None
     argmax_agreement: float | None = None
     agreement: float | None = 0.99
+    metric: Metric | None = None
 
 
 FP16 = Budget(max_over_rms=1e-2, sqnr_db=40, cosine=0.9999)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from graphopt.calibrate.statistics import Collected, Statistics, collect, empty, observe
+from graphopt.calibrate.statistics import Channels, Collected, Statistics, collect, empty, observe
 from graphopt.errors import DataError
 from graphopt.verify.feed_files import Feed
 from tests.rewriting import parse
@@ -18,9 +18,10 @@ SAMPLES = [RNG.normal(size=(2, 3, 5, 7)).astype(np.float32) for _ in range(6)]
 MODEL = parse("g (float[n,3] x) => (float[n,3] y) { r = Relu(x)  y = Neg(r) }").SerializeToString()
 
 
-def same(a: Statistics, b: Statistics) -> bool:
-    fields = vars(a)
-    return all(np.array_equal(value, vars(b)[name]) for name, value in fields.items())
+def same(a: object, b: object) -> bool:
+    if isinstance(a, Statistics | Channels):
+        return all(same(value, vars(b)[name]) for name, value in vars(a).items())
+    return bool(np.array_equal(a, b))  # type: ignore[arg-type]
 
 
 def merged(order: list[int]) -> Statistics:
@@ -36,12 +37,18 @@ def test_extremes_counts_and_means() -> None:
     assert found.histogram.sum() == found.elements == x.size
     means = found.channel_means(1)
     assert means is not None
-    np.testing.assert_allclose(means, x.mean(axis=(0, 1, 3, 4), dtype=np.float64), rtol=1e-12)
+    np.testing.assert_allclose(means, x.mean(axis=(0, 1, 3, 4), dtype=np.float64), atol=1e-6)
+    powers, ranges = found.channel_powers(1), found.channel_ranges(1)
+    assert powers is not None
+    assert ranges is not None
+    np.testing.assert_allclose(powers, (x**2).mean(axis=(0, 1, 3, 4), dtype=np.float64), rtol=1e-5)
+    np.testing.assert_array_equal(ranges[0], x.min(axis=(0, 1, 3, 4)))
+    np.testing.assert_array_equal(ranges[1], x.max(axis=(0, 1, 3, 4)))
     assert found.channel_means(-1) is None
     rows = x.reshape(-1, 7)
     last = observe(rows).channel_means(-1)
     assert last is not None
-    np.testing.assert_allclose(last, rows.mean(axis=0, dtype=np.float64), rtol=1e-12)
+    np.testing.assert_allclose(last, rows.mean(axis=0, dtype=np.float64), rtol=1e-6)
 
 
 def test_any_order_and_grouping_gives_the_same_bits() -> None:
@@ -88,12 +95,20 @@ def test_workers_give_the_same_bits_and_files_the_same_bytes(tmp_path: Path) -> 
         shared = collect(MODEL, ["r", "x"], given, executor=pool, chunk=2)
     alone.save(tmp_path / "a.npz")
     shared.save(tmp_path / "b.npz")
-    assert alone.samples == 7
+    assert alone.samples == sum(len(feed.values["x"]) for feed in given)
     assert alone.values["r"].minimum == 0.0 > alone.values["x"].minimum
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     again = Collected.load(tmp_path / "a.npz")
-    assert again.samples == 7
+    assert again.samples == alone.samples
     assert all(same(again.values[name], found) for name, found in alone.values.items())
+
+
+def test_batches_count_as_their_samples_do(tmp_path: Path) -> None:
+    rows = RNG.normal(size=(6, 3)).astype(np.float32)
+    for size in (1, 2, 6):
+        parts = [Feed(str(i), {"x": rows[i : i + size]}) for i in range(0, 6, size)]
+        collect(MODEL, ["r", "x"], parts).save(tmp_path / f"{size}.npz")
+    assert len({(tmp_path / f"{size}.npz").read_bytes() for size in (1, 2, 6)}) == 1
 
 
 def test_another_file_is_refused(tmp_path: Path) -> None:

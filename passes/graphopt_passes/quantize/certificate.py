@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -19,6 +19,13 @@ from graphopt.runtime.session import OptimizationLevel, Session, SessionOptions
 from graphopt.verify import compare as comparison
 from graphopt.verify.compare import Budget
 from graphopt.verify.feed_files import Feed
+from graphopt_passes.quantize.quality import (
+    Quality,
+    decibels,
+    expected_flips,
+    is_distribution,
+    scores_of,
+)
 
 ENCODE = "QuantizeLinear"
 DECODE = "DequantizeLinear"
@@ -72,19 +79,6 @@ def _classified(model: ir.Model, integer: frozenset[str]) -> Fusion:
     return Fusion(tuple(leftovers), edges)
 
 
-@dataclasses.dataclass(frozen=True)
-class Accuracy:
-    """How far a quantised model is from float.
-
-    Attributes:
-        sqnr_db: signal to noise of the worst output over all samples; of probabilities, that of their scores.
-        passed: whether every output of every sample is within the budget.
-    """
-
-    sqnr_db: float
-    passed: bool
-
-
 _PROBE = """
 <ir_version: 9, opset_import: ["" : 13]>
 probe (uint8[1,64,1,1] x) => (uint8[1,1,1,1] y)
@@ -109,15 +103,25 @@ _TOPS = ", ".join(["127"] * 64)
 
 
 class Judgement:
-    """The float model on some samples, to be compared with quantised ones."""
+    """The float model on some samples, to be compared with quantised ones; of further ones, its outputs."""
 
-    def __init__(self, model: ir.Model, feeds: Sequence[Feed], threads: int = 1) -> None:
+    def __init__(
+        self,
+        model: ir.Model,
+        feeds: Sequence[Feed],
+        threads: int = 1,
+        further: Iterable[Feed] = (),
+    ) -> None:
         self.feeds = tuple(feeds)
         self.threads = threads
         self._folder = tempfile.TemporaryDirectory(prefix="graphopt-")
         self._count = 0
         self.session = self._session(model)
         self.outputs = [self.session.run(feed.values) for feed in self.feeds]
+        classes = bool(self.outputs) and all(
+            _class_rows(value) is not None for value in self.outputs[0].values()
+        )
+        self.further = [self.session.run(feed.values) for feed in further] if classes else []
 
     def close(self) -> None:
         """Removes the working files."""
@@ -133,21 +137,59 @@ class Judgement:
         path.unlink()
         return session
 
-    def accuracy(self, model: ir.Model, budget: Budget) -> Accuracy:
+    def accuracy(self, model: ir.Model, budget: Budget) -> Quality:
         """How far `model`, as deployed, is from float on the samples."""
         session = self._session(model)
         profile = comparison.profile_for(Numerics.LOSSY, budget=budget)
         passed = True
         sums: dict[str, list[float]] = {}
+        outputs = []
         for feed, expected in zip(self.feeds, self.outputs, strict=True):
             found = session.run(feed.values)
+            outputs.append(found)
             for name, value in expected.items():
                 hint = comparison.Hint(floor=_floor(self.outputs[0][name]))
                 passed &= comparison.compare(name, value, found[name], profile, hint).passed
                 power = sums.setdefault(name, [0.0, 0.0])
                 for index, part in enumerate(_powers(value, found[name])):
                     power[index] += part
-        return Accuracy(min((_decibels(*each) for each in sums.values()), default=np.inf), passed)
+        worst = min((decibels(*each) for each in sums.values()), default=np.inf)
+        metric = None
+        if budget.metric is not None:
+            metric = budget.metric.value(outputs, [feed.values for feed in self.feeds])
+            passed &= metric >= budget.metric.least
+        return Quality(worst, passed, self._flips(outputs), metric)
+
+    def _flips(self, outputs: Sequence[Mapping[str, object]]) -> float | None:
+        """Expected share of samples whose class changes, of the output where it is largest."""
+        shares = []
+        for name in self.outputs[0]:
+            rows = [_class_rows(each[name]) for each in self.outputs]
+            known = [row for row in rows if row is not None]
+            if len(known) < len(rows) or len({row.shape[1] for row in known}) != 1:
+                return None  # with outputs of other kinds, this one is rather an embedding
+            others = [_class_rows(each[name]) for each in outputs]
+            theirs = [row for row in others if row is not None]
+            ours = np.concatenate(known)
+            extra = [row for each in self.further if (row := _class_rows(each[name])) is not None]
+            fits = [row for row in extra if row.shape[1] == ours.shape[1]]
+            more = np.concatenate(fits) if fits else None
+            share = expected_flips(ours, np.concatenate(theirs), more)
+            shares += [] if share is None else [share]
+        return max(shares, default=None)
+
+    def noise(self, model: ir.Model, count: int) -> float:
+        """Noise over signal of the worst output on the first `count` samples."""
+        session = self._session(model)
+        sums: dict[str, list[float]] = {}
+        for feed, expected in list(zip(self.feeds, self.outputs, strict=True))[:count]:
+            found = session.run(feed.values)
+            for name, value in expected.items():
+                power, error = _powers(value, found[name])
+                total = sums.setdefault(name, [0.0, 0.0])
+                total[0] += power
+                total[1] += error
+        return max((error / power for power, error in sums.values() if power > 0), default=0.0)
 
     def agreement(self, model: ir.Model) -> float:
         """Signal to noise in dB of what the kernels compute against what Q and DQ say: what saturation costs."""
@@ -158,7 +200,7 @@ class Judgement:
             for name, value in ours.items():
                 more = _powers(value, theirs[name])
                 power, error = power + more[0], error + more[1]
-        return _decibels(power, error)
+        return decibels(power, error)
 
     def speed(self, model: ir.Model, seconds: float = 0.6) -> float:
         """How many times faster than float `model` is, interleaved on the first sample."""
@@ -181,29 +223,25 @@ def _powers(expected: object, found: object) -> tuple[float, float]:
     if expected.dtype.kind != "f" or expected.shape != found.shape or expected.size == 0:
         return 0.0, 0.0
     ours, theirs = expected.astype(np.float64), found.astype(np.float64)
-    if _is_distribution(ours):
-        ours, theirs = _scores(ours), _scores(theirs)
+    if is_distribution(ours):
+        ours, theirs = scores_of(ours), _logs(theirs)
     kept = np.isfinite(ours) & np.isfinite(theirs)
     return float((ours[kept] ** 2).sum()), float(((ours - theirs)[kept] ** 2).sum())
 
 
-def _is_distribution(array: Wide) -> bool:
-    """Whether the last axis holds probabilities that add up to one."""
-    if array.ndim == 0 or array.shape[-1] < 2 or not (array >= 0).all():
-        return False
-    return bool(np.allclose(array.sum(axis=-1), 1, atol=1e-3))
-
-
-def _scores(probabilities: Wide) -> Wide:
-    """What a Softmax was given, up to a constant.
-
-    Probabilities exaggerate: between two near ties a small difference of scores moves all the weight.
-    """
+def _logs(probabilities: Wide) -> Wide:
+    """Scores of what should be probabilities, whether or not they add up to one."""
     logs = np.log(np.maximum(probabilities, 1e-12))
     return np.asarray(logs - logs.mean(axis=-1, keepdims=True))
 
 
-def _decibels(power: float, error: float) -> float:
-    if error == 0:
-        return float("inf")
-    return float(10 * np.log10(power / error)) if power > 0 else -float("inf")
+def _class_rows(output: object) -> Wide | None:
+    """Scores [rows, classes] of an output that may name classes; None for any other."""
+    if not isinstance(output, np.ndarray) or output.dtype.kind != "f" or output.size == 0:
+        return None
+    squeezed = output.astype(np.float64).reshape(
+        [d for i, d in enumerate(output.shape) if d != 1 or i == 0]
+    )
+    if squeezed.ndim != 2 or not np.isfinite(squeezed).all():
+        return None
+    return _logs(squeezed) if (squeezed >= 0).all() else squeezed

@@ -10,11 +10,12 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.calibrate.formats import Format, Parameters, parameters
-from graphopt.calibrate.ranges import Chosen, Method, choose
+from graphopt.calibrate.ranges import Chosen, choose, stated
 from graphopt.calibrate.statistics import Statistics, empty
 from graphopt.ir import operators, values
 from graphopt.ir.build import Names
 from graphopt_passes.quantize import weights
+from graphopt_passes.quantize.overrides import Overrides
 from graphopt_passes.quantize.placement import (
     Allow,
     Role,
@@ -33,21 +34,27 @@ class Facts:
     Attributes:
         style: of the runtime.
         statistics: of every value that may be quantised, by name.
-        method: how ranges follow from statistics.
+        overrides: what the user said of methods, ranges and formats.
         chosen: ranges found so far, by value and bits.
     """
 
     style: Style
     statistics: Mapping[str, Statistics]
-    method: Method = Method.BEST
+    overrides: Overrides = dataclasses.field(default_factory=Overrides)
     chosen: dict[tuple[str, int | None], Chosen] = dataclasses.field(default_factory=dict)
 
     def choice(self, name: str, bits: int | None = None) -> Chosen:
         """The range of a value."""
         if (name, bits) not in self.chosen:
-            form = Format(self.style.activation, self.style.symmetric, bits)
+            said = self.overrides.of(name)
+            dtype = said.dtype or self.style.activation
+            form = Format(dtype, self.style.symmetric, said.bits or bits)
             found = self.statistics.get(name, empty())
-            self.chosen[name, bits] = choose(found, form, self.method)
+            if said.ends is not None:
+                self.chosen[name, bits] = stated(found, said.ends, form)
+            else:
+                method = said.method or self.overrides.method
+                self.chosen[name, bits] = choose(found, form, method)
         return self.chosen[name, bits]
 
 
@@ -339,7 +346,8 @@ class _Emitter:
             else None
         )
         top = given.format.codes[1] if hazard else None
-        packed = weights.pack(rows, top_code=top, least=least)
+        said = self.facts.overrides.of(_name(node), node.name or "")
+        packed = weights.pack(rows, top_code=top, least=least, shared=said.per_channel is False)
         weight = node.inputs[1]
         assert weight is not None
         codes = _unrows(packed.codes, axis, shape)

@@ -36,13 +36,16 @@ class Packed:
     raised: int
 
 
-def pack(rows: Array, *, top_code: int | None, least: Array | None = None) -> Packed:
+def pack(
+    rows: Array, *, top_code: int | None, least: Array | None = None, shared: bool = False
+) -> Packed:
     """Symmetric int8, one scale a row, 127 for the largest weight.
 
     Args:
         rows: float weights [rows, columns].
         top_code: the largest activation code, where two products must fit 16 bits; None where they need not.
         least: scales that must be reached, for biases to fit: [rows].
+        shared: whether all rows take the greatest scale of any.
 
     A row saturates in the worst case when its two largest weights of one sign, times the largest activation, pass
     32767; then its scale is raised to the least that avoids it.  A row of zeros gets the scale 1.
@@ -58,6 +61,8 @@ def pack(rows: Array, *, top_code: int | None, least: Array | None = None) -> Pa
         scales = np.maximum(scales, needed)
     if least is not None:
         scales = np.maximum(scales, least)
+    if shared:
+        scales = np.full_like(scales, scales.max(initial=0.0))
     stored = np.where(scales > 0, np.maximum(scales, 2.0**-100), 1.0).astype(np.float32)
     codes = np.clip(np.rint(wide / stored[:, None].astype(np.float64)), -127, 127)
     error = codes * stored[:, None] - wide

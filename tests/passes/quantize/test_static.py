@@ -275,7 +275,7 @@ def test_a_budget_that_cannot_be_met_leaves_float() -> None:
     model = load_model(varied(RESIDUAL))
     ctx = context(model, budget="sqnr>=200")
     assert not QuantizeStatic().run(model, ctx)
-    assert "relax it with --budget" in ctx.remarks[-1].reason
+    assert "stays float" in ctx.remarks[-1].reason
 
 
 def test_saturation_that_bites_is_removed_and_told() -> None:

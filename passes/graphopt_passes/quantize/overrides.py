@@ -1,0 +1,118 @@
+"""What a recipe says of single layers and values: left in float, another range, method, format or axis.
+
+"head*: exclude"                        the nodes, or those that make these values, stay float
+"conv1: method=percentile"              how the range follows from the samples
+"scores: range=-4..4"                   the range itself
+"stem*: bits=7"                         7 bits for activations of 8
+"stem*: dtype=int8"                     element type of activations: uint8 or int8
+"fc*: axis=tensor"                      one scale for the whole weight; axis=channel: one an output channel
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import onnx_ir as ir
+
+from graphopt.calibrate.ranges import Method
+from graphopt.errors import OptionError
+
+_TYPES = {"uint8": ir.DataType.UINT8, "int8": ir.DataType.INT8}
+_AXES = ("channel", "tensor")
+_EXAMPLE = '"head*: exclude", "conv1: method=percentile range=-4..4 bits=7 dtype=int8 axis=tensor"'
+
+
+@dataclasses.dataclass(frozen=True)
+class Override:
+    """What holds for the names that a pattern matches; None leaves it as it is."""
+
+    exclude: bool | None = None
+    method: Method | None = None
+    ends: tuple[float, float] | None = None
+    bits: int | None = None
+    dtype: ir.DataType | None = None
+    per_channel: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Overrides:
+    """All overrides of a run.
+
+    Attributes:
+        method: of ranges where nothing else is said.
+        rules: patterns and what holds for what they match; later ones win.
+    """
+
+    method: Method = Method.BEST
+    rules: tuple[tuple[str, Override], ...] = ()
+
+    def of(self, *names: str) -> Override:
+        """What holds for something of these names."""
+        found = Override()
+        for pattern, given in self.rules:
+            if any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                stated = {k: v for k, v in vars(given).items() if v is not None}
+                found = dataclasses.replace(found, **stated)
+        return found
+
+
+def parse(method: str, texts: Sequence[str]) -> Overrides:
+    """The overrides that a recipe states.
+
+    Raises:
+        OptionError: one of them cannot be understood.
+    """
+    if method not in {m.value for m in Method}:
+        known = ", ".join(m.value for m in Method)
+        raise OptionError(f"unknown calibration method {method!r}; choose one of {known}")
+    return Overrides(Method(method), tuple(_rule(text) for text in texts))
+
+
+def _rule(text: str) -> tuple[str, Override]:
+    pattern, sign, settings = text.rpartition(": ")
+    if not sign or not settings.split():
+        raise _refusal(text, "it is not 'PATTERN: SETTING …'")
+    found = Override()
+    for setting in settings.split():
+        found = dataclasses.replace(found, **_setting(text, setting))
+    return pattern.strip(), found
+
+
+def _setting(text: str, setting: str) -> dict[str, Any]:
+    key, _, value = setting.partition("=")
+    if key == "exclude" and not value:
+        return {"exclude": True}
+    if key == "method" and value in {m.value for m in Method}:
+        return {"method": Method(value)}
+    if key == "bits" and value in ("7", "8"):
+        return {"bits": int(value)}
+    if key == "dtype" and value in _TYPES:
+        return {"dtype": _TYPES[value]}
+    if key == "axis" and value in _AXES:
+        return {"per_channel": value == "channel"}
+    if key == "range":
+        return {"ends": _ends(text, value)}
+    raise _refusal(text, f"{setting!r} is no setting")
+
+
+def _ends(text: str, value: str) -> tuple[float, float]:
+    low, _, high = value.partition("..")
+    try:
+        ends = float(low), float(high)
+    except ValueError as error:
+        raise _refusal(text, f"{value!r} is no range LOW..HIGH") from error
+    if not ends[0] <= ends[1] or not all(map(math.isfinite, ends)):
+        raise _refusal(text, f"{value!r} is no range LOW..HIGH")
+    return ends
+
+
+def _refusal(text: str, why: str) -> OptionError:
+    methods = ", ".join(m.value for m in Method)
+    return OptionError(
+        f"quantisation override {text!r}: {why}; write for example {_EXAMPLE}; methods are {methods}, types uint8 and "
+        "int8, axes channel and tensor"
+    )

@@ -1,0 +1,122 @@
+"""Whether a quantised model is good enough: by what the user wrote, else by noise and by expected changes of mind."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Wide: TypeAlias = npt.NDArray[np.float64]
+
+SQNR_DB, CLASSES_SQNR_DB = 30.0, 32.0
+"""Signal to noise of the worst output over all samples that is good enough; where outputs name classes."""
+
+FLIPS = 0.015
+"""Expected share of samples whose class changes that a classifier may have; about half of the changes are for worse."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Quality:
+    """How far a quantised model is from float.
+
+    Attributes:
+        sqnr_db: signal to noise of the worst output over all samples; of probabilities, that of their scores.
+        passed: whether every output of every sample is within the budget.
+        flips: expected share of samples whose class changes; None where no output names classes.
+        metric: what the user's function gave, or None.
+    """
+
+    sqnr_db: float
+    passed: bool
+    flips: float | None = None
+    metric: float | None = None
+
+    @property
+    def is_good(self) -> bool:
+        """Whether it is good enough where the user states no budget."""
+        if self.flips is None:
+            return self.passed and self.sqnr_db >= SQNR_DB
+        return self.passed and self.sqnr_db >= CLASSES_SQNR_DB and self.flips <= FLIPS
+
+
+def decibels(power: float, error: float) -> float:
+    """Signal to noise; infinite without noise."""
+    if error == 0:
+        return float("inf")
+    return float(10 * np.log10(power / error)) if power > 0 else -float("inf")
+
+
+def scores_of(array: Wide) -> Wide:
+    """The array, or of probabilities what a Softmax was given, up to a constant.
+
+    Probabilities exaggerate: between two near ties a small difference of scores moves all the weight.
+    """
+    if not is_distribution(array):
+        return array
+    logs = np.log(np.maximum(array, 1e-12))
+    return np.asarray(logs - logs.mean(axis=-1, keepdims=True))
+
+
+def is_distribution(array: Wide) -> bool:
+    """Whether the last axis holds probabilities that add up to one."""
+    if array.ndim == 0 or array.shape[-1] < 2 or not (array >= 0).all():
+        return False
+    return bool(np.allclose(array.sum(axis=-1), 1, atol=1e-3))
+
+
+def expected_flips(expected: Wide, found: Wide, more: Wide | None = None) -> float | None:
+    """Share of rows whose greatest element noise like the one seen would change; None where that names no class.
+
+    Differences of the greatest score and the next few are off by the standard deviation s; a row whose greatest score
+    leads the k-th by m_k changes with probability min(1, sum_k Phi(-m_k / s)).  Counting changes instead would need
+    thousands of samples.
+
+    Args:
+        expected: scores in float [rows, classes].
+        found: the same from the quantised model.
+        more: scores in float of further samples, which may lead by less.
+    """
+    rows = expected if more is None else np.concatenate([expected, more])
+    if expected.ndim != 2 or not 2 <= expected.shape[1] <= 1 << 16:
+        return None
+    if len(np.unique(rows.argmax(axis=1))) < 2 or not _is_decided(rows):
+        return None  # the same class for all, or no class at all: margins say nothing
+    leaders = _leaders(expected)
+    scores = np.take_along_axis(expected, leaders, axis=1)
+    error = np.take_along_axis(found, leaders, axis=1) - scores
+    deviation = float(np.sqrt(((error[:, :1] - error[:, 1:]) ** 2).mean()))
+    if deviation == 0:
+        return 0.0
+    scores = np.take_along_axis(rows, _leaders(rows), axis=1)
+    tails = _upper_tail((scores[:, :1] - scores[:, 1:]) / deviation)
+    return float(np.minimum(tails.sum(axis=1), 1).mean())
+
+
+def _is_decided(scores: Wide) -> bool:
+    """Whether the model prefers one class, on average: one that was not trained does not."""
+    shares = np.exp(scores - scores.max(axis=1, keepdims=True))
+    top = 1 / shares.sum(axis=1)
+    return bool(top.mean() >= min(max(DECIDED, 2 / scores.shape[1]), MOST_DECIDED))
+
+
+DECIDED, MOST_DECIDED = 0.1, 0.6
+"""Mean probability of the first class from which on scores count as those of a classifier; of few classes, more."""
+
+
+def _leaders(scores: Wide) -> npt.NDArray[np.intp]:
+    count = min(RIVALS, scores.shape[1])
+    return np.argsort(-scores, axis=1, kind="stable")[:, :count]
+
+
+RIVALS = 5
+"""Classes whose scores are compared: the noise of those that matter is larger than that of the many that do not."""
+
+
+def _upper_tail(z: Wide) -> Wide:
+    """1 - Phi(z) for z >= 0 to 1e-7 (Abramowitz and Stegun 26.2.17)."""
+    t = 1 / (1 + 0.2316419 * z)
+    powers = (0.319381530, -0.356563782, 1.781477937, -1.821255978, 1.330274429)
+    total = sum(c * t ** (i + 1) for i, c in enumerate(powers))
+    return np.asarray(np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi) * total)

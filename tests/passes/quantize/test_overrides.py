@@ -1,0 +1,72 @@
+"""What a recipe says of single layers and values."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import pytest
+from graphopt_passes.quantize.overrides import Override, parse
+from graphopt_passes.quantize.static import QuantizeStatic
+
+from graphopt.calibrate.ranges import Method
+from graphopt.errors import OptionError
+from graphopt.ir.model_file import load_model
+from graphopt.rewrite import Calibration, Context, Options, name_of
+from graphopt.targets import get_target
+from tests.passes.quantize.test_static import IMAGES, RESIDUAL, varied
+
+
+def test_later_rules_win_setting_by_setting() -> None:
+    found = parse("best", ["a*: method=mse bits=7", "*b: bits=8 range=-1..2", "c: exclude"])
+    assert found.of("ab") == Override(method=Method.MSE, bits=8, ends=(-1.0, 2.0))
+    assert found.of("x", "c").exclude
+    assert found.of("x") == Override()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a", "a:", "a: ", "a: colour=red", "a: method=best-ever", "a: bits=3", "a: dtype=int2", "a: axis=7",
+        "a: range=1", "a: range=2..1", "a: range=0..inf", "a: exclude=maybe",
+    ],
+)  # fmt: skip
+def test_nonsense_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(OptionError, match="write for example"):
+        parse("best", [text])
+
+
+def quantized(*overrides: str) -> ir.Model:
+    model = load_model(varied(RESIDUAL))
+    options = Options(calibration=Calibration(IMAGES), force=True, budget="sqnr>=0")
+    ctx = Context(model, get_target("cpu"), options, pass_name="quantize-static")
+    assert QuantizeStatic(overrides=overrides).run(model, ctx)
+    return model
+
+
+def scale_of(model: ir.Model, index: int) -> ir.TensorProtocol:
+    """The scale that decodes an input of the first convolution."""
+    first = next(node for node in model.graph if name_of(node) == "c")
+    decode = first.inputs[index].producer()  # type: ignore[union-attr]
+    return decode.inputs[1].const_value  # type: ignore[union-attr,return-value]
+
+
+def test_a_layer_can_be_excluded() -> None:
+    first = next(node for node in quantized("c: exclude").graph if name_of(node) == "c")
+    assert first.inputs[0] is not None
+    assert first.inputs[0].producer() is None
+
+
+def test_a_range_can_be_stated() -> None:
+    found = float(scale_of(quantized("x: range=-8..8"), 0).numpy())
+    assert found == pytest.approx(16 / 255)
+
+
+def test_bits_of_a_value_can_be_stated() -> None:
+    eight, seven = (
+        float(scale_of(quantized(f"x: range=-8..8 bits={bits}"), 0).numpy()) for bits in (8, 7)
+    )
+    assert seven / eight == pytest.approx(255 / 127)
+
+
+def test_a_weight_can_have_one_scale() -> None:
+    assert len(set(scale_of(quantized(), 1).numpy().tolist())) > 1
+    assert len(set(scale_of(quantized("c: axis=tensor"), 1).numpy().tolist())) == 1

@@ -1,0 +1,105 @@
+"""Noise, expected changes of class, and when they are good enough."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from graphopt_passes.quantize.quality import Quality, expected_flips
+from graphopt_passes.quantize.static import QuantizeStatic
+
+from graphopt.errors import OptionError
+from graphopt.ir.model_file import load_model
+from graphopt.rewrite import Calibration, Context, Options
+from graphopt.targets import get_target
+from graphopt.verify.budget import parse_budget
+from tests.passes.quantize.test_static import IMAGES, RESIDUAL, varied
+
+RNG = np.random.default_rng(0)
+SCORES = RNG.normal(size=(4000, 10)) * 3
+
+
+@pytest.mark.parametrize("noise", [0.03, 0.1, 0.3])
+def test_expected_changes_are_those_that_happen(noise: float) -> None:
+    found = SCORES + RNG.normal(size=SCORES.shape) * noise
+    expected = expected_flips(SCORES, found)
+    happened = (SCORES.argmax(axis=1) != found.argmax(axis=1)).mean()
+    assert expected is not None
+    assert abs(expected - happened) < 0.25 * happened + 0.002
+
+
+def test_margins_of_further_samples_count() -> None:
+    sure = SCORES[:8] + 50 * np.eye(10)[SCORES[:8].argmax(axis=1)]
+    found = sure + RNG.normal(size=sure.shape) * 0.3
+    alone, more = expected_flips(sure, found), expected_flips(sure, found, SCORES)
+    assert alone is not None
+    assert more is not None
+    assert alone < 1e-6 < 0.01 < more
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        np.zeros((5, 4)) + np.arange(4),  # the same class for all
+        RNG.normal(size=(200, 1000)) * 0.01,  # nothing is preferred
+        RNG.normal(size=(5, 1)),
+        RNG.normal(size=(2, 3, 4)),
+    ],
+)
+def test_what_names_no_class_is_not_judged_by_classes(scores: np.ndarray) -> None:
+    assert expected_flips(scores, scores + 0.1) is None
+
+
+def test_no_noise_changes_nothing() -> None:
+    assert expected_flips(SCORES, SCORES) == 0
+
+
+@pytest.mark.parametrize(
+    ("quality", "good"),
+    [
+        (Quality(31, passed=True), True),
+        (Quality(29, passed=True), False),
+        (Quality(40, passed=False), False),
+        (Quality(33, passed=True, flips=0.01), True),
+        (Quality(33, passed=True, flips=0.03), False),
+        (Quality(31, passed=True, flips=0.0), False),
+    ],
+)
+def test_what_is_good_enough(quality: Quality, *, good: bool) -> None:
+    assert quality.is_good is good
+
+
+METRIC = """
+import numpy as np
+
+def energy(outputs, feeds):
+    assert len(outputs) == len(feeds)
+    return float(np.mean([(each["y"] ** 2).mean() for each in outputs]))
+"""
+
+
+@pytest.mark.parametrize(("bound", "emitted"), [("0.0", True), ("1e9", False)])
+def test_a_function_of_the_users_decides(tmp_path: Path, bound: str, *, emitted: bool) -> None:
+    (tmp_path / "mine.py").write_text(METRIC)
+    options = Options(
+        calibration=Calibration(IMAGES), force=True, budget=f"{tmp_path}/mine.py:energy>={bound}"
+    )
+    model = load_model(varied(RESIDUAL))
+    ctx = Context(model, get_target("cpu"), options, pass_name="quantize-static")
+    assert QuantizeStatic().run(model, ctx) is emitted
+    assert any("metric" in remark.reason for remark in ctx.remarks) is emitted
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("mine.py:energy", "no module:function>=NUMBER"),
+        ("mine.py:energy>=much", "no module:function>=NUMBER"),
+        ("nowhere_at_all:f>=1", "nowhere_at_all"),
+        ("math:pi>=1", "is no function"),
+    ],
+)
+def test_a_metric_that_is_none_is_refused(text: str, error: str) -> None:
+    with pytest.raises(OptionError, match=error):
+        parse_budget(text)
