@@ -229,30 +229,56 @@ def spread_of(
         floor: root mean square below which the array is noise.
         masked: whether elements below `MASKED` stand for minus infinity.
     """
+    sums, flags = _Sums(), Spread()
     flat = array.reshape(-1)
-    kept = flat[np.isfinite(flat) & (flat > MASKED)] if masked else flat[np.isfinite(flat)]
-    if kept.size == 0:
-        return Spread(), 0.0
-    wide = kept.astype(np.float64)
-    with np.errstate(over="ignore"):
-        rounded = kept.astype(half.numpy()).astype(np.float64)
-    magnitude = np.abs(wide)
-    norm = math.sqrt(float(np.mean(wide * wide)))
-    if not np.isfinite(rounded).all():
-        error = math.inf
-    else:
-        noise = math.sqrt(float(np.mean((wide - rounded) ** 2)))
-        error = noise / max(norm, floor) if noise else 0.0
-    spread = Spread(
-        float(magnitude.max()),
-        float(magnitude.mean()),
-        error,
-        bool((kept == np.rint(kept)).all()),
-        bool((rounded == wide).all()),
-        bool(((rounded == 0) & (wide != 0)).any()),
-        flat.size,
-    )
-    return spread, norm
+    for start in range(0, flat.size, _STEP):
+        flags = sums.add(flat[start : start + _STEP], half, flags, masked=masked)
+    if not sums.count:
+        return Spread(size=flat.size), 0.0
+    norm = math.sqrt(sums.squares / sums.count)
+    noise = math.sqrt(sums.noise / sums.count)
+    error = noise / max(norm, floor) if noise else 0.0
+    return dataclasses.replace(
+        flags, mean=sums.magnitude / sums.count, error=error, size=flat.size
+    ), norm
+
+
+_STEP = 1 << 22
+"""Elements looked at together: a large weight is never held in float64."""
+
+
+@dataclasses.dataclass
+class _Sums:
+    """What adds up over the parts of an array."""
+
+    count: int = 0
+    squares: float = 0.0
+    magnitude: float = 0.0
+    noise: float = 0.0
+
+    def add(self, part: Array, half: ir.DataType, so_far: Spread, *, masked: bool) -> Spread:
+        """Adds one part; returns what is true of all parts so far."""
+        seen = np.isfinite(part) & (part > MASKED) if masked else np.isfinite(part)
+        kept = part[seen]
+        if kept.size == 0:
+            return so_far
+        wide = kept.astype(np.float64)
+        with np.errstate(over="ignore"):
+            rounded = kept.astype(half.numpy()).astype(np.float64)
+        magnitude = np.abs(wide)
+        self.count += kept.size
+        self.squares += float(np.sum(wide * wide))
+        self.magnitude += float(magnitude.sum())
+        overflows = not np.isfinite(rounded).all()
+        self.noise += math.inf if overflows else float(np.sum((wide - rounded) ** 2))
+        return so_far.merged(
+            Spread(
+                absmax=float(magnitude.max()),
+                integers=bool((kept == np.rint(kept)).all()),
+                exact=bool((rounded == wide).all()),
+                flushed=bool(((rounded == 0) & (wide != 0)).any()),
+            )
+        )
 
 
 def _of_inputs(model: ir.Model, feeds: Feeds, half: ir.DataType) -> dict[str, Spread]:
