@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import onnx_ir as ir
@@ -37,6 +37,7 @@ class Attempt:
         before: the model as it was read.
         warnings: what the target has to say about the model.
         files: the working files that hold the result, once written; the model first.
+        became: values that are gone, and what was put in their place, by name.
         sparse: what storing weights sparse is about; None where none is mostly zero, or nothing was written.
         distilled: what training did; None where there was none.
     """
@@ -49,6 +50,7 @@ class Attempt:
     before: ModelFacts
     warnings: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
+    became: Mapping[str, str] = dataclasses.field(default_factory=dict)
     sparse: SparseFacts | None = None
     distilled: History | None = None
 
@@ -105,6 +107,7 @@ def attempt(
         ctx.numerics,
         before,
         warnings,
+        became=ctx.became,
         distilled=ctx.findings.get("distill"),
     )
 

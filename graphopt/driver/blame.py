@@ -13,6 +13,10 @@ Replay: TypeAlias = Callable[[Gate], Attempt]
 IsRight: TypeAlias = Callable[[Attempt], bool]
 
 
+LATEST = 3
+"""How many of the latest suspects are left out one at a time, before halves are."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Blame:
     """The rewrites without which the result is right, and how many replays it took to find them.
@@ -29,8 +33,10 @@ def find_among(
 ) -> Blame | None:
     """The fewest of some rewrites without which the result is right; None where it is wrong without all of them.
 
-    Halves are left out in turn while one of them suffices; where both are needed, one rewrite after the other is
-    taken back in. Source: delta debugging (Zeller and Hildebrandt, IEEE TSE 2002), specialised to few culprits.
+    The latest few are tried one at a time first: what came before them is then the same in every replay, also where a
+    pass chooses its places by counting.  Then halves are left out in turn while one of them suffices; where both are
+    needed, one rewrite after the other is taken back in. Source: delta debugging (Zeller and Hildebrandt, IEEE TSE
+    2002), specialised to few culprits.
     """
     replays = 0
 
@@ -40,6 +46,10 @@ def find_among(
         return is_right(replay(gate.without_all(some)))
 
     left_out = list(suspects)
+    latest = left_out[: -LATEST - 1 : -1] if len(left_out) > 2 else []
+    alone = next((each for each in latest if suffices([each])), None)
+    if alone is not None:
+        return Blame((alone,), replays)
     if not left_out or not suffices(left_out):
         return None
     while len(left_out) > 1:

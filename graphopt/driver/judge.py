@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -15,20 +16,27 @@ from graphopt.driver.request import Progress, Request, VerifyMode
 from graphopt.driver.result import model_name
 from graphopt.emit import finalize
 from graphopt.errors import TargetError, VerifyError
+from graphopt.ir import values
 from graphopt.ir.model_file import load_model, save_model
 from graphopt.numerics import Numerics
 from graphopt.pipeline import PassRun, drops_defaults, flatten
+from graphopt.report.facts import stored_tensors
 from graphopt.report.run import VerificationFacts
 from graphopt.rewrite import Context, Rewrite
 from graphopt.runtime.specs import input_specs
 from graphopt.targets import Precision, get_target
+from graphopt.verify.budget import budget_for
 from graphopt.verify.constraints import constrained_feeds, read_constraints
-from graphopt.verify.divergence import Divergence, agrees_at, first_divergence
+from graphopt.verify.divergence import Divergence, Truth, agrees_at, first_divergence
 from graphopt.verify.feeds import Feed, read_feeds
 from graphopt.verify.verifier import ReferenceRun, Verification, VerifyOptions
 
 CALIBRATION_FEEDS = 8
 """Calibration samples that stand in for inputs where the user gave no others: what a lossy run was made for."""
+
+
+LARGE_MODEL_BYTES = 1 << 26
+"""Of weights: beyond, `verify each` compares on one feed after each pass, and on all at the end."""
 
 
 class EachFailure(VerifyError):
@@ -37,12 +45,20 @@ class EachFailure(VerifyError):
     Attributes:
         rewrites: those made by then.
         file: the model as it was then, written.
+        became: values that were gone by then, and what was put in their place.
     """
 
-    def __init__(self, message: str, rewrites: tuple[Rewrite, ...], file: Path) -> None:
+    def __init__(
+        self,
+        message: str,
+        rewrites: tuple[Rewrite, ...],
+        file: Path,
+        became: Mapping[str, str],
+    ) -> None:
         super().__init__(message)
         self.rewrites = rewrites
         self.file = file
+        self.became = became
 
 
 class Judge:
@@ -54,6 +70,7 @@ class Judge:
         self._say = say
         self._reference: ReferenceRun | None = None
         self._reference_file = Path()
+        self._truth: Truth | None = None
         self._failing: str | None = None
         self.file_name = model_name(request.output)
 
@@ -65,28 +82,32 @@ class Judge:
         return self._facts(self._compare(made))
 
     def is_right(self, made: Attempt) -> bool:
-        """Whether the written attempt may stand, on the feed on which the last comparison failed."""
+        """Whether an attempt, written or not, may stand, on the feed on which the last comparison failed."""
         options = VerifyOptions(
             made.numerics,
             fail_fast=True,
             allow_constant_defaults=self._frozen,
             feed=self._failing,
         )
-        return self._verify(made.files[0], options).passed is not False
+        return self._in_memory(made.model, options).passed is not False
 
-    def divergence(self, file: Path, numerics: Numerics) -> Divergence | None:
+    def divergence(
+        self, file: Path, numerics: Numerics, became: Mapping[str, str]
+    ) -> Divergence | None:
         """Where the model in a file parts from the original, on the feed on which the last comparison failed."""
         feed = self._feed()
         if feed is None or self.reference.unverifiable:
             return None
         profile = self.reference.profile(VerifyOptions(numerics))
-        return first_divergence(self._reference_file, file, feed, profile, self._folder)
+        if self._truth is None:
+            self._truth = Truth(self._reference_file)
+        return first_divergence(self._truth, file, feed, profile, became)
 
     def agrees_at(self, found: Divergence, made: Attempt) -> bool:
         """Whether an attempt computes the value where another one parted from the original."""
         feed = self._feed()
         profile = self.reference.profile(VerifyOptions(made.numerics))
-        return feed is not None and agrees_at(found, made.model, feed, profile, self._folder)
+        return feed is not None and agrees_at(found, made.model, feed, profile)
 
     @property
     def reference_file(self) -> Path:
@@ -111,13 +132,28 @@ class Judge:
             return
         snapshot = load_model(model)
         finalize(snapshot, self._request.target)
-        files = save_model(snapshot, self._folder / "each.onnx")
         options = VerifyOptions(ctx.numerics, fail_fast=True, allow_constant_defaults=True)
-        found = self._noted(self._verify(files[0], options))
+        found = self._noted(self._verify_each(snapshot, options))
         if found.passed is False:
-            raise EachFailure(
-                f"pass {run.name} broke the numbers: {found.reason}", tuple(ctx.rewrites), files[0]
-            )
+            file = save_model(snapshot, self._folder / "each.onnx")[0]
+            message = f"pass {run.name} broke the numbers: {found.reason}"
+            raise EachFailure(message, tuple(ctx.rewrites), file, dict(ctx.became))
+
+    def _verify_each(self, model: ir.Model, options: VerifyOptions) -> Verification:
+        """Compares a model on its way; a large one on the plain feed alone, the rest is left to the end."""
+        feeds = self.reference.feeds
+        size = sum(values.size_bytes(tensor) for _, tensor in stored_tensors(model))
+        if size > LARGE_MODEL_BYTES and feeds:
+            options = dataclasses.replace(options, feed=feeds[0].name)
+        return self._in_memory(model, options)
+
+    def _in_memory(self, model: ir.Model, options: VerifyOptions) -> Verification:
+        """Compares a model that nobody will keep; half precision is emulated from a file."""
+        asked = self._request
+        if asked.precision in half.HALVES or asked.options.sparsity:
+            return self._verify(save_model(model, self._folder / "probe.onnx")[0], options)
+        budget = budget_for(asked.precision, asked.options.budget)
+        return self.reference.verify(model, dataclasses.replace(options, budget=budget))
 
     @property
     def reference(self) -> ReferenceRun:
@@ -151,7 +187,8 @@ class Judge:
         return any(drops_defaults(step) for step in flatten(self._request.steps))
 
     def _compare(self, made: Attempt) -> Verification:
-        options = VerifyOptions(made.numerics, allow_constant_defaults=self._frozen)
+        # Where something is wrong it will be left out and all compared again: one feed that shows it is enough.
+        options = VerifyOptions(made.numerics, fail_fast=True, allow_constant_defaults=self._frozen)
         return self._noted(self._verify(made.files[0], options))
 
     def _original(self) -> Path:

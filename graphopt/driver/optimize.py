@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import re
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from graphopt.driver.attempt import Attempt, attempt, write
@@ -19,7 +21,7 @@ from graphopt.driver.result import Result, check_output, is_bundle, place, place
 from graphopt.driver.search import with_amount
 from graphopt.driver.specialized import Special, compare_with_original, specialized
 from graphopt.emit import check_model
-from graphopt.errors import PassError, VerifyError
+from graphopt.errors import OptionError, PassError, VerifyError
 from graphopt.ir.model_file import load_model
 from graphopt.numerics import Numerics
 from graphopt.pipeline import flatten
@@ -77,7 +79,7 @@ class Run:
         try:
             made = self._compile(self.gate)
         except EachFailure as fault:
-            self._leave_out_wrong(fault.rewrites, fault.file, str(fault))
+            self._leave_out_wrong(fault.rewrites, fault.file, str(fault), fault.became)
             return None
         if reason := self._invalid(made):
             self._leave_out_guilty(len(made.rewrites), reason, is_valid)
@@ -86,7 +88,7 @@ class Run:
         verdict = self.judge.verdict(made)
         if verdict.passed is not False:
             return made, verdict
-        self._leave_out_wrong(made.rewrites, made.files[0], verdict.reason)
+        self._leave_out_wrong(made.rewrites, made.files[0], verdict.reason, made.became)
         return None
 
     def _compile(self, gate: Gate) -> Attempt:
@@ -99,7 +101,7 @@ class Run:
         return self._written(made, self.judge.file_name)
 
     def _probe(self, gate: Gate) -> Attempt:
-        return self._written(attempt(self.request, gate, is_probe=True), "probe.onnx")
+        return attempt(self.request, gate, is_probe=True)
 
     def _written(self, made: Attempt, name: str) -> Attempt:
         return write(made, self.folder, name, self.request.external, self.request.sparse_style)
@@ -124,7 +126,9 @@ class Run:
         self.gate = self.gate.without_pass(fault.pass_name)
         self.rolled_back.append(RolledBack(fault.pass_name, "", "", str(fault)))
 
-    def _leave_out_wrong(self, rewrites: tuple[Rewrite, ...], file: Path, reason: str) -> None:
+    def _leave_out_wrong(
+        self, rewrites: tuple[Rewrite, ...], file: Path, reason: str, became: Mapping[str, str]
+    ) -> None:
         """Finds what broke the numbers of the model in `file`, and gates it off.
 
         Rewrites near the first value that differs are suspected first: a few replays settle that, on that value alone.
@@ -136,7 +140,7 @@ class Run:
         self._refuse_if_strict(reason)
         self.say("bisect", None)
         numerics = max((each.numerics for each in rewrites), default=Numerics.EXACT)
-        found = self.judge.divergence(file, numerics)
+        found = self.judge.divergence(file, numerics, became)
         if found is None:
             self._leave_out_guilty(len(rewrites), reason, self.judge.is_right)
             return
@@ -226,6 +230,24 @@ def is_valid(made: Attempt) -> bool:
     return check_model(made.model) is None
 
 
+@contextlib.contextmanager
+def _working_folder(output: Path | None) -> Iterator[Path]:
+    """A folder for working files; what cannot be written there cannot be written to the output, and is told so.
+
+    They lie beside the output, so that moving them there is a rename.
+    """
+    parent = None if output is None else output.parent
+    with tempfile.TemporaryDirectory(prefix=".graphopt-", dir=parent) as scratch:
+        try:
+            yield Path(scratch)
+        except OptionError as fault:
+            told = str(fault)
+            if output is None or scratch not in told:
+                raise
+            inside = re.escape(scratch) + r"[^\s:;,'\"]*"
+            raise OptionError(re.sub(inside, lambda _: str(output), told)) from fault
+
+
 def run(request: Request, say: Progress) -> Result:
     """Carries out a request.
 
@@ -238,14 +260,12 @@ def run(request: Request, say: Progress) -> Result:
         check_output(request.output)
     if request.repro is not None:
         check_folder(request.repro)
-    # Working files lie beside the output, so that moving them there is a rename.
-    parent = None if request.output is None else request.output.parent
-    with tempfile.TemporaryDirectory(prefix=".graphopt-", dir=parent) as scratch:
+    with _working_folder(request.output) as scratch:
         request, special = specialized(request)
         request, searched = with_amount(request, say)
-        judge = Judge(request, Path(scratch), say)
-        made_of = _compared(request, special, judge, Path(scratch))
-        running = Run(request, judge, Path(scratch), say, request.gate)
+        judge = Judge(request, scratch, say)
+        made_of = _compared(request, special, judge, scratch)
+        running = Run(request, judge, scratch, say, request.gate)
         made, verdict = running.settle()
         say("write", None)
         told = (*searched, *running.warnings, *made.warnings, *_warnings(made.remarks))
@@ -253,7 +273,7 @@ def run(request: Request, say: Progress) -> Result:
             finished = Finished(
                 request, made, verdict, judge, tuple(running.rolled_back), told, special, made_of
             )
-            path: Path | None = place_bundle(build(finished, Path(scratch)), request.output)
+            path: Path | None = place_bundle(build(finished, scratch), request.output)
         else:
             path = None if request.output is None else place(made, request.output)
     report = RunReport(

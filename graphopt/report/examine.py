@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from graphopt.report.diff import ModelDiff, diff_models
 from graphopt.report.drawing import Drawing, drawings
 from graphopt.runtime.measure import Latency, measure
 from graphopt.runtime.session import OptimizationLevel, Session
-from graphopt.verify.divergence import errors_along
+from graphopt.verify.divergence import Truth, errors_along
 from graphopt.verify.feeds import Feed
 from graphopt.verify.verifier import ReferenceRun, VerifyOptions
 
@@ -90,8 +89,7 @@ def examine(
 
 def _along(original: Path, result: Path, run: ReferenceRun, feed: Feed) -> tuple[Point, ...]:
     profile = run.profile(VerifyOptions(Numerics.REORDERED))
-    with tempfile.TemporaryDirectory(prefix="graphopt-report-") as scratch:
-        found = errors_along(original, result, feed, profile, Path(scratch))
+    found = errors_along(Truth(original), result, feed, profile)
     return tuple(
         Point(report.name, operator, report.max_over_rms, report.passed)
         for operator, report in found

@@ -111,7 +111,9 @@ def commit(
     site.graph.insert_before(root, tape.nodes)
     for old, value in zip(root.outputs, new, strict=True):
         if value is not None:
+            name = old.name
             take_over(old, value, fresh=value.producer() in set(tape.nodes))
+            ctx.replaced(name, value.name)
     left = remove(root, ctx)
     ctx.shapes.update([*tape.nodes, *(user for user in users if user.graph is not None)])
     return [*tape.nodes, *left, *users]

@@ -181,6 +181,9 @@ class Context:
     progress: Callable[[str, float | None], None] = lambda _stage, _part: None
     findings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    became: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Values that are gone, and those of other names that were put in their place."""
+
     _said: set[Remark] = dataclasses.field(default_factory=set, init=False, repr=False)
     _shapes: Shapes | None = dataclasses.field(default=None, init=False, repr=False)
     _names: Names | None = dataclasses.field(default=None, init=False, repr=False)
@@ -247,6 +250,11 @@ class Context:
     ) -> None:
         """Records that `rule` recognised its pattern at `node` and declined, and because of what."""
         self.remark(RemarkKind.MISSED, rule, node, reason, culprit)
+
+    def replaced(self, old: str | None, new: str | None) -> None:
+        """Keeps in mind that what read one value reads another one, of another name, from now on."""
+        if old and new and old != new:
+            self.became[old] = new
 
     @property
     def numerics(self) -> Numerics:

@@ -31,7 +31,9 @@ def substitute(
     graph = before.graph
     assert graph is not None
     if can_take_over(old, new, graph):
+        name = old.name
         take_over(old, new, fresh=False)
+        ctx.replaced(name, new.name)
         return None
     node = ir.Node("", "Identity", [new], name=ctx.names.fresh(f"{name_of(old)}_Identity"))
     mark(node, rule, name_of(old), ctx)

@@ -47,6 +47,7 @@ class SessionOptions:
             GEMM kernels, so a reference is run without.
         external_folder: where external data of a model given as bytes lies.
         extra_outputs: names of values of the main graph to return besides the outputs.
+        lent: arrays of initializers whose data the model says to be elsewhere, by name; not copied.
         optimized_path: where to write the graph as the runtime will run it, to be read back.
         profile: beginning of the path of the runtime's profile; None for no profiling.
     """
@@ -56,6 +57,7 @@ class SessionOptions:
     prepack: bool = True
     external_folder: Path | None = None
     extra_outputs: tuple[str, ...] = ()
+    lent: Mapping[str, np.ndarray[Any, Any]] = dataclasses.field(default_factory=dict)
     optimized_path: Path | None = None
     profile: Path | None = None
 
@@ -82,6 +84,7 @@ class Session:
             if isinstance(model, Path):
                 options = dataclasses.replace(options, external_folder=model.parent)
             model = tapping.tap(model, options.extra_outputs)
+        self._lent = options.lent  # the runtime reads them where they are
         self._session = _create(model, level, options, self.where)
         self.inputs = tuple(
             [_spec(arg) for arg in self._session.get_inputs()]
@@ -259,6 +262,9 @@ def _create(
     if options.profile is not None:
         settings.enable_profiling = True
         settings.profile_file_prefix = str(options.profile)
+    lent = [ort.OrtValue.ortvalue_from_numpy(array) for array in options.lent.values()]
+    if lent:
+        settings.add_external_initializers(list(options.lent), lent)
     source = str(model) if isinstance(model, Path) else model
     try:
         return ort.InferenceSession(source, settings, providers=list(options.providers))

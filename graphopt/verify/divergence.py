@@ -1,7 +1,8 @@
 """Where two models part: the first value that both have and compute differently, and what feeds it.
 
 Values are found again by name: a rewrite hands the name of what it replaces to its replacement, so a name that both
-models have stands for the same quantity. Values of subgraphs and functions belong to the node that runs them.
+models have stands for the same quantity. Of a value that is gone, the engine keeps what was put in its place. Values of
+subgraphs and functions belong to the node that runs them.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import onnx_ir as ir
 
 from graphopt.errors import GraphoptError
 from graphopt.ir import scopes
-from graphopt.ir.model_file import ExternalData, load_model, save_model
-from graphopt.runtime.session import Session, SessionOptions
+from graphopt.ir.model_file import load_model
+from graphopt.runtime.in_memory import model_session
 from graphopt.verify.compare import OutputReport, compare
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Divergence:
 
     Attributes:
         value: its name.
+        stands: the name of what stands in its place in the candidate; mostly the same.
         operator: what computes it in the candidate.
         report: how it compares.
         boundary: values that both models have, on which they agree, and from which the value follows in either.
@@ -44,6 +46,7 @@ class Divergence:
     """
 
     value: str
+    stands: str
     operator: str
     report: OutputReport
     boundary: tuple[str, ...]
@@ -52,37 +55,67 @@ class Divergence:
     captured: Mapping[str, Any]
 
 
+@dataclasses.dataclass
+class Truth:
+    """A reference whose values are computed once for each feed, however many candidates are compared with them.
+
+    Attributes:
+        file: the reference.
+        held: its values by feed.
+    """
+
+    file: Path
+    held: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def on(self, feed: Feed, graph: ir.Model) -> dict[str, Any]:
+        """Every value of the main graph on a feed.
+
+        Raises:
+            GraphoptError: the reference cannot be run with its values shown.
+        """
+        if feed.name not in self.held:
+            self.held[feed.name] = _tap(graph, feed, list(_values(graph.graph)))
+        return self.held[feed.name]
+
+
 def first_divergence(
-    reference: Path, candidate: Path, feed: Feed, profile: Profile, scratch: Path
+    reference: Truth,
+    candidate: Path,
+    feed: Feed,
+    profile: Profile,
+    became: Mapping[str, str] | None = None,
 ) -> Divergence | None:
     """The first value that differs on `feed`, in the candidate's order; None where none that both have does.
 
     Args:
-        reference: the original's file.
+        reference: the original.
         candidate: the file of what stands in its place.
         feed: inputs on which outputs differ.
         profile: when two values differ.
-        scratch: a folder for working files.
+        became: values of the original that are gone, and what was put in their place.
     """
-    graphs = [load_model(path) for path in (reference, candidate)]
+    graphs = [load_model(path) for path in (reference.file, candidate)]
     left, right = (_values(model.graph) for model in graphs)
     try:
-        truth, reports = _side_by_side(graphs, feed, profile, scratch)
+        truth, reports = _side_by_side(reference, graphs, feed, profile, became or {})
     except GraphoptError:
         return None
-    wrong = [name for name, report in reports.items() if not report.passed]
+    wrong = [name for name, (_, report) in reports.items() if not report.passed]
     if not wrong:
         return None
     first = wrong[0]
-    agreeing = {name for name in reports if reports[name].passed} | set(feed.values)
-    parts = [_behind(values[first], agreeing) for values in (left, right)]
+    stands, report = reports[first]
+    passed = {name for name, (other, found) in reports.items() if found.passed and name == other}
+    agreeing = passed | set(feed.values)
+    parts = [_behind(values[name], agreeing) for values, name in ((left, first), (right, stands))]
     boundary = tuple(dict.fromkeys(name for found, _ in parts for name in found))
     numbers = {**truth, **feed.values}
-    producer = right[first].producer()
+    producer = right[stands].producer()
     return Divergence(
         first,
+        stands,
         producer.op_type if producer else "",
-        reports[first],
+        report,
         boundary,
         frozenset(name for _, region in parts for name in region),
         len(wrong) - 1,
@@ -91,44 +124,76 @@ def first_divergence(
 
 
 def errors_along(
-    reference: Path, candidate: Path, feed: Feed, profile: Profile, scratch: Path
+    reference: Truth, candidate: Path, feed: Feed, profile: Profile
 ) -> list[tuple[str, OutputReport]]:
     """Every value that both models have, in the candidate's order, with its operator and how it compares on `feed`.
 
     Raises:
         GraphoptError: one of the models cannot be run with its values shown.
     """
-    graphs = [load_model(path) for path in (reference, candidate)]
+    graphs = [load_model(path) for path in (reference.file, candidate)]
     makers = {name: value.producer() for name, value in _values(graphs[1].graph).items()}
-    _, reports = _side_by_side(graphs, feed, profile, scratch)
+    _, reports = _side_by_side(reference, graphs, feed, profile, {})
     return [
-        (node.op_type if (node := makers[name]) else "", report) for name, report in reports.items()
+        (node.op_type if (node := makers[name]) else "", report)
+        for name, (_, report) in reports.items()
     ]
 
 
 def _side_by_side(
-    graphs: Sequence[ir.Model], feed: Feed, profile: Profile, scratch: Path
-) -> tuple[dict[str, Any], dict[str, OutputReport]]:
-    """The first model's values that the second has too, and how the second's compare, in the second's order."""
+    reference: Truth,
+    graphs: Sequence[ir.Model],
+    feed: Feed,
+    profile: Profile,
+    became: Mapping[str, str],
+) -> tuple[dict[str, Any], dict[str, tuple[str, OutputReport]]]:
+    """The first model's values, and by name what the second has for them and how that compares, in its order."""
     left, right = (_values(model.graph) for model in graphs)
-    common = [name for name in right if name in left]
-    truth = _tap(graphs[0], feed, common, scratch / "tapped-reference.onnx")
-    found = _tap(graphs[1], feed, common, scratch / "tapped-candidate.onnx")
-    reports = {name: compare(name, truth[name], found[name], profile) for name in common}
+    gone: dict[str, list[str]] = {}
+    for name in left:
+        stands = _now(name, became)
+        if name not in right and stands in right:
+            gone.setdefault(stands, []).append(name)
+    pairs = [
+        (name, other)
+        for other in right
+        for name in (*([other] if other in left else ()), *gone.get(other, ()))
+    ]
+    truth = reference.on(feed, graphs[0])
+    found = _tap(graphs[1], feed, list(dict.fromkeys(other for _, other in pairs)))
+    reports = {
+        name: (other, compare(name, truth[name], found[other], profile)) for name, other in pairs
+    }
     return truth, reports
 
 
-def agrees_at(
-    reference: Divergence, model: ir.Model, feed: Feed, profile: Profile, scratch: Path
-) -> bool:
-    """Whether a candidate computes the value on which another one parted; False where it has no such value."""
+def _now(name: str, became: Mapping[str, str]) -> str:
+    """What stands for a value after all replacements."""
+    seen = {name}
+    while (after := became.get(name)) is not None and after not in seen:
+        seen.add(after)
+        name = after
+    return name
+
+
+def agrees_at(reference: Divergence, model: ir.Model, feed: Feed, profile: Profile) -> bool:
+    """Whether a candidate computes the value on which another one parted; False where it has no such value.
+
+    Only the part between the boundary and the value is run, where the candidate still has that boundary.
+    """
     if reference.value not in _values(model.graph):
         return False
-    try:
-        found = _tap(model, feed, [reference.value], scratch / "tapped-probe.onnx")
-    except GraphoptError:
-        return False
     truth = reference.captured[reference.value]
+    try:
+        part = cut(model, reference)
+        found = model_session(part).run(
+            {v.name or "": reference.captured[v.name or ""] for v in part.graph.inputs}
+        )
+    except (GraphoptError, ValueError):  # ValueError: the boundary does not cut the value off
+        try:
+            found = _tap(model, feed, [reference.value])
+        except GraphoptError:
+            return False
     return compare(reference.value, truth, found[reference.value], profile).passed
 
 
@@ -137,9 +202,11 @@ def cut(model: ir.Model, found: Divergence) -> ir.Model:
     names = set(_values(model.graph)) | {value.name for value in model.graph.inputs}
     for name in found.boundary:
         _state_type(model.graph, name, found.captured[name])
+    output = found.value if found.value in names else found.stands
     graph = ir.convenience.extract(
-        model.graph, [name for name in found.boundary if name in names], [found.value]
+        model.graph, [name for name in found.boundary if name in names], [output]
     )
+    graph.outputs[0].name = found.value
     for name in found.boundary:
         if name not in names:  # the other model's region needs it: both shall take the same inputs
             graph.inputs.append(_typed(ir.Value(name=name), found.captured[name]))
@@ -186,13 +253,12 @@ def _needs(node: ir.Node) -> Sequence[ir.Value]:
     return scopes.dependencies(node)
 
 
-def _tap(model: ir.Model, feed: Feed, names: Sequence[str], file: Path) -> dict[str, Any]:
-    """Values of the main graph on a feed.  The weights are put beside the file, so that tapping parses little."""
-    path = save_model(model, file, external=ExternalData.SINGLE_FILE)[0]
+def _tap(model: ir.Model, feed: Feed, names: Sequence[str]) -> dict[str, Any]:
+    """Values of the main graph on a feed."""
     found: dict[str, Any] = {}
     for start in range(0, len(names), _AT_A_TIME):
         some = tuple(names[start : start + _AT_A_TIME])
-        session = Session(path, options=SessionOptions(prepack=False, extra_outputs=some))
+        session = model_session(model, some)
         takes = {spec.name for spec in session.inputs}
         fed = {name: value for name, value in feed.values.items() if name in takes}
         found |= session.run(fed, some)

@@ -39,6 +39,12 @@ def movement(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, f
     return found
 
 
+def may_explain(report: OutputReport) -> bool:
+    """Whether any noise would be forgiven as much: if not, there is no need to measure it."""
+    small = report.max_over_rms is not None and report.max_over_rms <= NOISE_FACTOR * NOISE_CAP
+    return small and report.nonfinite_equal
+
+
 def forgive(report: OutputReport, noise: float, *, stress: bool = False) -> OutputReport:
     """The report, passed after all where the reference itself is as uncertain as the difference is large.
 

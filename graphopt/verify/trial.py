@@ -11,6 +11,7 @@ from graphopt.errors import GraphoptError, ModelError
 from graphopt.verify.compare import Hint, compare
 from graphopt.verify.declared import broken_promises
 from graphopt.verify.dims import EMPTY
+from graphopt.verify.feeds import STRESS
 from graphopt.verify.origins import OutputOrigin, scale_floor
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Trial:
     promised: Promises | None = None
     may_be_empty: bool = False
     notes: list[str] = dataclasses.field(default_factory=list)
+    _failed: set[str] = dataclasses.field(default_factory=set, init=False)
 
     def reports(self) -> dict[str, list[OutputReport]]:
         """Reports by output name, one a feed.
@@ -70,7 +72,8 @@ class Trial:
                 continue
             for name, report in self._on_feed(index, feed, results, names):
                 reports[name].append(report)
-            if self.options.fail_fast and any(not r[-1].passed for r in reports.values() if r):
+            failed = any(not r[-1].passed for r in reports.values() if r)
+            if failed and self.options.fail_fast and feed.name.split(",")[0] not in STRESS:
                 break
         return {name: found for name, found in reports.items() if name not in run.excluded}
 
@@ -100,8 +103,9 @@ class Trial:
                 report = dataclasses.replace(report, passed=False, why=broken[name])
             if report.passed:
                 report = self._with_hidden(report, index, results)
-            if not report.passed:
+            if not report.passed and name not in self._failed:
                 # Memory that nobody initialised, say, may show on some feeds only.
+                self._failed.add(name)
                 self.reference.exclude_unstable(index)
             found.append((name, dataclasses.replace(report, feed=feed.name)))
         return found

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from graphopt.errors import GraphoptError, ModelError
 from graphopt.ir.model_file import load_model
 from graphopt.numerics import Numerics
+from graphopt.runtime.in_memory import model_session
 from graphopt.runtime.session import OptimizationLevel, Session, SessionOptions
 from graphopt.runtime.specs import input_specs, output_specs
 from graphopt.verify import contract, metrics, noise, origins
@@ -85,7 +86,7 @@ class VerifyOptions:
     Attributes:
         numerics: what the passes declared; picks the gate.
         budget: of LOSSY.
-        fail_fast: stop at the first feed that fails (bisection).
+        fail_fast: stop at the first feed that fails (bisection), unless no user would make it.
         allow_constant_defaults: accept that overridable defaults became constants.
         deployed: a level to run the candidate at as well, for information.
         feed: name of the only feed to compare on; None for all.
@@ -185,8 +186,10 @@ class ReferenceRun:
             budget=options.budget,
         )
 
-    def verify(self, candidate: Path | bytes, options: VerifyOptions | None = None) -> Verification:
-        """Compares one candidate with the reference on every feed."""
+    def verify(
+        self, candidate: Path | bytes | ir.Model, options: VerifyOptions | None = None
+    ) -> Verification:
+        """Compares one candidate, a file or a model in memory, with the reference on every feed."""
         options = options or VerifyOptions()
         profile = self.profile(options)
         about: dict[str, Any] = {
@@ -195,7 +198,7 @@ class ReferenceRun:
             "excluded": dict(self.excluded),
         }
         try:
-            graph = load_model(candidate)
+            graph = candidate if isinstance(candidate, ir.Model) else load_model(candidate)
         except ModelError as error:
             return self._failed(about, f"the candidate cannot be read: {error}")
         faults, notes = self._contract(input_specs(graph), output_specs(graph), options)
@@ -209,7 +212,11 @@ class ReferenceRun:
         try:
             shared = shared_taps(self.hidden, graph) if profile.budget is None else ()
             promised = (input_specs(graph), output_specs(graph))
-            session = _session(candidate, shared)
+            session = (
+                model_session(candidate, shared)
+                if isinstance(candidate, ir.Model)
+                else _session(candidate, shared)
+            )
             trial = Trial(self, session, profile, options, promised, takes_empty(graph))
             reports = trial.reports()
         except GraphoptError as error:
@@ -309,9 +316,11 @@ class ReferenceRun:
         """A failure on one feed, passed after all where the reference is as uncertain itself."""
         if profile.numerics is not Numerics.REORDERED:
             return report
+        stress = self.feeds[index].name.split(",")[0] == HUGE
+        if not stress and not noise.may_explain(report):
+            return report
         if index not in self._noises:
             self._noises[index] = self._noise(index)
-        stress = self.feeds[index].name.split(",")[0] == HUGE
         return noise.forgive(report, self._noises[index].get(name, 0.0), stress=stress)
 
     def _hint(self, name: str, index: int, profile: Profile) -> Hint:
@@ -330,10 +339,10 @@ class ReferenceRun:
         return noise.movement(self.outputs[index], moved)
 
     def _deployed(
-        self, candidate: Path | bytes, options: VerifyOptions
+        self, candidate: Path | bytes | ir.Model, options: VerifyOptions
     ) -> tuple[OutputReport, ...]:
         """The candidate as it will run, judged as REORDERED at least: the runtime fuses on its own."""
-        if options.deployed is None:
+        if options.deployed is None or isinstance(candidate, ir.Model):
             return ()
         profile = self.profile(
             dataclasses.replace(options, numerics=max(options.numerics, Numerics.REORDERED))
