@@ -24,6 +24,9 @@ from graphopt.errors import ModelError
 JUDGED = 16
 """How often the held-out samples are looked at."""
 
+AVERAGED = 0.97
+"""What is judged and kept is a running mean of the weights, in which each step has this much of the one before."""
+
 SINGLES = 8
 """Samples a step where they cannot be joined: each is a run of its own."""
 
@@ -111,6 +114,7 @@ class Trainer:
         self._leaves = [
             torch.tensor(each.start, dtype=_float_of(each), requires_grad=True) for each in weights
         ]
+        self._means = [leaf.detach().clone() for leaf in self._leaves]
         self._masks = [None if w.mask is None else torch.tensor(w.mask) for w in weights]
 
     def run(self, division: Division, seed: int, report: Report) -> Trained:
@@ -147,7 +151,7 @@ class Trainer:
         feeds = grouped(samples, self._settings.batch, joined=self._teacher.joins)
         with torch.no_grad():
             for feed in feeds:
-                total += float(self._loss(feed, self._teacher.outputs(feed)))
+                total += float(self._loss(feed, self._teacher.outputs(feed), self._means))
         return total / len(feeds)
 
     def _step(
@@ -165,7 +169,7 @@ class Trainer:
         for clean in feeds:
             whole = mixed(clean, self._settings.mix, rng) if self._teacher.joins else clean
             feed = noisy(whole, spread, rng)
-            loss = self._loss(feed, self._teacher.outputs(feed)) / len(feeds)
+            loss = self._loss(feed, self._teacher.outputs(feed), self._leaves) / len(feeds)
             loss.backward()
             total += float(loss.detach())
         for leaf, mask in zip(self._leaves, self._masks, strict=True):
@@ -176,9 +180,11 @@ class Trainer:
             for leaf, mask in zip(self._leaves, self._masks, strict=True):
                 if mask is not None:
                     leaf.mul_(mask)
+            for leaf, mean in zip(self._leaves, self._means, strict=True):
+                mean.lerp_(leaf, 1 - AVERAGED)
         return total
 
-    def _loss(self, feed: Feed, wanted: Mapping[str, Array]) -> Tensor:
+    def _loss(self, feed: Feed, wanted: Mapping[str, Array], leaves: Sequence[Tensor]) -> Tensor:
         ends: list[Tensor] = []
         blocks = frozenset(self._teacher.features)
 
@@ -188,9 +194,7 @@ class Trainer:
             ends.append(error_of(tensor_of(wanted[name]), value))
             return value.detach() if self._settings.mode is Mode.BLOCKS else value
 
-        weights = {
-            w.name: _used(w, leaf) for w, leaf in zip(self._weights, self._leaves, strict=True)
-        }
+        weights = {w.name: _used(w, leaf) for w, leaf in zip(self._weights, leaves, strict=True)}
         made = self._interpreter.run(_tensors(feed), weights, watch)
         total = sum(
             (self._output_loss(name, made[name], wanted[name]) for name in self._teacher.floats),
@@ -211,7 +215,7 @@ class Trainer:
         return heat**2 * (ahead.exp() * (ahead - behind)).sum(-1).mean()
 
     def _snapshot(self) -> tuple[Array, ...]:
-        return tuple(leaf.detach().cpu().numpy().astype(np.float64) for leaf in self._leaves)
+        return tuple(mean.cpu().numpy().astype(np.float64) for mean in self._means)
 
 
 def error_of(want: Tensor, made: Tensor) -> Tensor:

@@ -1,0 +1,79 @@
+"""The most sparsity within a budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+import graphopt
+from graphopt.driver.search import highest, ladder
+from graphopt.errors import OptionError
+from graphopt.ir.model_file import load_model
+from tests.rewriting import parse
+
+TEXT = """g (float[N,16] x) => (float[N,64] y) <float[16,64] w1, float[64,64] w2, float[64,64] w3> {
+    a = MatMul(x, w1)  r = Relu(a)  b = MatMul(r, w2)  s = Relu(b)  y = MatMul(s, w3) }"""
+
+
+def network() -> ir.Model:
+    model = load_model(parse(TEXT))
+    rng = np.random.default_rng(0)
+    for name, value in model.graph.initializers.items():
+        assert value.const_value is not None
+        shape = value.const_value.shape.numpy()
+        value.const_value = ir.Tensor(rng.standard_normal(shape).astype(np.float32), name=name)
+    return model
+
+
+def samples() -> list[dict[str, Any]]:
+    rng = np.random.default_rng(1)
+    return [{"x": rng.standard_normal((1, 16)).astype(np.float32)} for _ in range(64)]
+
+
+def zeros(model: ir.Model) -> float:
+    arrays = [v.const_value.numpy() for v in model.graph.initializers.values() if v.const_value]
+    return sum(int((a == 0).sum()) for a in arrays) / sum(a.size for a in arrays)
+
+
+def test_max_is_a_ladder_and_carries_its_options() -> None:
+    assert ladder("max,method=admm")[0] == "0.5,method=admm"
+    assert ladder("channels:max")[-1] == "channels:0.9"
+    assert ladder("0.8") == ladder(None) == ()
+
+
+@pytest.mark.parametrize("last", range(6))
+def test_bisection_finds_the_last_rung_that_holds(last: int) -> None:
+    rungs = ("a", "b", "c", "d", "e")
+    tried: list[str] = []
+
+    def holds(rung: str) -> bool:
+        tried.append(rung)
+        return rungs.index(rung) < last
+
+    assert highest(rungs, holds) == (rungs[last - 1] if last else None)
+    assert len(tried) <= 3
+
+
+def test_a_wider_budget_gives_more_zeros() -> None:
+    made = [
+        graphopt.optimize(network(), sparsity="max", calibration=samples(), budget=budget)
+        for budget in ("sqnr>=14", "sqnr>=4")
+    ]
+    assert all(each.report.verification.passed for each in made)
+    assert not any(each.report.rolled_back for each in made)
+    assert 0.4 < zeros(made[0].model) < zeros(made[1].model)
+
+
+def test_says_when_nothing_stays_within_the_budget() -> None:
+    made = graphopt.optimize(network(), sparsity="max", calibration=samples(), budget="sqnr>=200")
+    assert zeros(made.model) == 0
+    assert any("not even --sparsity 0.5 stays within sqnr>=200" in w for w in made.report.warnings)
+
+
+@pytest.mark.parametrize("given", [{}, {"budget": "sqnr>=10", "verify": "off"}])
+def test_needs_a_budget_to_look_for(given: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match="give --budget"):
+        graphopt.optimize(network(), sparsity="max", calibration=samples(), **given)
