@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,14 @@ from graphopt.numerics import Numerics
 from graphopt.pipeline import Step
 from graphopt.pipeline.recipe import to_spec
 from graphopt.report.facts import file_sha256, model_facts
+from graphopt.report.markdown import run_markdown
 from graphopt.report.plain import graphopt_version, plain
-from graphopt.report.run import RolledBack, VerificationFacts
+from graphopt.report.run import RolledBack, RunReport, VerificationFacts
 from graphopt.runtime import onnxruntime_api
 from graphopt.runtime.specs import TensorSpec, input_specs, output_specs
 from graphopt.targets import Artefact
+
+REPORT = "report.md"
 
 _FLOOR = {Numerics.EXACT: 1e-4, Numerics.REORDERED: 1e-4, Numerics.LOSSY: 0.05}
 """Of the tolerance of golden outputs: the runtime's own rewrites may reorder sums, and fuse Q/DQ pairs otherwise."""
@@ -85,9 +88,11 @@ def build(run: Finished, folder: Path) -> Path:
             (place / name).chmod(0o755)
     if "triton" in run.request.extras:
         write_repository(made, place / "triton", place / MODEL)
-    if "ort" in run.request.extras:
-        write_ort(place / MODEL, place)
-    body = manifest(run, place, made, listing)
+    unstable = set()
+    if "ort" in run.request.extras and not write_ort(place / MODEL, place):
+        unstable.add(ORT_FILE)
+    (place / REPORT).write_text(_report(run, place), encoding="utf-8")
+    body = manifest(run, place, made, listing, unstable)
     text = json.dumps(body, indent=2, allow_nan=False) + "\n"
     (place / MANIFEST).write_text(text, encoding="utf-8")
     return place
@@ -123,8 +128,38 @@ def _is_integer(value: object) -> bool:
     return getattr(getattr(value, "dtype", None), "kind", "") in "iub"
 
 
+def _report(run: Finished, place: Path) -> str:
+    """The report of the run, without what differs from run to run: times and folders."""
+    before = run.special.before if run.special is not None else run.made.before
+    name = None if before.path is None else Path(before.path).name
+    after = model_facts(load_model(place / MODEL), place / MODEL, with_hash=False)
+    return run_markdown(
+        RunReport(
+            input=dataclasses.replace(before, path=name),
+            output=dataclasses.replace(after, path=MODEL),
+            target=run.request.target.name,
+            precision=run.request.precision.value,
+            passes=run.made.runs,
+            verification=run.verdict,
+            remarks=run.made.remarks,
+            rewrites=run.made.rewrites,
+            rolled_back=run.rolled_back,
+            recipe=None if run.request.recipe is None else Path(run.request.recipe).name,
+            seed=run.request.options.seed,
+            warnings=run.warnings,
+            sparse=run.made.sparse,
+            specialized=run.specialized,
+        ),
+        times=False,
+    )
+
+
 def manifest(
-    run: Finished, place: Path, made: Deployment, golden: Mapping[str, Any] | None
+    run: Finished,
+    place: Path,
+    made: Deployment,
+    golden: Mapping[str, Any] | None,
+    unstable: Set[str] = frozenset(),
 ) -> dict[str, Any]:
     """What the bundle is and how it came about: the same for the same run, on any day and in any folder."""
     request, model = run.request, load_model(place / MODEL)
@@ -177,7 +212,7 @@ def manifest(
         "golden": golden,
         "warnings": list(run.warnings),
         "files": {
-            file.relative_to(place).as_posix(): None if file.name == ORT_FILE else file_sha256(file)
+            file.relative_to(place).as_posix(): None if file.name in unstable else file_sha256(file)
             for file in sorted(place.rglob("*"))
             if file.is_file()
         },

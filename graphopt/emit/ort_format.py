@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 from graphopt.errors import TargetError
 from graphopt.ir.model_file import load_model
 from graphopt.ir.scopes import all_graphs
-from graphopt.runtime import onnxruntime_api
 
 ORT_FILE = "model.ort"
-"""Its bytes cannot be promised: ONNX Runtime 1.31 writes tables in an order that differs from run to run."""
+"""Two runs give the same bytes where `ort_writer` can have fixed addresses."""
+
+SECONDS = 1800
 
 
-def write_ort(model: Path, folder: Path) -> None:
-    """Writes `model.ort` and `required_operators.config` into `folder`.
+def write_ort(model: Path, folder: Path) -> bool:
+    """Writes `model.ort` and `required_operators.config` into `folder`; returns whether another run gives these bytes.
 
     The runtime's BASIC rewrites are in the file, and none that depend on the machine.
 
     Raises:
         TargetError: the installed ONNX Runtime cannot write the format.
     """
-    _convert(model, folder / ORT_FILE, "ORT")
+    reproducible = _convert(model, folder / ORT_FILE, "ORT")
     plain = folder / ".operators.onnx"
     _convert(model, plain, "ONNX")
     lines = required_operators(plain)
     plain.unlink()
     (folder / "required_operators.config").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return reproducible
 
 
 def required_operators(model: Path) -> list[str]:
@@ -43,16 +48,14 @@ def required_operators(model: Path) -> list[str]:
     ]
 
 
-def _convert(model: Path, output: Path, form: str) -> None:
-    ort = onnxruntime_api.runtime()
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.optimized_model_filepath = str(output)
-    options.add_session_config_entry("session.save_model_format", form)
-    options.log_severity_level = 4
-    try:
-        ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-    except onnxruntime_api.errors() as error:
+def _convert(model: Path, output: Path, form: str) -> bool:
+    line = [sys.executable, "-m", "graphopt.emit.ort_writer", str(model), str(output), form]
+    ran = subprocess.run(  # noqa: S603  our own module
+        line, capture_output=True, text=True, check=False, timeout=SECONDS
+    )
+    told = json.loads(ran.stdout) if ran.returncode == 0 else {"fault": ran.stderr.strip()[-300:]}
+    if told["fault"] or not output.is_file():
         raise TargetError(
-            f"ONNX Runtime cannot write {output.name}: {' '.join(str(error).split())[:300]}; leave out --with ort"
-        ) from error
+            f"ONNX Runtime cannot write {output.name}: {told['fault']}; leave out --with ort"
+        )
+    return bool(told["reproducible"])

@@ -8,8 +8,8 @@ from graphopt.report.plain import graphopt_version
 from graphopt.report.run import RunReport, VerificationFacts
 
 
-def run_markdown(report: RunReport) -> str:
-    """The report as a Markdown document."""
+def run_markdown(report: RunReport, *, times: bool = True) -> str:
+    """The report as a Markdown document; without `times`, the same for each run."""
     before, after = report.input, report.output
     opsets = [facts.opsets.get("", "") for facts in (before, after)]
     sizes = [
@@ -25,7 +25,7 @@ def run_markdown(report: RunReport) -> str:
         f"graphopt {graphopt_version()}, target {report.target}, precision {report.precision}, seed {report.seed}",
         _table(("", "before", "after"), sizes),
         *_specialized(report),
-        *_passes(report),
+        *_passes(report, times=times),
         *_verification(report.verification),
         *_smaller(report),
         *_lists(report),
@@ -43,7 +43,10 @@ def _smaller(report: RunReport) -> list[str]:
     """What zeros did to the file, and what training made up for."""
     parts = []
     if report.sparse is not None:
-        parts += ["## Sparsity", "\n".join(f"- {_cell(each)}" for each in report.sparse.sentences())]
+        parts += [
+            "## Sparsity",
+            "\n".join(f"- {_cell(each)}" for each in report.sparse.sentences()),
+        ]
     if report.distilled is not None:
         rows = [(step, f"{loss:.6g}") for step, loss in report.distilled.judged]
         said = "\n".join(f"- {_cell(each)}" for each in report.distilled.sentences())
@@ -51,22 +54,22 @@ def _smaller(report: RunReport) -> list[str]:
     return parts
 
 
-def _passes(report: RunReport) -> list[str]:
+def _passes(report: RunReport, *, times: bool) -> list[str]:
     rules: dict[str, list[str]] = {}
-    for (name, rule), times in report.rewrite_counts().items():
-        rules.setdefault(name, []).append(f"{rule} {times}")
+    for (name, rule), fired in report.rewrite_counts().items():
+        rules.setdefault(name, []).append(f"{rule} {fired}")
     rows = [
         (
             each.name,
             each.runs,
             each.rewrites,
-            f"{each.seconds:.2f}",
+            *([f"{each.seconds:.2f}"] if times else []),
             ", ".join(rules.get(each.name, ())),
         )
         for each in report.pass_totals()
         if each.changed or each.rewrites
     ]
-    heads = ("pass", "runs", "rewrites", "CPU seconds", "rules")
+    heads = ("pass", "runs", "rewrites", *(["CPU seconds"] if times else []), "rules")
     return ["## Passes", _table(heads, rows) if rows else "No pass found anything to change."]
 
 

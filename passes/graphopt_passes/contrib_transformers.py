@@ -92,14 +92,27 @@ class _Tools:
         """0 where something is kept, the filler elsewhere."""
         return self.g.op("Where", kept, self.number(0.0), self.number(filler))
 
-    def causal(self, like: ir.Value, filler: float) -> ir.Value:
-        """The bias [S, S] that hides the future; `like` is [B, S, …]."""
+    def size(self, value: ir.Value, axis: int) -> ir.Value:
+        """One dimension, as a scalar."""
+        return self.g.op("Gather", self.g.op("Shape", value), self.integer(axis))
+
+    def integer(self, value: int) -> ir.Value:
+        return self.g.const(np.asarray(value, np.int64))
+
+    def causal(self, query: ir.Value, key: ir.Value, filler: float) -> ir.Value:
+        """The bias [S, T] that hides the future; both operands are [B, H, length, D], and end at the same place."""
+        g, end = self.g, self.size(key, 2)
+        start = g.op("Sub", end, self.size(query, 2))
+        here = self.unsqueeze(g.op("Range", start, end, self.integer(1)), [1])
+        there = self.unsqueeze(g.op("Range", self.integer(0), end, self.integer(1)), [0])
+        return self.masked(g.op("Not", g.op("Less", here, there)), filler)
+
+    def within(self, lengths: ir.Value, key: ir.Value) -> ir.Value:
+        """Which keys, [B, T], are within the lengths [B]."""
         g = self.g
-        length = g.op("Gather", g.op("Shape", like), g.const(np.asarray(1, np.int64)))
-        zero, one = (g.const(np.asarray(each, np.int64)) for each in (0, 1))
-        places = g.op("Range", zero, length, one)
-        later = g.op("Less", self.unsqueeze(places, [1]), self.unsqueeze(places, [0]))
-        return self.masked(g.op("Not", later), filler)
+        there = g.op("Range", self.integer(0), self.size(key, 2), self.integer(1))
+        wide = self.unsqueeze(g.op("Cast", lengths, to=int(ir.DataType.INT64)), [1])
+        return g.op("Less", self.unsqueeze(there, [0]), wide)
 
     def layer_norm(
         self, value: ir.Value, scale: ir.Value, shift: ir.Value | None, epsilon: float
@@ -170,12 +183,16 @@ def _sum(g: Builder, parts: list[ir.Value]) -> ir.Value | None:
     return total
 
 
-def _mask_bias(m: Match, t: _Tools, given: ir.Value | None, filler: float) -> list[ir.Value]:
-    """The bias of a mask of keys, [B, T], or of queries and keys, [B, S, T]."""
+def _mask_bias(
+    m: Match, t: _Tools, given: ir.Value | None, key: ir.Value, filler: float
+) -> list[ir.Value]:
+    """The bias of lengths, [B], of a mask of keys, [B, T], or of queries and keys, [B, S, T]."""
     if given is None:
         return []
-    dims = m.dims(given)
+    dims, fed = m.dims(given), m.dims(x)
     rank = None if dims is None else len(dims)
+    if dims is not None and rank == 1 and fed is not None and dims[0] == fed[0]:
+        return [t.masked(t.unsqueeze(t.within(given, key), [1, 2]), filler)]
     if rank not in (2, 3):
         raise Skip(f"a mask of rank {rank}", given)
     kept = t.g.op("Cast", given, to=int(ir.DataType.BOOL))
@@ -183,16 +200,17 @@ def _mask_bias(m: Match, t: _Tools, given: ir.Value | None, filler: float) -> li
 
 
 @rule(attention, opset=OPSETS)
-def expand_attention(m: Match, g: Builder) -> ir.Value | None:
-    """Attention(x, W, b, mask) -> its products, mask, Softmax and products; x [B, S, H], W [H, 3 H'].
+def expand_attention(m: Match, g: Builder) -> tuple[ir.Value | None, ...] | None:
+    """Attention(x, W, b, mask, past) -> its products, mask, Softmax and products; x [B, S, H], W [H, 3 H'].
 
-    Source: com.microsoft Attention-1: a mask of 0 adds mask_filter_value, the future of unidirectional heads likewise.
+    Source: com.microsoft Attention-1: a mask of 0 adds mask_filter_value, the future of unidirectional heads likewise;
+    past and present are keys and values, [2, B, heads, length, D].
     """
     if not _wanted(m):
         return None
     node = m[attention]
-    if any(_given(node, index) is not None for index in (4, 6)) or _used(node, 1):
-        raise Skip("a cache of keys and values", node)
+    if _given(node, 6) is not None or m.attr(attention, "past_present_share_buffer", 0):
+        raise Skip("a cache that is written in place", node)
     if m.attr(attention, "do_rotary", 0):
         raise Skip("rotary positions within", node)
     t = _tools(m, g, node.outputs[0])
@@ -202,54 +220,72 @@ def expand_attention(m: Match, g: Builder) -> ir.Value | None:
     added = m.get(bias)
     parts = t.split(packed if added is None else g.op("Add", packed, added), sizes)
     query, key, value = (t.heads(part, heads) for part in parts)
-    filler = m.attr(attention, "mask_filter_value", -10000.0)
-    biases = _mask_bias(m, t, m.get(mask), filler)
-    if m.attr(attention, "unidirectional", 0):
-        biases.append(t.causal(m[x], filler))
-    extra = _given(node, 5)
+    past = _given(node, 4)
+    if past is not None:
+        before = [g.op("Gather", past, t.integer(index), axis=0) for index in (0, 1)]
+        key, value = (
+            g.op("Concat", a, b, axis=2) for a, b in zip(before, (key, value), strict=True)
+        )
+    result = _attended(m, t, attention, (query, key, value), (m.get(mask), sizes[0] // heads))
+    if len(node.outputs) == 1:
+        return (result,)
+    present = g.op("Concat", t.unsqueeze(key, [0]), t.unsqueeze(value, [0]), axis=0)
+    return (result, present)
+
+
+def _attended(
+    m: Match,
+    t: _Tools,
+    root: Op,
+    parts: tuple[ir.Value, ir.Value, ir.Value],
+    about: tuple[ir.Value | None, int],
+) -> ir.Value:
+    """What heads attend to, with everything that the node adds to the scores; `about` is the mask and the head size."""
+    given, size = about
+    query, key, _ = parts
+    filler = m.attr(root, "mask_filter_value", -10000.0)
+    biases = _mask_bias(m, t, given, key, filler)
+    if m.attr(root, "unidirectional", 0):
+        biases.append(t.causal(query, key, filler))
+    extra = _given(m[root], 5)
     biases += [] if extra is None else [extra]
-    scale = m.attr(attention, "scale") or 1 / math.sqrt(sizes[0] // heads)
-    return _weighted(t, (query, key, value), scale, _sum(g, biases))
+    scale = m.attr(root, "scale") or 1 / math.sqrt(size)
+    return _weighted(t, parts, scale, _sum(t.g, biases))
 
 
 @rule(multi_head, opset=OPSETS)
-def expand_multi_head_attention(m: Match, g: Builder) -> ir.Value | None:
-    """MultiHeadAttention(q, k, v, b, mask, bias) -> products, mask, Softmax and products; each [B, S, H].
+def expand_multi_head_attention(m: Match, g: Builder) -> tuple[ir.Value | None, ...] | None:
+    """MultiHeadAttention(q, k, v, b, mask, bias, past) -> products, mask, Softmax and products; each [B, S, H].
 
-    Source: com.microsoft MultiHeadAttention-1.
+    Keys and values of another sequence come as [B, heads, T, D] too.  Source: com.microsoft MultiHeadAttention-1.
     """
     if not _wanted(m):
         return None
     node = m[multi_head]
-    key, value = _given(node, 1), _given(node, 2)
-    if (
-        key is None
-        or value is None
-        or any(len(m.dims(each) or ()) != 3 for each in (m[x], key, value))
-    ):
+    fed = [m[x], _given(node, 1), _given(node, 2)]
+    ranks = [len(m.dims(each) or ()) if each is not None else 0 for each in fed]
+    added = _given(node, 3)
+    if ranks not in ([3, 3, 3], [3, 4, 4]) or (added is not None and ranks[1] == 4):
         raise Skip("packed queries, keys and values", node)
-    if any(_given(node, index) is not None for index in range(6, len(node.inputs))) or _used(
-        node, 1
-    ):
-        raise Skip("a cache of keys and values", node)
+    if any(_given(node, index) is not None for index in range(8, len(node.inputs))):
+        raise Skip("a cache that is written in place", node)
     t = _tools(m, g, node.outputs[0])
     heads = m.attr(multi_head, "num_heads")
-    widths = [_width(m, each) for each in (m[x], key, value)]
-    parts = [m[x], key, value]
-    added = _given(node, 3)
+    parts = [each for each in fed if each is not None]
+    width = _width(m, m[x])
     if added is not None:
-        parts = [
-            g.op("Add", part, b) for part, b in zip(parts, t.split(added, widths), strict=True)
-        ]
-    filler = m.attr(multi_head, "mask_filter_value", -10000.0)
-    biases = _mask_bias(m, t, _given(node, 4), filler)
-    if m.attr(multi_head, "unidirectional", 0):
-        biases.append(t.causal(m[x], filler))
-    extra = _given(node, 5)
-    biases += [] if extra is None else [extra]
-    scale = m.attr(multi_head, "scale") or 1 / math.sqrt(widths[0] // heads)
-    query, keys, held = (t.heads(part, heads) for part in parts)
-    return _weighted(t, (query, keys, held), scale, _sum(g, biases))
+        cut = t.split(added, [_width(m, part) for part in parts])
+        parts = [g.op("Add", part, b) for part, b in zip(parts, cut, strict=True)]
+    query, key, value = (
+        t.heads(part, heads) if rank == 3 else part for part, rank in zip(parts, ranks, strict=True)
+    )
+    past = (_given(node, 6), _given(node, 7))
+    if past[0] is not None and past[1] is not None:
+        key = g.op("Concat", past[0], key, axis=2)
+        value = g.op("Concat", past[1], value, axis=2)
+    about = (_given(node, 4), width // heads)
+    result = _attended(m, t, multi_head, (query, key, value), about)
+    return (result, key, value)[: len(node.outputs)]
 
 
 @rule(embed, opset=OPSETS)

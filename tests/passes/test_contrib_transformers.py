@@ -57,6 +57,34 @@ SAME = {
         "{ y = com.microsoft.Attention<num_heads = 2, qkv_hidden_sizes = [8, 8, 4]>(x, w, b) }",
         (18,),
     ),
+    "attention with lengths": (
+        "g (float[2,3,8] x, int32[2] m) => (float[2,3,8] y) "
+        + PACKED
+        + "{ y = com.microsoft.Attention<num_heads = 2>(x, w, b, m) }",
+        (18,),
+    ),
+    "attention with a cache": (
+        "g (float[2,3,8] x, float[2,2,2,5,4] p) => (float[2,3,8] y, float[2,2,2,8,4] z) "
+        + PACKED
+        + "{ y, z = com.microsoft.Attention<num_heads = 2, unidirectional = 1>(x, w, b, , p) }",
+        (12, 18),
+    ),
+    "attention that begins a cache": (
+        "g (float[2,3,8] x) => (float[2,3,8] y, float[2,2,2,3,4] z) "
+        + PACKED
+        + "{ y, z = com.microsoft.Attention<num_heads = 2, unidirectional = 1>(x, w, b) }",
+        (18,),
+    ),
+    "heads with a cache": (
+        "g (float[2,3,8] q, float[2,2,5,4] a, float[2,2,5,4] b) => (float[2,3,8] y, float[2,2,8,4] c, float[2,2,8,4] d)"
+        "{ y, c, d = com.microsoft.MultiHeadAttention<num_heads = 2>(q, q, q, , , , a, b) }",
+        (18,),
+    ),
+    "heads to another sequence": (
+        "g (float[2,3,8] q, float[2,2,5,4] a, float[2,2,5,4] b) => (float[2,3,8] y)"
+        "{ y = com.microsoft.MultiHeadAttention<num_heads = 2>(q, a, b) }",
+        (18,),
+    ),
     "heads": (
         "g (float[2,3,8] q, float[2,5,8] k, float[2,5,8] v) => (float[2,3,8] y) <float[24] b> "
         "{ y = com.microsoft.MultiHeadAttention<num_heads = 2>(q, k, v, b) }",
@@ -97,14 +125,14 @@ SAME = {
 }
 
 KEPT = {
-    "a cache": (
-        "g (float[2,3,8] x, float[2,2,1,4,4] p) => (y, z) "
+    "a cache in place": (
+        "g (float[2,3,8] x, float[2,2,2,9,4] p, int32[1] n) => (y, z) "
         + PACKED
-        + "{ y, z = com.microsoft.Attention<num_heads = 2>(x, w, b, , p) }",
-        "a cache of keys and values",
+        + "{ y, z = com.microsoft.Attention<num_heads = 2, past_present_share_buffer = 1>(x, w, b, , p, , n) }",
+        "written in place",
     ),
-    "lengths as a mask": (
-        "g (float[2,3,8] x, int32[2] m) => (y) "
+    "begins and ends as a mask": (
+        "g (float[2,3,8] x, int32[4] m) => (y) "
         + PACKED
         + "{ y = com.microsoft.Attention<num_heads = 2>(x, w, b, m) }",
         "a mask of rank 1",
@@ -119,10 +147,10 @@ KEPT = {
         "g (float[2,3,2,3,4] q) => (y) { y = com.microsoft.MultiHeadAttention<num_heads = 2>(q) }",
         "packed queries",
     ),
-    "a cache of heads": (
-        "g (float[2,3,8] q, float[2,2,1,4] p) => (y, a, b) "
-        "{ y, a, b = com.microsoft.MultiHeadAttention<num_heads = 2>(q, q, q, , , , p, p) }",
-        "a cache of keys and values",
+    "a cache of heads in place": (
+        "g (float[2,3,8] q, float[2,2,9,4] p, int32[1] n) => (y, a, b) "
+        "{ y, a, b = com.microsoft.MultiHeadAttention<num_heads = 2>(q, q, q, , , , p, p, n) }",
+        "written in place",
     ),
     "a count without a mask": (
         "g (int32[2,3] ids, int32[2,3] seg) => (y, n) " + EMBED.replace(", mask)", ")"),
