@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         TargetError,
         VerifyError,
     )
+    from graphopt.ir.build import Builder
     from graphopt.ir.model_file import ExternalData, load_model, save_model
     from graphopt.numerics import Numerics
     from graphopt.pipeline import Pass, Repeat, RewritePass
@@ -44,6 +45,7 @@ __all__ = [  # noqa: RUF022  a table of contents
     "load_model",
     "save_model",
     # Writing passes and rules
+    "Builder",
     "Context",
     "Lit",
     "Match",
@@ -81,6 +83,7 @@ _HOMES = {
         "TargetError",
         "VerifyError",
     ),
+    "graphopt.ir.build": ("Builder",),
     "graphopt.ir.model_file": ("ExternalData", "load_model", "save_model"),
     "graphopt.numerics": ("Numerics",),
     "graphopt.pipeline": ("Pass", "Repeat", "RewritePass"),

@@ -47,15 +47,16 @@ class Result:
         """Writes the model; returns the files written, the model first.
 
         Args:
-            path: the file to write.
+            path: the file to write; in a folder that exists, `model.onnx`.
             external: where weights go: auto, never, single, per-tensor.
 
         Raises:
             OptionError: the path cannot be written, or `external` is none of these.
         """
         place = parse_external(external)
+        file = Path(path) / MODEL if Path(path).is_dir() else Path(path)
         model, _ = sparse_form(self.model, self.sparse, external=is_apart(place))
-        return save_model(model, Path(path), external=place)
+        return save_model(model, file, external=place)
 
 
 def check_output(output: Path) -> None:

@@ -80,21 +80,33 @@ class _Place(NamedTuple):
 
 @dataclasses.dataclass
 class _Scope:
-    """The names of one graph while it is read; `pending` are those of nodes that are still to come."""
+    """The names of one graph while it is read; `pending` are those of nodes that are still to come.
+
+    `makers` are the nodes that define them, for messages.
+    """
 
     place: _Place
     values: dict[str, ir.Value] = dataclasses.field(default_factory=dict)
     pending: set[str] = dataclasses.field(default_factory=set)
+    makers: dict[str, onnx.NodeProto] = dataclasses.field(default_factory=dict)
     unsorted: bool = False
 
     def define(self, name: str, what: str, place: _Place | None = None) -> ir.Value:
         if name in self.values:
             raise ModelError(
-                f"{place or self.place}: the value {name!r} is defined twice, the second time as {what}; "
-                "every value needs a name of its own, rename one"
+                f"{place or self.place}: the value {name!r} is defined twice{self._first(name)}, the second time as "
+                f"{what}; which of the two its users mean is not defined: rename one, and the inputs that mean it"
             )
         value = self.values[name] = ir.Value(name=notes.name(name))
+        if place is not None and place.node is not None:
+            self.makers[name] = place.node
         return value
+
+    def _first(self, name: str) -> str:
+        """Where a name was defined first, if by a node."""
+        maker = self.makers.get(name)
+        label = maker and (maker.name or f"with outputs {list(maker.output)}")
+        return f", the first time by {maker.op_type} node {label}" if maker is not None else ""
 
     def sort(self, graph: ir.Graph) -> None:
         if self.unsorted:

@@ -175,6 +175,9 @@ def test_a_full_disk_leaves_the_output_as_it_was(large: Path, kept: Path, verify
     done = limited(large, kept, 20_000, "--verify", verify)
     ran = Ran(done.returncode, done.stdout, done.stderr)
     assert_refused(ran, kept, "File too large")
+    told = "".join(done.stderr.split())
+    assert f"cannotwrite{kept}:" in told
+    assert ".graphopt-" not in told
 
 
 def test_an_interrupted_write_leaves_the_output_as_it_was(

@@ -405,3 +405,9 @@ def test_more_than_protobuf_holds(tmp_path: Path, out: Path) -> None:
 
 def operators_only(path: Path) -> list[str]:
     return [node.op_type for node in onnx.load(path, load_external_data=False).graph.node]
+
+
+def test_a_result_saved_into_a_folder_is_called_model(source: Path, tmp_path: Path) -> None:
+    written = optimize(source).save(tmp_path)
+    assert written == (tmp_path / "model.onnx",)
+    assert operators(written[0])

@@ -159,7 +159,8 @@ RELU = "g (float x) => (float y) { y = Relu (x) }" + FUNCTION
         ),
         (
             "g (float x) => (float y) { y = Relu (x)  y = Tanh (x) }",
-            "Tanh node with outputs \\['y'\\]: the value 'y'",
+            "Tanh node with outputs \\['y'\\]: the value 'y' is defined twice, the first time by Relu node with outputs"
+            ".*rename one",
         ),
         (
             "g (float x) => (float y) { x = Relu (x)  y = Tanh (x) }",
