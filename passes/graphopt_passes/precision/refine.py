@@ -85,6 +85,7 @@ class _Search:
     raised: dict[int, str]
     experiment: Experiment
     limit: int
+    _blocks: list[tuple[float, list[int]]] = dataclasses.field(default_factory=list)
 
     @property
     def low(self) -> list[bool]:
@@ -131,6 +132,9 @@ class _Search:
             after = self.survey()
             if len(self.raised) == known:
                 break
+        while after > TARGET and self.places:
+            self._raise_worst()  # nothing left to find out with: the rest is cut by halves
+            after = self.survey()
         if before > TARGET >= after and not amplified and len(self.raised) > start:
             self._prune()
             after = self.survey()
@@ -176,25 +180,26 @@ class _Search:
                 self._raise(block, f"{AMPLIFIED} {error:.2g} of the budget")
 
     def _raise_worst(self) -> None:
-        """Raises the half of what is left that the more error comes from."""
-        parts = _split(self.places, 2)
+        """Raises the quarter of what is left that most of the error comes from."""
+        parts = _split(self.places, 4)
         error, part = max((self.alone(part), part) for part in parts)
-        self._raise(part, f"{AMPLIFIED} {error:.2g} of the budget")
+        self._raise(part, f"sensitivity: together with others it takes {error:.2g} of the budget")
 
     def _raise(self, places: Sequence[int], reason: str) -> None:
         self.raised |= dict.fromkeys(places, reason)
 
     def _lower_error(self, error: float) -> None:
         """Raises the nodes that most of the error comes from."""
-        blocks = [(-error, self.places)]
-        while blocks and not self.is_spent:
-            error, block = heapq.heappop(blocks)
+        self._blocks = self._blocks or [(-error, self.places)]
+        while self._blocks and not self.is_spent:
+            error, block = heapq.heappop(self._blocks)
+            block = [place for place in block if place not in self.raised]
             if len(block) > 1:
                 for part in _split(block, 2):
-                    heapq.heappush(blocks, (-self.alone(part), part))
+                    heapq.heappush(self._blocks, (-self.alone(part), part))
                 continue
             self._raise(block, f"sensitivity: alone it takes {-error:.2g} of the budget")
-            if self.badness() <= TARGET:
+            if block and self.badness() <= TARGET:
                 return
 
     def _prune(self) -> None:
