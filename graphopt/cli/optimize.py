@@ -203,6 +203,8 @@ def command(
     disable: Disable = None,
     verify: Verify = None,
     inputs: options.Inputs = None,
+    gate: options.Gates = None,
+    metric: options.Metric = None,
     seed: Seed = None,
     fold_limit: FoldLimit = None,
     external: External = "auto",
@@ -269,6 +271,8 @@ def command(
             disable=tuple(disable or ()),
             verify=verify,
             inputs=inputs,
+            gates=gates_of(gate),
+            metric=metric,
             seed=seed,
             fold_limit_bytes=limit,
             external=external,
@@ -289,6 +293,18 @@ def command(
         explained=explanations(result, explain or ()),
     )
     return 1 if result.report.verification.passed is False else 0
+
+
+def gates_of(texts: list[str] | None) -> dict[str, str]:
+    """Limits by output, still as text.
+
+    Raises:
+        OptionError: a text has no `=`.
+    """
+    from graphopt.verify.criteria import parse_gates
+
+    parse_gates(texts or ())
+    return {name: limit for name, _, limit in (text.partition("=") for text in texts or ())}
 
 
 def tell(

@@ -46,3 +46,20 @@ Target: TypeAlias = Annotated[
         autocompletion=completion.target_names,
     ),
 ]
+Gates: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--gate",
+        metavar="OUTPUT=LIMITS",
+        help="Limits for one output instead of the run's: logits=sqnr>=40,cosine>=0.999, debug=ignore. Repeatable.",
+    ),
+]
+Metric: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--metric",
+        metavar="MODULE:FUNCTION",
+        help="Judge outputs by this function too: it takes the reference's and the result's by name and returns a "
+        "number; limit it with >=X or <=X.",
+    ),
+]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from graphopt.cli.console import change, count, grid, line, scaled, size, text
-from graphopt.cli.verification import outputs_table, verdict
+from graphopt.cli.verification import metric_lines, outputs_table, verdict
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -102,7 +102,7 @@ def _verification(report: RunReport) -> list[RenderableType]:
             parts.append(
                 text(f"… and {len(found.outputs) - len(shown)} more outputs, all equal", "dim")
             )
-    return parts
+    return [*parts, *metric_lines(found.metrics)]
 
 
 def _rolled_back(report: RunReport) -> list[RenderableType]:

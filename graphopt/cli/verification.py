@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from graphopt.verify.compare import OutputReport
+    from graphopt.verify.criteria import MetricReport
 
 
 def verdict(passed: bool | None, profile: str, feeds: int, reason: str) -> Text:
@@ -45,6 +46,20 @@ def outputs_table(outputs: Sequence[OutputReport], said: str = "") -> Renderable
             text(equal if not each.why or each.why in said else f"{equal}: {each.why}", style),
         )
     return table
+
+
+def metric_lines(metrics: Sequence[MetricReport]) -> list[Text]:
+    """What metrics of the user's said."""
+    from graphopt.cli.console import text
+
+    return [
+        text(
+            f"metric {each.name}: {each.value:.6g}{f', asked for {each.limit}' if each.limit else ''}, worst on "
+            f"'{each.feed}'",
+            "" if each.passed else "red",
+        )
+        for each in metrics
+    ]
 
 
 def _number(number: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
@@ -15,6 +16,7 @@ from graphopt.cli.progress import progress
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from graphopt.verify.criteria import Criteria
     from graphopt.verify.feeds import Feed
     from graphopt.verify.verifier import Verification, VerifyOptions
 
@@ -67,6 +69,8 @@ def command(
     tolerance: Tolerance = None,
     sqnr: Sqnr = None,
     cosine: Cosine = None,
+    gates: options.Gates = None,
+    metric: options.Metric = None,
     deployed: Deployed = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -82,6 +86,7 @@ def command(
     from graphopt.verify.verifier import ReferenceRun
 
     gate = verify_options(profile, tolerance, sqnr, cosine, deployed=deployed)
+    gate = dataclasses.replace(gate, criteria=criteria(gates, metric, inputs))
     sizes = parse_dims(dims or ())
     with progress(quiet=quiet or as_json) as say:
         say("reading", None)
@@ -99,6 +104,17 @@ def command(
     elif not quiet:
         show(*_parts(found))
     return 0 if found.passed else 1
+
+
+def criteria(gates: list[str] | None, metric: str | None, inputs: Path | None) -> Criteria:
+    """What is asked of single outputs, in options and in the file that bounds the inputs, and the metric."""
+    from graphopt.verify.constraints import read_constraints
+    from graphopt.verify.criteria import Criteria, load_metric, parse_gates
+
+    bounds = inputs is not None and inputs.suffix == ".toml"
+    outputs = read_constraints(inputs).outputs if inputs is not None and bounds else {}
+    metrics = () if metric is None else (load_metric(metric),)
+    return Criteria({**parse_gates(outputs), **parse_gates(gates or ())}, metrics)
 
 
 def verify_options(
@@ -166,12 +182,13 @@ def given_feeds(inputs: Path, model: Path) -> list[Feed]:
 
 def _parts(found: Verification) -> list[RenderableType]:
     from graphopt.cli.console import text
-    from graphopt.cli.verification import outputs_table, verdict
+    from graphopt.cli.verification import metric_lines, outputs_table, verdict
 
     said = verdict(found.passed, found.profile, len(found.feeds), found.reason)
     parts: list[RenderableType] = [said]
     if found.outputs:
         parts.append(outputs_table(found.outputs, found.reason))
+    parts += metric_lines(found.metrics)
     parts += [text(f"contract: {line}", "red") for line in found.contract]
     if found.deployed:
         parts += [text(""), text("with the runtime's own optimisations", "bold")]

@@ -30,6 +30,7 @@ from graphopt.pipeline.registry import load_pass, pipeline_for
 from graphopt.rewrite import Calibration, Options
 from graphopt.specialize import Specialization
 from graphopt.targets import Precision, Target
+from graphopt.verify.criteria import Criteria, Metric, load_metric, parse_gates
 
 
 def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
@@ -52,6 +53,8 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
     sparsity: str | None = None,
     distill: str | None = None,
     force: bool = False,
+    gates: Mapping[str, str] | None = None,
+    metric: str | Metric | None = None,
     remarks: bool = False,
     strict: bool = False,
     repro: str | os.PathLike[str] | None = None,
@@ -82,6 +85,8 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
         sparsity: what to prune: "0.8", "2:4", "channels:0.5", "max" (the most within `budget`).
         distill: train what is left towards the original (needs torch and `calibration`): "yes", "steps=500,lr=3e-4".
         force: emit what the target is known to run slower.
+        gates: limits for single outputs instead of the run's: {"logits": "sqnr>=40", "debug": "ignore"}.
+        metric: a function of yours that judges outputs besides: "module:function>=0.98", or a `Metric`.
         remarks: search for near misses and report them.
         strict: raise where a pass or a rewrite fails, instead of leaving it out.
         profiles: of a bundle: least, usual and largest size of dynamic dimensions, by name or `INPUT:AXIS`.
@@ -127,6 +132,7 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
         ),
         inputs=Path(inputs) if isinstance(inputs, str | os.PathLike) else inputs,
         strict=strict,
+        criteria=_criteria(gates, metric),
         external=parse_external(external),
         repro=None if repro is None else Path(repro),
         profiles={name: Range(*sizes) for name, sizes in (profiles or {}).items()},
@@ -137,6 +143,11 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
         recipe=str(recipe) if isinstance(recipe, str | os.PathLike) else None,
     )
     return run(request, progress or (lambda _stage, _part: None))
+
+
+def _criteria(gates: Mapping[str, str] | None, metric: str | Metric | None) -> Criteria:
+    metrics = load_metric(metric) if isinstance(metric, str) else metric
+    return Criteria(parse_gates(gates or {}), () if metrics is None else (metrics,))
 
 
 def _calibration(given: Calibration | str | os.PathLike[str] | Feeds | None) -> Calibration | None:

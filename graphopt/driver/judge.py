@@ -27,6 +27,7 @@ from graphopt.runtime.specs import input_specs
 from graphopt.targets import Precision, get_target
 from graphopt.verify.budget import budget_for
 from graphopt.verify.constraints import constrained_feeds, read_constraints
+from graphopt.verify.criteria import Criteria, parse_gates
 from graphopt.verify.divergence import Divergence, Truth, agrees_at, first_divergence
 from graphopt.verify.feeds import Feed, read_feeds
 from graphopt.verify.verifier import ReferenceRun, Verification, VerifyOptions
@@ -153,7 +154,8 @@ class Judge:
         if asked.precision in half.HALVES or asked.options.sparsity:
             return self._verify(save_model(model, self._folder / "probe.onnx")[0], options)
         budget = budget_for(asked.precision, asked.options.budget)
-        return self.reference.verify(model, dataclasses.replace(options, budget=budget))
+        asked_for = dataclasses.replace(options, budget=budget, criteria=self._criteria)
+        return self.reference.verify(model, asked_for)
 
     @property
     def reference(self) -> ReferenceRun:
@@ -179,7 +181,18 @@ class Judge:
         return self._reference
 
     def _verify(self, file: Path, options: VerifyOptions) -> Verification:
-        return half.verify(self.reference, file, options, self._request, self._folder)
+        asked = dataclasses.replace(options, criteria=self._criteria)
+        return half.verify(self.reference, file, asked, self._request, self._folder)
+
+    @property
+    def _criteria(self) -> Criteria:
+        """What the user asks of outputs, in options and in the file that bounds the inputs."""
+        given = self._request.criteria
+        path = self._request.inputs
+        if not isinstance(path, Path) or path.suffix != ".toml":
+            return given
+        outputs = parse_gates(read_constraints(path).outputs)
+        return dataclasses.replace(given, outputs={**outputs, **given.outputs})
 
     @property
     def _frozen(self) -> bool:
@@ -243,5 +256,6 @@ class Judge:
             profile=found.profile,
             outputs=found.outputs,
             feeds=len(found.feeds),
+            metrics=found.metrics,
             reason="; ".join(filter(None, [found.reason, *found.notes])),
         )

@@ -17,6 +17,7 @@ from graphopt.pipeline import Pass, Step, flatten
 from graphopt.rewrite import Gate, Options
 from graphopt.specialize import Specialization
 from graphopt.targets import Precision, SparseStyle, Target, get_target
+from graphopt.verify.criteria import Criteria
 
 if TYPE_CHECKING:
     import onnx
@@ -58,6 +59,7 @@ class Request:
         external: where weights go.
         recipe: the recipe in words, for the report.
         repro: folder to write the smallest model to that shows the first rewrite that fails; None for none.
+        criteria: limits for single outputs, and metrics, that the user asks for.
         profiles: ranges of dynamic dimensions, for a bundle.
         extras: what a bundle shall hold besides: `EXTRAS`.
         sparse: the form of weights that are mostly zero; None for what the target reads.
@@ -79,6 +81,7 @@ class Request:
     external: ExternalData
     recipe: str | None = None
     repro: Path | None = None
+    criteria: Criteria = dataclasses.field(default_factory=Criteria)
     profiles: Mapping[str, Range] = dataclasses.field(default_factory=dict)
     extras: tuple[str, ...] = ()
     sparse: SparseStyle | None = None

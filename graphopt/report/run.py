@@ -13,6 +13,7 @@ from graphopt.report.facts import ModelFacts
 from graphopt.report.plain import graphopt_version, plain
 from graphopt.rewrite.context import Remark, Rewrite
 from graphopt.verify.compare import OutputReport
+from graphopt.verify.criteria import MetricReport
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,7 @@ class VerificationFacts:
         outputs: one entry an output.
         feeds: how many sets of inputs were run.
         reason: why nothing was compared, or what failed; else "".
+        metrics: what metrics of the user's said.
     """
 
     mode: str
@@ -34,6 +36,7 @@ class VerificationFacts:
     outputs: tuple[OutputReport, ...] = ()
     feeds: int = 0
     reason: str = ""
+    metrics: tuple[MetricReport, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,10 @@ std = 0.22
 
 [inputs.mode]
 values = [0, 2]           # one of these, each element by itself
+
+[outputs]                 # limits for single outputs, as `--gate` takes them
+logits = "sqnr>=40,cosine>=0.999"
+debug = "ignore"
 """
 
 from __future__ import annotations
@@ -79,10 +83,11 @@ class Elements(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class Constraints(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """Sizes by dimension and elements by input."""
+    """Sizes by dimension, elements by input, limits by output."""
 
     dims: dict[str, int | list[int]] = {}
     inputs: dict[str, Elements] = {}
+    outputs: dict[str, str] = {}
 
     def sizes(self) -> Iterator[dict[str, int]]:
         """Each set of sizes in turn: the first of every list, then the second, the last of the shorter ones again."""

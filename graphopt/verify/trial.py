@@ -9,6 +9,7 @@ import numpy as np
 
 from graphopt.errors import GraphoptError, ModelError
 from graphopt.verify.compare import Hint, compare
+from graphopt.verify.criteria import MetricReport, measured
 from graphopt.verify.declared import broken_promises
 from graphopt.verify.dims import EMPTY
 from graphopt.verify.feeds import STRESS
@@ -41,6 +42,7 @@ class Trial:
         promised: what it declares of inputs and outputs; None to take that as it is.
         may_be_empty: whether it survives empty inputs.
         notes: what the reader should know besides.
+        metrics: what metrics of the user's said, by metric, one a feed.
     """
 
     reference: ReferenceRun
@@ -50,6 +52,7 @@ class Trial:
     promised: Promises | None = None
     may_be_empty: bool = False
     notes: list[str] = dataclasses.field(default_factory=list)
+    metrics: dict[str, list[MetricReport]] = dataclasses.field(default_factory=dict)
     _failed: set[str] = dataclasses.field(default_factory=set, init=False)
 
     def reports(self) -> dict[str, list[OutputReport]]:
@@ -73,6 +76,7 @@ class Trial:
             for name, report in self._on_feed(index, feed, results, names):
                 reports[name].append(report)
             failed = any(not r[-1].passed for r in reports.values() if r)
+            failed |= any(not found[-1].passed for found in self.metrics.values())
             if failed and self.options.fail_fast and feed.name.split(",")[0] not in STRESS:
                 break
         return {name: found for name, found in reports.items() if name not in run.excluded}
@@ -97,11 +101,13 @@ class Trial:
     ) -> list[tuple[str, OutputReport]]:
         broken = self._broken(index, feed, results)
         found = []
+        self._measure(index, feed, results)
         for name in names:
-            report = self.reference.judge(name, index, results[name], self.profile)
+            profile = self.options.criteria.profile(name, self.profile)
+            report = self.reference.judge(name, index, results[name], profile)
             if report.passed and name in broken:
                 report = dataclasses.replace(report, passed=False, why=broken[name])
-            if report.passed:
+            if report.passed and profile is self.profile:
                 report = self._with_hidden(report, index, results)
             if not report.passed and name not in self._failed:
                 # Memory that nobody initialised, say, may show on some feeds only.
@@ -109,6 +115,16 @@ class Trial:
                 self.reference.exclude_unstable(index)
             found.append((name, dataclasses.replace(report, feed=feed.name)))
         return found
+
+    def _measure(self, index: int, feed: Feed, results: Mapping[str, Any]) -> None:
+        """Asks the user's metrics, with the outputs alone."""
+        run = self.reference
+        for metric in self.options.criteria.metrics:
+            names = [spec.name for spec in run.output_specs]
+            ours = {name: run.outputs[index][name] for name in names}
+            theirs = {name: results[name] for name in names}
+            report = measured(metric, ours, theirs, feed.name)
+            self.metrics.setdefault(metric.name, []).append(report)
 
     def _broken(self, index: int, feed: Feed, results: Mapping[str, Any]) -> dict[str, str]:
         """By output, what the candidate declares of it and does not keep; the reference's own lapses are forgiven."""

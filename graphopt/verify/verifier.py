@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.errors import GraphoptError, ModelError
+from graphopt.errors import GraphoptError, ModelError, OptionError
 from graphopt.ir.model_file import load_model
 from graphopt.numerics import Numerics
 from graphopt.runtime.in_memory import model_session
@@ -24,6 +24,7 @@ from graphopt.runtime.specs import input_specs, output_specs
 from graphopt.verify import contract, metrics, noise, origins
 from graphopt.verify.branches import Seen, conditions
 from graphopt.verify.compare import Hint, Origin, OutputReport, compare, merge, profile_for
+from graphopt.verify.criteria import Criteria, MetricReport, worst
 from graphopt.verify.empties import takes_empty
 from graphopt.verify.feeds import HUGE, STRESS, Dropped, Feed, find_feeds
 from graphopt.verify.origins import scale_floor
@@ -57,6 +58,7 @@ class Verification:
         contract: differences of inputs and outputs that a caller would notice; any fails.
         notes: what the reader should know besides.
         failing: names of the feeds on which some output differs, those that users would make first.
+        metrics: what metrics of the user's said, each at its worst.
         deployed: the candidate at the level it will run at, against the same reference; informs, never fails.
         reason: why the status is not passed; else "".
     """
@@ -72,6 +74,7 @@ class Verification:
     deployed: tuple[OutputReport, ...] = ()
     reason: str = ""
     failing: tuple[str, ...] = ()
+    metrics: tuple[MetricReport, ...] = ()
 
     @property
     def passed(self) -> bool | None:
@@ -90,6 +93,7 @@ class VerifyOptions:
         allow_constant_defaults: accept that overridable defaults became constants.
         deployed: a level to run the candidate at as well, for information.
         feed: name of the only feed to compare on; None for all.
+        criteria: limits for single outputs, and metrics, that the user asks for.
     """
 
     numerics: Numerics = Numerics.EXACT
@@ -98,6 +102,7 @@ class VerifyOptions:
     allow_constant_defaults: bool = False
     deployed: OptimizationLevel | None = None
     feed: str | None = None
+    criteria: Criteria = dataclasses.field(default_factory=Criteria)
 
 
 class ReferenceRun:
@@ -191,6 +196,7 @@ class ReferenceRun:
     ) -> Verification:
         """Compares one candidate, a file or a model in memory, with the reference on every feed."""
         options = options or VerifyOptions()
+        options.criteria.check_names([spec.name for spec in self.output_specs])
         profile = self.profile(options)
         about: dict[str, Any] = {
             "profile": profile.name,
@@ -219,11 +225,15 @@ class ReferenceRun:
             )
             trial = Trial(self, session, profile, options, promised, takes_empty(graph))
             reports = trial.reports()
+        except OptionError:
+            raise  # of a metric: the candidate is not to blame
         except GraphoptError as error:
             return self._failed(about, f"the candidate cannot be run: {error}")
         deployed = self._deployed(candidate, options)
         notes += trial.notes
-        return self._verdict(about | {"excluded": dict(self.excluded)}, reports, deployed, notes)
+        about |= {"excluded": dict(self.excluded)}
+        about["metrics"] = tuple(worst(found) for found in trial.metrics.values())
+        return self._verdict(about, reports, deployed, notes)
 
     def _refuses(self, feed: Feed) -> str | None:
         try:
@@ -368,6 +378,10 @@ class ReferenceRun:
         used = next((found for found in reports.values() if found), [])
         wrong = next((report for report in outputs if not report.passed), None)
         reason = f"output '{wrong.name}' on feed '{wrong.feed}': {wrong.why}" if wrong else ""
+        bad = next((each for each in about["metrics"] if not each.passed), None)
+        if bad and not reason:
+            limit = bad.limit or "true"
+            reason = f"metric {bad.name} on feed '{bad.feed}': {bad.value:.6g}, asked for {limit}"
         notes = [
             *notes,
             *(f"output '{name}' {why}" for name, why in self.excluded.items()),
@@ -376,13 +390,13 @@ class ReferenceRun:
             reason = "every output is random: " + "; ".join(self.excluded.values())
             return Verification(Status.UNVERIFIED, reason=reason, notes=tuple(notes), **about)
         return Verification(
-            Status.FAILED if wrong else Status.PASSED,
+            Status.FAILED if wrong or bad else Status.PASSED,
             outputs=outputs,
             feeds=tuple(report.feed for report in used),
             notes=tuple(notes),
             deployed=deployed,
             reason=reason,
-            failing=_failing(reports),
+            failing=_failing(reports) or ((bad.feed,) if bad else ()),
             **about,
         )
 
