@@ -283,15 +283,17 @@ linear = Either(gemm, matmul)
 normalized = Op("BatchNormalization", linear, gamma, beta_, mean, var)
 
 
-@rule(normalized, opset=(9, 10_000))
+@rule(normalized, opset=(7, 10_000))
 def fold_batchnorm_into_gemm(m: Match, g: Builder) -> ir.Value | None:
     """`BN(Gemm(a, B, c))` -> `Gemm(a, B*s, c')`, with s = gamma / sqrt(var + eps) [N]; BN(MatMul) likewise, to Gemm.
 
-    Source: BatchNormalization-9, -14 in inference mode, Gemm-9.
+    Source: BatchNormalization-7, -9, -14 in inference mode, Gemm-7.
     """
     node = m[normalized]
     if m.attr(node, "training_mode", 0) or any(v.uses() for v in node.outputs[1:]):
         raise Skip("BatchNormalization in training mode", node)
+    if m.opset() < 9 and not m.attr(node, "spatial", 1):
+        raise Skip("BatchNormalization of each position: spatial is 0", node)
     if len(m.known_dims(node.outputs[0])) != 2:
         raise Skip("the channels are not the columns", node)
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from graphopt.ir import values
 from graphopt.ir.build import Builder
-from graphopt.rewrite import Either, Match, Op, Rule, Skip, Var, rule
+from graphopt.rewrite import Match, Op, Rule, Skip, Var, rule
 from graphopt_passes.constants import Wide, along, feeds_products_only, narrow, on_axis, refuse_tied
 
 OPSETS = (7, 10_000)
@@ -269,38 +269,75 @@ def fold_scale_after_bias(m: Match, g: Builder) -> ir.Value | None:
     return g.op("Add", product_, g.const(bias_data, name="bias"))
 
 
-moved = Op("Transpose|Reshape", Either(with_offset, multiplied), ...)
+moved = Var()
 normalized_view = Op("BatchNormalization", moved, gamma, beta_, mean, var)
 
 
-@rule(normalized_view, opset=(9, 10_000))
+@rule(normalized_view, opset=(7, 10_000))
 def unfold_batchnorm_of_moved_product(m: Match, g: Builder) -> ir.Value | None:
     """`BN(Transpose(x W + b))` -> `Transpose((x W + b) * s + t)`, s and t per column, where columns become channels.
 
-    As of a linear layer before a normalisation of its features: [B, S, N] -> [B, N, S], or viewed as [B S, N].  Scale
-    and shift then go into W and b.  Source: BatchNormalization-9, -14 in inference mode.
+    As of a linear layer before a normalisation of its features: [B, S, N] -> [B, N, S], or viewed as [B S, N], or both.
+    Scale and shift then go into W and b.  Source: BatchNormalization-7, -9, -14 in inference mode.
     """
-    node, view, weight = m[normalized_view], m[moved], values.array(m[w])
-    value = view.inputs[0]
-    if weight is None or weight.ndim != 2 or value is None or m.dtype(w) not in FLOATS:
+    node, views = m[normalized_view], _views_to_columns(m)
+    if not views:
         return None
-    before, after = m.known_dims(value), m.known_dims(moved)
-    if view.op_type == "Transpose":
-        keeps = len(before) > 1 and _perm(m, view, len(before))[1] == len(before) - 1
-    else:
-        keeps = len(after) == 2 and after[1] == before[-1]
-    if not keeps or before[-1] != weight.shape[1]:
+    value = views[-1].inputs[0]
+    matrix = _weight_of(value)
+    if value is None or matrix is None or matrix.dtype not in FLOATS:
         return None
+    if m.opset() < 9 and not m.attr(node, "spatial", 1):
+        raise Skip("BatchNormalization of each position: spatial is 0", node)
     if m.attr(node, "training_mode", 0) or any(v.uses() for v in node.outputs[1:]):
         raise Skip("BatchNormalization in training mode", node)
-    refuse_tied(m[w])
+    refuse_tied(matrix)
     with np.errstate(invalid="ignore", divide="ignore"):
         factor = m.wide(gamma) / np.sqrt(m.wide(var) + float(m.attr(node, "epsilon", 1e-5)))
     shift = m.wide(beta_) - m.wide(mean) * factor
-    number, addend = (narrow(v, m.dtype(w), m[gamma]) for v in (factor, shift))
+    number, addend = (narrow(v, matrix.dtype, m[gamma]) for v in (factor, shift))
     scaled = g.op("Mul", value, g.const(number, name="scale"))
     made = g.op("Add", scaled, g.const(addend, name="shift"))
-    return g.op(view.op_type, made, *view.inputs[1:], like=view)
+    for view in reversed(views):
+        made = g.op(view.op_type, made, *view.inputs[1:], like=view)
+    return made
+
+
+def _views_to_columns(m: Match) -> list[ir.Node]:
+    """The Transpose and Reshape, the last first, that bring the last axis of a value to the place of the channels."""
+    found: list[ir.Node] = []
+    value, axis = m[moved], 1
+    while len(found) < MAX_STEPS:
+        node = value.producer()
+        if node is None or node.domain or node.inputs[0] is None or value.is_graph_output():
+            return []
+        if node.op_type not in ("Transpose", "Reshape"):
+            return found if axis == len(m.known_dims(value)) - 1 else []
+        if len(value.uses()) > 1:
+            return []
+        before, after = m.known_dims(node.inputs[0]), m.known_dims(value)
+        if node.op_type == "Transpose":
+            axis = _perm(m, node, len(before))[axis]
+        elif axis != len(after) - 1 or not before or before[-1] != after[-1]:
+            return []
+        else:
+            axis = len(before) - 1
+        found.append(node)
+        value = node.inputs[0]
+    return []
+
+
+def _weight_of(value: ir.Value | None) -> ir.Value | None:
+    """The constant matrix of a product, perhaps with an addend, that nothing else uses."""
+    node = None if value is None else value.producer()
+    if value is None or node is None or len(value.uses()) > 1:
+        return None
+    if node.op_type == "Add":
+        inner = [v for v in node.inputs if v is not None and values.constant(v) is None]
+        return _weight_of(inner[0]) if len(inner) == 1 else None
+    held = node.inputs[1] if node.op_type in ("MatMul", "Gemm") else None
+    tensor = values.constant(held)
+    return held if tensor is not None and len(tensor.shape) == 2 else None
 
 
 RULES: tuple[Rule, ...] = (

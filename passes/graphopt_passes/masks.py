@@ -14,6 +14,16 @@ FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataTyp
 
 VIEWS = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Slice", "Identity"})
 MAX_DEPTH = 8
+SAFE = 1e30
+"""Of a mask in float32: what is beyond may overflow where it is added to something."""
+
+_INTEGERS = {
+    ir.DataType.INT8: 2.0**7,
+    ir.DataType.UINT8: 2.0**8,
+    ir.DataType.INT16: 2.0**15,
+    ir.DataType.INT32: 2.0**31,
+    ir.DataType.INT64: 2.0**63,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,19 +80,30 @@ def _reach_of_where(node: ir.Node, depth: int) -> Reach | None:
     return _either(reach_of(then, depth), HARMLESS if zero else reach_of(other, depth))
 
 
-def _is_share(value: ir.Value | None, depth: int = MAX_DEPTH) -> bool:
-    """Whether the elements of a value are 0 or 1: booleans as numbers, also turned round."""
+def _reach_of_integers(value: ir.Value | None, factor: float) -> Reach | None:
+    """What integers or booleans as numbers are at least, times a negative number; None where that may overflow."""
+    limit = _largest(value)
+    if limit is None:
+        return None
+    low = factor * limit
+    return Reach(low, masked=False) if low > -SAFE or limit <= 1 else None
+
+
+def _largest(value: ir.Value | None, depth: int = MAX_DEPTH) -> float | None:
+    """The largest magnitude of integers or booleans that were cast, also of 1 less them; None where it is unknown."""
     node = None if value is None else value.producer()
-    if node is None or node.domain or depth == 0:
-        return False
-    source = node.inputs[-1] if node.inputs else None
-    if node.op_type == "Cast":
-        return source is not None and (
-            source.dtype == ir.DataType.BOOL or _is_share(source, depth - 1)
-        )
+    if node is None or node.domain or depth == 0 or not node.inputs:
+        return None
+    source = node.inputs[-1]
+    if node.op_type == "Cast" and source is not None:
+        held = _largest(source, depth - 1)
+        if held is not None or source.dtype is None:
+            return held
+        return 1.0 if source.dtype == ir.DataType.BOOL else _INTEGERS.get(source.dtype)
     if node.op_type == "Sub" and values.fill(node.inputs[0]) == 1.0:
-        return _is_share(source, depth - 1)
-    return node.op_type in VIEWS and _is_share(node.inputs[0], depth - 1)
+        held = _largest(source, depth - 1)
+        return None if held is None else held if held <= 1 else held + 1
+    return _largest(node.inputs[0], depth - 1) if node.op_type in VIEWS else None
 
 
 def _reach_of_constant(value: ir.Value) -> Reach | None:
@@ -117,7 +138,7 @@ def _scaled(node: ir.Node, depth: int) -> Reach | None:
     first = 1 if values.scalar(node.inputs[0]) is not None and node.op_type == "Mul" else 0
     number = values.scalar(node.inputs[1 - first])
     if number is not None and -math.inf < number < 0 and node.op_type == "Mul":
-        return Reach(float(number), masked=False) if _is_share(node.inputs[first]) else None
+        return _reach_of_integers(node.inputs[first], float(number))
     inner = reach_of(node.inputs[first], depth)
     if number is None or inner is None or not 0 < number < math.inf:
         return None

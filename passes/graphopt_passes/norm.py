@@ -25,8 +25,8 @@ x = Var()
 eps = Var(const=True)
 
 
-def _mean_square(*spellings: Op | Var) -> tuple[Op, Op]:
-    """The mean of the square of a value, in one of its spellings, and that plus epsilon."""
+def _mean_square(*spellings: Op | Var) -> tuple[Op, Either]:
+    """The mean of the square of a value, in one of its spellings, and that plus epsilon, if it is not 0."""
     square = Either(
         *(
             option
@@ -35,10 +35,10 @@ def _mean_square(*spellings: Op | Var) -> tuple[Op, Op]:
         )
     )
     mean = Op("ReduceMean", square, ...)
-    return mean, Op("Add", mean, eps)
+    return mean, Either(Op("Add", mean, eps), mean)
 
 
-def _normalized(value: Op | Var, moment: Op) -> tuple[Op, Op]:
+def _normalized(value: Op | Var, moment: Either) -> tuple[Op, Op]:
     """`value` over the square root of `moment`: as a quotient, and as a product with the reciprocal."""
     root = Either(Op("Sqrt", moment), Op("Pow", moment, Lit(0.5)))
     inverse = Either(
@@ -170,7 +170,7 @@ def _unit(m: Match, g: Builder) -> ir.Value | None:
         return None
     if not m.emits("RMSNormalization", dtype=dtype, form="unit-length"):
         raise Skip(no_operator(m, "RMSNormalization", dtype), m[x])
-    epsilon = _epsilon(m) / size if eps in m.env else 0.0
+    epsilon = _epsilon(m) / size
     factor = g.const(np.full([size], size**-0.5, dtype.numpy()), name="scale")
     return g.op("RMSNormalization", m[x], factor, axis=-1, epsilon=epsilon)
 
@@ -265,6 +265,8 @@ def _centres(node: ir.Node) -> bool:
 
 
 def _epsilon(m: Match) -> float:
+    if eps not in m.env:
+        return 0.0
     epsilon = m.scalar(eps)
     if epsilon < 0 or m.array(eps).ndim > len(m.known_dims(x)):
         raise Skip("epsilon is negative, or broadens the rank", m[eps])

@@ -420,3 +420,16 @@ def test_other_quotients_of_exponentials_stay(body: str) -> None:
         "g (float[N,1] x) => (float[N,M] y) <float one = {1.0}, float two = {2.0}, float[2] row = {1.0, 1.0}>"
         f" {{ {body} }}",
     )
+
+
+def test_gelu_of_a_root_written_with_six_digits() -> None:
+    g = '<ir_version: 9, opset_import: ["" : 20]> g (float[N,4] x) => (float[N,4] y)'
+    body = "u = Div(x, r) e = Erf(u) p = Add(e, one) h = Mul(x, half) y = Mul(h, p)"
+    numbers = "float r = {{{0}}}, float one = {{1.0}}, float half = {{0.5}}"
+    check(
+        activation.RULES,
+        f"{g} <{numbers.format(1.41421)}> {{ {body} }}",
+        f"{g} {{ y = Gelu(x) }}",
+        tolerance=1e-5,
+    )
+    check(activation.RULES, f"{g} <{numbers.format(1.414)}> {{ {body} }}")

@@ -523,3 +523,15 @@ def test_computed_mask_in_another_precision_stays() -> None:
         missed="another type",
         tolerance=1e-2,
     )
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int64", "uint8", "bool"])
+def test_mask_of_integers_times_a_number(dtype: str) -> None:
+    """`(1 - m) * -10000`, m any integers: no product overflows, so that no row is lost."""
+    ins = f"g ({QKV}, {dtype}[B,1,S,L] c) => (float[B,2,S,4] y) <float low = {{-10000.0}}, float one = {{1.0}}>"
+    head = "f = Cast<to=1>(c) h = Sub(one, f) m = Mul(h, low)"
+    _check(
+        f"{ins} {{ {head} {KT} a = MatMul(q, t) z = Add(a, m) p = Softmax(z) y = MatMul(p, v) }}",
+        f"{ins} {{ {head} y = Attention<scale=1.0>(q, k, v, m) }}",
+        opset=23,
+    )

@@ -311,3 +311,37 @@ def test_batchnorm_in_training_mode_stays() -> None:
         " t = Transpose<perm=[0,2,1]>(p) y, rm, rv = BatchNormalization<training_mode=1>(t, ga, be, me, va) }",
         missed="training",
     )
+
+
+def test_batchnorm_of_columns_viewed_and_transposed() -> None:
+    """At opset 8, as ONNX Runtime's own test has it."""
+    g = "g (float[2,4] x) => (float[2,6,1,1] y) "
+    view = "int64[4] s = {2,1,1,6}"
+    check(
+        linear.RULES,
+        g + f"<float[4,6] w, {STATISTICS}, {view}> {{ p = MatMul(x, w) r = Reshape(p, s)"
+        " t = Transpose<perm=[0,3,1,2]>(r) y = BatchNormalization(t, ga, be, me, va) }",
+        g
+        + f"<float[4,6] w, float[6] f, float[6] h, {view}> {{ p = MatMul(x, w) q = Mul(p, f) o = Add(q, h)"
+        " r = Reshape(o, s) y = Transpose<perm=[0,3,1,2]>(r) }",
+        opset=9,
+        tolerance=1e-5,
+    )
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "p = MatMul(x, w) r = Reshape(p, s) t = Transpose<perm=[0,3,1,2]>(r) n = BatchNormalization(t, ga, be, me, va)"
+        " y = Add(n, t)",
+        "p0 = MatMul(x, w) p = Relu(p0) r = Reshape(p, s) t = Transpose<perm=[0,3,1,2]>(r)"
+        " y = BatchNormalization(t, ga, be, me, va)",
+        "p = MatMul(x, w0) r = Reshape(p, s) t = Transpose<perm=[0,3,1,2]>(r)"
+        " y = BatchNormalization(t, ga, be, me, va)",
+    ],
+)
+def test_batchnorm_of_other_views_stays(body: str) -> None:
+    _check(
+        f"g (float[2,4] x, float[4,6] w0) => (float[2,6,1,1] y) <float[4,6] w, {STATISTICS}, int64[4] s = {{2,1,1,6}}>"
+        f" {{ {body} }}"
+    )

@@ -474,3 +474,17 @@ def test_unit_length_where_it_gains_nothing_stays() -> None:
     text = _graph("N,4,8") + "{ r = ReduceL2(x, a) y = Div(x, r) }"
     _check(text, None, opset=22, missed="opset 23")
     _check(text, None, opset=23, target="tensorrt", missed="no RMSNormalization")
+
+
+def test_norms_without_epsilon() -> None:
+    """An epsilon of zero, which cleaning has taken away."""
+    tail = "v = ReduceMean(q, a) r = Sqrt(v) y = Div({0}, r)"
+    _check(
+        _graph("N,4,8") + f"{{ {MEAN} q = Mul(d, d) {tail.format('d')} }}",
+        "g (float[N,4,8] x) => (float[N,4,8] y) <float[8] s> { y = LayerNormalization<axis=-1, epsilon=0.0>(x, s) }",
+    )
+    _check(
+        _graph("N,4,8") + f"{{ q = Mul(x, x) {tail.format('x')} }}",
+        "g (float[N,4,8] x) => (float[N,4,8] y) <float[8] s> { y = RMSNormalization<axis=-1, epsilon=0.0>(x, s) }",
+        opset=23,
+    )
