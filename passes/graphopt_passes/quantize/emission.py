@@ -36,12 +36,26 @@ class Facts:
         statistics: of every value that may be quantised, by name.
         overrides: what the user said of methods, ranges and formats.
         chosen: ranges found so far, by value and bits.
+        moments: second moments of what layers read, by name of the layer: [K, K]; of none, rounding is to nearest.
+        refined: weights rounded by them so far, by name and scales.
     """
 
     style: Style
     statistics: Mapping[str, Statistics]
     overrides: Overrides = dataclasses.field(default_factory=Overrides)
     chosen: dict[tuple[str, int | None], Chosen] = dataclasses.field(default_factory=dict)
+    moments: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    refined: dict[tuple[str, bytes], weights.Packed] = dataclasses.field(default_factory=dict)
+
+    def refine(self, name: str, rows: np.ndarray, packed: weights.Packed) -> weights.Packed:
+        """A weight rounded by second moments where they are known."""
+        moments = self.moments.get(name)
+        if moments is None or moments.shape[0] != rows.shape[1]:
+            return packed
+        key = (name, packed.scales.tobytes())
+        if key not in self.refined:
+            self.refined[key] = weights.refined(rows, packed, moments)
+        return self.refined[key]
 
     def choice(self, name: str, bits: int | None = None) -> Chosen:
         """The range of a value."""
@@ -70,6 +84,7 @@ class Layer:
         input_noise: of the input, relative to its power.
         weight_noise: of the weight, relative to its power.
         raised: rows of the weight whose scale was raised against saturation.
+        refined: whether the weight was rounded by second moments of the input.
     """
 
     site: str
@@ -79,6 +94,7 @@ class Layer:
     input_noise: float = 0.0
     weight_noise: float = 0.0
     raised: int = 0
+    refined: bool = False
 
     @property
     def noise(self) -> float:
@@ -348,6 +364,8 @@ class _Emitter:
         top = given.format.codes[1] if hazard else None
         said = self.facts.overrides.of(_name(node), node.name or "")
         packed = weights.pack(rows, top_code=top, least=least, shared=said.per_channel is False)
+        if top is None:  # what must not saturate keeps its codes
+            packed = self.facts.refine(_name(node), rows, packed)
         weight = node.inputs[1]
         assert weight is not None
         codes = _unrows(packed.codes, axis, shape)
@@ -366,6 +384,7 @@ class _Emitter:
                 chosen.noise,
                 packed.noise,
                 packed.raised,
+                packed.refined,
             )
         )
 

@@ -10,10 +10,10 @@ import numpy.typing as npt
 
 Wide: TypeAlias = npt.NDArray[np.float64]
 
-SQNR_DB, CLASSES_SQNR_DB = 30.0, 32.0
+SQNR_DB, CLASSES_SQNR_DB = 30.0, 34.0
 """Signal to noise of the worst output over all samples that is good enough; where outputs name classes."""
 
-FLIPS = 0.015
+FLIPS = 0.01
 """Expected share of samples whose class changes that a classifier may have; about half of the changes are for worse."""
 
 

@@ -157,7 +157,8 @@ def _told(layer: Layer) -> str:
     if not layer.method:
         return f"{layer.op_type} on integers"
     raised = f", {layer.raised} channels coarser against saturation" if layer.raised else ""
+    refined = ", rounded by second moments" if layer.refined else ""
     return (
         f"{layer.op_type} in 8 bits: range by {layer.method}, {layer.clipped:.2g} clipped, noise "
-        f"{layer.input_noise:.2g} of the input and {layer.weight_noise:.2g} of the weight{raised}"
+        f"{layer.input_noise:.2g} of the input and {layer.weight_noise:.2g} of the weight{raised}{refined}"
     )

@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from graphopt_passes.quantize import rounding
+
 Wide: TypeAlias = npt.NDArray[np.float64]
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -28,12 +30,14 @@ class Packed:
         scales: float32 [rows].
         noise: squared error over squared weights.
         raised: rows whose scale was raised so that nothing saturates.
+        refined: whether the codes were chosen by second moments.
     """
 
     codes: Array
     scales: Array
     noise: float
     raised: int
+    refined: bool = False
 
 
 def pack(
@@ -69,6 +73,17 @@ def pack(
     power = float((wide**2).sum())
     noise = float((error**2).sum()) / power if power > 0 else 0.0
     return Packed(codes.astype(np.int8), stored, noise, raised)
+
+
+def refined(rows: Array, packed: Packed, moments: Wide) -> Packed:
+    """The same scales with the codes that lose the least of the outputs."""
+    wide, steps = rows.astype(np.float64), packed.scales[:, None].astype(np.float64)
+    codes = rounding.refine(
+        wide, packed.codes.astype(np.float64), steps, rounding.damped(moments), (-127, 127)
+    )
+    lost, power = codes * steps - wide, float((wide**2).sum())
+    noise = float((lost**2).sum()) / power if power > 0 else 0.0
+    return dataclasses.replace(packed, codes=codes.astype(np.int8), noise=noise, refined=True)
 
 
 def _largest_pair(wide: Wide) -> Wide:

@@ -61,8 +61,8 @@ def test_no_noise_changes_nothing() -> None:
         (Quality(31, passed=True), True),
         (Quality(29, passed=True), False),
         (Quality(40, passed=False), False),
-        (Quality(33, passed=True, flips=0.01), True),
-        (Quality(33, passed=True, flips=0.03), False),
+        (Quality(35, passed=True, flips=0.01), True),
+        (Quality(35, passed=True, flips=0.03), False),
         (Quality(31, passed=True, flips=0.0), False),
     ],
 )

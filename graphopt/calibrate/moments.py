@@ -1,0 +1,111 @@
+"""Second moments of what layers read: which directions of an input matter, for rounding weights.
+
+Sums are kept as two integers, as in `statistics`: the same bits in any order of samples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from graphopt.calibrate.statistics import SENTINEL, carried, joined, split
+from graphopt.runtime.session import OptimizationLevel, Session, SessionOptions
+from graphopt.verify.feed_files import Feed
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+Wide: TypeAlias = npt.NDArray[np.float64]
+
+POSITIONS = 64
+"""Rows of one sample that are looked at: more say little that is new."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """What a convolution without groups reads at one position.
+
+    Attributes:
+        kernel: its size.
+        strides: between positions.
+        dilations: between taps.
+        pads: zeros before each axis, then behind each.
+    """
+
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    pads: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """One input of one layer: the name of the value, and the window of a convolution; None for matrix products."""
+
+    value: str
+    window: Window | None = None
+
+
+def collect_moments(
+    model: bytes | Path, wanted: Sequence[Wanted], feeds: Iterable[Feed], *, threads: int = 1
+) -> dict[Wanted, Wide]:
+    """Mean of x x^T over rows (positions) of each input: float64 [K, K]; none where something was not finite.
+
+    Raises:
+        ModelError: the model fails on a sample, or has no such value.
+    """
+    names = tuple(dict.fromkeys(each.value for each in wanted))
+    folder = model.parent if isinstance(model, Path) else None
+    options = SessionOptions(threads=threads, external_folder=folder, extra_outputs=names)
+    session = Session(model, level=OptimizationLevel.ALL, options=options)
+    inputs = {spec.name for spec in session.inputs}
+    tapped = [name for name in names if name not in inputs]
+    sums: dict[Wanted, Array] = {}
+    counts: dict[Wanted, int] = {}
+    for feed in feeds:
+        results = session.run(feed.values, tapped) if tapped else {}
+        for each in dict.fromkeys(wanted):
+            array = results.get(each.value, feed.values.get(each.value))
+            assert array is not None
+            rows = rows_of(array, each.window)
+            if not np.isfinite(rows).all() or np.abs(rows).max(initial=0) >= SENTINEL:
+                counts[each] = -(1 << 60)
+                continue
+            more = split(rows.T @ rows)
+            sums[each] = carried(sums[each] + more) if each in sums else more
+            counts[each] = counts.get(each, 0) + len(rows)
+    return {each: joined(found) / counts[each] for each, found in sums.items() if counts[each] > 0}
+
+
+def rows_of(array: Array, window: Window | None) -> Wide:
+    """What a layer multiplies its weight with, at evenly spread positions: float64 [rows, K]."""
+    if window is None:
+        rows = np.asarray(array).reshape(-1, array.shape[-1])
+        return rows[:: -(-len(rows) // POSITIONS) or 1].astype(np.float64)
+    rank = len(window.kernel)
+    pads = [(0, 0), (0, 0), *zip(window.pads[:rank], window.pads[rank:], strict=True)]
+    padded = np.pad(array, pads)
+    spans = [(k - 1) * d + 1 for k, d in zip(window.kernel, window.dilations, strict=True)]
+    axes = tuple(range(2, 2 + rank))
+    views = np.lib.stride_tricks.sliding_window_view(padded, spans, axis=axes)  # type: ignore[call-overload,unused-ignore]
+    whole = (slice(None), slice(None))
+    steps = tuple(slice(None, None, n) for n in (*window.strides, *window.dilations))
+    taps = views[(*whole, *steps)]
+    moved = np.moveaxis(taps, 1, 1 + rank)  # [N, positions, C, taps]
+    flat = moved.reshape(-1, *moved.shape[1 + rank :]) if moved.size < _SMALL else _thinned(moved)
+    rows = flat.reshape(len(flat), -1)
+    return rows[:: -(-len(rows) // POSITIONS) or 1].astype(np.float64)
+
+
+_SMALL = 1 << 22
+
+
+def _thinned(moved: Array) -> Array:
+    """Positions of a large array, every n-th along the first axis of the image."""
+    step = -(-moved.size // _SMALL)
+    part = moved[:, ::step]
+    rank = (moved.ndim - 2) // 2
+    return part.reshape(-1, *part.shape[1 + rank :])
