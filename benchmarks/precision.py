@@ -28,7 +28,8 @@ from onnx import numpy_helper
 
 from graphopt.errors import GraphoptError
 from graphopt.ir.model_file import load_model, model_to_bytes
-from graphopt.ir.scopes import all_graphs, sort
+from graphopt.ir.scopes import all_graphs, is_sorted, sort
+from graphopt.ir.shapes import Shapes
 from graphopt.runtime.emulate import emulate
 from graphopt.runtime.session import Session
 
@@ -64,11 +65,15 @@ class Verdict:
         word: good, crash, invalid, io or wrong.
         detail: the error or the reason.
         cpu_fine: whether ONNX Runtime on the CPU shows an error within the tolerance all the same.
+        unsorted: whether some node comes before what it reads, which `onnx.checker` refuses.
+        halves: nodes that compute in half, casts aside.
     """
 
     word: str
     detail: str = ""
     cpu_fine: bool = False
+    unsorted: bool = False
+    halves: int = 0
 
 
 def main() -> int:
@@ -96,19 +101,51 @@ def main() -> int:
                 )
                 totals[name][found.word] += 1
                 totals[name]["CPU says fine"] += found.cpu_fine
-                print(f"{case.name:28} {name:22} {found.word:8} {found.detail[:90]}", flush=True)
-    words = ("good", "crash", "invalid", "io", "wrong", "CPU says fine")
+                totals[name]["unsorted"] += found.unsorted
+                totals[name]["good with halves"] += found.word == "good" and found.halves > 0
+                told = f"{found.word:8} {found.halves:3} halves {found.detail[:90]}"
+                print(f"{case.name:28} {name:22} {told}", flush=True)
+    words = (
+        "good",
+        "crash",
+        "invalid",
+        "io",
+        "wrong",
+        "CPU says fine",
+        "unsorted",
+        "good with halves",
+    )
     print("\n" + " | ".join(["tool", *words]))
     for name, counts in totals.items():
         print(" | ".join([name, *(str(counts[word]) for word in words)]))
-    return 0 if totals[OURS]["good"] == sum(totals[OURS][w] for w in words[:-1]) else 1
+    return 0 if totals[OURS]["good"] == sum(totals[OURS][w] for w in words[:5]) else 1
 
 
 def judge(case: Path, out: Path, tolerance: float) -> Verdict:
     """How the model in `out` fares against the reference outputs of the case."""
-    original = onnx.load(case / "model.onnx")
     try:
         model = load_model(out)
+    except GraphoptError as error:
+        return Verdict("invalid", str(error).replace("\n", " "))
+    unsorted = not all(is_sorted(scope.graph) for scope in all_graphs(model))
+    found = _judged(case, model, tolerance)
+    return dataclasses.replace(found, unsorted=unsorted, halves=_halves(model))
+
+
+def _halves(model: ir.Model) -> int:
+    kinds = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    Shapes(model)
+    return sum(
+        any(value.dtype in kinds for value in node.outputs)
+        for scope in all_graphs(model)
+        for node in scope.graph
+        if node.op_type != "Cast"
+    )
+
+
+def _judged(case: Path, model: ir.Model, tolerance: float) -> Verdict:
+    original = onnx.load(case / "model.onnx")
+    try:
         for scope in all_graphs(model):
             sort(scope.graph)
         proto = ir.to_proto(model)
