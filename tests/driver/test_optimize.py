@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -411,3 +412,43 @@ def test_a_result_saved_into_a_folder_is_called_model(source: Path, tmp_path: Pa
     written = optimize(source).save(tmp_path)
     assert written == (tmp_path / "model.onnx",)
     assert operators(written[0])
+
+
+def test_a_folder_named_like_a_file_is_no_output(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder.onnx").mkdir()
+    with pytest.raises(OptionError, match=r"folder whose name ends in \.onnx; name a file in it"):
+        graphopt.optimize(source, output=tmp_path / "folder.onnx")
+    assert list((tmp_path / "folder.onnx").iterdir()) == []
+
+
+def test_a_folder_in_which_nothing_may_be_written_is_no_place(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(OptionError, match=r"cannot write .*no permission to write in"):
+        graphopt.optimize(source, output=out)
+
+
+def test_a_bundle_that_cannot_take_its_place_leaves_the_old_one(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, original = tmp_path / "bundle", Path.rename
+    graphopt.optimize(source, output=bundle)
+    before = {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
+
+    def rename(self: Path, target: Path) -> Path:
+        if self.name == "bundle" and target == bundle:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises((OSError, OptionError), match="Input/output error"):
+        graphopt.optimize(source, output=bundle, target="portable")
+    assert {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()} == before
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
+def test_sparse_weights_in_a_form_that_there_is_not(source: Path, out: Path) -> None:
+    with pytest.raises(OptionError, match="unknown form of sparse weights 'csr'"):
+        graphopt.optimize(source, output=out, sparse="csr")
+    assert graphopt.optimize(source, output=out, sparse="dense").path == out

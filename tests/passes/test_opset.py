@@ -242,3 +242,38 @@ def test_tables_name_real_versions() -> None:
         schema = operators.find_schema(op, version, "")
         assert schema is not None
         assert schema.since_version == version, (op, version)
+
+
+@pytest.mark.parametrize(
+    ("opset", "text", "reason"),
+    [
+        (8, "g (float[1,2,3] x) => (float[1,2,3] y) <float[2,3] a, float[2,3] b, float[2,3] c, float[2,3] d>"
+            " { y = BatchNormalization<spatial=0>(x, a, b, c, d) }", "not those of channels"),
+        (9, "g (float[1,2,3] x) => (float[1,2,3] y) <float[2] a, float[2] b, float[2] c, float[2] d>"
+            " { y, m, v, s, t = BatchNormalization(x, a, b, c, d) }", "training mode"),
+        (12, "g (float[1,2,3] x) => (float[2,3] y) { y = Squeeze<axes: ints = []>(x) }", "empty list of axes"),
+        (8, "g (float[N] x) => (float[N] y) { h = Frobnicate(x) y = Relu(h) }", "does not define it"),
+    ],
+)  # fmt: skip
+def test_nodes_that_mean_something_else_or_nothing(opset: int, text: str, reason: str) -> None:
+    node = next(iter(ir.from_proto(parse(text, opset=opset)).graph))
+    model = ir.from_proto(parse(text, opset=opset))
+    with pytest.raises(Skip, match=reason):
+        spell(node, opset, 22, Shapes(model), get_target("portable"))
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("y = Softmax(h)", "axes are not known"),
+        ("y = Pad<pads = [1, 1], value = 2.0>(h)", "element type is not known"),
+    ],
+)
+def test_what_cannot_be_written_without_types(body: str, reason: str) -> None:
+    text = (
+        '<ir_version: 8, opset_import: ["" : 8, "my" : 1]>'
+        f"g (float[N] x) => (float[M] y) {{ h = my.Op(x) {body} }}"
+    )
+    model = ir.from_proto(parse(text))
+    with pytest.raises(Skip, match=reason):
+        spell(model.graph[1], 8, 22, Shapes(model), get_target("portable"))
