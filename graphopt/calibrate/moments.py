@@ -1,24 +1,28 @@
 """Second moments of what layers read: which directions of an input matter, for rounding weights.
 
-Sums are kept as two integers, as in `statistics`: the same bits in any order of samples.
+A bounded number of rows of a bounded number of samples is kept, so that memory does not grow with the samples.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from graphopt.calibrate.statistics import SENTINEL, carried, joined, split
+from graphopt.calibrate.statistics import SENTINEL
 from graphopt.runtime.session import OptimizationLevel, Session, SessionOptions
 from graphopt.verify.feed_files import Feed
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 Wide: TypeAlias = npt.NDArray[np.float64]
+
+SAMPLES = 32
+"""Samples that are looked at."""
 
 POSITIONS = 64
 """Rows of one sample that are looked at: more say little that is new."""
@@ -52,7 +56,8 @@ class Wanted:
 def collect_moments(
     model: bytes | Path, wanted: Sequence[Wanted], feeds: Iterable[Feed], *, threads: int = 1
 ) -> dict[Wanted, Wide]:
-    """Mean of x x^T over rows (positions) of each input: float64 [K, K]; none where something was not finite.
+    """Mean of x x^T over rows (positions) of each input: float64 [K, K]; none where something was not
+    finite, or its width varied.
 
     Raises:
         ModelError: the model fails on a sample, or has no such value.
@@ -63,28 +68,31 @@ def collect_moments(
     session = Session(model, level=OptimizationLevel.ALL, options=options)
     inputs = {spec.name for spec in session.inputs}
     tapped = [name for name in names if name not in inputs]
-    sums: dict[Wanted, Array] = {}
-    counts: dict[Wanted, int] = {}
-    for feed in feeds:
+    kept: dict[Wanted, list[Array]] = {each: [] for each in wanted}
+    for feed in islice(feeds, SAMPLES):
         results = session.run(feed.values, tapped) if tapped else {}
-        for each in dict.fromkeys(wanted):
+        for each, parts in kept.items():
             array = results.get(each.value, feed.values.get(each.value))
             assert array is not None
-            rows = rows_of(array, each.window)
-            if not np.isfinite(rows).all() or np.abs(rows).max(initial=0) >= SENTINEL:
-                counts[each] = -(1 << 60)
-                continue
-            more = split(rows.T @ rows)
-            sums[each] = carried(sums[each] + more) if each in sums else more
-            counts[each] = counts.get(each, 0) + len(rows)
-    return {each: joined(found) / counts[each] for each, found in sums.items() if counts[each] > 0}
+            parts.append(rows_of(array, each.window))
+    found = {each: _mean(parts) for each, parts in kept.items()}
+    return {each: moments for each, moments in found.items() if moments is not None}
 
 
-def rows_of(array: Array, window: Window | None) -> Wide:
-    """What a layer multiplies its weight with, at evenly spread positions: float64 [rows, K]."""
+def _mean(parts: Sequence[Array]) -> Wide | None:
+    if not parts or len({part.shape[1] for part in parts}) != 1:
+        return None
+    rows = np.concatenate(parts).astype(np.float64)
+    if len(rows) == 0 or not (np.abs(rows) < SENTINEL).all():  # NaN compares false
+        return None
+    return np.asarray(rows.T @ rows / len(rows))
+
+
+def rows_of(array: Array, window: Window | None) -> Array:
+    """What a layer multiplies its weight with, at evenly spread positions: float32 [rows, K]."""
     if window is None:
         rows = np.asarray(array).reshape(-1, array.shape[-1])
-        return rows[:: -(-len(rows) // POSITIONS) or 1].astype(np.float64)
+        return np.ascontiguousarray(rows[:: -(-len(rows) // POSITIONS) or 1], np.float32)
     rank = len(window.kernel)
     pads = [(0, 0), (0, 0), *zip(window.pads[:rank], window.pads[rank:], strict=True)]
     padded = np.pad(array, pads)
@@ -97,7 +105,7 @@ def rows_of(array: Array, window: Window | None) -> Wide:
     moved = np.moveaxis(taps, 1, 1 + rank)  # [N, positions, C, taps]
     flat = moved.reshape(-1, *moved.shape[1 + rank :]) if moved.size < _SMALL else _thinned(moved)
     rows = flat.reshape(len(flat), -1)
-    return rows[:: -(-len(rows) // POSITIONS) or 1].astype(np.float64)
+    return np.ascontiguousarray(rows[:: -(-len(rows) // POSITIONS) or 1], np.float32)
 
 
 _SMALL = 1 << 22

@@ -94,7 +94,7 @@ class Statistics:
     def mean_range(self) -> tuple[float, float]:
         """Means over samples of the least and of the greatest element."""
         count = max(self.samples, 1)
-        return float(joined(self.low_sum)) / count, float(joined(self.high_sum)) / count
+        return float(_joined(self.low_sum)) / count, float(_joined(self.high_sum)) / count
 
     def channel_means(self, axis: int) -> Array | None:
         """Mean of each index of axis 1 or -1, float64; None where its size varied or something was excluded."""
@@ -117,7 +117,7 @@ class Statistics:
         count = sums.shape[1]
         if count == 0 or self.excluded or self.elements == 0:
             return None
-        return np.asarray(joined(sums) * count / self.elements)
+        return np.asarray(_joined(sums) * count / self.elements)
 
     def merged(self, other: Statistics) -> Statistics:
         """Of both sets of samples; associative and commutative to the last bit."""
@@ -125,8 +125,8 @@ class Statistics:
             histogram=self.histogram + other.histogram,
             minimum=min(self.minimum, other.minimum),
             maximum=max(self.maximum, other.maximum),
-            low_sum=carried(self.low_sum + other.low_sum),
-            high_sum=carried(self.high_sum + other.high_sum),
+            low_sum=_carried(self.low_sum + other.low_sum),
+            high_sum=_carried(self.high_sum + other.high_sum),
             samples=self.samples + other.samples,
             elements=self.elements + other.elements,
             excluded=self.excluded + other.excluded,
@@ -165,8 +165,8 @@ def observe(array: Array, axes: Sequence[int] = (1, -1)) -> Statistics:
         histogram=np.bincount(keys, minlength=KEYS),
         minimum=low,
         maximum=high,
-        low_sum=split(np.float64(low)),
-        high_sum=split(np.float64(high)),
+        low_sum=_split(np.float64(low)),
+        high_sum=_split(np.float64(high)),
         samples=1,
         elements=flat.size,
         excluded=excluded,
@@ -196,7 +196,7 @@ def _by_axis(array: Array, axis: int) -> Channels:
     step = _stride(array.size)
     part = rows[:, :, ::step]
     squares = np.einsum("ocs,ocs->c", part, part).astype(np.float64) * (array.size / part.size)
-    return Channels(split(_sums(rows)), split(squares), ends)
+    return Channels(_split(_sums(rows)), _split(squares), ends)
 
 
 def _sums(rows: Array) -> Array:
@@ -210,19 +210,18 @@ _WIDE = 128
 """Elements from which on NumPy reduces a contiguous axis at full speed."""
 
 
-def split(sums: Any) -> Array:  # noqa: ANN401
+def _split(sums: Any) -> Array:  # noqa: ANN401
     """A float64 as integers: multiples of 2^-12 and what is left in multiples of 2^-62."""
     scaled = np.asarray(sums, np.float64) * _HIGH
     high = np.floor(scaled)
     return np.stack([high.astype(np.int64), np.rint((scaled - high) * _LOW).astype(np.int64)])
 
 
-def joined(halves: Array) -> Array:
-    """The number that two integers stand for."""
+def _joined(halves: Array) -> Array:
     return np.asarray((halves[0].astype(np.float64) + halves[1] / _LOW) / _HIGH)
 
 
-def carried(halves: Array) -> Array:
+def _carried(halves: Array) -> Array:
     """The same sum with its lower half below one unit of the upper: one form a number."""
     unit = np.int64(_LOW)
     carry = halves[1] // unit
@@ -239,7 +238,9 @@ def _added(mine: Channels, theirs: Channels, me: Statistics, other: Statistics) 
     ends = np.stack(
         [np.minimum(mine.ends[0], theirs.ends[0]), np.maximum(mine.ends[1], theirs.ends[1])]
     )
-    return Channels(carried(mine.sums + theirs.sums), carried(mine.squares + theirs.squares), ends)
+    return Channels(
+        _carried(mine.sums + theirs.sums), _carried(mine.squares + theirs.squares), ends
+    )
 
 
 @dataclasses.dataclass(frozen=True)

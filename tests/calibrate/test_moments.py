@@ -14,14 +14,12 @@ PRODUCT = parse(
 ).SerializeToString()
 
 
-def test_moments_are_means_of_outer_products_in_any_order() -> None:
+def test_moments_are_means_of_outer_products() -> None:
     arrays = [RNG.normal(size=(5, 3)).astype(np.float32) for _ in range(4)]
     feeds = [Feed(str(i), {"x": array}) for i, array in enumerate(arrays)]
     found = collect_moments(PRODUCT, [Wanted("r"), Wanted("x")], feeds)
     rows = np.maximum(np.concatenate(arrays), 0).astype(np.float64)
     np.testing.assert_allclose(found[Wanted("r")], rows.T @ rows / len(rows), rtol=1e-9)
-    again = collect_moments(PRODUCT, [Wanted("r"), Wanted("x")], reversed(feeds))
-    assert all(np.array_equal(found[key], again[key]) for key in found)
 
 
 def test_what_is_not_finite_has_none() -> None:

@@ -62,8 +62,8 @@ EQUALIZED_DB = 0.5
 """What equalisation must win on the samples to be kept: it fits ranges of single channels to them."""
 
 
-MOMENTS, REFINED_DB = 32, 0.2
-"""Samples that second moments are taken from, and what rounding by them must win to be kept."""
+REFINED_DB = 0.2
+"""What rounding by second moments must win to be kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,7 +282,7 @@ class Search:
             return
         key = f"moments:{self.key}"
         if key not in self.ctx.cache:
-            feeds = self.parts[0].first(MOMENTS)
+            feeds = self.parts[0]
             found = collect_moments(
                 model_to_bytes(self.model), list(dict.fromkeys(wanted.values())), feeds
             )
