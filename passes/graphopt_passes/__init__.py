@@ -31,6 +31,7 @@ from graphopt_passes import (
     padding,
     powers,
     reductions,
+    remnants,
     residuals,
     rope,
     sequences,
@@ -70,7 +71,7 @@ from graphopt_passes.trimming import TrimControlFlow
 
 Maker: TypeAlias = Pass | type[Pass] | Callable[[], Pass]
 
-TIDY = RewritePass("tidy", (*tidy.RULES, *sequences.RULES))
+TIDY = RewritePass("tidy", (*tidy.RULES, *remnants.RULES, *sequences.RULES))
 SHAPES = RewritePass(
     "simplify-shapes", (*shapes.RULES, *slices.RULES, *broadcasts.RULES, *layout.RULES)
 )
