@@ -287,6 +287,7 @@ def command(
         result.report,
         report=report,
         inputs=inputs,
+            stages=report is not None,
         as_json=as_json,
         quiet=quiet,
         every_remark=remarks,
@@ -419,4 +420,4 @@ def _page(facts: RunReport, inputs: Path | None) -> str:
     if original.suffix != ".onnx" or facts.specialized:
         return run_html(facts)  # ONNX Runtime reads protobufs only; other inputs cannot be compared
     feeds = None if inputs is None else given_feeds(inputs, original)
-    return run_html(facts, examine(original, result, feeds))
+    return run_html(facts, examine(original, result, feeds, target=facts.target))

@@ -58,6 +58,7 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
     remarks: bool = False,
     strict: bool = False,
     repro: str | os.PathLike[str] | None = None,
+    stages: bool = False,
     profiles: Mapping[str, tuple[int, int, int]] | None = None,
     extras: Sequence[str] = (),
     specialize: Specialization | None = None,
@@ -92,6 +93,7 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
         profiles: of a bundle: least, usual and largest size of dynamic dimensions, by name or `INPUT:AXIS`.
         extras: of a bundle: triton (a model repository), ort (the .ort format).
         specialize: what to make of the model first: sizes, bound inputs, chosen outputs, names, types, layouts.
+        stages: count bytes and arithmetic after each pass, and the layers of the result, for a report.
         repro: folder for the smallest model that shows the first rewrite that breaks the numbers.
         progress: called with the stage that begins, and how much of it is done if that is known.
 
@@ -137,6 +139,7 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
         repro=None if repro is None else Path(repro),
         profiles={name: Range(*sizes) for name, sizes in (profiles or {}).items()},
         extras=tuple(parse_extra(each, output) for each in extras),
+        stages=stages,
         sparse=parse_sparse(sparse),
         specialization=specialize or Specialization(),
         progress=progress or (lambda _stage, _part: None),

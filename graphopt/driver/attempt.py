@@ -18,6 +18,7 @@ from graphopt.ir.model_file import ExternalData, load_model, save_model
 from graphopt.numerics import Numerics
 from graphopt.pipeline import PassRun, run_pipeline
 from graphopt.report.facts import ModelFacts, model_facts
+from graphopt.report.stages import Stage, stage
 from graphopt.rewrite import Context, Gate, Remark, Rewrite
 from graphopt.targets import SparseStyle
 
@@ -40,6 +41,7 @@ class Attempt:
         became: values that are gone, and what was put in their place, by name.
         sparse: what storing weights sparse is about; None where none is mostly zero, or nothing was written.
         distilled: what training did; None where there was none.
+        stages: the model as it was read and after each pass that changed it, if the request asks.
     """
 
     model: ir.Model
@@ -53,6 +55,7 @@ class Attempt:
     became: Mapping[str, str] = dataclasses.field(default_factory=dict)
     sparse: SparseFacts | None = None
     distilled: History | None = None
+    stages: tuple[Stage, ...] = ()
 
 
 def attempt(
@@ -84,10 +87,14 @@ def attempt(
 
     def observe(run: PassRun, current: ir.Model) -> None:
         nonlocal done
+    counts = request.stages and not is_probe
+    stages = [stage("", model)] if counts else []
         done += 1
         if watch is not None:
             watch(run, current, ctx)
 
+        if counts and run.changed:
+            stages.append(stage(run.name, current))
     try:
         runs = run_pipeline(model, request.steps, ctx, observer=observe)
     except PassError as fault:
@@ -111,6 +118,7 @@ def attempt(
         distilled=ctx.findings.get("distill"),
     )
 
+        stages=tuple(stages),
 
 def write(
     made: Attempt,

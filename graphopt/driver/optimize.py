@@ -26,6 +26,7 @@ from graphopt.ir.model_file import load_model
 from graphopt.numerics import Numerics
 from graphopt.pipeline import flatten
 from graphopt.report.facts import model_facts
+from graphopt.report.layers import layers
 from graphopt.report.run import RolledBack, RunReport, VerificationFacts
 from graphopt.rewrite import Gate, Remark, RemarkKind, Rewrite
 
@@ -295,6 +296,8 @@ def run(request: Request, say: Progress) -> Result:
         seed=request.options.seed,
         seconds=time.process_time() - started,
         sparse=made.sparse,
+        stages=made.stages,
+        layers=layers(made.model) if request.stages else (),
         distilled=made.distilled,
         warnings=told,
         specialized=made_of,

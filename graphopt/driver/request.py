@@ -59,6 +59,7 @@ class Request:
         external: where weights go.
         recipe: the recipe in words, for the report.
         repro: folder to write the smallest model to that shows the first rewrite that fails; None for none.
+        stages: whether to count bytes and arithmetic after each pass, for a report.
         criteria: limits for single outputs, and metrics, that the user asks for.
         profiles: ranges of dynamic dimensions, for a bundle.
         extras: what a bundle shall hold besides: `EXTRAS`.
@@ -81,6 +82,7 @@ class Request:
     external: ExternalData
     recipe: str | None = None
     repro: Path | None = None
+    stages: bool = False
     criteria: Criteria = dataclasses.field(default_factory=Criteria)
     profiles: Mapping[str, Range] = dataclasses.field(default_factory=dict)
     extras: tuple[str, ...] = ()

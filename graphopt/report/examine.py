@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from graphopt.emit.findings import Legality
+from graphopt.emit.legality import check_legality
 from graphopt.errors import GraphoptError
 from graphopt.ir.model_file import load_model
 from graphopt.numerics import Numerics
@@ -13,6 +15,7 @@ from graphopt.report.diff import ModelDiff, diff_models
 from graphopt.report.drawing import Drawing, drawings
 from graphopt.runtime.measure import Latency, measure
 from graphopt.runtime.session import OptimizationLevel, Session
+from graphopt.targets import get_target
 from graphopt.verify.divergence import Truth, errors_along
 from graphopt.verify.feeds import Feed
 from graphopt.verify.verifier import ReferenceRun, VerifyOptions
@@ -45,6 +48,7 @@ class Examined:
         along: errors along the graph, in the order of the result.
         feed: the inputs that errors and latencies were measured on.
         latency: of the original and of the result, with ONNX Runtime's own optimisations on, as deployed.
+        legality: what the target takes of the result; None where nobody said which target.
         reasons: why something is absent.
     """
 
@@ -53,11 +57,17 @@ class Examined:
     along: tuple[Point, ...] = ()
     feed: str = ""
     latency: tuple[Latency, ...] = ()
+    legality: Legality | None = None
     reasons: tuple[str, ...] = ()
 
 
 def examine(
-    original: Path, result: Path, feeds: Sequence[Feed] | None = None, *, seconds: float = 2.0
+    original: Path,
+    result: Path,
+    feeds: Sequence[Feed] | None = None,
+    *,
+    seconds: float = 2.0,
+    target: str | None = None,
 ) -> Examined:
     """Measures two model files side by side.
 
@@ -66,10 +76,12 @@ def examine(
         result: the model as it was written.
         feeds: inputs; generated if None.  The first is used.
         seconds: how long to take latencies.
+        target: what the result was made for; None leaves legality out.
     """
     before, after = load_model(original), load_model(result)
     diff = diff_models(before, after)
-    held = Examined(diff, drawings(before, after, diff))
+    legality = None if target is None else check_legality(after, get_target(target))
+    held = Examined(diff, drawings(before, after, diff), legality=legality)
     run = ReferenceRun(original, feeds)
     if run.unverifiable:
         return dataclasses.replace(held, reasons=(run.unverifiable,))

@@ -9,6 +9,7 @@ from graphopt.report.curves import loss_plot
 from graphopt.report.examine import Examined, Point
 from graphopt.report.plain import graphopt_version
 from graphopt.report.run import RunReport
+from graphopt.report.stages import Stage
 from graphopt.rewrite.context import RemarkKind
 
 _PLOT_WIDTH, _PLOT_HEIGHT = 720, 150
@@ -43,9 +44,57 @@ def run_html(report: RunReport, examined: Examined | None = None) -> str:
         declined=[each for each in report.remarks if each.kind is RemarkKind.MISSED],
         noted=[each for each in report.remarks if each.kind is not RemarkKind.MISSED],
         examined=examined,
+        stages=_stages(report),
+        sizes=_sizes(report.stages),
+        errors={p.value: p.error for p in examined.along} if examined else {},
         plot=_plot(examined.along) if examined else "",
         losses=loss_plot(report.distilled) if report.distilled else "",
         operators=_operators(report),
+    )
+
+
+def _stages(report: RunReport) -> list[dict[str, Any]]:
+    """The stages with what their passes did."""
+    runs = [None, *(run for run in report.passes if run.changed)]
+    if len(runs) != len(report.stages):
+        return []
+    rows = []
+    nodes = report.stages[0].nodes
+    for each, run in zip(report.stages, runs, strict=True):
+        rows.append(
+            {
+                "name": each.name,
+                "rewrites": "" if run is None else run.rewrites,
+                "nodes": each.nodes,
+                "change": each.nodes - nodes,
+                "bytes": each.parameter_bytes,
+                "flops": each.flops,
+                "seconds": None if run is None else run.seconds,
+            }
+        )
+        nodes = each.nodes
+    return rows
+
+
+def _sizes(stages: tuple[Stage, ...]) -> str:
+    """Nodes after each stage, as a line."""
+    if len(stages) < 3:
+        return ""
+    most = max(each.nodes for each in stages) or 1
+    step = _PLOT_WIDTH / (len(stages) - 1)
+    points = [
+        (round(i * step, 1), round(_PLOT_HEIGHT * (1 - each.nodes / most), 1), each)
+        for i, each in enumerate(stages)
+    ]
+    line = " ".join(f"{x},{y}" for x, y, _ in points)
+    dots = "".join(
+        f'<circle class="ok" cx="{x}" cy="{y}" r="3"><title>{_escape(each.name or "read")}: {each.nodes} nodes</title>'
+        "</circle>"
+        for x, y, each in points
+    )
+    return (
+        f'<svg class="plot" id="sizes" viewBox="-4 -8 {_PLOT_WIDTH + 8} {_PLOT_HEIGHT + 16}" role="img">'
+        f'<polyline points="{line}" fill="none" stroke="#888"/>{dots}</svg>'
     )
 
 
@@ -92,9 +141,13 @@ def _plot(points: tuple[Point, ...]) -> str:
 
 
 def _escaped(point: Point) -> str:
+    return _escape(f"{point.operator} {point.value}: {point.error:.2g}")
+
+
+def _escape(text: str) -> str:
     from xml.sax.saxutils import escape  # noqa: PLC0415
 
-    return escape(f"{point.operator} {point.value}: {point.error:.2g}")
+    return escape(text)
 
 
 def _number(number: float | None) -> str:

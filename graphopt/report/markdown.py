@@ -26,7 +26,9 @@ def run_markdown(report: RunReport, *, times: bool = True) -> str:
         _table(("", "before", "after"), sizes),
         *_specialized(report),
         *_passes(report, times=times),
+        *_stages(report),
         *_verification(report.verification),
+        *_layers(report),
         *_smaller(report),
         *_lists(report),
     ]
@@ -71,6 +73,24 @@ def _passes(report: RunReport, *, times: bool) -> list[str]:
     ]
     heads = ("pass", "runs", "rewrites", *(["CPU seconds"] if times else []), "rules")
     return ["## Passes", _table(heads, rows) if rows else "No pass found anything to change."]
+
+
+def _stages(report: RunReport) -> list[str]:
+    rows = [
+        (each.name or "as it was read", each.nodes, each.parameter_bytes, each.flops)
+        for each in report.stages
+    ]
+    heads = ("after", "nodes", "parameter bytes", "FLOPs (free dimensions as 1)")
+    return ["## Pass by pass", _table(heads, rows)] if rows else []
+
+
+def _layers(report: RunReport) -> list[str]:
+    rows = [
+        (each.name, each.operator, each.arithmetic, each.weight, each.scales, each.bytes)
+        for each in report.layers
+    ]
+    heads = ("value", "operator", "arithmetic", "weight", "scales", "bytes")
+    return ["## Layers", _table(heads, rows)] if rows else []
 
 
 def _verification(found: VerificationFacts) -> list[str]:

@@ -10,7 +10,9 @@ from graphopt.distill.history import History
 from graphopt.emit.sparse import SparseFacts
 from graphopt.pipeline import PassRun
 from graphopt.report.facts import ModelFacts
+from graphopt.report.layers import Layer
 from graphopt.report.plain import graphopt_version, plain
+from graphopt.report.stages import Stage
 from graphopt.rewrite.context import Remark, Rewrite
 from graphopt.verify.compare import OutputReport
 from graphopt.verify.criteria import MetricReport
@@ -70,6 +72,8 @@ class RunReport:
         remarks: what the passes had to say.
         rewrites: what was changed, in order.
         rolled_back: what was left out because it failed.
+        stages: the model as it was read and after each pass that changed it; empty where nobody asked.
+        layers: in which numbers each product of the result is computed; empty where nobody asked.
         recipe: what was run, in words; None for the pipeline of the target.
         seed: of everything random.
         seconds: CPU time of the whole run; None where it was not taken.
@@ -88,6 +92,8 @@ class RunReport:
     remarks: tuple[Remark, ...] = ()
     rewrites: tuple[Rewrite, ...] = ()
     rolled_back: tuple[RolledBack, ...] = ()
+    stages: tuple[Stage, ...] = ()
+    layers: tuple[Layer, ...] = ()
     recipe: str | None = None
     seed: int = 0
     seconds: float | None = None

@@ -33,10 +33,12 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 @pytest.fixture
 def page(tmp_path: Path) -> Path:
     model = save(tmp_path / "<b>model&.onnx", MODEL)
-    result = optimize(model, output=tmp_path / "out.onnx", remarks=True)
+    result = optimize(model, output=tmp_path / "out.onnx", remarks=True, stages=True)
     assert result.path is not None
     path = tmp_path / "report.html"
-    path.write_text(run_html(result.report, examine(model, result.path, seconds=0.01)))
+    path.write_text(
+        run_html(result.report, examine(model, result.path, seconds=0.01, target="cpu"))
+    )
     return path
 
 
@@ -69,6 +71,8 @@ def test_the_page_needs_nothing_else(page: Path) -> None:
 def test_the_page_holds_what_the_run_did(page: Path) -> None:
     text = page.read_text()
     for wanted in ("verified", "5 → 3", "Latency", "Error along the graph", "drop-identity"):
+        assert wanted in text
+    for wanted in ("as it was read", "FLOPs", "Legality", "For cpu: no findings", 'id="sizes"'):
         assert wanted in text
     assert "&lt;b&gt;model&amp;.onnx" in text
     assert "<b>model" not in text
