@@ -6,7 +6,7 @@ import dataclasses
 import enum
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import onnx_ir as ir
 
@@ -138,6 +138,7 @@ class Options:
         budget: the error that a lossy run may make, as the user wrote it; None for the default of the precision.
         sparsity: what to prune, as the user wrote it.
         force: emit what the target is known to run slower.
+        autotune: where measured gains are kept; None where the targets' tables decide.
         distill: how to train what is left to compute what the original did, as the user wrote it; None for not at all.
     """
 
@@ -149,6 +150,20 @@ class Options:
     sparsity: str | None = None
     force: bool = False
     distill: str | None = None
+    autotune: Path | None = None
+
+
+class Tuner(Protocol):
+    """Measures what a rewrite gains on this machine."""
+
+    def gain(
+        self,
+        before: Sequence[ir.Node],
+        old: Sequence[ir.Value],
+        after: Sequence[ir.Node],
+        new: Sequence[ir.Value],
+    ) -> float | None:
+        """How many times as fast the new nodes are; None where that cannot be measured."""
 
 
 @dataclasses.dataclass
@@ -166,6 +181,7 @@ class Context:
         cache: what is dear and the same in every replay of a run (statistics, by fingerprint); never a decision.
         original: loads the model as the user gave it; None where nobody knows.
         progress: called with the stage that goes on, and how much of it is done.
+        tuner: measures what rewrites gain; None where the target's tables decide.
         findings: facts that passes have for the report, by name of the pass.
     """
 
@@ -182,6 +198,7 @@ class Context:
     findings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     became: dict[str, str] = dataclasses.field(default_factory=dict)
+    tuner: Tuner | None = None
     """Values that are gone, and those of other names that were put in their place."""
 
     _said: set[Remark] = dataclasses.field(default_factory=set, init=False, repr=False)

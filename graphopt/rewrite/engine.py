@@ -20,6 +20,12 @@ from graphopt.rewrite.context import Context
 from graphopt.rewrite.pattern import Binding, Op, Trace, walk
 from graphopt.rewrite.rules import Facts, Match, Replacement, Rule, Skip
 
+ENOUGH = 0.95
+"""A measured gain from which a fusion is made: what lies between this and 1 is noise, and the graph is smaller."""
+
+BETWEEN = 4
+"""How many nodes at most lie between a match and what its replacement reads."""
+
 NEAR_MISS_NODES = 2
 """How many nodes of a pattern must be bound before its failure is worth a remark."""
 
@@ -126,6 +132,8 @@ class Rewriter:
             return False
         tape = Builder()
         new = self._built(rule, env, root, tape, site)
+        if new is not None and self._loses(rule, env, root, new, tape):
+            new = None
         if new is None or not self._ctx.permit(rule.name, root, rule.numerics):
             discard(tape, self._ctx)
             return False
@@ -149,6 +157,29 @@ class Rewriter:
             return None
         return new
 
+    def _loses(
+        self,
+        rule: Rule,
+        env: Binding,
+        root: ir.Node,
+        new: Sequence[ir.Value | None],
+        tape: Builder,
+    ) -> bool:
+        """Whether an operator that the target has for its speed was measured to be slower here."""
+        tuner = self._ctx.tuner
+        if tuner is None:
+            return False
+        fused = {(each.domain, each.op_type) for each in self._ctx.target.fused}
+        if not any((n.domain, n.op_type) in fused for n in tape.nodes):
+            return False
+        pairs = [(a, b) for a, b in zip(root.outputs, new, strict=True) if b is not None]
+        before = _replaced(env, tape)
+        gain = tuner.gain(before, [a for a, _ in pairs], tape.nodes, [b for _, b in pairs])
+        if gain is None or gain >= ENOUGH:
+            return False
+        self._ctx.missed(rule.name, root, f"measured on this machine: {gain:.2f} times as fast")
+        return True
+
     def _near_miss(self, rule: Rule, root: ir.Node, trace: Trace | None) -> None:
         if trace is None or trace.depth < NEAR_MISS_NODES:
             return
@@ -159,6 +190,31 @@ class Rewriter:
             root,
             f"matched {trace.depth} of {total} nodes; stopped at {seen} where {trace.wanted} was wanted",
         )
+
+
+def _replaced(env: Binding, tape: Builder) -> list[ir.Node]:
+    """The matched nodes, and those between them and what the new nodes read, in order."""
+    ends = {value for node in tape.nodes for value in node.inputs}
+    bound = [node for node in env.values() if isinstance(node, ir.Node)]
+    found = dict.fromkeys(bound)
+
+    def leads(value: ir.Value | None, depth: int) -> bool:
+        node = None if value is None else value.producer()
+        if value in ends or node in found:
+            return True
+        if node is None or depth == 0:
+            return False
+        ways = [leads(v, depth - 1) for v in node.inputs]  # each may bring nodes of its own
+        if not any(ways):
+            return False
+        found[node] = None
+        return True
+
+    for node in bound:
+        for value in node.inputs:
+            leads(value, BETWEEN)
+    graph = bound[0].graph
+    return [node for node in graph or () if node in found]
 
 
 def _origin(value: ir.Value) -> str:
