@@ -28,6 +28,14 @@ Output: TypeAlias = Annotated[
     Path | None,
     typer.Option("--output", "-o", metavar="OUT", help="With --fix: write the mended model."),
 ]
+Budget: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        metavar="EXPR",
+        help="With --fix: error that a lossy pass may make: sqnr>=20. [default: none; int8's where bytes change]",
+    ),
+]
 Every: TypeAlias = Annotated[
     bool, typer.Option("--all", help="List every node, not only what is not plainly fine.")
 ]
@@ -38,6 +46,8 @@ def command(
     target: options.Target = None,
     fix: Fix = False,
     output: Output = None,
+    inputs: options.Inputs = None,
+    budget: Budget = None,
     every: Every = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -63,7 +73,7 @@ def command(
     if fix:
         from graphopt.driver.mend import mend
 
-        after, applied = mend(model, chosen, before, output)
+        after, applied = mend(model, chosen, before, output, inputs=inputs, budget=budget)
     if as_json:
         body = {"graphopt": graphopt_version(), "model": str(model), "verdict": after.verdict.value}
         show_json({**body, "fixed": list(applied), **plain(_facts(after))})

@@ -12,13 +12,30 @@ from graphopt.pipeline.recipe import Recipe
 from graphopt.pipeline.registry import all_passes, load_pass
 from graphopt.targets import Target
 
+REQUANTIZED = "sqnr>=10,cosine>=0.95"
+"""What rounding to integers anew may cost, as `--precision int8`."""
+
 
 def mend(
-    source: Path, target: Target, found: Legality, output: Path | None
+    source: Path,
+    target: Target,
+    found: Legality,
+    output: Path | None,
+    *,
+    inputs: Path | None = None,
+    budget: str | None = None,
 ) -> tuple[Legality, tuple[str, ...]]:
     """The legality after the passes that `found` offers, and the names of those that changed something.
 
     The result is verified against the original as any other run is, and written where `output` says.
+
+    Args:
+        source: the model.
+        target: the runtime.
+        found: what it has to say.
+        output: file to write; None for none.
+        inputs: inputs to compare on; generated where None.
+        budget: the error that lossy passes may make; that of int8 where None and bytes are rounded anew.
 
     Raises:
         GraphoptError: as for `optimize`.
@@ -27,7 +44,11 @@ def mend(
     if not names and output is None:
         return found, ()
     recipe = Recipe(pipeline=tuple(load_pass(name) for name in names))
-    result = optimize(source, output=output, target=target, recipe=recipe)
+    if budget is None and "symmetrize-quantization" in names:
+        budget = REQUANTIZED
+    result = optimize(
+        source, output=output, target=target, recipe=recipe, inputs=inputs, budget=budget
+    )
     changed = {run.name for run in result.report.passes if run.changed}
     return check_legality(load_model(result.model), target), tuple(
         name for name in names if name in changed

@@ -16,7 +16,10 @@ from graphopt.targets.operators import Operator, OperatorTable, operator_table
 FIXES = {
     "axis-written": "write-quantization-axes",
     "branch-names-differ": "rename-branch-outputs",
+    "all-zero": "symmetrize-quantization",
 }
+_QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
+_BYTES = "symmetrize-quantization"
 REMEDIES = {
     "constant": "export with a constant there, or fix the input's dimensions so that it folds",
     "dtype-in": "cast the operand around the node",
@@ -63,7 +66,7 @@ def parser_findings(
                 f"{site.op}: {fault}{note}",
                 rule.source,
                 REMEDIES.get(rule.check, "export it in another form"),
-                FIXES.get(rule.check, ""),
+                _fix(site, rule.check),
             )
 
 
@@ -111,7 +114,15 @@ def _types(site: Site, table: OperatorTable, entry: Operator, target: Target) ->
         f"{site.op}: input 0 is {seen}, the operator takes {', '.join(sorted(entry.types))}",
         table.source,
         "cast around the node" if not soft else "use Q/DQ pairs around a float operator",
+        _BYTES if site.node.op_type in _QUANTIZING else "",
     )
+
+
+def _fix(site: Site, check: str) -> str:
+    """The pass that mends a broken rule; "" for none."""
+    if site.node.op_type in _QUANTIZING and check.startswith("dtype"):
+        return _BYTES
+    return FIXES.get(check, "")
 
 
 def _foreign(site: Site, table: OperatorTable) -> Finding:

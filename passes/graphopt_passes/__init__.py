@@ -65,6 +65,7 @@ from graphopt_passes.precision import CastToHalf, QuantizeFp8, StoreHalf, opsets
 from graphopt_passes.prune import Prune, SweepChannels
 from graphopt_passes.quantize.static import QuantizeStatic
 from graphopt_passes.quantize.weight_only import QuantizeDynamic, QuantizeWeights
+from graphopt_passes.requantize import SymmetrizeQuantization
 from graphopt_passes.shape_sources import RebuildShapes
 from graphopt_passes.transposes import CancelTransposes
 from graphopt_passes.trimming import TrimControlFlow
@@ -141,6 +142,7 @@ PASSES: Mapping[str, Maker] = {
             ConvertOpset,
             RenameBranchOutputs,
             WriteQuantizationAxes,
+            SymmetrizeQuantization,
             NameNodes,
         )
     },

@@ -34,7 +34,7 @@ def test_a_system_without_the_call_grants_nothing(monkeypatch: pytest.MonkeyPatc
     def refuse(*_args: object, **_named: object) -> None:
         raise OSError("no such library")
 
-    monkeypatch.setattr(ort_writer.ctypes, "CDLL", refuse)
+    monkeypatch.setattr("ctypes.CDLL", refuse)
     assert not ort_writer.fixed_addresses()
 
 
