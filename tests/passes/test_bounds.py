@@ -141,3 +141,15 @@ def test_clamps_of_an_unknown_type_stay() -> None:
     ctx = apply(RULES, ir.from_proto(parse(text)))
     assert not ctx.rewrites
     assert "unknown element type" in [r.reason for r in ctx.remarks]
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "opset"),
+    [
+        ("float[N]", "t = Min(x, z)  y = Min(t, b)", 18),  # of zeros, the sign is the kernel's own
+        ("int64[N]", "y = Max(x, i)", 18),  # Relu is no faster
+    ],
+)
+def test_what_is_no_gain_stays(kind: str, body: str, opset: int) -> None:
+    constants = CONSTANTS.replace(">", ", int64 i = {0}>")
+    check(RULES, f"g ({kind} x) => ({kind} y) {constants} {{ {body} }}", opset=opset)

@@ -284,3 +284,30 @@ def test_second_version_of_a_new_domain_is_declined() -> None:
     ctx = apply([InlineFunctions()], model)
     assert [node.op_type for node in model.graph] == ["op", "h"]
     assert "version 4 of domain 'far'" in ctx.remarks[0].reason
+
+
+def test_bodies_of_loops_within_a_function_are_copied() -> None:
+    """The inputs of a subgraph belong to one copy of it."""
+    model, _ = inline(
+        """g (float[2] x) => (float[2] y, float[2] z) { y = l.f(x) z = l.f(y) }
+        <domain: "l", opset_import: ["": 18]> f (a) => (r) {
+          n = Constant<value_int = 3>()
+          r = Loop(n, , a) <body = b (int64 i, bool c, float[2] u) => (bool d, float[2] w) {
+            d = Identity(c)  k = Cast<to = 1>(i)  w = Add(u, k) }> }""",
+    )
+    bodies = [node.attributes["body"].as_graph() for node in model.graph if node.op_type == "Loop"]
+    assert len(bodies) == 2
+    names = [value.name for body in bodies for value in body.inputs]
+    assert len(set(names)) == len(names) == 6
+
+
+def test_initializers_of_graphs_within_a_function_are_copied() -> None:
+    model, _ = inline(
+        """g (bool c, float[2] x) => (float[2] y, float[2] z) { y = l.f(c, x) z = l.f(c, y) }
+        <domain: "l", opset_import: ["": 18]> f (c, a) => (r) {
+          r = If(c) <then_branch = t () => (float[2] p) <float h = {0.5}> { p = Mul(a, h) },
+                     else_branch = e () => (float[2] q) { q = Neg(a) }> }""",
+    )
+    names = [list(node.attributes["then_branch"].as_graph().initializers) for node in model.graph]
+    assert len(names) == 2
+    assert len({*names[0], *names[1]}) == 2

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from graphopt_passes.slices import FAR, RULES, Part, join_parts
 
-from tests.rewriting import check
+from tests.rewriting import apply, check, parse
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 5, 9])
@@ -280,3 +281,30 @@ def test_tuples_within_a_batch_stay() -> None:
 
 def test_tuples_of_two_indices_stay() -> None:
     check(RULES, before="g (float[5,3] x, int64[4,2] i) => (float[4] y) { y = GatherND(x, i) }")
+
+
+@pytest.mark.parametrize(
+    ("out", "body"),
+    [
+        ("1,4", "t = Gather<axis = 1>(x, k)  y = Squeeze(t, z)"),  # another axis than the one cut
+        ("1,4", "t = Slice(x, z, o, o)  y = Squeeze(t, z)"),
+        ("4", "t = Slice(x, zz, oo, za)  y = Squeeze(t, za)"),  # two axes at once
+    ],
+)
+def test_thin_pieces_that_are_no_element_stay(out: str, body: str) -> None:
+    check(
+        RULES,
+        f"g (float[1,3,4] x) => (float[{out}] y) <int64[1] k = {{0}}, int64[1] z = {{0}}, int64[1] o = {{1}},"
+        " int64[2] zz = {0, 0}, int64[2] oo = {1, 1}, int64[2] za = {0, 1}>"
+        f" {{ {body} }}",
+    )
+
+
+def test_pieces_of_unknown_rank_stay() -> None:
+    text = (
+        '<ir_version: 8, opset_import: ["" : 18, "my" : 1]>'
+        "g (float[N,4] x) => (float[M,4] y, float[K,4] z) <int64[1] a = {0}, int64[1] b = {1}> {"
+        " h = my.Op(x)  c = Concat<axis = 0>(h, h)  y = Slice(c, a, b, a)"
+        " p, q = Split<axis = 0, num_outputs = 2>(h)  z = Concat<axis = 0>(p, q) }"
+    )
+    assert not apply(RULES, ir.from_proto(parse(text))).rewrites

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import onnx_ir as ir
 import pytest
 from graphopt_passes import tidy
 
-from tests.rewriting import check
+from tests.rewriting import apply, check, parse
 
 X = "g (float[2,3] x) => (float[2,3] y) "
 DYNAMIC = "g (float[N,3] x) => (float[N,3] y) "
@@ -323,3 +324,19 @@ def test_identity_of_a_loop_condition_stays() -> None:
             y = Loop(n, c, x) <body = b (int64 i, bool ci, float[2] v) => (bool co, float[2] w)
                 { co = Identity(ci) w = Add(v, x) }> }""",
     )
+
+
+@pytest.mark.parametrize(
+    ("opset", "body", "left"),
+    [
+        (6, "t = Dropout<is_test = 1>(h)", ["Neg", "Neg"]),
+        (6, "t = Dropout(h)", ["Neg", "Dropout", "Neg"]),
+        (5, 't = Cast<to = "FLOAT">(h)', ["Neg", "Neg"]),
+        (5, 't = Cast<to = "DOUBLE">(h)', ["Neg", "Cast", "Neg"]),
+    ],
+)
+def test_old_spellings_are_read(opset: int, body: str, left: list[str]) -> None:
+    """Dropout-1 and -6 drop unless told otherwise, Cast-1 names the type; no runtime here has them."""
+    model = ir.from_proto(parse(X + "{ h = Neg(x) " + body + " y = Neg(t) }", opset=opset))
+    apply(tidy.RULES, model)
+    assert [node.op_type for node in model.graph] == left
