@@ -22,6 +22,13 @@ ENDLESS = 2**63 - 1
 MAX_UNROLLED_NODES = 64
 """A loop is written out only where at most these result: a few turns of a small body, for what folds then."""
 
+MAX_PACKING_NODES = 6
+"""As many nodes cost what a loop costs by itself: 7 us in ONNX Runtime 1.31 on a CPU, 1 us for each small node.
+
+A Scan of 3 turns over 1 input, with 1 result, takes 13.1 us, written out with 7 of them 14.4; a Loop of 3 turns with 1
+stacked result 14.2 us, written out with 4 of them 11.0.
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class InlineControlFlow:
@@ -106,9 +113,10 @@ class Loop:
 
 
 def _is_small(body: ir.Graph, turns: int, taken: int, stacked: int) -> bool:
-    """Whether so many turns make few nodes, with what takes inputs apart in each and stacks the results."""
+    """Whether so many turns make few nodes, of which few take inputs apart and stack results."""
     size = sum(1 for _ in all_nodes(body))
-    return turns * (size + taken) + stacked * (turns + 1) <= MAX_UNROLLED_NODES
+    extra = turns * taken + stacked * (turns + 1)
+    return turns * size + extra <= MAX_UNROLLED_NODES and extra <= MAX_PACKING_NODES
 
 
 @dataclasses.dataclass(frozen=True)

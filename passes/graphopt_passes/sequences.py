@@ -26,12 +26,13 @@ _get_packed = Op("OptionalGetElement", _optional)
 
 
 @exact(_get_packed, benefit=2)
-def unpack_optional(m: Match, _g: Builder) -> ir.Value:
-    """OptionalGetElement(Optional(x)) -> x.
+def unpack_optional(m: Match, g: Builder) -> ir.Value:
+    """OptionalGetElement(Optional(x)) -> x; Identity(x) where an input of the model is its output.
 
     Source: ONNX Optional-15, OptionalGetElement-15, -18.
     """
-    return m[x]
+    bound = m.out(_get_packed).is_graph_output() and m[x].producer() is None
+    return g.op("Identity", m[x]) if bound else m[x]
 
 
 _get = Op("OptionalGetElement", x)

@@ -266,6 +266,14 @@ def test_get_element_of_a_tensor() -> None:
     )
 
 
+def test_unpacking_an_input_that_is_the_output() -> None:
+    check(
+        RULES,
+        "g (float[N] x) => (float[N] y) { o = Optional(x) y = OptionalGetElement(o) }",
+        "g (float[N] x) => (float[N] y) { y = Identity(x) }",
+    )
+
+
 def test_get_element_of_an_optional_input_stays() -> None:
     check(
         RULES,
