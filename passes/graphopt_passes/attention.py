@@ -23,8 +23,8 @@ from graphopt.rewrite import Either, Lit, Match, Op, Rule, Skip, Var, rule
 from graphopt_passes.constants import no_operator
 from graphopt_passes.masks import HARMLESS, Reach, lowest, reach_of
 
-OPSETS = (13, 10_000)
-"""Opsets whose Softmax takes one axis."""
+OPSETS = (7, 10_000)
+"""Opsets of multidirectional broadcasting; before 13, Softmax over the last axis alone is the same."""
 
 LOW = -1e4
 """What a mask puts in place of a score at most, so that its exponential is zero in every type beside a score."""
