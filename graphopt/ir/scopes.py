@@ -42,6 +42,19 @@ class Scope:
             return f"function {self.function.domain}::{self.function.name}"
         return "main"
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether If, Loop, Scan and SequenceMap alone hold the graph.
+
+        Others may want to find inputs of certain names in their graphs, or weights: BeamSearch of ONNX Runtime does.
+        """
+        scope: Scope | None = self
+        while scope is not None and scope.owner is not None:
+            if scope.owner.domain not in ("", "ai.onnx"):
+                return False
+            scope = scope.parent
+        return True
+
 
 def all_graphs(model: ir.Model) -> Iterator[Scope]:
     """Every graph of a model, outer before inner: the main graph first, functions last."""

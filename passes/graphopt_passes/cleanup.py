@@ -171,7 +171,8 @@ class LiftSubgraphConstants:
     After:   initializers w   y = If(c) <then_branch = { t = Add(x, w) }, …>
     Changes numerics: exact.  Leaves alone: initializers that a subgraph returns or takes as defaults of its inputs;
     those that a quantization annotation names; those that hide a value of a graph around them, of which ONNX Runtime
-    1.31 reads the one or the other; function bodies, which cannot hold initializers.
+    1.31 reads the one or the other; function bodies, which cannot hold initializers; graphs of custom operators, which
+    may look for weights in them.
     Source: onnx/docs/IR.md, "Graphs": a subgraph sees the values of the graphs around it.
     """
 
@@ -181,7 +182,7 @@ class LiftSubgraphConstants:
     def run(self, model: ir.Model, ctx: Context) -> bool:
         """Rewrites `model`; returns whether anything changed."""
         inner = [s for s in all_graphs(model) if s.parent is not None and s.graph.initializers]
-        inner = [scope for scope in inner if scope.function is None]
+        inner = [scope for scope in inner if scope.function is None and scope.is_plain]
         if not inner:
             return False
         annotated = annotation_names(model)

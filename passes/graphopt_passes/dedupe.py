@@ -43,7 +43,8 @@ class MergeDuplicateConstants:
     Before:  initializers a = [1, 2], b = [1, 2]   y = Mul(Add(x, a), b)
     After:   initializers a = [1, 2]               y = Mul(Add(x, a), a)
     Changes numerics: exact.  Leaves alone: graph outputs, overridable initializers, tensors that a quantization
-    annotation names, function bodies (their `Constant` nodes merge as common subexpressions).
+    annotation names, function bodies (their `Constant` nodes merge as common subexpressions), graphs of custom
+    operators.
     """
 
     name: ClassVar[str] = "merge-duplicate-constants"
@@ -61,7 +62,7 @@ def _candidates(model: ir.Model) -> Iterator[Held]:
     """The initializers that may be exchanged for an equal one, outer graphs first."""
     named = annotation_names(model)
     for scope in all_graphs(model):
-        if scope.function is not None:
+        if scope.function is not None or not scope.is_plain:
             continue
         for value in scope.graph.initializers.values():
             bound = value.is_graph_input() or value.is_graph_output() or value.name in named

@@ -26,7 +26,8 @@ class NameNodes:
     After:   y [y_Add] = …    z [n] = …         w [w_Neg] = …
     Changes numerics: exact.  Leaves alone: names that are unique; inputs and outputs of the model and of functions;
     equal names of values in two branches, which ONNX allows; tensors that a quantization annotation names; initializers
-    of subgraphs that hide an outer value, of which ONNX Runtime 1.31 reads the one or the other.
+    of subgraphs that hide an outer value, of which ONNX Runtime 1.31 reads the one or the other; values of graphs that
+    custom operators hold, which may go by name.
     Source: onnx/docs/IR.md, "Names Within a Graph": values of a subgraph are to be called otherwise than outer ones.
     """
 
@@ -43,7 +44,7 @@ class NameNodes:
             changed = True
         kept = annotation_names(model)
         for scope in all_graphs(model):
-            if scope.parent is not None:
+            if scope.parent is not None and scope.is_plain:
                 changed = _unhide(scope, kept, ctx) or changed
         return changed
 

@@ -15,10 +15,12 @@ from graphopt_passes.cleanup import (
     RemoveDeadCode,
     UpgradeIr,
 )
+from graphopt_passes.dedupe import MergeDuplicateConstants
+from graphopt_passes.naming import NameNodes
 
 from graphopt.ir.check import violations
 from graphopt.ir.model_file import load_model
-from graphopt.pipeline import RewritePass, Step, run_pipeline
+from graphopt.pipeline import Pass, RewritePass, Step, run_pipeline
 from graphopt.rewrite import Context, Gate, RemarkKind
 from graphopt.targets import get_target
 from tests.rewriting import apply, check, make_feeds, parse, run
@@ -344,3 +346,18 @@ def test_initializers_stay_where_the_gate_says_so() -> None:
     model = load(nested("<float[2] w = {1, 2}> { a = Add(h, w) }", "{ b = Sub(h, u) }"))
     ctx = Context(model, get_target("cpu"), gate=Gate(limit=0))
     assert not LiftSubgraphConstants().run(model, ctx)
+
+
+SEARCH = """<ir_version: 9, opset_import: ["": 18, "my": 1]> g (float[2] x) => (float[2] y) <float[2] w = {1, 2}> {
+    h = Add(x, w)
+    y = my.Search<decoder = b (float[2] x) => (float[2] q) <float[2] v = {1, 2}> { q = Add(x, v) }>(h) }"""
+
+
+@pytest.mark.parametrize("step", [LiftSubgraphConstants(), MergeDuplicateConstants(), NameNodes()])
+def test_graphs_of_custom_operators_keep_their_weights_and_names(step: Pass) -> None:
+    """BeamSearch of ONNX Runtime looks for its inputs by name, and for weights in its graphs."""
+    model = load(SEARCH)
+    step.run(model, Context(model, get_target("cpu")))
+    decoder = model.graph[1].attributes["decoder"].as_graph()
+    assert list(decoder.initializers) == ["v"]
+    assert [value.name for value in decoder.inputs] == ["x"]
