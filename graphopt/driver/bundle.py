@@ -21,6 +21,7 @@ from graphopt.emit.golden_set import GoldenSet
 from graphopt.emit.legality import check_legality
 from graphopt.emit.ort_format import ORT_FILE, write_ort
 from graphopt.emit.profiles import input_profiles
+from graphopt.emit.shape_tensors import shape_tensors
 from graphopt.emit.triton import write_repository
 from graphopt.errors import GraphoptError, OptionError
 from graphopt.ir.model_file import load_model
@@ -71,13 +72,17 @@ def build(run: Finished, folder: Path) -> Path:
     golden = _golden(run, {spec.name for spec in output_specs(model)})
     ranges = dict(run.request.profiles)
     feed = golden.inputs if golden is not None else {}
+    # Kernels read such inputs when they run; engines are built for their values.
+    is_built = run.request.target.operators == "tensorrt"
+    decided = shape_tensors(model) if is_built else frozenset[str]()
     made = Deployment(
         run.request.target,
         input_specs(model),
         output_specs(model),
-        input_profiles(input_specs(model), ranges, feed),
+        input_profiles(input_specs(model), ranges, feed, decided),
         golden,
         is_two_of_four(run.request.target.sparse, run.request.options.sparsity),
+        decided,
     )
     listing = None if golden is None else golden.write(place, {s.name: s for s in specs})
     if golden is not None and Artefact.TRTEXEC in run.request.target.artefacts:

@@ -31,6 +31,7 @@ class Deployment:
         profiles: ranges of dynamic inputs.
         golden: a run of the original; None where it cannot be run here.
         sparse: whether weights follow a 2:4 pattern.
+        decided: inputs that decide shapes; their profiles are of values.
     """
 
     target: Target
@@ -39,6 +40,7 @@ class Deployment:
     profiles: tuple[InputProfile, ...]
     golden: GoldenSet | None
     sparse: bool = False
+    decided: frozenset[str] = frozenset()
 
 
 def artefacts(made: Deployment) -> dict[str, str]:
@@ -100,6 +102,7 @@ def build_script(made: Deployment) -> str:
     flags += ["--timingCacheFile=timing.cache", "--builderOptimizationLevel=3"]
     if made.sparse:
         flags.append("--sparsity=enable")
+    flags.append("--memPoolSize=workspace:4096")
     flags.append("--skipInference")
     comparing = made.golden is not None and version >= _LATEST and made.golden.outputs
     lines = [
@@ -107,8 +110,9 @@ def build_script(made: Deployment) -> str:
         f"# Builds an engine with trtexec of TensorRT {'.'.join(map(str, version))}. Engines are for the GPU and the "
         "version that they were built on.",
         "set -eu",
+        "# Further flags go through: ./build.sh --noTF32 --versionCompatible",
         'cd "$(dirname "$0")"',
-        _command(flags),
+        _command(flags) + ' "$@"',
     ]
     if comparing and made.golden is not None:
         shapes = shapes_text(_fed(made), "usual")
@@ -131,6 +135,9 @@ def _fed(made: Deployment) -> tuple[InputProfile, ...]:
         return ()
     found = []
     for each in made.profiles:
+        if each.name in made.decided:
+            found.append(InputProfile(each.name, each.usual, each.usual, each.usual))
+            continue
         shape = tuple(getattr(golden.inputs.get(each.name), "shape", each.usual))
         found.append(InputProfile(each.name, shape, shape, shape))
     return tuple(found)

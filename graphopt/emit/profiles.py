@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
+
+import numpy as np
 
 from graphopt.errors import OptionError
 from graphopt.runtime.specs import TensorSpec
@@ -21,7 +23,7 @@ class Range:
 
 @dataclasses.dataclass(frozen=True)
 class InputProfile:
-    """The three shapes of one dynamic input."""
+    """The three shapes of one dynamic input; of one that decides shapes, its three values."""
 
     name: str
     least: tuple[int, ...]
@@ -50,11 +52,15 @@ def parse_profile(text: str) -> tuple[str, Range]:
 
 
 def input_profiles(
-    specs: Sequence[TensorSpec], ranges: Mapping[str, Range], feed: Mapping[str, Any]
+    specs: Sequence[TensorSpec],
+    ranges: Mapping[str, Range],
+    feed: Mapping[str, Any],
+    shape_tensors: Set[str] = frozenset(),
 ) -> tuple[InputProfile, ...]:
     """The profile of each input that has a dynamic dimension.
 
-    A dimension without a range of its own goes from 1 to its size in `feed`, which a golden comparison needs.
+    A dimension without a range of its own goes from 1 to its size in `feed`, which a golden comparison needs.  A shape
+    tensor has a range of values, by its name or as `INPUT:INDEX`; without one it keeps those in `feed`.
 
     Raises:
         OptionError: a range is for a dimension that no input has.
@@ -62,6 +68,9 @@ def input_profiles(
     used: set[str] = set()
     found = []
     for spec in specs:
+        if spec.name in shape_tensors and spec.name in feed:
+            found.append(_valued(spec.name, feed[spec.name], ranges, used))
+            continue
         if spec.shape is None or spec.overridable or all(isinstance(d, int) for d in spec.shape):
             continue
         fed = getattr(feed.get(spec.name), "shape", None)
@@ -90,6 +99,26 @@ def input_profiles(
             f"--profile {unknown[0]}: no input has such a dynamic dimension; there are: {', '.join(dims) or 'none'}"
         )
     return tuple(found)
+
+
+def _valued(
+    name: str,
+    fed: object,
+    ranges: Mapping[str, Range],
+    used: set[str],
+) -> InputProfile:
+    """The three values of an input that decides shapes."""
+    held = []
+    for index, value in enumerate(np.asarray(fed).reshape(-1).tolist()):
+        key = next((k for k in (f"{name}:{index}", name) if k in ranges), None)
+        used.update(() if key is None else (key,))
+        held.append(Range(value, value, value) if key is None else ranges[key])
+    return InputProfile(
+        name,
+        tuple(r.least for r in held),
+        tuple(r.usual for r in held),
+        tuple(r.most for r in held),
+    )
 
 
 def shape_text(dims: Sequence[int]) -> str:

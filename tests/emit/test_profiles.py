@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
+import onnx.parser
 import onnx_ir as ir
 import pytest
 
@@ -13,7 +15,9 @@ from graphopt.emit.profiles import (
     parse_profile,
     shapes_text,
 )
+from graphopt.emit.shape_tensors import shape_tensors
 from graphopt.errors import OptionError
+from graphopt.ir.model_file import load_model
 from graphopt.runtime.specs import TensorSpec
 
 X = TensorSpec("x", ir.DataType.FLOAT, ("batch", 3, None))
@@ -52,3 +56,31 @@ def test_an_unnamed_dimension_by_its_place() -> None:
 def test_a_range_for_no_dimension() -> None:
     with pytest.raises(OptionError, match="there are: batch"):
         input_profiles((X,), {"seq": Range(1, 2, 3)}, {})
+
+
+def test_inputs_that_decide_shapes_have_ranges_of_values() -> None:
+    shape = TensorSpec("shape", ir.DataType.INT64, (2,))
+    feed = {"x": np.zeros((2, 3, 4)), "shape": np.array([6, 4])}
+    fixed = input_profiles((X, shape), {}, feed, {"shape"})
+    assert fixed[1] == InputProfile("shape", (6, 4), (6, 4), (6, 4))
+    ranges = {"shape:0": Range(3, 6, 12)}
+    (_, ranged) = input_profiles((X, shape), ranges, feed, {"shape"})
+    assert ranged == InputProfile("shape", (3, 4), (6, 4), (12, 4))
+    assert shapes_text((ranged,), "most") == "shape:12x4"
+
+
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        ("y = Reshape(x, s)", {"s"}),
+        ("t = Cast<to = 7>(k) l = Concat<axis = 0>(t, t) y = Reshape(x, l)", {"k"}),
+        ("y = Add(x, x)", set()),
+        ("t = Cast<to = 1>(s) y = Mul(x, t)", set()),
+    ],
+)
+def test_inputs_that_decide_shapes_are_found(body: str, found: set[str]) -> None:
+    text = (
+        '<ir_version: 9, opset_import: ["" : 18]> '
+        "g (float[2,2] x, int64[2] s, int32[1] k) => (float[a,b] y) { " + body + " }"
+    )
+    assert shape_tensors(load_model(onnx.parser.parse_model(text))) == found
