@@ -56,8 +56,9 @@ class Wanted:
 def collect_moments(
     model: bytes | Path, wanted: Sequence[Wanted], feeds: Iterable[Feed], *, threads: int = 1
 ) -> dict[Wanted, Wide]:
-    """Mean of x x^T over rows (positions) of each input: float64 [K, K]; none where something was not
-    finite, or its width varied.
+    """Mean of x x^T over rows (positions) of each input: float64 [K, K].
+
+    An input that held something not finite, or whose width varied, is left out.
 
     Raises:
         ModelError: the model fails on a sample, or has no such value.

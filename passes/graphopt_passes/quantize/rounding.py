@@ -39,7 +39,7 @@ def refine(rows: Wide, codes: Wide, scales: Wide, moments: Wide, limits: tuple[i
     Args:
         rows: float weights [rows, K].
         codes: to start from [rows, K].
-        scales: of each weight [rows, K], or [rows, 1].
+        scales: of each weight [rows, K], or [rows, 1]; they may be negative.
         moments: H [K, K].
         limits: least and greatest code.
     """
@@ -51,8 +51,8 @@ def refine(rows: Wide, codes: Wide, scales: Wide, moments: Wide, limits: tuple[i
         moved = 0
         for k in range(rows.shape[1]):
             step = wide[:, k]
-            direction = np.sign(slope[:, k])
-            better = 2 * np.abs(slope[:, k]) > step * diagonal[k] * (1 + 1e-9)
+            direction = np.sign(slope[:, k] * step)
+            better = 2 * np.abs(slope[:, k]) > np.abs(step) * diagonal[k] * (1 + 1e-9)
             target = found[:, k] + direction
             chosen = np.flatnonzero(better & (target >= limits[0]) & (target <= limits[1]))
             if len(chosen) == 0:

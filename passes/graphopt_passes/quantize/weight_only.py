@@ -1,18 +1,21 @@
 """Quantisation without calibration: weights in 8 bits with activations quantised as they come, or in 4 bits alone.
 
-Source: com.microsoft MatMulIntegerToFloat and MatMulNBits, ONNX Runtime 1.31 (ContribOperators.md).
+Source: com.microsoft MatMulIntegerToFloat, MatMulNBits, GatherBlockQuantized, ONNX Runtime 1.31 (ContribOperators.md).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.calibrate.moments import Wanted, collect_moments
 from graphopt.calibrate.samples import read_samples
+from graphopt.emit import finalize
 from graphopt.errors import GraphoptError, OptionError
 from graphopt.ir import fingerprint, operators, values
 from graphopt.ir.build import Names
@@ -25,7 +28,7 @@ from graphopt.targets import Precision
 from graphopt.verify.budget import budget_for
 from graphopt.verify.feed_files import Feed
 from graphopt.verify.feeds import find_feeds
-from graphopt_passes.quantize import weights
+from graphopt_passes.quantize import blocks, weights
 from graphopt_passes.quantize.certificate import Judgement
 
 MICROSOFT = "com.microsoft"
@@ -61,19 +64,25 @@ class QuantizeDynamic:
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeWeights:
-    """Stores weights of matrix products in 4 bits, a scale a block: an eighth of the bytes to read.
+    """Stores weights of matrix products and tables in 4 or 8 bits, a scale a block: an eighth of the bytes to read.
 
-    Before:  y = MatMul(x, W)
-    After:   y = MatMulNBits(x, Wq, scales)
+    With calibration samples, weights of 4 bits are rounded by second moments of their inputs (GPTQ).
+
+    Before:  y = MatMul(x, W)                 e = Gather(T, i)
+    After:   y = MatMulNBits(x, Wq, scales)   e = GatherBlockQuantized(Tq, i, scales)
     Changes numerics: lossy.  Leaves alone: convolutions, small weights, and everything where the result is slower than
     float here and now: many rows at once favour float, single tokens 4 bits.
 
     Attributes:
         block: elements of a column that share a scale: a power of two from 16.
+        bits: 4 or 8.
+        form: contrib, or qdq: DequantizeLinear with blocks (opset 21), which other runtimes read too.
         least: elements of a weight from which on it pays.
     """
 
     block: int = 32
+    bits: int = 4
+    form: str = "contrib"
     least: int = 1 << 14
 
     name: ClassVar[str] = "quantize-weights"
@@ -83,19 +92,112 @@ class QuantizeWeights:
         """Rewrites `model`; returns whether anything changed.
 
         Raises:
-            OptionError: a block size that no kernel takes.
+            OptionError: a block size, number of bits or form that no kernel takes.
         """
         if self.block < 16 or self.block & (self.block - 1) or self.block > 256:
             raise OptionError(f"block size {self.block}: choose 16, 32, 64, 128 or 256")
+        if self.bits not in (4, 8) or self.form not in ("contrib", "qdq"):
+            raise OptionError(
+                f"bits {self.bits}, form {self.form!r}: bits are 4 or 8, the form is contrib (MatMulNBits and "
+                "GatherBlockQuantized) or qdq (DequantizeLinear with blocks, opset 21)"
+            )
+        if self.form == "qdq" and not _has_blocks(model, ctx):
+            return False
+        tables = frozenset(name_of(node) for node in model.graph if self._is_table(node))
+        how = Blocks(self.block, self.bits, self.form, self._moments(model, ctx))
 
         def write(changed: ir.Model, sites: frozenset[str], names: Names) -> None:
-            write_blocks(changed, sites, names, self.block)
+            write_blocks(changed, sites, names, how)
 
-        return _run(model, ctx, Precision.INT4_WEIGHTS, self.least, write)
+        return _run(model, ctx, Precision.INT4_WEIGHTS, self.least, write, tables)
+
+    def _is_table(self, node: ir.Node) -> bool:
+        """Whether the node looks rows up in a large constant matrix, whose rows are whole blocks."""
+        if node.domain or node.op_type != "Gather" or operators.attribute(node, "axis", 0) != 0:
+            return False
+        table = values.constant(node.inputs[0])
+        if table is None or table.dtype is not ir.DataType.FLOAT or len(table.shape) != 2:
+            return False
+        source = node.inputs[0]
+        alone = source is not None and len(source.uses()) == 1
+        fits = int(table.shape.numpy()[1]) % self.block == 0
+        return table.size >= self.least and alone and fits
+
+    def _moments(self, model: ir.Model, ctx: Context) -> dict[str, np.ndarray]:
+        """Second moments of what products read, from calibration samples; none without."""
+        if ctx.options.calibration is None or self.bits == 8:
+            return {}
+        wanted: dict[str, Wanted] = {}
+        work = 0.0
+        for node in model.graph:
+            source = node.inputs[0] if node.inputs else None
+            if source is None or not source.name or not _is_matrix_product(node, self.least):
+                continue
+            weight = values.constant(node.inputs[1])
+            assert weight is not None
+            columns = _columns(node, weight)
+            work += float(weight.size) * columns
+            if work <= WORK and columns <= WIDEST:
+                wanted[name_of(node)] = Wanted(source.name)
+        key = f"moments:{fingerprint.structural(model)}:{fingerprint.weights(model)}"
+        if wanted and key not in ctx.cache:
+            samples = read_samples(ctx.options.calibration, input_specs(model))
+            each = list(dict.fromkeys(wanted.values()))
+            ctx.cache[key] = collect_moments(model_to_bytes(model), each, samples)
+        found = ctx.cache.get(key, {})
+        return {name: found[each] for name, each in wanted.items() if each in found}
 
 
-def _run(model: ir.Model, ctx: Context, precision: Precision, least: int, write: Write) -> bool:
-    sites = frozenset(name_of(node) for node in model.graph if _is_matrix_product(node, least))
+@dataclasses.dataclass(frozen=True, eq=False)
+class Blocks:
+    """How weights are written in blocks.
+
+    Attributes:
+        block: elements that share a scale.
+        bits: of each, 4 or 8.
+        form: contrib or qdq.
+        moments: second moments of the input of a product, by name of its output; of none, rounding is to nearest.
+    """
+
+    block: int
+    bits: int = 4
+    form: str = "contrib"
+    moments: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
+WIDEST, WORK = 4096, float(1 << 36)
+"""Columns of a weight, and multiplications in all, up to which weights are rounded by second moments."""
+
+
+def _has_blocks(model: ir.Model, ctx: Context) -> bool:
+    """Whether the model is at opset 21 or can be brought there, where DequantizeLinear has blocks."""
+    if model.opset_imports.get("", 0) < 21:
+        finalize(model, dataclasses.replace(ctx.target, opset=(21, max(ctx.target.opset[1], 21))))
+        ctx.refresh()
+    if model.opset_imports.get("", 0) >= 21:
+        model.ir_version = max(model.ir_version, 10)
+        return True
+    return _decline(
+        ctx,
+        "DequantizeLinear has blocks from opset 21 on, where operators of this model mean something else",
+    )
+
+
+def _columns(node: ir.Node, weight: ir.TensorProtocol) -> int:
+    turned = node.op_type == "Gemm" and operators.attribute(node, "transB", 0)
+    return int(weight.shape.numpy()[1 if turned else 0])
+
+
+def _run(
+    model: ir.Model,
+    ctx: Context,
+    precision: Precision,
+    least: int,
+    write: Write,
+    tables: frozenset[str] = frozenset(),
+) -> bool:
+    products = frozenset(name_of(node) for node in model.graph if _is_matrix_product(node, least))
+    sites = products | tables
     if not sites:
         return _decline(
             ctx,
@@ -229,49 +331,102 @@ def _integer_product(node: ir.Node, encoder: ir.Node, names: Names) -> None:
     _replace(node, "MatMulIntegerToFloat", [*values_in, _bias(node, names)], {}, names)
 
 
-def write_blocks(model: ir.Model, sites: frozenset[str], names: Names, block: int) -> None:
-    """Replaces the products named by ones with 4-bit weights."""
+def write_blocks(model: ir.Model, sites: frozenset[str], names: Names, how: Blocks) -> None:
+    """Replaces the products and look-ups named by ones with weights in blocks."""
     for node in [n for n in model.graph if name_of(n) in sites]:
-        array = _matrix(node)
-        rows, columns = array.shape
-        codes, scales = pack_blocks(array, block)
-        base = node.inputs[1].name if node.inputs[1] is not None else "weight"
-        held = [
-            _held(model.graph, names.fresh(f"{base}_q4"), codes),
-            _held(model.graph, names.fresh(f"{base}_scales"), scales),
-        ]
-        attributes = {"K": rows, "N": columns, "bits": 4, "block_size": block, "accuracy_level": 4}
-        inputs = [node.inputs[0], *held, None, None, _bias(node, names)]
-        _replace(node, "MatMulNBits", inputs, attributes, names)
-    model.opset_imports.setdefault(MICROSOFT, 1)
+        if node.op_type == "Gather":
+            _block_gather(node, names, how)
+        elif how.form == "qdq":
+            _block_decoded(node, names, how)
+        else:
+            _block_product(node, names, how)
+    if how.form != "qdq":
+        model.opset_imports.setdefault(MICROSOFT, 1)
 
 
-def pack_blocks(matrix: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """A matrix [K, N] in 4 bits: uint8 [N, ceil(K / block), block / 2], scales [N * ceil(K / block)].
-
-    Each block takes, of a few clips, the one with the least squared error; code 8 is zero, the low half comes first.
-    """
-    rows, columns = matrix.shape
-    count = -(-rows // block)
-    padded = np.zeros((columns, count * block), np.float32)
-    padded[:, :rows] = matrix.T
-    blocks = padded.reshape(columns * count, block)
-    peak = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1)[:, None], axis=1)
-    best = np.full((len(blocks), 1), np.inf, np.float32)
-    scales = np.ones_like(best)
-    for clip in (1.0, 0.925, 0.85, 0.775):
-        tried = peak * np.float32(clip / -8)  # the greatest in magnitude becomes -8, the longer end
-        tried[tried == 0] = 1
-        error = ((_codes(blocks, tried) * tried - blocks) ** 2).sum(axis=1, keepdims=True)
-        better = error < best
-        best, scales = np.where(better, error, best), np.where(better, tried, scales)
-    shifted = (_codes(blocks, scales) + 8).astype(np.uint8)
-    packed = shifted[:, 0::2] | (shifted[:, 1::2] << 4)
-    return packed.reshape(columns, count, block // 2), scales.reshape(-1).astype(np.float32)
+def _block_product(node: ir.Node, names: Names, how: Blocks) -> None:
+    array, graph = _matrix(node), node.graph
+    assert isinstance(graph, ir.Graph)
+    codes, scales = blocks.pack_blocks(array, how.block, how.bits, how.moments.get(name_of(node)))
+    base = _weight_name(node, 1)
+    held = [
+        _held(graph, names.fresh(f"{base}_q{how.bits}"), codes),
+        _held(graph, names.fresh(f"{base}_scales"), scales),
+    ]
+    attributes = {
+        "K": array.shape[0],
+        "N": array.shape[1],
+        "bits": how.bits,
+        "block_size": how.block,
+        "accuracy_level": 4,
+    }
+    inputs = [node.inputs[0], *held, None, None, _bias(node, names)]
+    _replace(node, "MatMulNBits", inputs, attributes, names)
 
 
-def _codes(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    return np.asarray(np.clip(np.rint(blocks / scales), -8, 7))
+def _block_gather(node: ir.Node, names: Names, how: Blocks) -> None:
+    table, graph = values.array(node.inputs[0]), node.graph
+    assert table is not None
+    assert isinstance(graph, ir.Graph)
+    codes, scales = blocks.encode(table, how.block, how.bits)
+    base = _weight_name(node, 0)
+    if how.form == "qdq":
+        decoded = _decoded(graph, base, codes, scales, 1, node, names, how)
+        node.replace_input_with(0, decoded)
+        return
+    held = _held(graph, names.fresh(f"{base}_q{how.bits}"), blocks.packed(codes, how.bits))
+    held_scales = _held(graph, names.fresh(f"{base}_scales"), scales)
+    attributes = {
+        "gather_axis": 0,
+        "quantize_axis": 1,
+        "block_size": how.block,
+        "bits": how.bits,
+    }
+    _replace(node, "GatherBlockQuantized", [held, node.inputs[1], held_scales], attributes, names)
+
+
+def _block_decoded(node: ir.Node, names: Names, how: Blocks) -> None:
+    """A DequantizeLinear with blocks in front of the product, as ai.onnx 21 has it."""
+    array, graph = _matrix(node), node.graph
+    assert isinstance(graph, ir.Graph)
+    rows = np.ascontiguousarray(array.T)
+    codes, scales = blocks.encode(rows, how.block, how.bits, how.moments.get(name_of(node)))
+    turned = node.op_type == "Gemm" and operators.attribute(node, "transB", 0)
+    axis = 1 if turned else 0
+    codes = codes[:, : array.shape[0]]
+    laid = (codes, scales) if turned else (codes.T, scales.T)
+    decoded = _decoded(graph, _weight_name(node, 1), *laid, axis, node, names, how)
+    node.replace_input_with(1, decoded)
+
+
+def _decoded(  # noqa: PLR0913, PLR0917  the parts of one node
+    graph: ir.Graph,
+    base: str,
+    codes: np.ndarray,
+    scales: np.ndarray,
+    axis: int,
+    before: ir.Node,
+    names: Names,
+    how: Blocks,
+) -> ir.Value:
+    dtype = ml_dtypes.int4 if how.bits == 4 else np.int8
+    held = [
+        _held(graph, names.fresh(f"{base}_q{how.bits}"), codes.astype(dtype)),
+        _held(graph, names.fresh(f"{base}_scales"), scales),
+    ]
+    given = [ir.AttrInt64("axis", axis), ir.AttrInt64("block_size", how.block)]
+    decode = ir.Node("", "DequantizeLinear", held, given, num_outputs=1)
+    decode.name = names.fresh(f"{base}_decode")
+    value = decode.outputs[0]
+    value.name = names.fresh(f"{base}_decoded")
+    value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(codes.shape)
+    graph.insert_before(before, decode)
+    return value
+
+
+def _weight_name(node: ir.Node, index: int) -> str:
+    value = node.inputs[index]
+    return (value.name if value is not None else None) or "weight"
 
 
 def _matrix(node: ir.Node) -> np.ndarray:

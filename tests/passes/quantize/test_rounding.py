@@ -11,7 +11,7 @@ ROWS = RNG.normal(size=(12, 40))
 MIX = RNG.normal(size=(40, 6))
 INPUTS = RNG.normal(size=(500, 6)) @ MIX.T + 0.1 * RNG.normal(size=(500, 40)) + 1.0
 MOMENTS = rounding.damped(INPUTS.T @ INPUTS / len(INPUTS))
-SCALES = np.abs(ROWS).max(axis=1, keepdims=True) / 7
+SCALES = np.abs(ROWS).max(axis=1, keepdims=True) / 7 * RNG.choice([-1, 1], (12, 1))
 NEAREST = np.clip(np.rint(ROWS / SCALES), -8, 7)
 
 

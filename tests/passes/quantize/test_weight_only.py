@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from graphopt_passes.quantize.weight_only import QuantizeDynamic, QuantizeWeights, pack_blocks
+from graphopt_passes.quantize.blocks import pack_blocks
+from graphopt_passes.quantize.weight_only import QuantizeDynamic, QuantizeWeights
 
 from graphopt.errors import OptionError
 from graphopt.ir.check import violations
 from graphopt.ir.model_file import load_model, to_proto
-from graphopt.rewrite import Context, Gate, Options
+from graphopt.rewrite import Calibration, Context, Gate, Options
 from graphopt.targets import get_target
 from tests.rewriting import parse, run
 
@@ -113,3 +114,63 @@ def test_a_gated_site_stays() -> None:
     ctx.gate = Gate(sites=frozenset({("quantize", "quantize", "y")}))
     assert QuantizeDynamic(least=1).run(model, ctx)
     assert [node.op_type for node in model.graph if node.outputs[0].name == "y"] == ["MatMul"]
+
+
+TABLE = """g (int64[n] i) => (float[n,160] y) <float[300,96] t, float[96,160] w> {
+ e = Gather(t, i)  y = MatMul(e, w) }"""
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("form", ["contrib", "qdq"])
+@pytest.mark.parametrize("block", [16, 32])
+def test_tables_and_products_in_each_form(bits: int, form: str, block: int) -> None:
+    proto = varied(TABLE, 21)
+    after = changed(proto, QuantizeWeights(block=block, bits=bits, form=form, least=1))
+    kinds = [node.op_type for node in after.graph.node]
+    if form == "contrib":
+        assert kinds == ["GatherBlockQuantized", "MatMulNBits"]
+    else:
+        assert kinds == ["DequantizeLinear", "Gather", "DequantizeLinear", "MatMul"]
+    feed = {"i": np.array([0, 7, 299, 7], np.int64)}
+    assert sqnr(run(proto, feed)[0], run(after, feed)[0]) > (15 if bits == 4 else 38)
+
+
+def test_blocks_need_opset_21_and_get_it() -> None:
+    after = changed(varied(TABLE, 18), QuantizeWeights(form="qdq", least=1))
+    assert after.opset_import[0].version == 21
+    assert after.ir_version >= 10
+
+
+def test_a_transposed_gemm_is_decoded_along_its_columns() -> None:
+    proto = varied(GEMM, 21)
+    after = changed(proto, QuantizeWeights(form="qdq", least=1))
+    feed = {"x": X.reshape(-1, 96)[:4]}
+    assert sqnr(run(proto, feed)[0], run(after, feed)[0]) > 15
+
+
+def test_samples_make_4_bits_better() -> None:
+    proto = varied("g (float[n,96] x) => (float[n,160] y) <float[96,160] w> { y = MatMul(x, w) }")
+    rng = np.random.default_rng(2)
+    mix = rng.normal(size=(6, 96))
+    feeds = [{"x": (rng.normal(size=(64, 6)) @ mix).astype(np.float32)} for _ in range(6)]
+    found = []
+    for calibration in (None, Calibration(feeds[1:])):
+        model = load_model(proto)
+        assert QuantizeWeights(least=1).run(model, context(model, calibration=calibration))
+        found.append(sqnr(run(proto, feeds[0])[0], run(to_proto(model), feeds[0])[0]))
+    assert found[1] > found[0] + 5
+
+
+@pytest.mark.parametrize("each", [{"bits": 3}, {"form": "onnx"}])
+def test_forms_that_no_kernel_takes_are_refused(each: dict[str, Any]) -> None:
+    model = load_model(varied(PAIR))
+    with pytest.raises(OptionError, match="bits are 4 or 8"):
+        QuantizeWeights(**each).run(model, context(model))
+
+
+def test_a_table_that_others_read_stays() -> None:
+    text = TABLE.replace("(float[n,160] y)", "(float[n,160] y, float[300,96] u)").replace(
+        "e = Gather", "u = Neg(t)  e = Gather"
+    )
+    after = changed(varied(text), QuantizeWeights(least=1))
+    assert "GatherBlockQuantized" not in {node.op_type for node in after.graph.node}
