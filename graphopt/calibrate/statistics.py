@@ -250,10 +250,12 @@ class Collected:
     Attributes:
         values: by name.
         samples: how many samples were run.
+        model: what they were run through, as whoever collects them names it.
     """
 
     values: Mapping[str, Statistics]
     samples: int
+    model: str = ""
 
     def merged(self, other: Collected) -> Collected:
         """Of both sets of samples."""
@@ -262,6 +264,7 @@ class Collected:
         return Collected(
             {n: self.values.get(n, none).merged(other.values.get(n, none)) for n in names},
             self.samples + other.samples,
+            self.model or other.model,
         )
 
     def save(self, path: Path) -> None:
@@ -279,7 +282,9 @@ class Collected:
             for axis, each in (("channels", found.channels), ("last", found.last)):
                 arrays[f"{index}.{axis}"] = np.stack([each.sums, each.squares])
                 arrays[f"{index}.{axis}.ends"] = each.ends
-        head = json.dumps({"version": 2, "samples": self.samples, "names": names})
+        head = json.dumps(
+            {"version": 2, "samples": self.samples, "model": self.model, "names": names}
+        )
         with path.open("wb") as file:
             np.savez(file, head=np.frombuffer(head.encode(), np.uint8), **arrays)  # type: ignore[arg-type, unused-ignore]
 
@@ -296,7 +301,7 @@ class Collected:
                 values = {
                     name: _restored(archive, index) for index, name in enumerate(head["names"])
                 }
-                return cls(values, int(head["samples"]))
+                return cls(values, int(head["samples"]), str(head["model"]))
         except (OSError, ValueError, KeyError, EOFError) as error:
             raise DataError(
                 f"'{path}' cannot be read as calibration statistics: {error}. Collect them again."

@@ -6,7 +6,8 @@ What is faster is decided by a table, so that the same samples give the same byt
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 import onnx_ir as ir
 
@@ -19,6 +20,7 @@ from graphopt.ir.model_file import load_model, model_to_bytes
 from graphopt.rewrite import Context, RemarkKind, name_of
 from graphopt.targets import Precision
 from graphopt.verify.budget import budget_for
+from graphopt.verify.feed_files import Feed
 from graphopt_passes.quantize import equalize
 from graphopt_passes.quantize.certificate import Judgement, host_saturates, read_fusion
 from graphopt_passes.quantize.cost import Costs, rates_of
@@ -93,13 +95,17 @@ class Search:
         samples: Samples,
         ctx: Context,
         overrides: Overrides,
+        file: Path | None = None,
     ) -> None:
         self.model, self.ctx, self.style, self.overrides = model, ctx, style, overrides
+        self.original = model
         self.scalings: tuple[Scaling, ...] = ()
         self.key = f"{fingerprint.structural(model)}:{fingerprint.weights(model)}:{style.name}"
         # Judged on what ranges were not taken from, where there is enough: what fits the samples only is no gain.
         enough = len(samples.first(ENOUGH)) == ENOUGH
-        self.parts = samples.parted(HELD_OUT) if enough and self.on_host else (samples,)
+        parted = enough and self.on_host and file is None
+        self.parts = samples.parted(HELD_OUT) if parted else (samples,)
+        self.file = file
         self.facts = self._facts(self._statistics(model, self.key, 0))
         self.budget = budget_for(Precision.INT8, ctx.options.budget)
         self.judge: Judgement | None = None
@@ -125,12 +131,34 @@ class Search:
     def _statistics(self, model: ir.Model, key: str, part: int) -> Mapping[str, Statistics]:
         key = f"statistics:{key.removesuffix(' refined')}:{part}"
         if key not in self.ctx.cache:
-            names = candidates(model.graph, self.style, lambda _node: True)
-            self.ctx.cache[key] = collect(
-                model_to_bytes(model), names, self.parts[part], axes=_axes(model.graph)
-            )
+            self.ctx.cache[key] = self._stored(model, key) or self._collected(model, key, part)
         found: Collected = self.ctx.cache[key]
         return found.values
+
+    def _stored(self, model: ir.Model, key: str) -> Collected | None:
+        """What an earlier run left of the same model; None where it left nothing that fits."""
+        if self.file is None or not self.file.exists() or model is not self.original:
+            return None
+        found = Collected.load(self.file)
+        if found.model == key:
+            return found
+        text = f"'{self.file}' holds statistics of another model; they are collected anew"
+        self.ctx.remark(RemarkKind.WARNING, RULE, "", text)
+        return None
+
+    def _collected(self, model: ir.Model, key: str, part: int) -> Collected:
+        names = candidates(model.graph, self.style, lambda _node: True)
+        feeds = self._told(self.parts[part])
+        found = collect(model_to_bytes(model), names, feeds, axes=_axes(model.graph))
+        found = dataclasses.replace(found, model=key)
+        if self.file is not None and model is self.original:
+            found.save(self.file)
+        return found
+
+    def _told(self, samples: Iterable[Feed]) -> Iterator[Feed]:
+        for count, feed in enumerate(samples, 1):
+            self.ctx.progress(f"calibration: sample {count}", None)
+            yield feed
 
     def final_facts(self) -> Facts:
         """What emission goes by in the end: ranges from all samples."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+from pathlib import Path
 from typing import ClassVar
 
 import onnx_ir as ir
@@ -41,6 +42,8 @@ class QuantizeStatic:
         skip_nodes: patterns of names of nodes, or of their first outputs, that stay float.
         overrides: what holds for single layers and values: "PATTERN: exclude", "PATTERN: method=percentile
             range=-4..4 bits=7 dtype=int8 axis=tensor".
+        statistics: file that keeps what the samples gave: written where it is missing, read instead of running the
+            samples again where it is there.
     """
 
     style: str = ""
@@ -48,6 +51,7 @@ class QuantizeStatic:
     skip_ops: tuple[str, ...] = ()
     skip_nodes: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
+    statistics: str = ""
 
     name: ClassVar[str] = "quantize-static"
     numerics: ClassVar[Numerics] = Numerics.LOSSY
@@ -70,12 +74,15 @@ class QuantizeStatic:
         if not allowed or not _lifted(model, style, ctx):
             return False
         samples = read_samples(ctx.options.calibration, input_specs(model))
-        search = Search(model, style, samples, ctx, overrides)
+        search = Search(model, style, samples, ctx, overrides, self._file())
         try:
             best = search.best(allowed)
         finally:
             search.close()
         return _apply(model, best, search, ctx)
+
+    def _file(self) -> Path | None:
+        return Path(self.statistics) if self.statistics else None
 
     def _allowed(self, model: ir.Model, overrides: Overrides, ctx: Context) -> frozenset[str]:
         """Names of the nodes of the main graph that the user did not exclude; empty without any product."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -308,3 +309,48 @@ def test_saturation_that_bites_is_removed_and_told() -> None:
 )
 def test_styles_follow_the_processor(architecture: str, style: str) -> None:
     assert style_of(architecture) == style
+
+
+def test_statistics_are_kept_and_used_again(tmp_path: Path) -> None:
+    file = tmp_path / "statistics.npz"
+    each = QuantizeStatic(statistics=str(file))
+    model, again = load_model(varied(RESIDUAL)), load_model(varied(RESIDUAL))
+    assert each.run(model, context(model, budget="sqnr>=0"))
+    kept = file.read_bytes()
+    ctx = context(again, budget="sqnr>=0")
+    told: list[str] = []
+    ctx.progress = lambda stage, _part: told.append(stage)
+    assert each.run(again, ctx)
+    assert to_proto(again) == to_proto(model)
+    assert file.read_bytes() == kept
+    assert not any("sample" in stage for stage in told[:1])
+
+
+def test_statistics_of_another_model_are_collected_anew(tmp_path: Path) -> None:
+    file = tmp_path / "statistics.npz"
+    other = varied(
+        RESIDUAL.replace("m, float[5] n", "m, float[5] n").replace(
+            "Flatten(q)", "Flatten<axis=1>(q)"
+        )
+    )
+    other.graph.initializer[0].CopyFrom(
+        onnx.numpy_helper.from_array(np.ones((8, 8, 3, 3), np.float32), "w")
+    )
+    first = load_model(other)
+    QuantizeStatic(statistics=str(file)).run(first, context(first, budget="sqnr>=0"))
+    model = load_model(varied(RESIDUAL))
+    ctx = context(model, budget="sqnr>=0")
+    QuantizeStatic(statistics=str(file)).run(model, ctx)
+    assert any("another model" in remark.reason for remark in ctx.remarks)
+
+
+def test_the_same_samples_give_the_same_bytes() -> None:
+    made = []
+    for _ in range(2):
+        model = load_model(varied(RESIDUAL))
+        options = Options(calibration=Calibration(IMAGES * 4), force=True, budget="sqnr>=0")
+        assert QuantizeStatic().run(
+            model, Context(model, get_target("cpu"), options, pass_name="q")
+        )
+        made.append(to_proto(model).SerializeToString(deterministic=True))
+    assert made[0] == made[1]
