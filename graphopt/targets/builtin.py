@@ -143,6 +143,13 @@ CPU = Target(
             form="heads-in-place",
         ),
         FusedOp(
+            "Attention",
+            "ONNX Runtime 1.31 CPU: 1.0-1.2x of two Concat and Attention",
+            since=23,
+            dtypes=frozenset({"FLOAT", "FLOAT16"}),
+            form="past",
+        ),
+        FusedOp(
             "RotaryEmbedding",
             "ONNX Runtime 1.31 CPU: 1.0x, and the Transpose for Attention falls away",
             since=23,

@@ -40,6 +40,7 @@ from graphopt_passes import (
     softmax,
     tidy,
 )
+from graphopt_passes.cache import FuseCache
 from graphopt_passes.cleanup import (
     FreezeDefaults,
     LiftConstants,
@@ -125,6 +126,7 @@ PASSES: Mapping[str, Maker] = {
             HoistInvariants,
             CancelTransposes,
             RebuildShapes,
+            FuseCache,
             LiftSubgraphConstants,
             MergeDuplicateConstants,
             MergeCommonSubexpressions,
@@ -208,6 +210,7 @@ _SPARSE = (
     CLEAN,
     LIFT_OPSET,  # after cleaning, where what would fuse lies open; before fusing, which then can
     FUSE,
+    FuseCache(),  # after fusing, which makes the attention that keeps it
     SweepChannels(),  # this and Prune do nothing without --sparsity; after fusing, which makes the matrices that stay
     Prune(),
     SweepChannels(),  # zeros leave channels behind that nobody reads

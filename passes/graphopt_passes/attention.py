@@ -219,6 +219,30 @@ def _reach_of_choice(m: Match, which: ir.Value) -> Reach | None:
     return Reach(0.0, masked=True) if number == -math.inf else Reach(-math.inf, masked=False)
 
 
+all_keys, all_values = Var(), Var()
+given = Op("Attention", q, all_keys, all_values, ...)
+
+
+@rule(given, opset=(23, 10_000))
+def share_repeated_heads(m: Match, g: Builder) -> ir.Value | None:
+    """`Attention(q, repeat(k), repeat(v))` -> `Attention(q, k, v)`: each head of keys serves several of queries.
+
+    As torch.export writes grouped attention at opset 23.  Source: Attention-23.
+    """
+    node = m[given]
+    found = [_unrepeated(m, m[each]) for each in (all_keys, all_values)]
+    if found[0] is None or found[1] is None or m.attr(node, "q_num_heads", 0):
+        return None
+    if len(node.outputs) > 1 or any(v is not None for v in node.inputs[4:]):
+        raise Skip("past or present keys are repeated too", node)
+    dims = [m.known_dims(each)[:2] for each in found if each is not None]
+    if dims[0] != dims[1] or not _shares(m.known_dims(q)[:2], dims[0]):
+        return None
+    if not m.emits("Attention", dtype=m.dtype(q), form="grouped"):
+        return None
+    return g.op("Attention", m[q], *found, *node.inputs[3:], like=node)
+
+
 def _shares(queries: tuple[Dim, ...], keys: tuple[Dim, ...]) -> bool:
     """Whether each head of keys serves the same number of heads of queries."""
     if queries == keys:
@@ -394,4 +418,4 @@ def _of_folded_heads(m: Match, maker: ir.Node) -> ir.Value | None:
     return source if grouped and (dims[0], dims[1] * dims[2]) == wanted[:2] else None
 
 
-RULES: tuple[Rule, ...] = (fuse_attention, drop_guard_of_unmasked_rows)
+RULES: tuple[Rule, ...] = (fuse_attention, share_repeated_heads, drop_guard_of_unmasked_rows)

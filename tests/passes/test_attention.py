@@ -535,3 +535,33 @@ def test_mask_of_integers_times_a_number(dtype: str) -> None:
         f"{ins} {{ {head} y = Attention<scale=1.0>(q, k, v, m) }}",
         opset=23,
     )
+
+
+def test_operator_whose_heads_are_repeated() -> None:
+    """torch.export at opset 23 writes the operator itself, and repeats the heads before it."""
+    body = f"{REPEAT.format('k')} {REPEAT.format('v')}"
+    g = f"g ({GROUPED}, float[S,L] m) => (float[B,4,S,4] y)"
+    _check(
+        f"{g} <{SIZES}> {{ {body} y = Attention<scale=0.5>(q, k3, v3, m) }}",
+        f"{g} {{ y = Attention<scale=0.5>(q, k, v, m) }}",
+        opset=23,
+    )
+    _check(
+        f"{g} <{SIZES}> {{ {REPEAT.format('k')} y = Attention(q, k3, k3, m) }}".replace(
+            "y = Attention(q, k3, k3, m)", "y = Attention(q, k3, q, m)"
+        ).replace(",L]", ",S]"),
+        opset=23,
+    )
+
+
+def test_operator_with_a_past_and_repeated_heads_stays() -> None:
+    ins = (
+        "float[1,4,1,4] q, float[1,2,1,4] k, float[1,2,1,4] v, float[1,4,3,4] pk, float[1,4,3,4] pv"
+    )
+    body = f"{REPEAT.format('k')} {REPEAT.format('v')}"
+    _check(
+        f"g ({ins}) => (float[1,4,1,4] y, float[1,4,4,4] nk, float[1,4,4,4] nv) <{SIZES}> {{ {body}"
+        " y, nk, nv = Attention(q, k3, v3, , pk, pv) }",
+        opset=23,
+        missed="repeated too",
+    )
