@@ -226,12 +226,17 @@ def _named(step: Pass) -> tuple[str, Any]:
         return info.name, info.maker
     if info is not None and type(configure(info.maker, PassSpec(info.name))) is type(step):
         return info.name, configure(info.maker, PassSpec(info.name))
-    if all(field.default is not dataclasses.MISSING for field in _fields(step)):
+    if all(map(_has_default, _fields(step))):
         return f"{type(step).__module__}:{type(step).__qualname__}", type(step)
     raise OptionError(
         f"pass {step.name!r} was made in Python, of parts that a recipe cannot name; list it in an entry point of "
         "group graphopt.passes, or load it as module:object"
     )
+
+
+def _has_default(field: dataclasses.Field[Any]) -> bool:
+    missing = dataclasses.MISSING
+    return field.default is not missing or field.default_factory is not missing
 
 
 def _fields(step: Any) -> tuple[dataclasses.Field[Any], ...]:  # noqa: ANN401

@@ -138,3 +138,18 @@ def test_strings_count() -> None:
     first, second = (model(f'y = Constant <value = string {{"{text}"}}> ()') for text in "ab")
     assert fingerprint.structural(first) == fingerprint.structural(second)
     assert fingerprint.weights(first) != fingerprint.weights(second)
+
+
+def test_parameters_and_types_count() -> None:
+    tail = '<domain: "l", opset_import: ["" : 17]> F <k, m> (a) => (b) { b = LeakyRelu <alpha: float = @k> (a) }'
+    first = model("y = l.F <k = 0.5, m = 0.1> (x)", tail=tail)
+    assert both(first) == both(model("y = l.F <k = 0.5, m = 0.1> (x)", tail=tail))
+    other = model("y = l.F <k = 0.5, m = 0.1> (x)", tail=tail.replace("@k", "@m"))
+    assert both(first)[0] != both(other)[0]
+    optional = "o = Optional <type = {}> ()  h = OptionalHasElement (o)  f = Cast <to = 1> (h)  y = Add (x, f)"
+    kinds = [
+        both(model(optional.format(kind)))[0]
+        for kind in ("float[2]", "float[2]", "float[3]", "int64[2]")
+    ]
+    assert kinds[0] == kinds[1]
+    assert len(set(kinds)) == 3

@@ -280,3 +280,18 @@ def test_missing_external_data_of_a_given_model_are_reported(tmp_path: Path) -> 
     with pytest.raises(ModelError, match="tensor 'w': cannot read its data"):
         save_model(model, tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_circle_through_parameters_and_lists_of_graphs_is_named() -> None:
+    tail = ' <domain: "l", opset_import: ["" : 21]> F <k> (a) => (b) { c = l.G <k: int = @k> (b)  b = Add (a, c) }'
+    with pytest.raises(
+        ModelError, match="function l:F: nodes feed one another in a circle: G c <- Add b <- G c"
+    ):
+        load_model(parse("g (float x) => (float y) { y = Relu (x) }" + tail))
+    proto = parse("g (float x) => (float y) { t = l.G (x)  y = Relu (t) }")
+    inner = onnx.parser.parse_graph("i () => (float r) { r = Neg (y) }")
+    proto.graph.node[0].attribute.add(name="gs", type=onnx.AttributeProto.GRAPHS).graphs.append(
+        inner
+    )
+    with pytest.raises(ModelError, match="circle: G t <- Relu y <- G t"):
+        load_model(proto)

@@ -256,3 +256,38 @@ def test_a_replaced_constant_is_read_again() -> None:
     )
     shapes.update([model.graph[0]])
     assert dims_of(model, shapes, "y") == ["2", "2*N"]
+
+
+FUNCTION = """<ir_version: 10, opset_import: ["" : 18, "l" : 1]>
+g (float[6] x) => (a, b, c) { a = l.F(x)  b = l.F<k = [6, 1]>(x)  c = l.G(x) }
+<domain: "l", opset_import: ["" : 18]> F <k: ints = [2, 3]>(p) => (q)
+{ s = Constant<value_ints: ints = @k>()  q = Reshape(p, s) }
+<domain: "l", opset_import: ["" : 18]> G <n>(p) => (q) { q = Flatten<axis: int = @n>(p) }"""
+
+
+def test_parameters_of_functions_have_the_value_of_the_call_or_their_default() -> None:
+    model = ir.from_onnx_text(FUNCTION)
+    shapes = Shapes(model)
+    found = [shapes.dims(value) for value in model.graph.outputs]
+    assert [None if dims is None else [int(dim) for dim in dims] for dims in found] == [
+        [2, 3],
+        [6, 1],
+        [6, 1],
+    ]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "y = Det(x, x)",
+        "y = GridSample(x)",
+        "y, z = Det(x)",
+        "y = GridSample(, x)",
+        "h = my.Op(x)  y = Det(h)",
+    ],
+)
+def test_nothing_is_known_of_nodes_that_the_standard_forbids(body: str) -> None:
+    model = ir.from_onnx_text(
+        f'<ir_version: 10, opset_import: ["" : 18, "my" : 1]> g (float[3,3] x) => (y) {{ {body} }}'
+    )
+    assert Shapes(model).dims(model.graph.outputs[0]) is None

@@ -57,6 +57,13 @@ MODELS = {
         z, scans = Loop(two, m, x) <body = b (int64 i, bool go, st) => (stay, grown, sum) {
           stay = Identity(go)  grown = Concat<axis = 0>(st, st)  sum = ReduceSum<keepdims = 0>(st)
           }> }""",
+    "logic": """g (float[B, H, 8] x) => (k, l, m, n, o, p, q, r, v) {
+        s = Shape(x)  two = Constant<value_int = 2>()  eight = Constant<value_int = 8>()  zero =
+        Constant<value_int = 0>()  big = Greater(s, two)  same = Equal(s, eight)  never = Less(s, zero)
+        k = And(big, same)  l = Or(big, same)  m = And(never, big)  n = Or(never, big)  f = Cast<to = 1>(s)
+        third = Constant<value_float = -3.0>()  d = Div(f, third)  o = Ceil(d)  half = Constant<value_float = -2.0>()
+        h = Div(f, half)  w = Round(h)  p = Round(f)  a = Abs(f)  q = CastLike(a, s)  r = Where(big, s, s)
+        hi = CastLike(h, s)  v = Abs(hi) }""",
     "selection": """g (float[B, H, 8] x) => (y, o, r) {
         n = NonZero(x)  t = Transpose(n)  y = GatherND(x, t)
         s = Size(x)  z = Constant<value_int = 0>()  two = Constant<value_int = 2>()  r = Range(z, s,

@@ -119,3 +119,9 @@ def test_fill_is_the_number_of_a_uniform_tensor() -> None:
 def test_size_counts_packed_elements_and_string_lengths() -> None:
     assert values.size_bytes(ir.Tensor(np.zeros((3, 3), ml_dtypes.int4))) == 5
     assert values.size_bytes(ir.StringTensor([b"ab", b"c"], shape=ir.Shape([2]))) == 3
+
+
+def test_a_constant_of_nothing_known_is_none() -> None:
+    for attributes in ([], [ir.AttrInt64("value_of_the_future", 3)]):
+        node = ir.Node("", "Constant", [], attributes)
+        assert values.constant(node.outputs[0]) is None

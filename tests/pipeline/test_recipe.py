@@ -317,6 +317,8 @@ def test_our_own_pipelines_can_be_written_down(monkeypatch: pytest.MonkeyPatch) 
 
 LATE = """
 import dataclasses
+import pathlib
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import ClassVar
 from graphopt.numerics import Numerics
@@ -325,6 +327,10 @@ class Late:
     name: ClassVar[str] = "late"
     numerics: ClassVar[Numerics] = Numerics.EXACT
     share: Fraction = Fraction(1, 2)
+    where: pathlib.Path = pathlib.Path("here")
+    names: frozenset[str] = frozenset()
+    table: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    word: str = "some"
     def run(self, model, ctx):
         return False
 """
@@ -337,3 +343,13 @@ def test_an_option_of_a_type_that_text_cannot_say_is_refused(tmp_path: Path) -> 
         OptionError, match=r"option 'share' .*cannot be given in a recipe; set it in Python"
     ):
         load_pass(f"{where}{{share=0.5}}")
+
+
+def test_options_of_paths_sets_and_mappings_come_back(tmp_path: Path) -> None:
+    (tmp_path / "late.py").write_text(LATE)
+    text = f'"{tmp_path / "late.py"}:Late"{{names=[b, a], table={{k=1}}, where=there/x, word=none}}'
+    step = load_pass(text)
+    facts: Any = step
+    assert (facts.where, facts.names, facts.word) == (Path("there/x"), frozenset("ab"), "none")
+    assert dict(facts.table) == {"k": 1}
+    assert load_pass(to_spec(step)) == step

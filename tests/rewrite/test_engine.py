@@ -434,3 +434,37 @@ def test_a_subgraph_that_a_rule_makes_is_rewritten_too() -> None:
     assert [r.rule for r in ctx.rewrites] == ["exchange", "merge-relus"]
     assert not list(violations(m))
     assert len(m.graph[1].attributes["else_branch"].as_graph()) == 1
+
+
+axes, repeats = Var(const=True), Var(const=True)
+scaled_cast = Op("Cast", Op("Tile", x, repeats))
+
+
+@exact(scaled_cast)
+def swap_cast_and_tile(m: Match, g: Builder) -> ir.Value | None:
+    """Cast(Tile(x, r)) -> Tile(Cast(x), r): as good as any to read integers and an attribute."""
+    if max(m.ints(repeats)) < 2:
+        return None
+    return g.op("Tile", g.op("Cast", m[x], to=m.attr(scaled_cast, "to")), m[repeats])
+
+
+def test_rules_read_integers_and_attributes() -> None:
+    text = "g (float[N] x) => (double[M] y) <int64[1] r = {{{}}}> {{ {} }}"
+    check(
+        (swap_cast_and_tile,),
+        text.format(2, "t = Tile(x, r) y = Cast<to = 11>(t)"),
+        text.format(2, "t = Cast<to = 11>(x) y = Tile(t, r)"),
+    )
+    check((swap_cast_and_tile,), text.format(1, "t = Tile(x, r) y = Cast<to = 11>(t)"))
+
+
+def test_a_parameter_of_a_function_has_no_value_for_a_rule() -> None:
+    model = ir.from_onnx_text("""<ir_version: 9, opset_import: ["" : 18, "l" : 1]>
+    g (float[N] x) => (double[M] y) { y = l.F<k = 11>(x) }
+    <domain: "l", opset_import: ["" : 18]> F <k> (a) => (b)
+    { r = Constant<value_ints = [2]>()  t = Tile(a, r)  b = Cast<to: int = @k>(t) }""")
+    ctx = apply((swap_cast_and_tile,), model)
+    assert not ctx.rewrites
+    assert "attribute to is a parameter of the enclosing function" in [
+        r.reason for r in ctx.remarks
+    ]
