@@ -7,13 +7,16 @@ After:   h = MatMul(Cast<half>(x), half(w * 2^26))          y = Cast<float>(h) *
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt.ir import values
 from graphopt_passes.precision.ranges import Spread, spread_of
+
+Array = np.ndarray[Any, Any]
 
 PRODUCTS: Mapping[str, tuple[int, ...]] = {
     "MatMul": (0, 1),
@@ -25,6 +28,12 @@ PRODUCTS: Mapping[str, tuple[int, ...]] = {
 
 ROOM = 2.0**-4
 """Of the greatest half: how large the scaled product may be seen."""
+
+STEPS = 14
+"""Exponents that are tried."""
+
+_NORMAL = {ir.DataType.FLOAT16: 2.0**-14, ir.DataType.BFLOAT16: 2.0**-126}
+"""Smallest normal numbers."""
 
 GREATEST_SHIFT = 100
 """Of the exponent: float32 has to hold the scale and its inverse."""
@@ -64,18 +73,29 @@ def shift_for(
     reach = largest if made is None else max(made.absmax, largest)
     if not 0 < reach < math.inf:
         return None
-    shift = math.floor(math.log2(greatest * ROOM / reach))
-    if not 0 < abs(shift) <= GREATEST_SHIFT:
-        return None
-    scale = np.float64(2.0) ** shift
-    for array in arrays:
-        spread, _ = spread_of((array * scale).astype(np.float32), half)
-        if spread.error > error or spread.absmax > greatest:
-            return None
-    return shift
+    room = math.floor(math.log2(greatest * ROOM / reach))
+    if room < 0:
+        wanted = [room]
+    else:
+        # In the middle between what the weights need and what was seen: real inputs may be larger, and smaller.
+        least = max(1, math.ceil(math.log2(_NORMAL[half] / largest)))
+        middle = (least + room) // 2
+        wanted = list(range(middle, min(room, middle + STEPS) + 1)) if least <= room else []
+    for shift in wanted:
+        if abs(shift) <= GREATEST_SHIFT and _holds(arrays, shift, half, greatest, error / 2):
+            return shift
+    return None
 
 
-def _array(value: ir.Value | None) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+def _holds(
+    arrays: Sequence[Array], shift: int, half: ir.DataType, greatest: float, error: float
+) -> bool:
+    """Whether constants fit a half when they are scaled."""
+    spreads = [spread_of(np.ldexp(array, shift), half)[0] for array in arrays]
+    return all(each.error <= error and each.absmax <= greatest for each in spreads)
+
+
+def _array(value: ir.Value | None) -> Array:
     tensor = values.constant(value)
     assert tensor is not None
-    return np.asarray(tensor.numpy(), np.float64)
+    return np.asarray(tensor.numpy(), np.float32)

@@ -173,6 +173,16 @@ HAZARDS: dict[str, Hazard] = {
         {"x": normal(2, 3, 8, 8, scale=10)},
         {"w": normal(4, 3, 3, 3, scale=1e-8), "k": number(3e6)},
     ),
+    "large_inputs_over_a_large_constant": Hazard(
+        "g (float[4,16] x) => (float[4,16] y) { a = Div(x, k) y = MatMul(a, w) }",
+        {"x": normal(4, 16, scale=1e4)},
+        {"w": normal(16, 16), "k": number(5e4)},
+    ),
+    "small_weights_and_large_inputs": Hazard(
+        "g (float[4,16] x) => (float[4,16] y) { a = MatMul(x, w) y = Mul(a, k) }",
+        {"x": normal(4, 16, scale=100)},
+        {"w": normal(16, 16, scale=1e-8), "k": number(1e4)},
+    ),
     "weights_of_two_sizes": Hazard(
         "g (float[4,16] x) => (float[4,16] y) { h = MatMul(x, w) t = Mul(h, k) y = Tanh(t) }",
         X,
