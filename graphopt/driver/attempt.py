@@ -39,9 +39,9 @@ class Attempt:
         warnings: what the target has to say about the model.
         files: the working files that hold the result, once written; the model first.
         became: values that are gone, and what was put in their place, by name.
+        stages: the model as it was read and after each pass that changed it, if the request asks.
         sparse: what storing weights sparse is about; None where none is mostly zero, or nothing was written.
         distilled: what training did; None where there was none.
-        stages: the model as it was read and after each pass that changed it, if the request asks.
     """
 
     model: ir.Model
@@ -53,9 +53,9 @@ class Attempt:
     warnings: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
     became: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    stages: tuple[Stage, ...] = ()
     sparse: SparseFacts | None = None
     distilled: History | None = None
-    stages: tuple[Stage, ...] = ()
 
 
 def attempt(
@@ -84,17 +84,17 @@ def attempt(
     )
 
     done = 0
+    counts = request.stages and not is_probe
+    stages = [stage("", model)] if counts else []
 
     def observe(run: PassRun, current: ir.Model) -> None:
         nonlocal done
-    counts = request.stages and not is_probe
-    stages = [stage("", model)] if counts else []
         done += 1
+        if counts and run.changed:
+            stages.append(stage(run.name, current))
         if watch is not None:
             watch(run, current, ctx)
 
-        if counts and run.changed:
-            stages.append(stage(run.name, current))
     try:
         runs = run_pipeline(model, request.steps, ctx, observer=observe)
     except PassError as fault:
@@ -115,10 +115,10 @@ def attempt(
         before,
         warnings,
         became=ctx.became,
+        stages=tuple(stages),
         distilled=ctx.findings.get("distill"),
     )
 
-        stages=tuple(stages),
 
 def write(
     made: Attempt,
