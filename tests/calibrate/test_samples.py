@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -123,3 +124,40 @@ def test_a_faulty_preprocessing_file(tmp_path: Path, text: str, error: str) -> N
     specs = (TensorSpec("image", ir.DataType.FLOAT, (1, 3, 8, 8)),)
     with pytest.raises((OptionError, DataError), match=error):
         list(read_samples(Calibration(tmp_path, recipe), specs))
+
+
+def test_images_of_two_inputs_need_a_name_for_theirs(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image", reason="needs pillow")
+    image.fromarray(np.full((4, 8, 3), [255, 0, 0], np.uint8)).save(tmp_path / "a.png")
+    recipe = tmp_path / "pre.toml"
+    recipe.write_text("resize = [2, 4]\nchannels = 'BGR'\nlayout = 'NHWC'")
+    first = TensorSpec("image", ir.DataType.FLOAT, (1, 2, 4, 3))
+    second = TensorSpec("mask", ir.DataType.FLOAT, (1,))
+    feed = next(iter(read_samples(Calibration(tmp_path, recipe), (first,))))
+    assert feed.values["image"][0, 0, 0].tolist() == [0, 0, 255]
+    with pytest.raises(
+        OptionError, match=r"must name the input that images feed .*'image', 'mask'"
+    ):
+        read_samples(Calibration(tmp_path, recipe), (first, second))
+
+
+def test_what_is_no_image_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("PIL.Image", reason="needs pillow")
+    (tmp_path / "a.png").write_bytes(b"not an image")
+    recipe = tmp_path / "pre.toml"
+    recipe.write_text("resize = 4")
+    specs = (TensorSpec("image", ir.DataType.FLOAT, (1, 3, 4, 4)),)
+    with pytest.raises(DataError, match=r"a\.png' cannot be read as an image"):
+        read_samples(Calibration(tmp_path, recipe), specs)
+
+
+def test_images_without_pillow_say_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.png").write_bytes(b"any")
+    recipe = tmp_path / "pre.toml"
+    recipe.write_text("resize = 4")
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    specs = (TensorSpec("image", ir.DataType.FLOAT, (1, 3, 4, 4)),)
+    with pytest.raises(OptionError, match=r"pip install 'graphopt\[images\]'"):
+        read_samples(Calibration(tmp_path, recipe), specs)

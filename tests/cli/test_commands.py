@@ -418,3 +418,23 @@ class TestGolden:
         ran = run("golden", command, tmp_path)
         assert ran.status == 2
         assert "no golden case" in ran.message
+
+
+def test_densify_says_what_it_did(run: Run, model: Path, out: Path) -> None:
+    ran = run("densify", model, "-o", out)
+    assert "0 sparse tensors made dense" in " ".join(ran.out.split())
+    body = run("densify", model, "-o", out, "--json").json
+    assert body == {
+        "input": str(model), "output": str(out), "sparse_tensors": 0, "bytes": out.stat().st_size
+    }  # fmt: skip
+
+
+def test_inputs_that_the_reference_refuses_are_noted(run: Run, tmp_path: Path) -> None:
+    """Of every size that is tried, a Reshape to [2, 2] takes one."""
+    text = """<ir_version: 9, opset_import: ["" : 18]>
+    g (float[N] x) => (float[2, 2] y) <int64[2] s = {2, 2}> { y = Reshape(x, s) }"""
+    path = save(tmp_path / "picky.onnx", text)
+    ran = run("verify", path, path, "--dims", "N=4")
+    assert ran.status == 0
+    ran = run("verify", path, path)
+    assert "refused by the reference" in ran.out + ran.err

@@ -242,7 +242,7 @@ def test_passes_as_tables(tmp_path: Path) -> None:
     [
         ("target = 3", "option 'target' is 3; expected str"),
         ('target = "gpu"', "unknown target 'gpu'"),
-        ('precision = "fp8"', "option 'precision' is 'fp8'; expected one of fp32, fp16, bf16"),
+        ('precision = "fp7"', "option 'precision' is 'fp7'; expected one of fp32, fp16, bf16"),
         ('verify = "never"', "option 'verify' is 'never'; expected one of final, each, off"),
         ('seed = "7"', "option 'seed' is '7'; expected int"),
         ("sead = 7", "unknown key 'sead' (did you mean 'seed'?); known keys: target, precision"),

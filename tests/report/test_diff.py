@@ -235,3 +235,29 @@ def test_long_parts_are_cut_and_say_so() -> None:
     outline = diff_outline(diff_models(a, b), top=1)
     lines = next(lines for heading, lines in outline if heading.startswith("operators"))
     assert lines[-1] == "… and 2 more"
+
+
+ATTRIBUTES = """<ir_version: 9, opset_import: ["" : 18, "my" : 1]> g (float[2,3] x) => (float[2,3] y)
+<float[3] w = {1, 2, 3}> { h = Add(x, w)  y = Softmax<axis = 1>(h) }"""
+BRANCH = """g (bool c, float[2] x) => (float[2] y) { y = If(c) <then_branch = t () => (float[2] p)
+{ p = Elu<alpha = 0.5>(x) }, else_branch = e () => (float[2] q) { q = Neg(x) }> }"""
+WORDS = """g (string[1] x) => (bool[1] y) <string[1] w = {"a"}> { y = Equal(x, w) }"""
+RELU = "g (float[2] x) => (float[2] y) { y = Relu(x) }"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "lines"),
+    [
+        (ATTRIBUTES, ATTRIBUTES.replace('"my"', '"your"'), ["my: 1 removed", "your: added, 1"]),
+        (ATTRIBUTES, ATTRIBUTES.replace("axis = 1", "axis = 0"), ["Softmax 'y' axis: 1 → 0"]),
+        (ATTRIBUTES, ATTRIBUTES.replace("[3] w = {1, 2, 3}", "[1] w = {1}"),
+         ["'w' of Add: float[3] → float[1]"]),
+        (BRANCH, BRANCH.replace("0.5", "0.25"), ["Elu 'p' in main/If (-> y) alpha: 0.5 → 0.25"]),
+        (WORDS, WORDS.replace('"a"', '"b"'), ["'w' of Equal: string[1], other contents"]),
+        (RELU, RELU.replace("y = Relu(x)", "a = Relu(x)  y = Neg(a)"), ["added: Neg   at 'y'"]),
+        (RELU.replace("y = Relu(x)", "a = Relu(x)  y = Neg(a)"), RELU, ["removed: Neg   at 'y'"]),
+    ],
+)  # fmt: skip
+def test_the_outline_says_what_changed_where(before: str, after: str, lines: list[str]) -> None:
+    told = [line for _, part in diff_outline(diff(before, after)) for line in part]
+    assert [line for line in told if line in lines] == lines
