@@ -9,7 +9,7 @@ from typing import Any
 from graphopt.errors import OptionError
 
 _REMEDY = (
-    "write yes, or settings with commas: steps=300, lr=0.0005, schedule=cosine|linear|constant|step, temperature=2, "
+    "write yes, or settings with commas: steps=300, lr=0.002, schedule=cosine|linear|constant|step, temperature=2, "
     "batch=64, noise=0.15, mix=0.3, held-out=0.2, patience=12, mode=whole|blocks, features=0, transfer=yes|no"
 )
 
@@ -59,7 +59,7 @@ class Settings:
     """
 
     steps: int = 300
-    rate: float = 5e-4
+    rate: float = 2e-3
     schedule: Schedule = Schedule.COSINE
     temperature: float = 2.0
     batch: int = 64

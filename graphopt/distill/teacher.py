@@ -51,9 +51,9 @@ class Teacher:
             raise DataError(
                 f"no output of the teacher is a float tensor, among {own}: nothing can be distilled"
             )
-        tails = {v.name or "": _maker(v) for v in teacher.graph.outputs}
-        scores = logit_outputs({name: shown[name] for name in self.floats}, tails)
-        self.logits = {name: tails[name] for name in self.floats if name in scores}
+        known = tails(teacher.graph)
+        scores = logit_outputs({name: shown[name] for name in self.floats}, known)
+        self.logits = {name: known[name] for name in self.floats if name in scores}
 
     def outputs(self, feed: Feed) -> Mapping[str, Array]:
         """Outputs and features by name."""
@@ -74,6 +74,11 @@ def check_same_interface(teacher: ir.Model, student: ir.Model) -> None:
                 f"teacher and student have different {kind}: {sorted(map(str, theirs))} and {sorted(map(str, mine))}; "
                 "a student must take what its teacher takes and give what it gives, under the same names"
             )
+
+
+def tails(graph: ir.Graph) -> dict[str, str]:
+    """The operator that makes each output."""
+    return {value.name or "": _maker(value) for value in graph.outputs}
 
 
 def shared_sums(teacher: ir.Model, student: ir.Model) -> tuple[str, ...]:

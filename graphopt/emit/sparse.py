@@ -21,7 +21,15 @@ from graphopt.ir.sparse import CooTensor
 from graphopt.targets import SparseStyle
 
 MIN_ELEMENTS = 4096
-"""Smaller tensors save less than the reader of the file would have to learn."""
+"""Smaller tensors save less than the reader of the file would have to learn, unless there are many: see `MANY`."""
+
+LEAST_ELEMENTS = 512
+"""What is smaller stays dense in any case."""
+
+MANY = 4
+MANY_SAVE = 0.02
+"""So many tensors below `MIN_ELEMENTS` are stored sparse where they save this share of all bytes: narrow models hold
+hardly any others."""
 
 WORTH_A_TENSOR = 0.90
 """A tensor is stored sparse only below this share of its dense bytes."""
@@ -128,7 +136,7 @@ def densify(model: ir.Model) -> ir.Model:
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """A constant of at least `MIN_ELEMENTS` of which half or more is zero."""
+    """A constant of at least `LEAST_ELEMENTS` of which half or more is zero."""
 
     key: tuple[str, str]
     tensor: ir.TensorProtocol
@@ -142,6 +150,10 @@ class _Entry:
     @property
     def sparse_bytes(self) -> int:
         return self.nonzeros * (self.tensor.dtype.bitwidth // 8 + _INDEX_BYTES)
+
+    @property
+    def saved(self) -> int:
+        return self.dense_bytes - self.sparse_bytes
 
     @property
     def pays(self) -> bool:
@@ -177,11 +189,16 @@ class _Plan:
 
     @property
     def paying(self) -> tuple[_Entry, ...]:
-        return tuple(entry for entry in self.entries if entry.pays)
+        worth = [entry for entry in self.entries if entry.pays]
+        small = [entry for entry in worth if entry.tensor.size < MIN_ELEMENTS]
+        saved = sum(entry.saved for entry in small)
+        if len(small) < MANY or saved < MANY_SAVE * self.total_bytes:
+            worth = [entry for entry in worth if entry.tensor.size >= MIN_ELEMENTS]
+        return tuple(worth)
 
     @property
     def saved(self) -> int:
-        return sum(entry.dense_bytes - entry.sparse_bytes for entry in self.paying)
+        return sum(entry.saved for entry in self.paying)
 
     def facts(
         self, style: SparseStyle, chosen: tuple[_Entry, ...], reason: str
@@ -255,7 +272,7 @@ def _nonzeros(tensor: ir.TensorProtocol) -> int | None:
 
     Dense weights are given up on as soon as half of them are known not to be zero.
     """
-    if tensor.size < MIN_ELEMENTS or not (tensor.dtype in _STORED or _is_wide(tensor.dtype)):
+    if tensor.size < LEAST_ELEMENTS or not (tensor.dtype in _STORED or _is_wide(tensor.dtype)):
         return None
     if isinstance(tensor, CooTensor):
         bits = _bits(tensor.values)

@@ -159,7 +159,28 @@ class TestWhatStaysDense:
         assert not isinstance(made.graph.initializers["w"].const_value, CooTensor)
 
     def test_small_weights(self) -> None:
-        assert encoded(product(weight(0.9, (60, 60))), SparseStyle.INITIALIZER)[1] is None
+        made, facts = encoded(product(weight(0.9, (60, 60))), SparseStyle.INITIALIZER)
+        assert facts is not None
+        assert facts.tensors == 0
+        assert not isinstance(made.graph.initializers["w"].const_value, CooTensor)
+
+    def test_not_small_weights_that_are_many(self) -> None:
+        model = ir.Model(
+            ir.Graph([], [], nodes=[], opset_imports={"": 18}, name="many"), ir_version=9
+        )
+        for index in range(4):
+            name = f"w{index}"
+            array = np.where(np.arange(3600) % 10, 0.0, 1.0).astype(np.float32).reshape(60, 60)
+            model.graph.register_initializer(
+                ir.Value(name=name, const_value=ir.Tensor(array, name=name))
+            )
+        facts = sparse_form(model, SparseStyle.INITIALIZER)[1]
+        assert facts is not None
+        assert facts.tensors == 4
+        del model.graph.initializers["w3"]
+        facts = sparse_form(model, SparseStyle.INITIALIZER)[1]
+        assert facts is not None
+        assert facts.tensors == 0
 
     def test_everything_where_the_target_reads_no_sparse_weights(self) -> None:
         sparse, _ = encoded(product(weight(0.9)), SparseStyle.INITIALIZER)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 
 import onnx_ir as ir
@@ -32,6 +33,14 @@ from graphopt_passes.prune.samples import Feeds, batched, read_singles
 from graphopt_passes.prune.slim import kept_indices, slim
 
 RULE = "channels"
+
+THRIFTS: tuple[float, ...] = (0.0, 0.5, -0.3)
+THRIFTS_LARGE = (0.0, -0.3)
+"""How much what a channel saves counts beside its importance; models differ in which is better, so all are tried."""
+
+LARGE = 20_000_000
+"""Weights from which on only importance by activations is tried, with two thrifts: each trial costs minutes."""
+
 _BLIND = (
     "no samples were given, so that channels were chosen by their weights alone and the others could not make up for "
     "them: this usually costs most of the accuracy; give --calibration"
@@ -86,9 +95,16 @@ def _best(model: ir.Model, ctx: Context, request: SparsityRequest) -> Slimming |
     seed = ctx.options.seed
     energies = input_energies(model, layers, feeds) if feeds else None
     costs = Costs.of(layers, ctx.shapes)
-    tried = []
-    for which, scores in importances(request.importance, groups, energies).items():
-        dropped = choose(groups, scores, labels, costs, request.channels)
+    tried: list[Slimming] = []
+    which, thrifts = request.importance, THRIFTS if feeds else THRIFTS[:1]
+    if sum(layer.size for layer in layers) > LARGE and feeds:
+        which = Importance.ACTIVATION if which is Importance.AUTO else which
+        thrifts = THRIFTS_LARGE
+    ways = itertools.product(importances(which, groups, energies).items(), thrifts)
+    for (which, scores), thrift in ways:
+        dropped = choose(groups, scores, labels, costs, request.channels, thrift)
+        if any(dropped == each.dropped for each in tried):
+            continue
         made = slimmed(model, labels, dropped)
         keep = kept_indices(labels, dropped)
         if feeds and request.refit:
