@@ -6,8 +6,8 @@ READY := $(VENV)/.ready
 
 .PHONY: demo test sweep check format clean
 
-demo: $(READY)  ## optimise a trained model that ships in golden/ and print what changed
-	$(BIN)/graphopt optimize golden/stories260k/model.onnx -o $(VENV)/stories260k.onnx
+demo: $(READY)  ## optimise a trained model that ships in examples/ and print what changed
+	$(BIN)/graphopt optimize examples/stories260k.onnx -o $(VENV)/stories260k.onnx
 
 test: $(READY)  ## the whole test suite
 	$(BIN)/pytest -n 2 -q

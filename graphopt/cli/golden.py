@@ -41,6 +41,10 @@ def record_command(
         Path | None,
         typer.Option("--recipe", metavar="FILE", help="Recipe in TOML; the case keeps its text."),
     ] = None,
+    link: Annotated[
+        bool,
+        typer.Option("--link", help="Leave MODEL where it is: several cases can share one."),
+    ] = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> int:
@@ -53,7 +57,14 @@ def record_command(
     with progress(quiet=quiet or as_json) as say:
         feeds = None if inputs is None else given_feeds(inputs, model)
         case = record(
-            folder, model, golden_optimizer(say), feeds=feeds, recipe=text, seed=seed, ci=in_ci()
+            folder,
+            model,
+            golden_optimizer(say),
+            feeds=feeds,
+            recipe=text,
+            seed=seed,
+            ci=in_ci(),
+            link=link,
         )
     return _tell(GoldenReport((case,)), as_json=as_json, quiet=quiet)
 

@@ -91,7 +91,9 @@ def _numbers(request: Request, stream: Draws) -> Array:
         parts = stream.normal((2, *request.shape)) * scale
         return np.asarray(parts[0] + 1j * parts[1]).astype(dtype.numpy())
     if dtype.is_floating_point():
-        return draws.cast(_floats(request, stream) + request.variation.shift, dtype)
+        made = _floats(request, stream)
+        shift = request.variation.shift
+        return draws.cast(made + shift if shift else made, dtype)  # -0 + 0 would be +0
     low, high = draws.integer_range(dtype)
     if dtype.bitwidth <= 8:
         return draws.cast(stream.integers(request.shape, low, high + 1), dtype)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,7 @@ def record(  # noqa: PLR0913  what a case keeps, by keyword only
     recipe: str = "",
     seed: int = 0,
     ci: bool = False,
+    link: bool = False,
 ) -> CaseReport:
     """Records a case: optimises the model, verifies the result and writes the folder.
 
@@ -134,6 +136,7 @@ def record(  # noqa: PLR0913  what a case keeps, by keyword only
         recipe: handed to `optimize` and kept, for checks.
         seed: of generated inputs.
         ci: whether this is a run of continuous integration, which must not replace a case.
+        link: leave the source where it is and keep the way to it, so that several cases can share one.
 
     Raises:
         OptionError: the folder holds something that is not a golden case, or `ci` is set and it holds one.
@@ -145,10 +148,13 @@ def record(  # noqa: PLR0913  what a case keeps, by keyword only
         _refuse_ci(ci)
     with tempfile.TemporaryDirectory(prefix="graphopt-golden-") as scratch:
         source = model
-        if (folder / "model.onnx").resolve() != model.resolve():
+        path = "model.onnx"
+        if link:
+            path = Path(os.path.relpath(model.resolve(), folder.resolve())).as_posix()
+        elif (folder / "model.onnx").resolve() != model.resolve():
             source = save_model(load_model(model), Path(scratch) / "model.onnx")[0]
-        made = make_case(source, optimize, feeds, recipe, seed, Path(scratch))
-        place(made.folder, folder, source)
+        made = make_case(source, optimize, feeds, recipe, seed, Path(scratch), path)
+        place(made.folder, folder, None if link else source)
     changes = tuple(ErrorChange(name, None, error) for name, error in made.errors.items())
     return CaseReport(folder.name, (), changes, made.verification.outputs, written=True)
 
@@ -235,7 +241,9 @@ def update_case(case: Path, optimize: Optimize, name: str = "", *, accept: bool)
         feeds = None if generator is not None else stored_feeds(case, manifest)
         seed = 0 if generator is None else generator["seed"]
         with tempfile.TemporaryDirectory(prefix="graphopt-golden-") as scratch:
-            made = make_case(source, optimize, feeds, manifest["recipe"], seed, Path(scratch))
+            path = manifest["source"]["path"]
+            recipe = manifest["recipe"]
+            made = make_case(source, optimize, feeds, recipe, seed, Path(scratch), path)
             changes = tuple(
                 ErrorChange(output, manifest["errors"].get(output), now)
                 for output, now in made.errors.items()
@@ -246,7 +254,7 @@ def update_case(case: Path, optimize: Optimize, name: str = "", *, accept: bool)
                 return CaseReport(
                     name, (f"not written, errors grew: {told}; accept it to write",), changes
                 )
-            place(made.folder, case, source)
+            place(made.folder, case, None)
             if accept:
                 remove_orphans(case, read_manifest(case))
     except GraphoptError as error:

@@ -31,14 +31,14 @@ def refuse_foreign(folder: Path, model: Path) -> None:
         )
 
 
-def place(made: Path, folder: Path, model: Path) -> None:
-    """Puts a finished case where it belongs; data sets of the last recording go.
+def place(made: Path, folder: Path, model: Path | None) -> None:
+    """Puts a finished case where it belongs, with a model that shall lie there; data sets of the last recording go.
 
     Raises:
         OptionError: the file system refuses; what was there is as it was.
     """
     with filled(folder, stale="test_data_set_*") as place:
-        if (folder / "model.onnx").resolve() != model.resolve():
+        if model is not None and (folder / "model.onnx").resolve() != model.resolve():
             shutil.copyfile(model, place / "model.onnx")
         for entry in sorted(made.iterdir()):
             if entry.is_dir():
