@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def models() -> list[Path]:
     zoo = ROOT.parent / "shared" / "zoo" / "models"
     small = [p for p in sorted(zoo.glob("*.onnx")) if p.stat().st_size < 8 << 20]
-    golden = [folder / "model.onnx" for folder in sorted((ROOT / "golden").iterdir())]
-    return [*golden, *small]
+    golden = sorted((ROOT / "golden").glob("*/model.onnx"))
+    return [*golden, *sorted((ROOT / "examples").glob("*.onnx")), *small]
 
 
 def plant(kind: Kind, path: Path, mode: str) -> tuple[str, str]:
@@ -53,7 +53,9 @@ def plant(kind: Kind, path: Path, mode: str) -> tuple[str, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--mode", default="final", choices=["final", "each"])
-    parser.add_argument("--only", help="kinds whose name contains this")
+    parser.add_argument(
+        "--only", help="kinds whose name contains this, or one of several with commas"
+    )
     parser.add_argument(
         "--models", type=int, default=1, help="models in which each kind is planted"
     )
@@ -69,7 +71,8 @@ def main() -> int:
 def plants(paths: Sequence[Path], mode: str, only: str, wanted: int) -> int:
     counts = {"caught": 0, "missed": 0, "misnamed": 0}
     planted_kinds = set()
-    for index, kind in enumerate(kind for kind in KINDS if only in kind.name):
+    wanted_kinds = [kind for kind in KINDS if any(o in kind.name for o in only.split(","))]
+    for index, kind in enumerate(wanted_kinds):
         # Kinds start with different models, so that each model gets its share.
         turn = index % len(paths)
         left = wanted

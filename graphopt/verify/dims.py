@@ -160,7 +160,8 @@ class Dims:
         """More of a batch and more steps than a typical run has."""
         steps = {Sort.LENGTH: _LONG, Sort.PAST: _LONG_PAST}
         base = dict(typical.sizes)
-        return self._variants(base, "long", {Sort.BATCH: 5} | steps, {Sort.BATCH: 1} | steps)
+        tries = ({Sort.BATCH: 5} | steps, {Sort.BATCH: 1} | steps, {Sort.BATCH: 5})
+        return self._variants(base, "long", *tries)
 
     def crowds(self, typical: DimSet) -> tuple[DimSet, ...]:
         """Many samples at once, where samples have no length that multiplies with them."""
