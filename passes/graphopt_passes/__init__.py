@@ -273,6 +273,8 @@ _PLAIN: Mapping[tuple[str, str], tuple[Step, ...]] = {
     ("cpu", "int8-dynamic"): _quantized(QuantizeDynamic()),
     ("cpu", "int4-weights"): _quantized(QuantizeWeights()),
     ("cuda", "int4-weights"): _quantized(QuantizeWeights()),
+    ("cuda", "int8"): _quantized(QuantizeWeights(bits=8)),
+    ("tensorrt", "int4-weights"): _quantized(QuantizeWeights(block=128, form="qdq", tables=False)),
 }
 
 # What TensorRT's parser wants to see written is written last: no pass before it would keep it.

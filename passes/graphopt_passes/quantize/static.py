@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import math
 from pathlib import Path
 from typing import ClassVar
 
@@ -161,11 +162,32 @@ def _summary(best: Trial) -> str:
 
 
 def _told(layer: Layer) -> str:
+    """One row of the table: kernel, method, clipping, noise, saturation."""
+    kernel = KERNELS.get(layer.op_type, "its 8-bit kernel")
     if not layer.method:
-        return f"{layer.op_type} on integers"
-    raised = f", {layer.raised} channels coarser against saturation" if layer.raised else ""
+        return f"{layer.op_type} on integers ({kernel})"
+    noise, of_input, of_weight = (
+        -10 * math.log10(max(part, 1e-20))
+        for part in (layer.noise, layer.input_noise, layer.weight_noise)
+    )
+    raised = f"{layer.raised} channels coarser against it" if layer.raised else "none"
     refined = ", rounded by second moments" if layer.refined else ""
     return (
-        f"{layer.op_type} in 8 bits: range by {layer.method}, {layer.clipped:.2g} clipped, noise "
-        f"{layer.input_noise:.2g} of the input and {layer.weight_noise:.2g} of the weight{raised}{refined}"
+        f"{layer.op_type} in 8 bits ({kernel}): range by {layer.method}, {layer.clipped:.2%} clipped, {noise:.1f} dB "
+        f"(input {of_input:.1f}, weight {of_weight:.1f}{refined}), saturation: {raised}"
     )
+
+
+KERNELS = {
+    "Conv": "QLinearConv",
+    "MatMul": "MatMulIntegerToFloat or QLinearMatMul",
+    "Gemm": "QGemm",
+    "Add": "QLinearAdd",
+    "Mul": "QLinearMul",
+    "Concat": "QLinearConcat",
+    "AveragePool": "QLinearAveragePool",
+    "GlobalAveragePool": "QLinearGlobalAveragePool",
+    "LeakyRelu": "QLinearLeakyRelu",
+    "Sigmoid": "QLinearSigmoid",
+}
+"""What ONNX Runtime makes of Q and DQ around an operator; that it did is read back from its optimised graph."""

@@ -77,12 +77,14 @@ class QuantizeWeights:
         block: elements of a column that share a scale: a power of two from 16.
         bits: 4 or 8.
         form: contrib, or qdq: DequantizeLinear with blocks (opset 21), which other runtimes read too.
+        tables: whether rows that are looked up (Gather) are stored so, too.
         least: elements of a weight from which on it pays.
     """
 
     block: int = 32
     bits: int = 4
     form: str = "contrib"
+    tables: bool = True
     least: int = 1 << 14
 
     name: ClassVar[str] = "quantize-weights"
@@ -103,7 +105,11 @@ class QuantizeWeights:
             )
         if self.form == "qdq" and not _has_blocks(model, ctx):
             return False
-        tables = frozenset(name_of(node) for node in model.graph if self._is_table(node))
+        if ctx.target.provider == "CUDAExecutionProvider" and self.bits == 8:
+            ctx.remark(RemarkKind.WARNING, "quantize", "", CUDA)
+        tables = frozenset(
+            name_of(node) for node in model.graph if self.tables and self._is_table(node)
+        )
         how = Blocks(self.block, self.bits, self.form, self._moments(model, ctx))
 
         def write(changed: ir.Model, sites: frozenset[str], names: Names) -> None:
@@ -164,6 +170,11 @@ class Blocks:
     form: str = "contrib"
     moments: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
+
+CUDA = (
+    "ONNX Runtime on CUDA has no integer kernels for Q and DQ: weights of matrix products are stored in 8 bits, "
+    "activations and convolutions stay float"
+)
 
 WIDEST, WORK = 4096, float(1 << 36)
 """Columns of a weight, and multiplications in all, up to which weights are rounded by second moments."""

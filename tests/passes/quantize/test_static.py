@@ -206,7 +206,7 @@ def test_the_pass_quantises_and_says_how() -> None:
     ctx = context(model)
     assert QuantizeStatic().run(model, ctx)
     assert "QuantizeLinear" in ops(model)
-    assert any("Conv in 8 bits: range by" in remark.reason for remark in ctx.remarks)
+    assert any("Conv in 8 bits (QLinearConv): range by" in remark.reason for remark in ctx.remarks)
     again = load_model(varied(RESIDUAL))
     replay = Context(
         again, get_target("cpu"), ctx.options, cache=ctx.cache, pass_name=ctx.pass_name
