@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from graphopt.driver.api import optimize
+from graphopt.driver.result import check_output, is_bundle
 from graphopt.emit.findings import Legality
 from graphopt.emit.legality import check_legality
 from graphopt.ir.model_file import load_model
@@ -27,7 +29,8 @@ def mend(
 ) -> tuple[Legality, tuple[str, ...]]:
     """The legality after the passes that `found` offers, and the names of those that changed something.
 
-    The result is verified against the original as any other run is, and written where `output` says.
+    The result is verified against the original as any other run is, and written where `output` says if the target
+    then takes it: what is there stays otherwise.
 
     Args:
         source: the model.
@@ -40,16 +43,21 @@ def mend(
     Raises:
         GraphoptError: as for `optimize`.
     """
+    if output is not None:
+        check_output(output)
     names = tuple(name for name in found.fixes if name in all_passes())
     if not names and output is None:
         return found, ()
     recipe = Recipe(pipeline=tuple(load_pass(name) for name in names))
     if budget is None and "symmetrize-quantization" in names:
         budget = REQUANTIZED
-    result = optimize(
-        source, output=output, target=target, recipe=recipe, inputs=inputs, budget=budget
-    )
-    changed = {run.name for run in result.report.passes if run.changed}
-    return check_legality(load_model(result.model), target), tuple(
-        name for name in names if name in changed
-    )
+    run = partial(optimize, source, target=target, recipe=recipe, inputs=inputs, budget=budget)
+    result = run()
+    after = check_legality(load_model(result.model), target)
+    if output is not None and not after.refused:
+        if is_bundle(output):  # with all that belongs to it; a run is the same every time
+            run(output=output)
+        else:
+            result.save(output)
+    changed = {each.name for each in result.report.passes if each.changed}
+    return after, tuple(name for name in names if name in changed)

@@ -88,6 +88,31 @@ def test_what_no_pass_mends_stays_refused(run: Run, tmp_path: Path) -> None:
     assert "after" not in ran.out
 
 
+def test_what_stays_refused_is_not_written(run: Run, tmp_path: Path, out: Path) -> None:
+    out.write_bytes(b"old")
+    path = save(tmp_path / "m.onnx", REFUSED)
+    assert run("check", path, "-t", "tensorrt", "--fix", "-o", out).status == 3
+    assert [each.name for each in out.parent.iterdir()] == [out.name]
+    assert out.read_bytes() == b"old"
+
+
+def test_what_needs_no_mending_is_written_all_the_same(run: Run, model: Path, out: Path) -> None:
+    assert run("check", model, "--fix", "-o", out).status == 0
+    assert run("verify", model, out).status == 0
+    bundle = out.parent / "bundle"
+    assert run("check", model, "--fix", "-o", bundle).status == 0
+    assert (bundle / "manifest.json").is_file()
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(
+    run: Run, tmp_path: Path, out: Path
+) -> None:
+    path = save(tmp_path / "m.onnx", REFUSED)
+    ran = run("check", path, "-t", "tensorrt", "--fix", "-o", out.parent / "none" / "x.onnx")
+    assert ran.status == 2
+    assert "mkdir" in ran.message
+
+
 def test_reasons_that_differ_in_numbers_alone_are_told_once(run: Run, tmp_path: Path) -> None:
     text = """<ir_version: 9, opset_import: ["" : 18]>
     g () => (float[2] y, float[2] w) <int8[2] q = {1, 2}, float s = {1}, int8 a = {3}, int8 b = {4}> {
