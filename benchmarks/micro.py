@@ -143,6 +143,76 @@ def _gelus() -> Iterator[Case]:
     for name, text in cubes.items():
         yield Case(f"GELU tanh, {name}", io, f"{text} {tail.format('v')}")
     yield Case("SiLU", io, "g = Sigmoid(x) y = Mul(x, g)")
+    yield Case("Swish-24", io, "y = Swish(x)", opset=24)
+    yield Case("SiLU, x/(1+exp(-x))", io, "n = Neg(x) e = Exp(n) g = Add(e, one) y = Div(x, g)")
+    pair = "p = Relu(x) n = Neg(x) r = Relu(n) t = Mul(r, a) y = Sub(p, t)"
+    yield Case("PRelu of two Relu", io, pair, "float[3072] a")
+    yield Case("LeakyRelu of two Relu", io, pair.replace("a)", "half)"))
+
+
+def _other_norms() -> Iterator[Case]:
+    io = f"({ROWS} x) => ({ROWS} y)"
+    last = "int64[1] last = {-1}"
+    squares = "q = Mul(x, x) t = ReduceSum(q, last)"
+    yield Case("L2 norm, sum of squares", io, f"{squares} r = Sqrt(t) y = Div(x, r)", last)
+    yield Case(
+        "L2 norm with epsilon", io, f"{squares} a = Add(t, eps) r = Sqrt(a) y = Div(x, r)", last
+    )
+    yield Case("L2 norm, ReduceL2", io, "r = ReduceL2<axes=[-1]>(x) y = Div(x, r)")
+    image = "float[1,64,56,56]"
+    yield Case(
+        "GroupNormalization-21",
+        f"({image} x) => ({image} y)",
+        "y = GroupNormalization<num_groups=32>(x, s, b)",
+        "float[64] s, float[64] b",
+        21,
+    )
+    parts = (
+        "g = Reshape(x, shape) m = ReduceMean<axes=[-1]>(g) d = Sub(g, m) q = Mul(d, d) v = ReduceMean<axes=[-1]>(q)"
+        " a = Add(v, eps) r = Sqrt(a) n = Div(d, r) h = Reshape(n, four) t = Mul(h, s) y = Add(t, b)"
+    )
+    shapes = "int64[3] shape = {0, 32, -1}, int64[4] four = {1, 64, 56, 56}"
+    affine = f"float[64,1,1] s, float[64,1,1] b, {shapes}"
+    yield Case(
+        "GroupNorm in parts",
+        f"({image} x) => ({image} y)",
+        parts,
+        affine,
+    )
+
+
+def _more_attention() -> Iterator[Case]:
+    packed = "float[1,128,768]"
+    heads = " ".join(
+        f"{n}4 = Reshape({n}, apart) {n}t = Transpose<perm=[0,2,1,3]>({n}4)" for n in "qkv"
+    )
+    body = (
+        f"{heads} t = Transpose<perm=[0,1,3,2]>(kt) a = MatMul(qt, t) z = Div(a, d) p = Softmax(z)"
+        " o = MatMul(p, vt) u = Transpose<perm=[0,2,1,3]>(o) y = Reshape(u, flat)"
+    )
+    sizes = "float d = {8.0}, int64[4] apart = {0, 0, 12, 64}, int64[3] flat = {0, 0, 768}"
+    io = f"({packed} q, {packed} k, {packed} v) => ({packed} y)"
+    yield Case("SDPA between heads", io, body, sizes)
+    cuts = (
+        "int64[1] z0 = {0}, int64[1] z1 = {1}, int64[1] ax = {3}, int64[1] far = {9223372036854775807},"
+        " int64[1] by = {2}, int64[1] end = {-1}, int64[4] whole = {1, 12, 128, 64}"
+    )
+    pairs = (
+        "co = Cos(h) si = Sin(h) a = Slice(x, z0, far, ax, by) b = Slice(x, z1, far, ax, by) ac = Mul(a, co)"
+        " bs = Mul(b, si) e = Sub(ac, bs) as = Mul(a, si) bc = Mul(b, co) o = Add(as, bc) ue = Unsqueeze(e, end)"
+        " uo = Unsqueeze(o, end) w = Concat<axis=-1>(ue, uo) y = Reshape(w, whole)"
+    )
+    yield Case(
+        "RoPE of neighbours", f"({HEADS} x, float[1,1,128,32] h) => ({HEADS} y)", pairs, cuts
+    )
+    past = "float[1,12,127,64]"
+    one = "float[1,12,1,64]"
+    step = (
+        "nk = Concat<axis=2>(pk, k) nv = Concat<axis=2>(pv, v) t = Transpose<perm=[0,1,3,2]>(nk) a = MatMul(q, t)"
+        " z = Div(a, d) p = Softmax(z) y = MatMul(p, nv)"
+    )
+    io = f"({one} q, {one} k, {one} v, {past} pk, {past} pv) => ({one} y, {HEADS} nk, {HEADS} nv)"
+    yield Case("SDPA with past", io, step, "float d = {8.0}")
 
 
 def _powers() -> Iterator[Case]:
@@ -228,7 +298,16 @@ def _convolutions() -> Iterator[Case]:
 
 def cases() -> Iterator[Case]:
     """Every pattern in every spelling."""
-    for family in (_layer_norms, _rms_norms, _gelus, _powers, _attention, _convolutions):
+    for family in (
+        _layer_norms,
+        _rms_norms,
+        _other_norms,
+        _gelus,
+        _powers,
+        _attention,
+        _more_attention,
+        _convolutions,
+    ):
         yield from family()
 
 

@@ -166,6 +166,7 @@ CPU = Target(
     ),
     shuns={
         "SkipLayerNormalization": "ONNX Runtime 1.31 CPU: 0.16-0.22x of Add and LayerNormalization",
+        "PRelu": "ONNX Runtime 1.31 CPU: 0.4-0.5x of Relu, Min, Mul, Add from 10^5 elements on, 1.1x below 10^4",
     },
     provider="CPUExecutionProvider",
     kernels=("ort-cpu",),

@@ -293,6 +293,22 @@ def fuse_uniform_prelu(m: Match, g: Builder) -> ir.Value | None:
     return g.op("LeakyRelu", m[x], alpha=number) if _is_single_float(m, x) else None
 
 
+expanded_swish = Op("Swish", x)
+
+
+@rule(expanded_swish, opset=(24, 10_000))
+def lower_swish(m: Match, g: Builder) -> ir.Value | None:
+    """`Swish(x, alpha)` -> `QuickGelu(x, alpha)`, where the target would compute Swish in its parts.
+
+    ONNX Runtime 1.31 has no kernel for Swish and expands it into 4 nodes.  Source: Swish-24, com.microsoft QuickGelu-1.
+    """
+    dtype = m.dtype(x)
+    if m.emits("Swish", dtype=dtype) or not m.emits("QuickGelu", MS, dtype):
+        return None
+    alpha = float(m.attr(expanded_swish, "alpha", 1.0))
+    return g.op("QuickGelu", m[x], domain=MS, alpha=alpha)
+
+
 positive = Op("Relu", x, shared=True)
 mirrored = Op("Relu", Op("Neg", x, shared=True))
 minus_mirrored = Op("Sub", positive, Op("Mul", mirrored, slope))
@@ -317,7 +333,11 @@ def _prelu(m: Match, g: Builder, root: Op, sign: float) -> ir.Value | None:
     if m.dtype(x) not in FLOATS:
         return None
     _refuse_broader(m, root)
-    data = m.array(slope)
+    data, number = m.array(slope), values.fill(m[slope])
+    if number is not None and _is_single_float(m, x):
+        return g.op("LeakyRelu", m[x], alpha=sign * number)
+    if "PRelu" in m.facts.target.shuns:
+        raise Skip("the target runs PRelu slower than its parts", m[slope])
     return g.op("PRelu", m[x], g.const((sign * data).astype(data.dtype), name="slope"))
 
 
@@ -394,6 +414,7 @@ RULES: tuple[Rule, ...] = (
     fuse_gelu_of_half_gate,
     fuse_gelu_of_shifted_gate,
     fuse_swish,
+    lower_swish,
     fuse_scaled_clip_into_hard_sigmoid,
     fuse_clip_into_hard_sigmoid,
     fuse_hard_swish,

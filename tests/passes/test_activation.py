@@ -354,6 +354,12 @@ def test_prelu_of_parts(body: str) -> None:
         activation.RULES,
         f"g (float[N,3,4] x) => (float[N,3,4] y) {held} {{ {body} }}",
         f"g (float[N,3,4] x) => (float[N,3,4] y) <{SLOPES}> {{ y = PRelu(x, a) }}",
+        target="cuda",
+    )
+    check(
+        activation.RULES,
+        f"g (float[N,3,4] x) => (float[N,3,4] y) {held} {{ {body} }}",
+        missed="slower than its parts",
     )
     check(
         activation.RULES,
@@ -433,3 +439,16 @@ def test_gelu_of_a_root_written_with_six_digits() -> None:
         tolerance=1e-5,
     )
     check(activation.RULES, f"{g} <{numbers.format(1.414)}> {{ {body} }}")
+
+
+@pytest.mark.parametrize("alpha", ["", "<alpha=1.702>"])
+def test_swish_where_it_has_no_kernel(alpha: str) -> None:
+    text = '<ir_version: 11, opset_import: ["" : 24{0}]> g (float[N,4] x) => (float[N,4] y) {{ y = {1}(x) }}'
+    after = f"com.microsoft.QuickGelu{alpha or '<alpha=1.0>'}"
+    check(
+        activation.RULES,
+        text.format("", f"Swish{alpha}"),
+        text.format(', "com.microsoft" : 1', after),
+        tolerance=1e-5,
+    )
+    check(activation.RULES, text.format("", f"Swish{alpha}"), target="portable")

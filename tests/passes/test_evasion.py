@@ -44,3 +44,24 @@ def test_other_targets_keep_add(target: str) -> None:
 
 def test_sum_is_not_spelled_back() -> None:
     check(algebra.RULES, f"{G} {{ a = Sum(x, z) y = LayerNormalization(a, s, b) }}")
+
+
+PRELU = "g (float[N,64,32] x) => (float[N,64,32] y)"
+
+
+def test_prelu_is_spelled_out_where_its_kernel_is_slow() -> None:
+    check(
+        evasion.RULES,
+        f"{PRELU} <float[64,1] a> {{ y = PRelu(x, a) }}",
+        f"{PRELU} <float[64,1] a, float z = {{0.0}}> {{ m = Min(x, z) p = Relu(x) t = Mul(m, a) y = Add(p, t) }}",
+    )
+    check(evasion.RULES, f"{PRELU} <float[64,1] a> {{ y = PRelu(x, a) }}", target="cuda")
+
+
+def test_small_or_computed_prelu_stays() -> None:
+    small = PRELU.replace("[N,64,32]", "[2,64,32]")
+    check(evasion.RULES, f"{small} <float[64,1] a> {{ y = PRelu(x, a) }}")
+    check(
+        evasion.RULES,
+        "g (float[N,64,32] x, float[64,1] a) => (float[N,64,32] y) { y = PRelu(x, a) }",
+    )
