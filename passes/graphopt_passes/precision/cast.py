@@ -24,7 +24,7 @@ from graphopt_passes.precision.islands import drop_islands, runs_allowed
 from graphopt_passes.precision.legality import Legality
 from graphopt_passes.precision.plan import LIMITS, Decision, Facts, Kind, decide_all, gather
 from graphopt_passes.precision.plan_file import read_plan, write_plan
-from graphopt_passes.precision.ranges import Feeds, observe
+from graphopt_passes.precision.ranges import GENERATED, Feeds, observe
 from graphopt_passes.precision.refine import AMPLIFIED, Refinement, refine
 
 _DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -88,6 +88,7 @@ class CastToHalf:
         ctx.refresh()
         _tell(decisions, seen.source, seen.why, ctx)
         _tell_halves(decisions, names, facts, ctx)
+        _tell_casts_of_weights(model, half, ctx)
         return len(ctx.rewrites) > before
 
     def _forced(self, model: ir.Model) -> dict[str, str]:
@@ -165,8 +166,10 @@ def _tell_refinement(found: Refinement, ctx: Context) -> None:
         return
     reason = (
         f"{len(found.raised)} nodes go back to float32: error {found.before:.2g} of the budget before, "
-        f"{found.after:.2g} after, {found.runs} experiments"
+        f"{found.after:.2g} after, {found.runs} experiments in true half precision"
     )
+    if found.before > 1:
+        reason += " (ONNX Runtime on the CPU computes halves in float32 and would have hidden it)"
     amplified = any(why.startswith(AMPLIFIED) for why in found.raised.values())
     if amplified:
         reason += "; the model amplifies rounding on these inputs: give samples with --calibration"
@@ -186,10 +189,31 @@ def _tell(decisions: dict[ir.Node, Decision], source: str, why: str, ctx: Contex
             f"without data ({why}) the plan is conservative: give samples with --calibration",
         )
     else:
-        ctx.remark(RemarkKind.NOTE, "plan", "", f"ranges come from {source}")
+        told = f"ranges come from {source}"
+        if source == GENERATED:
+            told += ", some 30 times larger than usual: the plan is conservative, --calibration gives real ranges"
+        ctx.remark(RemarkKind.NOTE, "plan", "", told)
     for node, decision in decisions.items():
         if decision.kind is Kind.HIGH:
             ctx.remark(RemarkKind.NOTE, "float32", node, f"{node.op_type}: {decision.reason}")
+
+
+def _tell_casts_of_weights(model: ir.Model, half: ir.DataType, ctx: Context) -> None:
+    """Warns of weights that a feed may replace: they cannot be stored in half, and are cast at every run."""
+    casts = [node for node in model.graph if node.op_type == "Cast"]
+    count = sum(
+        node.outputs[0].dtype is half
+        and node.inputs[0] is not None
+        and node.inputs[0].is_graph_input()
+        and node.inputs[0].is_initializer()
+        for node in casts
+    )
+    if count:
+        told = (
+            f"{count} weights are inputs with defaults: they stay float32 in the file and are cast at every run; make "
+            "constants of them first: graphopt optimize --pass freeze-defaults, and convert the result"
+        )
+        ctx.remark(RemarkKind.WARNING, "weights", "", told)
 
 
 def _tell_halves(

@@ -28,6 +28,9 @@ Feeds = Sequence[Mapping[str, Any]]
 MASKED = -2.9e4
 """Elements below are masked where a mask goes: they are no part of the range."""
 
+GENERATED = "generated inputs"
+"""Whose samples they were, where the user gave none."""
+
 FLOOR = 2.0**-10
 """Scale below which a value is noise, over its scale on the first, plain input; the verifier's own."""
 
@@ -160,7 +163,7 @@ def samples(model: ir.Model, session: Session, ctx: Context) -> tuple[Feeds, Fee
     return (
         [feed.values for feed in found.feeds[:_MAX_FEEDS]],
         usual[:_MAX_USUAL],
-        "generated inputs",
+        GENERATED,
     )
 
 

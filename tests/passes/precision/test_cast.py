@@ -12,6 +12,7 @@ import pytest
 from graphopt_passes import PREPARE
 from graphopt_passes.precision import CastToHalf
 
+from graphopt.driver import optimize
 from graphopt.errors import TargetError
 from graphopt.ir.check import violations
 from graphopt.ir.model_file import model_to_bytes
@@ -19,6 +20,7 @@ from graphopt.pipeline import run_pipeline
 from graphopt.rewrite import Calibration, Context, Gate, Options
 from graphopt.runtime.emulate import emulate
 from graphopt.runtime.session import Session
+from graphopt.specialize import Specialization
 from graphopt.targets import get_target
 from tests.rewriting import parse
 
@@ -365,8 +367,9 @@ def test_cheap_islands_are_not_worth_their_casts() -> None:
 
 def test_overridable_defaults_stay_inputs_of_their_dtype() -> None:
     text = "g (float[4,16] x, float[16,16] w) => (float[4,16] y) { y = MatMul(x, w) }"
-    model, _, proto = cast(text, constants={"w": normal(16, 16)})
+    model, ctx, proto = cast(text, constants={"w": normal(16, 16)})
     assert halves(model) == ["MatMul"]
+    assert any("1 weights are inputs with defaults" in remark.reason for remark in ctx.remarks)
     assert error(model, proto, {"x": normal(4, 16), "w": normal(16, 16, scale=2)}) < 0.01
 
 
@@ -399,3 +402,56 @@ def test_every_precision_hazard_is_right_in_true_half_precision(zoo: Any) -> Non
             for index, info in enumerate(proto.graph.input)
         }
         assert error(model, proto, feeds) < 0.01, folder.name
+
+
+def test_a_mask_that_a_product_adds_is_a_mask() -> None:
+    text = (
+        "g (float[4,8] x, float[4,16] m) => (float[4,16] y) <float[8,16] w>"
+        "{ o = Mul(m, low) s = Gemm(x, w, o) y = Softmax<axis=-1>(s) }"
+    )
+    hidden = np.tri(4, 16, dtype=np.float32)
+    constants = {"low": np.array(np.finfo(np.float32).min, np.float32)}
+    samples = Calibration([{"x": normal(4, 8), "m": hidden}])
+    model, _, proto = cast(text, constants=constants, options=Options(calibration=samples))
+    assert halves(model) == ["Mul", "Gemm", "Softmax"]
+    feeds = {"x": normal(4, 8, scale=0.1), "m": np.ones((4, 16), np.float32)}
+    assert error(model, proto, feeds) < 0.01
+
+
+def test_what_is_divided_by_keeps_what_a_half_would_make_zero() -> None:
+    text = (
+        "g (float[4,16] x) => (float[4,16] y) <float[16,16] w>"
+        "{ a = MatMul(x, w) e = Mul(a, tiny) y = Div(a, e) }"
+    )
+    constants = {"tiny": np.array(3e-7, np.float32)}
+    samples = Calibration([{"x": np.abs(normal(4, 16))}])
+    model, ctx, proto = cast(text, constants=constants, options=Options(calibration=samples))
+    assert "divided by" in reasons(ctx)["y"] or "rounding" in reasons(ctx)["y"]
+    assert error(model, proto, {"x": np.abs(normal(4, 16))}) < 0.01
+
+
+def test_branches_and_loops_keep_to_the_ranges_seen_inside() -> None:
+    text = (
+        "g (float[4,16] x, bool c) => (float[4,16] y) <float[16,16] w>"
+        "{ h = MatMul(x, w) y = If(c) <then_branch = t () => (float[4,16] a)"
+        "   { e = Mul(h, big) f = Mul(e, e) r = Sqrt(f) a = Div(r, big) },"
+        "   else_branch = e () => (float[4,16] b) { b = Identity(h) }> }"
+    )
+    model, ctx, proto = cast(text, constants={"big": np.array(2000, np.float32)})
+    assert "range: |e| reaches" in reasons(ctx)["f"]
+    for choice in (True, False):
+        assert error(model, proto, {"x": normal(4, 16), "c": np.array(choice)}) < 0.01
+
+
+def test_the_type_of_each_input_and_output_can_be_chosen() -> None:
+    made = optimize(
+        parse(MLP),
+        target="cuda",
+        precision="fp16",
+        specialize=Specialization(dtypes={"x": "float16"}),
+    )
+    assert [v.dtype for v in (*made.model.graph.inputs, *made.model.graph.outputs)] == [
+        ir.DataType.FLOAT16,
+        ir.DataType.FLOAT,
+    ]
+    assert casts(made.model) == 1
