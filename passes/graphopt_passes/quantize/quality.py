@@ -13,6 +13,9 @@ Wide: TypeAlias = npt.NDArray[np.float64]
 SQNR_DB, CLASSES_SQNR_DB = 30.0, 34.0
 """Signal to noise of the worst output over all samples that is good enough; where outputs name classes."""
 
+LEAST_SQNR_DB = 20.0
+"""The same where activations are quantised as they come, and no layer can be left out."""
+
 FLIPS = 0.01
 """Expected share of samples whose class changes that a classifier may have; about half of the changes are for worse."""
 

@@ -30,6 +30,7 @@ from graphopt.verify.feed_files import Feed
 from graphopt.verify.feeds import find_feeds
 from graphopt_passes.quantize import blocks, weights
 from graphopt_passes.quantize.certificate import Judgement
+from graphopt_passes.quantize.quality import LEAST_SQNR_DB
 
 MICROSOFT = "com.microsoft"
 GAIN = 1.02
@@ -290,7 +291,9 @@ def _measured(
     judge = Judgement(model, _feeds(model, ctx))
     try:
         found = judge.accuracy(clone, budget)
-        return judge.speed(clone), found.passed, found.sqnr_db
+        stated = ctx.options.budget is not None or precision is not Precision.INT8_DYNAMIC
+        passed = found.passed and (stated or found.sqnr_db >= LEAST_SQNR_DB)
+        return judge.speed(clone), passed, found.sqnr_db
     finally:
         judge.close()
 
