@@ -1,4 +1,4 @@
-"""GroupNormalization as the instance normalisation that it is, where the target would compute it in its parts.
+"""GroupNormalization as the instance normalisation that it is, where the target computes it in its parts; else itself.
 
     Before:  y = GroupNormalization<num_groups = G>(x, scale, bias)
     After:   y = Reshape(InstanceNormalization(Reshape(x, [0, G, -1]), 1, 0), Shape(x)) * scale + bias
@@ -11,9 +11,11 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.ir import values
 from graphopt.ir.build import Builder
 from graphopt.ir.shapes import Dim
 from graphopt.rewrite import Match, Op, Rule, Skip, Var, rule
+from graphopt_passes.constants import along, narrow
 
 x, scale, bias = Var(), Var(), Var()
 grouped = Op("GroupNormalization", x, scale, bias)
@@ -48,4 +50,45 @@ def _shape(m: Match, g: Builder, dims: tuple[Dim, ...]) -> ir.Value:
     return g.op("Shape", m[x])
 
 
-RULES: tuple[Rule, ...] = (lower_group_norm,)
+plain_scale, plain_shift = Var(const=True), Var(const=True, optional=True)
+parted = Op("Reshape", x, ...)
+normal = Op("InstanceNormalization|LayerNormalization", parted, plain_scale, plain_shift)
+restored = Op("Reshape", normal, ...)
+factor, addend = Var(const=True), Var(const=True)
+shifted = Op("Add", Op("Mul", restored, factor), addend)
+
+
+@rule(shifted, opset=(21, 10_000))
+def fuse_group_norm(m: Match, g: Builder) -> ir.Value | None:
+    """`Reshape(Norm(Reshape(x, [N, G, -1]))) * s + b` -> `GroupNormalization(x, s, b, num_groups=G)`.
+
+    x: [N, C, …], s, b: one number per channel; Norm an instance or layer normalisation without scale of its own.
+    Source: GroupNormalization-21.
+    """
+    dims, inner = m.known_dims(x), m.known_dims(parted)
+    if len(dims) < 3 or len(inner) < 3 or inner[0] != dims[0] or m.dims(restored) != dims:
+        return None
+    channels, groups = dims[1].value, inner[1].value
+    if not channels or not groups or channels % groups or not _is_bare(m, len(inner)):
+        return None
+    if not m.emits("GroupNormalization", dtype=m.dtype(x)):
+        return None
+    held = [along(m.array(each), len(dims), 1, channels) for each in (factor, addend)]
+    if held[0] is None or held[1] is None:
+        raise Skip("scale or bias are not one number per channel", m[shifted])
+    numbers = [g.const(narrow(each, m.dtype(x), m[factor])) for each in held if each is not None]
+    epsilon = float(m.attr(normal, "epsilon", 1e-5))
+    return g.op("GroupNormalization", m[x], *numbers, num_groups=groups, epsilon=epsilon)
+
+
+def _is_bare(m: Match, rank: int) -> bool:
+    """Whether the inner normalisation is over everything behind the groups, and neither scales nor shifts."""
+    shift = m.get(plain_shift)
+    plain = values.is_filled_with(m[plain_scale], 1.0)
+    plain = plain and (shift is None or values.is_filled_with(shift, 0.0))
+    if m[normal].op_type == "InstanceNormalization":
+        return plain
+    return plain and int(m.attr(normal, "axis", -1)) % rank == 2 and len(m[normal].outputs) == 1
+
+
+RULES: tuple[Rule, ...] = (lower_group_norm, fuse_group_norm)

@@ -53,3 +53,51 @@ def test_statistics_in_another_type_stay() -> None:
         opset=21,
         missed="another type",
     )
+
+
+IMAGE = "g (float[N,4,3,5] x) => (float[N,4,3,5] y)"
+GROUPS = "int64[3] part = {0, 2, -1}, int64[4] whole = {0, 4, 3, 5}, float[4,1,1] s, float[4,1,1] b"
+NORMS = {
+    "instance": (
+        "n = InstanceNormalization<epsilon=0.01>(r, i, o)",
+        "float[2] i = {1.0, 1.0}, float[2] o = {0.0, 0.0}",
+    ),
+    "layer": (
+        "n = LayerNormalization<axis=-1, epsilon=0.01>(r, i)",
+        "float[30] i = {" + ", ".join(["1.0"] * 30) + "}",
+    ),
+}
+
+
+@pytest.mark.parametrize(("norm", "held"), NORMS.values(), ids=NORMS)
+@pytest.mark.parametrize("target", ["tensorrt", "portable"])
+def test_group_norm_of_parts(norm: str, held: str, target: str) -> None:
+    check(
+        groupnorm.RULES,
+        f"{IMAGE} <{GROUPS}, {held}> {{ r = Reshape(x, part) {norm} w = Reshape(n, whole) t = Mul(w, s)"
+        " y = Add(t, b) }",
+        f"{IMAGE} <float[4] s, float[4] b> {{ y = GroupNormalization<num_groups=2, epsilon=0.01>(x, s, b) }}",
+        opset=21,
+        target=target,
+        tolerance=1e-5,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "new", "missed"),
+    [
+        ("{1.0, 1.0}", "{1.0, 2.0}", ""),  # a scale per group
+        ("Mul(w, s)", "Mul(w, rows)", "per channel"),
+        ("part = {0, 2, -1}", "part = {0, -1, 15}", ""),
+    ],
+)
+def test_group_norm_of_other_parts_stays(text: str, new: str, missed: str) -> None:
+    norm, held = NORMS["instance"]
+    if "15" in new:
+        held = held.replace("[2]", "[4]").replace("{1.0, 1.0}", "{1.0, 1.0, 1.0, 2.0}")
+        held = held.replace("{0.0, 0.0}", "{0.0, 0.0, 0.0, 0.0}")
+    before = (
+        f"{IMAGE} <{GROUPS}, {held}, float[3,1] rows> {{ r = Reshape(x, part) {norm} w = Reshape(n, whole)"
+        " t = Mul(w, s) y = Add(t, b) }"
+    )
+    check(groupnorm.RULES, before.replace(text, new), opset=21, target="tensorrt", missed=missed)
