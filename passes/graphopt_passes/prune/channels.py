@@ -17,7 +17,7 @@ from graphopt.runtime.session import Session, SessionOptions
 from graphopt_passes.prune.labels import Ids, Labels
 from graphopt_passes.prune.layers import Array, Layer, Wide, find_layers
 from graphopt_passes.prune.moments import Moments
-from graphopt_passes.prune.request import Importance
+from graphopt_passes.prune.request import Importance, Measure
 from graphopt_passes.prune.samples import Feeds
 from graphopt_passes.prune.slim import Keep, kept_indices, slim
 from graphopt_passes.prune.solve import ridge
@@ -161,14 +161,16 @@ def _over_mean(scores: Wide) -> list[float]:
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Multiply-adds of each layer for one sample."""
+    """Multiply-adds of each layer for one sample, or its weights."""
 
     layers: tuple[Layer, ...]
     amounts: tuple[float, ...]
 
     @classmethod
-    def of(cls, layers: Sequence[Layer], shapes: Shapes) -> Costs:
-        """Counts outputs times columns; dims that are not known count once."""
+    def of(cls, layers: Sequence[Layer], shapes: Shapes, by: Measure = Measure.FLOPS) -> Costs:
+        """Counts outputs times columns, where dims that are not known count once; or weights."""
+        if by is Measure.PARAMETERS:
+            return cls(tuple(layers), tuple(float(layer.size) for layer in layers))
         return cls(tuple(layers), tuple(_cost(layer, shapes) for layer in layers))
 
     @property

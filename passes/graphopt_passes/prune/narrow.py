@@ -28,7 +28,7 @@ from graphopt_passes.prune.channels import (
 )
 from graphopt_passes.prune.labels import propagate
 from graphopt_passes.prune.layers import find_layers
-from graphopt_passes.prune.request import Importance, SparsityRequest
+from graphopt_passes.prune.request import Importance, Measure, SparsityRequest
 from graphopt_passes.prune.samples import Feeds, batched, read_singles
 from graphopt_passes.prune.slim import kept_indices, slim
 
@@ -37,6 +37,8 @@ RULE = "channels"
 THRIFTS: tuple[float, ...] = (0.0, 0.5, -0.3)
 THRIFTS_LARGE = (0.0, -0.3)
 """How much what a channel saves counts beside its importance; models differ in which is better, so all are tried."""
+
+_WHAT = {Measure.FLOPS: "multiply-adds", Measure.PARAMETERS: "weights"}
 
 LARGE = 20_000_000
 """Weights from which on only importance by activations is tried, with two thrifts: each trial costs minutes."""
@@ -94,7 +96,7 @@ def _best(model: ir.Model, ctx: Context, request: SparsityRequest) -> Slimming |
     feeds = _feeds(model, ctx.options.calibration)
     seed = ctx.options.seed
     energies = input_energies(model, layers, feeds) if feeds else None
-    costs = Costs.of(layers, ctx.shapes)
+    costs = Costs.of(layers, ctx.shapes, request.by)
     tried: list[Slimming] = []
     which, thrifts = request.importance, THRIFTS if feeds else THRIFTS[:1]
     if sum(layer.size for layer in layers) > LARGE and feeds:
@@ -145,7 +147,7 @@ def _adopt(model: ir.Model, ctx: Context, best: Slimming) -> None:
 
 def _tell(ctx: Context, site: str, request: SparsityRequest, best: Slimming) -> None:
     saved = 1 - best.left
-    said = f"{len(best.dropped)} channels removed: {saved:.1%} of the multiply-adds, chosen by {best.importance}"
+    said = f"{len(best.dropped)} channels removed: {saved:.1%} of the {_WHAT[request.by]}, chosen by {best.importance}"
     if ctx.options.calibration is None:
         ctx.remark(RemarkKind.WARNING, RULE, site, _BLIND)
     else:

@@ -44,6 +44,13 @@ class Importance(enum.StrEnum):
     ACTIVATION = "activation"
 
 
+class Measure(enum.StrEnum):
+    """What `channels` is a share of."""
+
+    FLOPS = "flops"
+    PARAMETERS = "parameters"
+
+
 @dataclasses.dataclass(frozen=True)
 class SparsityRequest:
     """One `--sparsity`, in parts; exactly one of the first four says how much.
@@ -52,7 +59,8 @@ class SparsityRequest:
         ratio: share of the weights of Conv, Gemm and MatMul that shall be zero.
         pattern: (N, M): at least M - N zeros in M consecutive weights along the axis that hardware reads.
         threshold: weights up to this magnitude become zero.
-        channels: share of the arithmetic to remove by removing whole channels.
+        channels: share of the arithmetic, or of the weights, to remove by removing whole channels.
+        by: which of the two.
         method: how weights are chosen.
         allocation: how `ratio` is spread over layers.
         importance: how channels are chosen.
@@ -67,6 +75,7 @@ class SparsityRequest:
     method: Method = Method.AUTO
     allocation: Allocation = Allocation.LAMP
     importance: Importance = Importance.AUTO
+    by: Measure = Measure.FLOPS
     refit: bool = True
     dense: str = ""
 
@@ -113,6 +122,7 @@ def _with_option(request: SparsityRequest, key: str, word: str, text: str) -> Sp
         "method": Method,
         "allocation": Allocation,
         "importance": Importance,
+        "by": Measure,
     }
     if key in choices:
         known = [member.value for member in choices[key]]
@@ -133,6 +143,8 @@ def _with_choice(request: SparsityRequest, key: str, word: str) -> SparsityReque
         return dataclasses.replace(request, method=Method(word))
     if key == "allocation":
         return dataclasses.replace(request, allocation=Allocation(word))
+    if key == "by":
+        return dataclasses.replace(request, by=Measure(word))
     return dataclasses.replace(request, importance=Importance(word))
 
 

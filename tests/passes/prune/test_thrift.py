@@ -8,6 +8,7 @@ import pytest
 from graphopt_passes.prune.channels import Costs, Group, choose, expense, find_groups, weight_norms
 from graphopt_passes.prune.labels import Labels, propagate
 from graphopt_passes.prune.layers import find_layers
+from graphopt_passes.prune.request import parse_sparsity
 
 from graphopt.ir.model_file import load_model
 from graphopt.ir.shapes import Shapes
@@ -36,6 +37,15 @@ def test_expense_is_what_goes_through_one_channel(facts: Facts) -> None:
     total = 8 * 64 + 64 * 8 + 8 * 6 + 6 * 256 + 256 * 8
     assert dear[64] == pytest.approx((8 + 8) / total)
     assert dear[6] == pytest.approx((8 + 256) / total)
+
+
+def test_costs_are_weights_where_asked_for() -> None:
+    text = "g (float[N,3,9,9] x) => (float[N,8,7,7] y) <float[8,3,3,3] w> { y = Conv(x, w) }"
+    model = load_model(parse(text))
+    layers = find_layers(model.graph)
+    assert Costs.of(layers, Shapes(model)).total == 7 * 7 * 8 * 27
+    by_weights = parse_sparsity("channels:0.5,by=parameters").by
+    assert Costs.of(layers, Shapes(model), by_weights).total == 8 * 27
 
 
 def test_thrift_takes_the_dear_ones_first_and_its_contrary_spares_them(facts: Facts) -> None:
