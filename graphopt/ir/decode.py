@@ -92,6 +92,10 @@ class _Scope:
     unsorted: bool = False
 
     def define(self, name: str, what: str, place: _Place | None = None) -> ir.Value:
+        if not name:
+            raise ModelError(
+                f"{place or self.place}: {what} has no name, so that nothing can use it; name or remove it"
+            )
         if name in self.values:
             raise ModelError(
                 f"{place or self.place}: the value {name!r} is defined twice{self._first(name)}, the second time as "

@@ -81,10 +81,10 @@ transpose_transpose = Op("Transpose", _inner_transpose)
 
 
 def permutation(m: Match, node: ir.Node) -> tuple[int, ...] | None:
-    """Which input axis each output axis of a Transpose is; None where neither attribute nor rank is known."""
+    """Which input axis each output axis of a Transpose is; None where that is not known, or no permutation."""
     held = m.attr(node, "perm")
     if held is not None:
-        return tuple(held)
+        return tuple(held) if sorted(held) == list(range(len(held))) else None
     dims = m.dims(node.outputs[0])
     return None if dims is None else tuple(reversed(range(len(dims))))
 

@@ -162,6 +162,8 @@ def drop_transpose(m: Match, _g: Builder) -> ir.Value | None:
     if dims is None:
         return None
     order = tuple(range(len(dims)))[::-1] if perm is None else tuple(perm)
+    if sorted(order) != list(range(len(dims))):
+        return None  # not a permutation: the runtime will say so
     moved = [axis for axis in order if dims[axis] != 1]
     return m[x] if moved == sorted(moved) and dims == tuple(dims[i] for i in order) else None
 

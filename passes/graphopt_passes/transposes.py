@@ -85,7 +85,10 @@ def _permutation(node: ir.Node | None) -> Perm | None:
     if node is None or node.op_type != "Transpose" or node.domain or node.graph is None:
         return None
     held = node.attributes.get("perm")
-    return None if held is None or held.is_ref() else tuple(held.as_ints())
+    if held is None or held.is_ref():
+        return None
+    perm = tuple(held.as_ints())
+    return perm if sorted(perm) == list(range(len(perm))) else None
 
 
 def _inverse(perm: Perm) -> Perm:

@@ -295,3 +295,14 @@ def test_a_circle_through_parameters_and_lists_of_graphs_is_named() -> None:
     )
     with pytest.raises(ModelError, match="circle: G t <- Relu y <- G t"):
         load_model(proto)
+
+
+def test_inputs_without_a_name_are_refused() -> None:
+    for part in ("main graph", "function l:F"):
+        proto = parse(RELU + "F (a) => (b) { b = Relu (a) }")
+        if part == "main graph":
+            proto.graph.input[0].name = proto.graph.node[0].input[0] = ""
+        else:
+            proto.functions[0].input[0] = proto.functions[0].node[0].input[0] = ""
+        with pytest.raises(ModelError, match=f"{part}: an input has no name"):
+            load_model(proto)

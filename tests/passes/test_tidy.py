@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 import pytest
-from graphopt_passes import tidy
+from graphopt_passes import PIPELINES, tidy
 
 from tests.rewriting import apply, check, parse
 
@@ -340,3 +340,15 @@ def test_old_spellings_are_read(opset: int, body: str, left: list[str]) -> None:
     model = ir.from_proto(parse(X + "{ h = Neg(x) " + body + " y = Neg(t) }", opset=opset))
     apply(tidy.RULES, model)
     assert [node.op_type for node in model.graph] == left
+
+
+def test_what_is_no_permutation_is_left_to_the_runtime() -> None:
+    for perm in ("[0, 7]", "[0, 0]"):
+        text = (
+            X.replace("float[2,3] y", "float[N,M] y")
+            + f"{{ t = Transpose<perm = {perm}>(x) y = Transpose<perm = {perm}>(t) }}"
+        )
+        steps = (*PIPELINES["cpu", "fp32"],)
+        model = ir.from_proto(parse(text))
+        apply(steps, model)
+        assert [node.op_type for node in model.graph] == ["Transpose", "Transpose"]
