@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,31 @@ def allocate(weights: Sequence[Wide], zeros: int, how: Allocation) -> list[int]:
         score = lamp_scores if how is Allocation.LAMP else np.abs
         wanted = _smallest([np.asarray(score(w.reshape(-1))) for w in weights], zeros)
     return _within(wanted, most, zeros)
+
+
+def allocate_large(
+    weights: Iterable[Wide], sizes: Sequence[int], zeros: int, how: Allocation
+) -> list[int]:
+    """As `allocate` for LAMP and global, with one layer in memory at a time.
+
+    Scores are counted in classes of the upper half of their float32 bits, 1/128 apart; the class in which the limit
+    lies gives the same share of each layer.
+    """
+    score = lamp_scores if how is Allocation.LAMP else np.abs
+    counts = np.stack([_classes(np.asarray(score(w.reshape(-1)))) for w in weights])
+    below = np.cumsum(counts.sum(0))
+    limit = int(np.searchsorted(below, zeros))
+    whole = counts[:, :limit].sum(1)
+    at = counts[:, limit] if limit < counts.shape[1] else np.zeros(len(counts), np.int64)
+    share = (zeros - int(whole.sum())) / max(int(at.sum()), 1)
+    wanted = [int(count) for count in whole + np.floor(share * at).astype(np.int64)]
+    most = [size - max(int(np.ceil(FLOOR * size)), 1) for size in sizes]
+    return _within(wanted, most, zeros)
+
+
+def _classes(scores: npt.NDArray[np.floating]) -> npt.NDArray[np.int64]:
+    bits = scores.astype(np.float32).view(np.uint32) >> 16
+    return np.bincount(bits, minlength=1 << 16)
 
 
 def lamp_scores(weights: Wide) -> Wide:

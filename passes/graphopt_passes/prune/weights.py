@@ -9,15 +9,18 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from graphopt_passes.prune.allocate import allocate
+from graphopt_passes.prune.allocate import allocate, allocate_large
 from graphopt_passes.prune.layers import Array, Layer, Wide, Window
 from graphopt_passes.prune.moments import Moments
-from graphopt_passes.prune.request import Method, SparsityRequest
+from graphopt_passes.prune.request import Allocation, Method, SparsityRequest
 from graphopt_passes.prune.samples import Feeds
 from graphopt_passes.prune.solve import Goal, Mask, solve
 from graphopt_passes.prune.streams import Piece, Streams, cut
 
 ADMM_FROM = 0.9
+
+LARGE = 16_000_000
+"""Weights from which on scores are not held for all layers at once."""
 
 MIN_HELD_BYTES = 1 << 29
 """Values of samples may take this much memory, or as much as the weights of the model."""
@@ -58,7 +61,12 @@ def goals(layers: Sequence[Layer], request: SparsityRequest) -> dict[Layer, Goal
         return {}
     total = sum({layer.weight: layer.size for layer in layers}.values())
     zeros = min(round(request.ratio * total), sum(layer.size for layer in free))
-    counts = allocate([layer.matrix() for layer in free], zeros, request.allocation)
+    sizes = [layer.size for layer in free]
+    if sum(sizes) > LARGE and request.allocation in (Allocation.LAMP, Allocation.GLOBAL):
+        one_by_one = (layer.matrix() for layer in free)
+        counts = allocate_large(one_by_one, sizes, zeros, request.allocation)
+    else:
+        counts = allocate([layer.matrix() for layer in free], zeros, request.allocation)
     return {layer: Goal(count) for layer, count in zip(free, counts, strict=True)}
 
 

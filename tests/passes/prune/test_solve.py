@@ -9,7 +9,7 @@ import numpy.typing as npt
 import onnx.helper as oh
 import onnxruntime as ort
 import pytest
-from graphopt_passes.prune.allocate import allocate, lamp_scores, smallest
+from graphopt_passes.prune.allocate import allocate, allocate_large, lamp_scores, smallest
 from graphopt_passes.prune.layers import Wide, Window, find_layers
 from graphopt_passes.prune.moments import inputs, output_size, patches
 from graphopt_passes.prune.request import Allocation, Method
@@ -27,6 +27,16 @@ def problem(rows: int = 24, columns: int = 48) -> tuple[Wide, Wide]:
 
 def error(weight: Wide, found: Wide, x: Wide) -> float:
     return float(np.linalg.norm((weight - found) @ x) / np.linalg.norm(weight @ x))
+
+
+@pytest.mark.parametrize("how", [Allocation.LAMP, Allocation.GLOBAL])
+def test_allocation_layer_by_layer_is_the_same_but_for_rounding(how: Allocation) -> None:
+    rng = np.random.default_rng(0)
+    weights = [scale * rng.standard_normal((50, 60)) for scale in (0.1, 1.0, 3.0)]
+    want = allocate(weights, 6000, how)
+    found = allocate_large(iter(weights), [3000] * 3, 6000, how)
+    assert abs(sum(found) - 6000) <= 3
+    assert np.abs(np.array(found) - want).max() < 30
 
 
 class TestMasks:
