@@ -51,6 +51,7 @@ def run_pipeline(
         else:
             record(_run(step, model, ctx, nodes))
             nodes = runs[-1].nodes_after
+    ctx.settle_remarks()
     return tuple(runs)
 
 

@@ -273,6 +273,16 @@ class Context:
         if old and new and old != new:
             self.became[old] = new
 
+    def settle_remarks(self) -> None:
+        """Drops what was missed at first and made after all, by the same rule in the same place."""
+        made = {(each.pass_name, each.rule, each.site) for each in self.rewrites}
+        self.remarks = [
+            remark
+            for remark in self.remarks
+            if remark.kind is not RemarkKind.MISSED
+            or (remark.pass_name, remark.rule, remark.node) not in made
+        ]
+
     @property
     def numerics(self) -> Numerics:
         """What the run so far may have done to the numbers."""

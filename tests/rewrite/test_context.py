@@ -1,0 +1,23 @@
+"""What a run keeps of what its passes had to say."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from graphopt.rewrite import Context, RemarkKind
+from graphopt.targets import get_target
+from tests.rewriting import parse
+
+
+def test_what_was_made_after_all_is_not_missed() -> None:
+    """A rule that declines in one turn and fires in the next has nothing to say."""
+    model = ir.from_proto(parse("g (float[2] x) => (float[2] y) { y = Neg(x) }"))
+    ctx = Context(model, get_target("cpu"))
+    ctx.pass_name = "p"
+    ctx.missed("r", "a", "not yet")
+    ctx.missed("r", "b", "never")
+    ctx.missed("other", "a", "another rule")
+    ctx.remark(RemarkKind.NOTE, "r", "a", "a note stays")
+    assert ctx.permit("r", "a")
+    ctx.settle_remarks()
+    assert [remark.reason for remark in ctx.remarks] == ["never", "another rule", "a note stays"]
