@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -49,9 +50,10 @@ def required_operators(model: Path) -> list[str]:
 
 
 def _convert(model: Path, output: Path, form: str) -> bool:
-    line = [sys.executable, "-m", "graphopt.emit.ort_writer", str(model), str(output), form]
+    near = os.path.relpath(model, output.parent)  # a path of its own length would move memory about
+    line = [sys.executable, "-P", "-m", "graphopt.emit.ort_writer", near, output.name, form]
     ran = subprocess.run(  # noqa: S603  our own module
-        line, capture_output=True, text=True, check=False, timeout=SECONDS
+        line, capture_output=True, text=True, check=False, timeout=SECONDS, cwd=output.parent
     )
     told = json.loads(ran.stdout) if ran.returncode == 0 else {"fault": ran.stderr.strip()[-300:]}
     if told["fault"] or not output.is_file():

@@ -15,6 +15,8 @@ import sys
 
 ADDR_NO_RANDOMIZE = 0x0040000
 _AGAIN = "--again"
+_KEPT = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+"""Of the environment: what else is in it would only move memory about."""
 
 
 def fixed_addresses() -> bool:
@@ -37,6 +39,7 @@ def write(model: str, output: str, form: str) -> str:
     options.optimized_model_filepath = output
     options.add_session_config_entry("session.save_model_format", form)
     options.log_severity_level = 4
+    options.intra_op_num_threads = options.inter_op_num_threads = 1  # threads allocate in any order
     try:
         ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except onnxruntime_api.errors() as error:
@@ -48,8 +51,11 @@ def main(arguments: list[str]) -> None:
     """What the process does: `[--again] MODEL OUTPUT FORM`; prints whether addresses were fixed, and what is wrong."""
     again = arguments[0] == _AGAIN
     if not again and fixed_addresses():
-        module = [sys.executable, "-m", "graphopt.emit.ort_writer", _AGAIN]
-        os.execv(sys.executable, [*module, *arguments])  # noqa: S606  ourselves
+        module = [sys.executable, "-P", "-m", "graphopt.emit.ort_writer", _AGAIN]
+        # Python's own hash seed decides what is allocated, and so where the runtime's objects lie.
+        told = {name: os.environ[name] for name in _KEPT if name in os.environ}
+        told |= {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
+        os.execve(sys.executable, [*module, *arguments], told)  # noqa: S606  ourselves
     model, output, form = arguments[-3:]
     fault = write(model, output, form)
     sys.stdout.write(json.dumps({"reproducible": again, "fault": fault}))
