@@ -97,6 +97,14 @@ Sparse: TypeAlias = Annotated[
 Force: TypeAlias = Annotated[
     bool, typer.Option("--force", help="Emit what the target is known to run slower.")
 ]
+Autotune: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--autotune",
+        help="Time what fusions gain on this machine, instead of going by the target's tables; kept in "
+        "~/.cache/graphopt for the next run.",
+    ),
+]
 Recipe: TypeAlias = Annotated[
     Path | None,
     typer.Option("--recipe", metavar="FILE", help="Recipe in TOML; options given here win."),
@@ -198,6 +206,7 @@ def command(
     distill: Distill = None,
     sparse: Sparse = "auto",
     force: Force = False,
+    autotune: Autotune = False,
     recipe: Recipe = None,
     extra: Passes = None,
     disable: Disable = None,
@@ -266,6 +275,7 @@ def command(
             distill=distill,
             sparse=sparse,
             force=force,
+            autotune=autotune,
             recipe=recipe,
             passes=tuple(extra or ()),
             disable=tuple(disable or ()),

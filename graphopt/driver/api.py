@@ -28,6 +28,7 @@ from graphopt.pipeline import Pass, Step
 from graphopt.pipeline.recipe import Recipe
 from graphopt.pipeline.registry import load_pass, pipeline_for
 from graphopt.rewrite import Calibration, Options
+from graphopt.runtime.autotune import KEPT
 from graphopt.specialize import Specialization
 from graphopt.targets import Precision, Target
 from graphopt.verify.criteria import Criteria, Metric, load_metric, parse_gates
@@ -53,12 +54,13 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
     sparsity: str | None = None,
     distill: str | None = None,
     force: bool = False,
+    autotune: bool | str | os.PathLike[str] = False,
     gates: Mapping[str, str] | None = None,
     metric: str | Metric | None = None,
     remarks: bool = False,
+    stages: bool = False,
     strict: bool = False,
     repro: str | os.PathLike[str] | None = None,
-    stages: bool = False,
     profiles: Mapping[str, tuple[int, int, int]] | None = None,
     extras: Sequence[str] = (),
     specialize: Specialization | None = None,
@@ -86,14 +88,16 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
         sparsity: what to prune: "0.8", "2:4", "channels:0.5", "max" (the most within `budget`).
         distill: train what is left towards the original (needs torch and `calibration`): "yes", "steps=500,lr=3e-4".
         force: emit what the target is known to run slower.
+        autotune: time what fusions gain on this machine, instead of going by the target's tables; True keeps results
+            in the user's cache, a path in that file. Only for targets that run here.
         gates: limits for single outputs instead of the run's: {"logits": "sqnr>=40", "debug": "ignore"}.
         metric: a function of yours that judges outputs besides: "module:function>=0.98", or a `Metric`.
         remarks: search for near misses and report them.
+        stages: count bytes and arithmetic after each pass, and the layers of the result, for a report.
         strict: raise where a pass or a rewrite fails, instead of leaving it out.
         profiles: of a bundle: least, usual and largest size of dynamic dimensions, by name or `INPUT:AXIS`.
         extras: of a bundle: triton (a model repository), ort (the .ort format).
         specialize: what to make of the model first: sizes, bound inputs, chosen outputs, names, types, layouts.
-        stages: count bytes and arithmetic after each pass, and the layers of the result, for a report.
         repro: folder for the smallest model that shows the first rewrite that breaks the numbers.
         progress: called with the stage that begins, and how much of it is done if that is known.
 
@@ -128,18 +132,19 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
             sparsity=sparsity,
             force=force,
             distill=distill,
+            autotune=_kept(autotune),
         ),
         verify=VerifyMode(
             parse_choice("verify mode", verify or held.verify or "final", VerifyMode)
         ),
         inputs=Path(inputs) if isinstance(inputs, str | os.PathLike) else inputs,
         strict=strict,
+        stages=stages,
         criteria=_criteria(gates, metric),
         external=parse_external(external),
         repro=None if repro is None else Path(repro),
         profiles={name: Range(*sizes) for name, sizes in (profiles or {}).items()},
         extras=tuple(parse_extra(each, output) for each in extras),
-        stages=stages,
         sparse=parse_sparse(sparse),
         specialization=specialize or Specialization(),
         progress=progress or (lambda _stage, _part: None),
@@ -151,6 +156,13 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
 def _criteria(gates: Mapping[str, str] | None, metric: str | Metric | None) -> Criteria:
     metrics = load_metric(metric) if isinstance(metric, str) else metric
     return Criteria(parse_gates(gates or {}), () if metrics is None else (metrics,))
+
+
+def _kept(autotune: bool | str | os.PathLike[str]) -> Path | None:
+    """The file of measured gains; None where nothing shall be measured."""
+    if isinstance(autotune, bool):
+        return Path.home() / KEPT if autotune else None
+    return Path(autotune)
 
 
 def _calibration(given: Calibration | str | os.PathLike[str] | Feeds | None) -> Calibration | None:

@@ -20,6 +20,8 @@ from graphopt.pipeline import PassRun, run_pipeline
 from graphopt.report.facts import ModelFacts, model_facts
 from graphopt.report.stages import Stage, stage
 from graphopt.rewrite import Context, Gate, Remark, Rewrite
+from graphopt.rewrite.context import Tuner
+from graphopt.runtime.autotune import Autotuner
 from graphopt.targets import SparseStyle
 
 Watch = Callable[[PassRun, ir.Model, Context], None]
@@ -82,6 +84,7 @@ def attempt(
         original=lambda: load_model(request.source),
         progress=request.progress,
     )
+    ctx.tuner = _tuner(ctx)
 
     done = 0
     counts = request.stages and not is_probe
@@ -118,6 +121,14 @@ def attempt(
         stages=tuple(stages),
         distilled=ctx.findings.get("distill"),
     )
+
+
+def _tuner(ctx: Context) -> Tuner | None:
+    """What measures rewrites, where the user asked for it and the target runs on this machine."""
+    file = ctx.options.autotune
+    if file is None or ctx.target.provider != "CPUExecutionProvider":
+        return None
+    return Autotuner(file, ctx)
 
 
 def write(
