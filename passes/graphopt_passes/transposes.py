@@ -85,7 +85,7 @@ def _permutation(node: ir.Node | None) -> Perm | None:
     if node is None or node.op_type != "Transpose" or node.domain or node.graph is None:
         return None
     held = node.attributes.get("perm")
-    if held is None or held.is_ref():
+    if held is None or held.is_ref() or held.type != ir.AttributeType.INTS:
         return None
     perm = tuple(held.as_ints())
     return perm if sorted(perm) == list(range(len(perm))) else None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from graphopt_passes.transposes import CancelTransposes
 
 from graphopt.numerics import Numerics
-from tests.rewriting import check
+from tests.rewriting import apply, check, parse
 
 PASS = (CancelTransposes(),)
 TO, BACK = "Transpose<perm = [0, 2, 3, 1]>", "Transpose<perm = [0, 3, 1, 2]>"
@@ -151,3 +152,9 @@ def test_permutation_that_is_its_own_inverse() -> None:
         before=f"{head} {{ p = {flip}(a)  r = Relu(p)  q = {flip}(r)  s = Sub(q, a)  y = Neg(s) }}",
         after=f"{head} {{ r = Relu(a)  s = Sub(r, a)  y = Neg(s) }}",
     )
+
+
+def test_a_permutation_of_another_type_is_none() -> None:
+    text = f'{HEAD} {{ p = Transpose<perm = "0231">(a)  r = Relu(p)  y = {BACK}(r) }}'
+    ctx = apply(PASS, ir.from_proto(parse(text)))
+    assert not ctx.rewrites
