@@ -1,6 +1,6 @@
 """INT8 on labelled data: the drop of the task metric and the speed, graphopt beside onnxruntime.quantization.
 
-    python benchmarks/quantize.py ../shared/zoo [MODEL …] [--samples 48] [--limit 100]
+    python -m benchmarks.quantize ../shared/zoo [MODEL …] [--samples 48] [--limit 300]
 
 Calibrates on what the zoo's own scoring feeds first, scores with it, times interleaved on one thread.
 """
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("zoo", type=Path)
     parser.add_argument("models", nargs="*", default=MODELS)
     parser.add_argument("--samples", type=int, default=48)
-    parser.add_argument("--limit", type=int, default=100)
+    parser.add_argument("--limit", type=int, default=300)
     given = parser.parse_intermixed_args()
     score = scoring(given.zoo.resolve())
     print("| model | float | graphopt | ORT quantization, defaults | ORT, expert U8S8 | remark |")
