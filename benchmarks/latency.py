@@ -125,10 +125,10 @@ def difference(expected: Mapping[str, Any], seen: Mapping[str, Any]) -> float:
             continue
         wide = value.astype(np.float64)
         finite = np.isfinite(wide)
-        if not np.array_equal(finite, np.isfinite(other)):
-            return float("inf")
+        if not finite.any() or not np.array_equal(finite, np.isfinite(other)):
+            return float("inf")  # also where there is nothing finite to compare
         gap = np.abs(wide - other.astype(np.float64))[finite]
-        rms = float(np.sqrt(np.mean(wide[finite] ** 2))) or 1.0 if finite.any() else 1.0
+        rms = float(np.sqrt(np.mean(wide[finite] ** 2))) or 1.0
         worst = max(worst, float(np.max(gap, initial=0.0)) / rms)
     return worst
 
