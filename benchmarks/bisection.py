@@ -1,6 +1,6 @@
 """Plants one wrong rewrite among many in a model and measures what finding it costs.
 
-    python -m benchmarks.bisect [--rewrites 200] [--mode final|each] [--wrong 137] MODEL.onnx
+    python -m benchmarks.bisection [--rewrites 200] [--mode final|each] [--wrong 137] MODEL.onnx
 
 A user pass asks leave for as many rewrites as asked for, all harmless but one: that one takes the cosine of a value.
 CPU seconds are of this process: loading, optimising, verifying, bisecting and verifying again; `without` is the same
