@@ -258,7 +258,7 @@ def test_a_replaced_constant_is_read_again() -> None:
     assert dims_of(model, shapes, "y") == ["2", "2*N"]
 
 
-FUNCTION = """<ir_version: 10, opset_import: ["" : 18, "l" : 1]>
+PARAMETERS = """<ir_version: 10, opset_import: ["" : 18, "l" : 1]>
 g (float[6] x) => (a, b, c) { a = l.F(x)  b = l.F<k = [6, 1]>(x)  c = l.G(x) }
 <domain: "l", opset_import: ["" : 18]> F <k: ints = [2, 3]>(p) => (q)
 { s = Constant<value_ints: ints = @k>()  q = Reshape(p, s) }
@@ -266,7 +266,7 @@ g (float[6] x) => (a, b, c) { a = l.F(x)  b = l.F<k = [6, 1]>(x)  c = l.G(x) }
 
 
 def test_parameters_of_functions_have_the_value_of_the_call_or_their_default() -> None:
-    model = ir.from_onnx_text(FUNCTION)
+    model = ir.from_onnx_text(PARAMETERS)
     shapes = Shapes(model)
     found = [shapes.dims(value) for value in model.graph.outputs]
     assert [None if dims is None else [int(dim) for dim in dims] for dims in found] == [

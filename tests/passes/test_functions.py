@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx.parser
 import onnx_ir as ir
 import pytest
 from graphopt_passes.cleanup import RemoveDeadCode
@@ -254,7 +255,8 @@ def test_graph_as_attribute_is_declined() -> None:
         + """g (float[N] x) => (float[N] y) { y = l.f(x) }
         <domain: "l", opset_import: ["": 18]> f <body> (a) => (c) { c = Exp(a) }"""
     )
-    proto.graph.node[0].attribute.append(onnx.helper.make_attribute("body", proto.graph))
+    inner = onnx.parser.parse_graph("i () => (float r) { r = Constant<value_float = 1.0>() }")
+    proto.graph.node[0].attribute.append(onnx.helper.make_attribute("body", inner))
     model = ir.from_proto(proto)
     ctx = apply([InlineFunctions()], model)
     assert "graph as an attribute" in ctx.remarks[0].reason
