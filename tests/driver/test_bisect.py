@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import onnx
@@ -57,6 +59,9 @@ def test_the_reproduction_fails_on_its_own(model: Path, tmp_path: Path) -> None:
     assert "`faulty/Relu-to-Abs` at `c`" in (folder / "README.md").read_text()
     arguments = [str(folder / "before.onnx"), str(folder / "after.onnx"), "--inputs", str(folder)]
     assert main(["verify", *arguments, "--quiet"]) == 1
+    # In a process that knows neither the whole model nor the pass, as README.md says.
+    command = [sys.executable, "-m", "graphopt", "verify", *arguments, "--quiet"]
+    assert subprocess.run(command, cwd=tmp_path, check=False).returncode == 1
     assert main(["verify", arguments[0], *arguments[:1], *arguments[2:], "--quiet"]) == 0
 
 
