@@ -57,11 +57,15 @@ def options_of(maker: Any) -> tuple[OptionInfo, ...]:  # noqa: ANN401
     return ()
 
 
+_CODE = ("name", "rules", "wishes")
+"""Fields that nobody sets in a recipe: what a pass is called, and what it is made of."""
+
+
 def _of_fields(maker: Any) -> Iterable[OptionInfo]:  # noqa: ANN401
     hints = _hints(maker if isinstance(maker, type) else type(maker))
     for field in dataclasses.fields(maker):
         has_default = field.default is not _MISSING or field.default_factory is not _MISSING
-        if not field.init or not has_default or field.name in ("name", "rules"):  # rules are code
+        if not field.init or not has_default or field.name in _CODE:
             continue
         yield OptionInfo(field.name, hints.get(field.name, Any), _default(maker, field))
 
