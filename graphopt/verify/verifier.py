@@ -174,7 +174,7 @@ class ReferenceRun:
             )
             self.feeds, self.dropped = found.feeds, found.dropped
             self.notes += [f"no inputs were found that take {way}" for way in self._seen.untaken()]
-        self._examine()
+        self._examine("on the inputs given" if feeds is not None else "whatever the inputs")
 
     def keep_usual(self) -> None:
         """Drops generated feeds that no user would make: what loses precision is not made for them."""
@@ -260,8 +260,8 @@ class ReferenceRun:
         except GraphoptError:
             return None
 
-    def _examine(self) -> None:
-        """Notes what the reference does by itself: nothing at all, or something else every time."""
+    def _examine(self, fed: str) -> None:
+        """Notes what the reference does by itself, `fed` so: nothing at all, or something else every time."""
         if not self.feeds:
             # The first refusal is of the most natural feed; later ones grope.
             first = self.dropped[0] if self.dropped else None
@@ -275,7 +275,7 @@ class ReferenceRun:
         if all(spec.name in self.excluded for spec in self.output_specs):
             self.unverifiable = "every output is random: " + "; ".join(self.excluded.values())
         never = [spec.name for spec in self.output_specs if self._is_never_finite(spec.name)]
-        told = "is NaN or infinite in every element, whatever the inputs; give some with --inputs"
+        told = f"is NaN or infinite in every element, {fed}; give others with --inputs"
         self.notes += [f"output '{name}' {told}" for name in never]
         if never and len(never) == len(self.output_specs):
             self.unverifiable = f"every output {told}"
