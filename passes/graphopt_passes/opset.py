@@ -60,7 +60,8 @@ class LiftOpset:
         if not ctx.target.raises_opset or not opset or model.functions:
             return False
         wished = () if self.wishes is None else self.wishes(model, ctx)
-        for wanted in sorted({*gains(self.rules, model, ctx), *wished}, reverse=True):
+        newer = {each for each in (*gains(self.rules, model, ctx), *wished) if each > opset}
+        for wanted in sorted(newer, reverse=True):
             plan = self._plan(model, wanted, ctx)
             where = model.graph.name or "main"
             if plan is not None and ctx.permit("lift-opset", where, _numerics(plan, opset, wanted)):

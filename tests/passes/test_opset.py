@@ -44,6 +44,14 @@ def test_raised_where_rms_norm_would_fuse() -> None:
     assert not apply((LIFT_OPSET,), model).rewrites
 
 
+@pytest.mark.parametrize(("opset", "raised"), [(17, 19), (19, None), (21, None)])
+def test_wishes_are_for_newer_opsets_only(opset: int, raised: int | None) -> None:
+    model = ir.from_proto(parse("g (float[2] x) => (float[2] y) { y = Relu(x) }", opset=opset))
+    ctx = apply((LiftOpset(wishes=lambda _model, _ctx: (19,)),), model)
+    assert model.opset_imports[""] == (raised or opset)
+    assert bool(ctx.rewrites) is (raised is not None)
+
+
 GELU = "d = Div(x, root) e = Erf(d) a = Add(e, one) b = Mul(x, a) y = Mul(b, half)"
 NUMBERS = "float root = {1.4142135}, float one = {1.0}, float half = {0.5}"
 
