@@ -66,7 +66,10 @@ def test_nodes_are_explained_in_text_and_json(run: Run, model: Path, out: Path) 
     half = ("--target", "cuda", "--precision", "fp16", "--explain", last)
     ran = run("optimize", model, "-o", out, *half)
     assert ran.status == 0
-    assert f"\n{last}\n  float32: Add: cost" in ran.out or f"\n{last}\n  float32: Relu: cost" in ran.out
+    assert (
+        f"\n{last}\n  float32: Add: cost" in ran.out
+        or f"\n{last}\n  float32: Relu: cost" in ran.out
+    )
     sentences = run("optimize", model, "-o", out, "--json", *half).json["explained"][last]
     assert sentences[0].startswith("float32: ")
 
