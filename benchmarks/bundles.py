@@ -1,6 +1,6 @@
 """Bundles of the zoo: each runs from an empty folder in a process of its own, twice made it has the same bytes.
 
-    python benchmarks/bundles.py [--target NAME …] [--once] [--proto FOLDER] [FOLDER …]
+    python -m benchmarks.bundles [--target NAME …] [--once] [--proto FOLDER] [FOLDER …]
 
 FOLDER holds models; those of the zoo beside the checkout by default.  --proto names a folder with `model_config_pb2.py`
 (of the wheel `tritonclient`), by which each config.pbtxt is parsed.  A row is printed for each model and target.
@@ -17,9 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from legality import zoo_models
-
 import graphopt
+from benchmarks.legality import zoo_models
 from graphopt.errors import GraphoptError
 from graphopt.targets import all_targets
 
@@ -55,7 +54,9 @@ def parsed(bundle: Path, proto: Any) -> str:  # noqa: ANN401  a generated module
     file = bundle / "triton" / "model" / "config.pbtxt"
     if proto is None or not file.is_file():
         return ""
-    from google.protobuf import text_format  # noqa: PLC0415
+    from google.protobuf import (  # type: ignore[import-untyped, unused-ignore]  # noqa: PLC0415
+        text_format,
+    )
 
     try:
         text_format.Parse(file.read_text(encoding="utf-8"), proto.ModelConfig())

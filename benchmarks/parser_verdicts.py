@@ -1,6 +1,6 @@
 """What NVIDIA's ONNX parser says to single-operator models, model by model; it needs no GPU.
 
-    python benchmarks/parser_verdicts.py LIBRARIES OUT.json [--from FOLDER …] [--whole]
+    python -m benchmarks.parser_verdicts LIBRARIES OUT.json [--from FOLDER …] [--whole]
 
 LIBRARIES is a folder with the unpacked wheels `onnxruntime-ep-nv-tensorrt-rtx-cu13` (the libraries) and
 `tensorrt-rtx-cu13-bindings` (their Python module), from PyPI; NVIDIA's licence is in them.  Tried are the node tests of
@@ -31,11 +31,11 @@ import onnx.checker
 import onnx.numpy_helper
 import onnx.shape_inference
 import onnx_ir as ir
-from agreement import cases, said_of_nodes, with_initializers
 from google.protobuf.message import (  # type: ignore[import-untyped, unused-ignore]
     DecodeError,
 )
 
+from benchmarks.agreement import cases, said_of_nodes, with_initializers
 from graphopt.errors import GraphoptError
 from graphopt.ir import operators, values
 from graphopt.ir.model_file import load_model
