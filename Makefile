@@ -6,8 +6,9 @@ READY := $(VENV)/.ready
 
 .PHONY: demo test sweep check format clean
 
-demo: $(READY)  ## optimise a trained model that ships in examples/ and print what changed
-	$(BIN)/graphopt optimize examples/stories260k.onnx -o $(VENV)/stories260k.onnx
+demo: $(READY)  ## optimise two trained models that ship in golden/ and print what changed
+	$(BIN)/graphopt optimize golden/detector/model.onnx -o $(VENV)/detector.onnx
+	$(BIN)/graphopt optimize golden/encoder/model.onnx -o $(VENV)/encoder.onnx
 
 test: $(READY)  ## the whole test suite
 	$(BIN)/pytest -n 2 -q

@@ -29,7 +29,7 @@ def models() -> list[Path]:
     zoo = ROOT.parent / "shared" / "zoo" / "models"
     small = [p for p in sorted(zoo.glob("*.onnx")) if p.stat().st_size < 8 << 20]
     golden = sorted((ROOT / "golden").glob("*/model.onnx"))
-    return [*golden, *sorted((ROOT / "examples").glob("*.onnx")), *small]
+    return [*golden, *small]
 
 
 def plant(kind: Kind, path: Path, mode: str) -> tuple[str, str]:
