@@ -87,6 +87,8 @@ def judged(reference: ReferenceRun, candidate: Path) -> tuple[str, str]:
         found = reference.verify(candidate, VerifyOptions(Numerics.REORDERED))
     except GraphoptError as error:
         return "different", str(error)
+    if found.passed is None:
+        return "unjudged", found.reason
     return ("equal", "") if found.passed else ("different", found.reason)
 
 
@@ -142,10 +144,11 @@ def main() -> None:
                 print(
                     f"{tool:13} {verdict:9} {where}: {' '.join(reason.split())[:160]}", flush=True
                 )
-    print("\n| tool | judged | equal | different | invalid | failed |\n|---|--:|--:|--:|--:|--:|")
+    kinds = ("equal", "different", "invalid", "failed", "unjudged")
+    print(f"\n| tool | models | {' | '.join(kinds)} |\n|---|{'--:|' * (len(kinds) + 1)}")
     for tool, found in counts.items():
-        cells = (found[verdict] for verdict in ("equal", "different", "invalid", "failed"))
-        print(f"| {tool} | {found.total()} | {' | '.join(map(str, cells))} |")
+        cells = " | ".join(str(found[kind]) for kind in kinds)
+        print(f"| {tool} | {found.total()} | {cells} |")
 
 
 if __name__ == "__main__":
