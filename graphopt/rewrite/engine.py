@@ -7,7 +7,9 @@ then.  Nodes that lose their last use are removed on the way, so that "no other 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import onnx_ir as ir
@@ -52,6 +54,18 @@ class Worklist:
                 yield node
 
 
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Puts the cyclic garbage collector off: on large graphs a tenth of the time is its walks over what stays alive."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 class Rewriter:
     """Applies rules to every graph of a model until none fires."""
 
@@ -75,8 +89,9 @@ class Rewriter:
         changed = False
         # What a change enables may lie beyond its neighbours: further down a deep pattern, beside a use that died, or
         # wherever a shape became known.  So the graphs are gone through again until a whole turn changes nothing.
-        while self._turn(model, start):
-            changed = True
+        with _uncollected():
+            while self._turn(model, start):
+                changed = True
         return changed
 
     def _turn(self, model: ir.Model, start: int) -> bool:
