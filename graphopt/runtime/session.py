@@ -29,14 +29,6 @@ class OptimizationLevel(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True)
-class Refusal:
-    """Why the runtime does not take a model."""
-
-    reason: str
-    where: str
-
-
-@dataclasses.dataclass(frozen=True)
 class SessionOptions:
     """How a session is made, beyond the optimisation level.
 
@@ -206,17 +198,6 @@ class Session:
         return ModelError(
             f"{self.where} fails in ONNX Runtime: {message}. Check the model with these inputs."
         )
-
-
-def can_run(model: Path | bytes) -> Refusal | None:
-    """Why ONNX Runtime on CPU refuses to load a model (unknown operators, no kernel …), or None."""
-    try:
-        Session(model)
-    except ModelError as error:
-        return Refusal(
-            str(error), f"'{model}'" if isinstance(model, Path) else "the model in memory"
-        )
-    return None
 
 
 def first_line(error: BaseException) -> str:

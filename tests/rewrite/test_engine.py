@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 
 import onnx_ir as ir
@@ -71,6 +72,27 @@ def test_rewrites_until_nothing_fires() -> None:
         "g (float[N] x) => (float[N] y) { a = Relu(x)  b = Relu(a)  c = Relu(b)  y = Relu(c) }",
         "g (float[N] x) => (float[N] y) { y = Relu(x) }",
     )
+
+
+@pytest.mark.parametrize("was_on", [True, False])
+def test_garbage_collection_is_put_off_and_then_as_it_was(was_on: bool) -> None:
+    seen: list[bool] = []
+
+    @exact(Op("Relu", inner_relu))
+    def watches(_m: Match, _g: Builder) -> None:
+        seen.append(gc.isenabled())
+        raise RuntimeError("a rule that fails")
+
+    if not was_on:
+        gc.disable()
+    try:
+        model = ir.from_proto(parse("g (float[2] v) => (float[2] y) { a = Relu(v) y = Relu(a) }"))
+        with pytest.raises(Exception, match="a rule that fails"):
+            Rewriter((watches,), Context(model, get_target("cpu"))).run(model)
+        assert gc.isenabled() is was_on
+    finally:
+        gc.enable()
+    assert seen == [False]
 
 
 def test_what_a_rewrite_enables_far_below_is_found() -> None:

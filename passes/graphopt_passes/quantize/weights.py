@@ -94,13 +94,6 @@ def _largest_pair(wide: Wide) -> Wide:
     return np.asarray(np.maximum(*pairs))
 
 
-def is_safe(codes: Array, top_code: int) -> bool:
-    """Whether no two products of a row with activations up to `top_code` can pass 16 bits."""
-    if codes.shape[1] < 2:
-        return True
-    return bool((_largest_pair(codes.astype(np.float64)) * top_code <= PAIR_LIMIT).all())
-
-
 def least_scales(bias: Array | None, input_scale: float, columns: int) -> Array | None:
     """Scales that weights must have for the bias to fit into int32 beside the products: [rows]."""
     if bias is None:
