@@ -103,8 +103,7 @@ def command(
     from graphopt.cli.console import show, show_json
     from graphopt.cli.inspect import parse_dims
     from graphopt.cli.verify import given_feeds, runnable
-    from graphopt.runtime.measure import measure
-    from graphopt.runtime.session import OptimizationLevel, Session
+    from graphopt.runtime.session import OptimizationLevel
     from graphopt.verify.verifier import ReferenceRun
 
     sizes, chosen = parse_dims(dims or ()), OptimizationLevel[level.upper()]
@@ -119,18 +118,8 @@ def command(
             for place in places
             for path, model in zip(models, ready, strict=True)
         ]
-        sessions = [
-            Session(model, level=chosen, threads=threads, providers=chain(place))
-            for _, model, place in pairs
-        ]
-        check_alike(models, sessions)
         say("measuring", None)
-        found = measure(sessions, [feed.values] * len(sessions), seconds=seconds, warmup=warmup)
-        rows = [
-            Row(path, short(place), each)
-            for (path, _, place), each in zip(pairs, found, strict=True)
-        ]
-        del sessions
+        rows = _timed(pairs, feed, chosen, threads, seconds=seconds, warmup=warmup)
         if memory:
             say("memory", None)
             rows = _with_memory(rows, pairs, feed, level, threads)
@@ -242,6 +231,34 @@ def first_feed(reference: ReferenceRun) -> Feed:
     if not reference.feeds:
         raise DataError(f"nothing to measure: {reference.unverifiable}")
     return reference.feeds[0]
+
+
+def _timed(
+    pairs: Sequence[tuple[Path, Any, str]],
+    feed: Feed,
+    level: OptimizationLevel,
+    threads: int,
+    *,
+    seconds: float,
+    warmup: int,
+) -> list[Row]:
+    """The latency of each model on each provider.
+
+    Raises:
+        DataError: they do not take and give the same.
+    """
+    from graphopt.runtime.measure import measure
+    from graphopt.runtime.session import Session
+
+    sessions = [
+        Session(model, level=level, threads=threads, providers=chain(place))
+        for _, model, place in pairs
+    ]
+    check_alike([path for path, _, _ in pairs], sessions)
+    found = measure(sessions, [feed.values] * len(sessions), seconds=seconds, warmup=warmup)
+    return [
+        Row(path, short(place), each) for (path, _, place), each in zip(pairs, found, strict=True)
+    ]
 
 
 def _with_memory(

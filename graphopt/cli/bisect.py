@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
@@ -78,24 +78,28 @@ def command(
             progress=say,
         ).report
     written = (folder / "before.onnx").is_file() and bool(report.rolled_back)
+    repro = folder if written else None
     if as_json:
         from graphopt.cli.console import show_json
-        from graphopt.report.plain import graphopt_version, plain
 
-        show_json(
-            {
-                "graphopt": graphopt_version(),
-                "model": str(model),
-                "verified": report.verification.passed,
-                "guilty": plain(report.rolled_back),
-                "repro": str(folder) if written else None,
-            }
-        )
+        show_json(_plain(model, report, repro))
     elif not quiet:
         from graphopt.cli.console import show
 
-        show(*_parts(report, folder if written else None))
+        show(*_parts(report, repro))
     return 1 if report.rolled_back or report.verification.passed is False else 0
+
+
+def _plain(model: Path, report: RunReport, folder: Path | None) -> dict[str, Any]:
+    from graphopt.report.plain import graphopt_version, plain
+
+    return {
+        "graphopt": graphopt_version(),
+        "model": str(model),
+        "verified": report.verification.passed,
+        "guilty": plain(report.rolled_back),
+        "repro": None if folder is None else str(folder),
+    }
 
 
 def _parts(report: RunReport, folder: Path | None) -> list[RenderableType]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from graphopt.cli import options
-from graphopt.cli.optimize import External, Output
+from graphopt.cli.optimizing import External, Output
 
 
 def command(
@@ -18,7 +18,7 @@ def command(
     Nothing else changes: the same operators, names and numbers, to the bit.
     """
     from graphopt.cli.choice import one_of
-    from graphopt.cli.optimize import EXTERNAL
+    from graphopt.cli.optimizing import EXTERNAL
     from graphopt.driver.result import check_output
     from graphopt.emit.sparse import densify
     from graphopt.ir.model_file import ExternalData, load_model, save_model

@@ -8,7 +8,7 @@ from typing import Annotated, TypeAlias
 import typer
 
 from graphopt.cli import options
-from graphopt.cli.optimize import External, Output, Preprocess, SampleCount, Seed
+from graphopt.cli.optimizing import External, Output, Preprocess, SampleCount, Seed
 from graphopt.cli.progress import progress
 
 Teacher: TypeAlias = Annotated[
@@ -57,7 +57,7 @@ def command(
     better, OUT is the student as it was. Needs PyTorch: pip install 'graphopt[distill]'.
     """
     from graphopt.cli.choice import one_of
-    from graphopt.cli.optimize import EXTERNAL
+    from graphopt.cli.optimizing import EXTERNAL
     from graphopt.driver.distill import distil_file
     from graphopt.driver.result import check_output
     from graphopt.ir.model_file import ExternalData

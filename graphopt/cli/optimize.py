@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING
 
-import typer
-
-from graphopt.cli import completion, options, specializing
+from graphopt.cli import optimizing, options, specializing
 from graphopt.cli.choice import one_of
 from graphopt.cli.progress import progress
 
@@ -20,207 +18,39 @@ if TYPE_CHECKING:
     from graphopt.driver.result import Result
     from graphopt.report.explain import Explanation
     from graphopt.report.run import RunReport
+    from graphopt.rewrite import Calibration
 
-EXTERNAL = ("auto", "never", "single", "per-tensor")
 REPORT_SUFFIXES = (".html", ".json", ".md")
-
-Output: TypeAlias = Annotated[
-    Path,
-    typer.Option(
-        "--output", "-o", metavar="OUT", help="File to write, x.onnx, or a folder for a bundle."
-    ),
-]
-Precision: TypeAlias = Annotated[
-    str | None,
-    typer.Option(
-        "--precision",
-        metavar="NAME",
-        help="fp32: every dtype as it is; fp16, bf16: half where it pays; "
-        "fp16-weights: half in the file only; fp8: TensorRT; int8: needs --calibration. [default: fp32]",
-    ),
-]
-Calibration: TypeAlias = Annotated[
-    Path | None,
-    typer.Option(
-        "--calibration",
-        metavar="PATH",
-        help="Samples to decide on: npz, a folder of npz, ONNX test_data_set_*. Without, inputs are generated.",
-    ),
-]
-Preprocess: TypeAlias = Annotated[
-    Path | None,
-    typer.Option(
-        "--preprocess",
-        metavar="FILE",
-        help="How images among the samples become inputs (TOML): resize, crop, scale, mean, std, layout.",
-    ),
-]
-SampleCount: TypeAlias = Annotated[
-    int | None,
-    typer.Option("--samples", metavar="N", help="How many samples to use at most. [default: all]"),
-]
-BudgetText: TypeAlias = Annotated[
-    str | None,
-    typer.Option(
-        "--budget",
-        metavar="EXPR",
-        help="Error that a lossy run may make: sqnr>=40, max<=0.01,cosine>=0.999. [default: the precision's]",
-    ),
-]
-Sparsity: TypeAlias = Annotated[
-    str | None,
-    typer.Option(
-        "--sparsity",
-        metavar="AMOUNT",
-        help="Prune: 0.8 (share of zeros), 2:4 (two zeros in four), channels:0.5 (share of the arithmetic), max or "
-        "channels:max (the most within --budget). Give --calibration, else accuracy suffers.",
-    ),
-]
-Distill: TypeAlias = Annotated[
-    str | None,
-    typer.Option(
-        "--distill",
-        metavar="SETTINGS",
-        help="Train what is left towards the original, without labels: yes, or steps=300,lr=0.002,... Needs PyTorch "
-        "and --calibration.",
-    ),
-]
-Sparse: TypeAlias = Annotated[
-    str,
-    typer.Option(
-        "--sparse",
-        metavar="auto|dense|sparse_initializer|constant|kept",
-        help="Form of weights that are mostly zero; auto: with --sparsity what the target reads, where the file "
-        "shrinks; else as they came.",
-    ),
-]
-Force: TypeAlias = Annotated[
-    bool, typer.Option("--force", help="Emit what the target is known to run slower.")
-]
-Autotune: TypeAlias = Annotated[
-    bool,
-    typer.Option(
-        "--autotune",
-        help="Time what fusions gain on this machine, instead of going by the target's tables; kept in "
-        "~/.cache/graphopt for the next run.",
-    ),
-]
-Recipe: TypeAlias = Annotated[
-    Path | None,
-    typer.Option("--recipe", metavar="FILE", help="Recipe in TOML; options given here win."),
-]
-Passes: TypeAlias = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--pass",
-        metavar="SPEC",
-        help="Run this pass too, after the others: name, name{option=value} or module:object. Repeatable.",
-        autocompletion=completion.pass_names,
-    ),
-]
-Disable: TypeAlias = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--disable",
-        metavar="NAME",
-        help="Leave out a pass (pass) or one rule of it (pass/rule). Repeatable.",
-        autocompletion=completion.pass_names,
-    ),
-]
-Verify: TypeAlias = Annotated[
-    str | None,
-    typer.Option(
-        "--verify",
-        metavar="final|each|off",
-        help="Compare with the original at the end, after each pass, or not at all. [default: final]",
-    ),
-]
-Seed: TypeAlias = Annotated[
-    int | None,
-    typer.Option("--seed", metavar="N", help="Seed of everything random. [default: 0]"),
-]
-FoldLimit: TypeAlias = Annotated[
-    str | None,
-    typer.Option(
-        "--fold-limit",
-        metavar="BYTES",
-        help="How much larger than what it replaces a folded constant may be: 65536, 64k, 16M. [default: 1 MiB]",
-    ),
-]
-External: TypeAlias = Annotated[
-    str,
-    typer.Option(
-        "--external",
-        metavar="|".join(EXTERNAL),
-        help="Where weights go: beside the model from 2 GiB on, never, in one file, in one file a tensor.",
-    ),
-]
-Remarks: TypeAlias = Annotated[
-    bool, typer.Option("--remarks", help="Look for near misses too, and list every remark.")
-]
-Strict: TypeAlias = Annotated[
-    bool,
-    typer.Option("--strict", help="Fail where a pass fails, instead of leaving it out."),
-]
-Profiles: TypeAlias = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--profile",
-        metavar="NAME=MIN,OPT,MAX",
-        help="Range of a dynamic dimension, for the engines of a bundle: batch=1,8,32. Repeatable.",
-    ),
-]
-Extras: TypeAlias = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--with",
-        metavar="triton|ort",
-        help="Put this into the bundle too: a Triton model repository, the .ort format. Repeatable.",
-    ),
-]
-Explain: TypeAlias = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--explain",
-        metavar="NODE",
-        help="Say why a node (its name or an output's, * and ? allowed) is as it is: dtype, reason, rewrites. "
-        "Repeatable.",
-    ),
-]
-Report: TypeAlias = Annotated[
-    Path | None,
-    typer.Option("--report", metavar="FILE", help="Write the report: .html, .md or .json."),
-]
 
 
 def command(
     model: options.Model,
-    output: Output,
+    output: optimizing.Output,
     target: options.Target = None,
-    precision: Precision = None,
-    calibration: Calibration = None,
-    preprocess: Preprocess = None,
-    samples: SampleCount = None,
-    budget: BudgetText = None,
-    sparsity: Sparsity = None,
-    distill: Distill = None,
-    sparse: Sparse = "auto",
-    force: Force = False,
-    autotune: Autotune = False,
-    recipe: Recipe = None,
-    extra: Passes = None,
-    disable: Disable = None,
-    verify: Verify = None,
+    precision: optimizing.Precision = None,
+    calibration: optimizing.Calibration = None,
+    preprocess: optimizing.Preprocess = None,
+    samples: optimizing.SampleCount = None,
+    budget: optimizing.BudgetText = None,
+    sparsity: optimizing.Sparsity = None,
+    distill: optimizing.Distill = None,
+    sparse: optimizing.Sparse = "auto",
+    force: optimizing.Force = False,
+    autotune: optimizing.Autotune = False,
+    recipe: optimizing.Recipe = None,
+    extra: optimizing.Passes = None,
+    disable: optimizing.Disable = None,
+    verify: optimizing.Verify = None,
     inputs: options.Inputs = None,
     gate: options.Gates = None,
     metric: options.Metric = None,
-    seed: Seed = None,
-    fold_limit: FoldLimit = None,
-    external: External = "auto",
-    remarks: Remarks = False,
-    strict: Strict = False,
-    profile: Profiles = None,
-    extras: Extras = None,
+    seed: optimizing.Seed = None,
+    fold_limit: optimizing.FoldLimit = None,
+    external: optimizing.External = "auto",
+    remarks: optimizing.Remarks = False,
+    strict: optimizing.Strict = False,
+    profile: optimizing.Profiles = None,
+    extras: optimizing.Extras = None,
     set_dim: specializing.SetDim = None,
     bind: specializing.Bind = None,
     outputs: specializing.Outputs = None,
@@ -228,8 +58,8 @@ def command(
     io_layout: specializing.IoLayout = None,
     image: specializing.ImageInput = None,
     rename: specializing.Rename = None,
-    explain: Explain = None,
-    report: Report = None,
+    explain: optimizing.Explain = None,
+    report: optimizing.Report = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> int:
@@ -239,21 +69,11 @@ def command(
     out and named. Nothing else than OUT is written, and an existing OUT stays as it is when something fails.
     """
     limit = None if fold_limit is None else parse_bytes(fold_limit)
-    one_of("place for weights", external, EXTERNAL)
+    one_of("place for weights", external, optimizing.EXTERNAL)
     check_report_path(report)
     from graphopt.driver import optimize
-    from graphopt.emit.profiles import parse_profile
-    from graphopt.errors import OptionError
-    from graphopt.rewrite import Calibration as Samples
     from graphopt.specialize.wanted import from_texts
 
-    ranges = {
-        name: (sizes.least, sizes.usual, sizes.most)
-        for name, sizes in map(parse_profile, profile or ())
-    }
-    if calibration is None and (preprocess is not None or samples is not None):
-        raise OptionError("--preprocess and --samples say how to read --calibration: give that too")
-    given = None if calibration is None else Samples(calibration, preprocess, samples)
     special = from_texts(
         dims=set_dim or (),
         bind=bind or (),
@@ -269,7 +89,7 @@ def command(
             output=output,
             target=target,
             precision=precision,
-            calibration=given,
+            calibration=samples_of(calibration, preprocess, samples),
             budget=budget,
             sparsity=sparsity,
             distill=distill,
@@ -289,7 +109,7 @@ def command(
             remarks=remarks,
             stages=report is not None,
             strict=strict,
-            profiles=ranges,
+            profiles=ranges_of(profile),
             extras=tuple(extras or ()),
             specialize=special,
             progress=say,
@@ -304,6 +124,38 @@ def command(
         explained=explanations(result, explain or ()),
     )
     return 1 if result.report.verification.passed is False else 0
+
+
+def samples_of(
+    calibration: Path | None, preprocess: Path | None, samples: int | None
+) -> Calibration | None:
+    """Where the samples are, and how to read them.
+
+    Raises:
+        OptionError: it is said how, and not where.
+    """
+    from graphopt.errors import OptionError
+    from graphopt.rewrite import Calibration
+
+    if calibration is not None:
+        return Calibration(calibration, preprocess, samples)
+    if preprocess is not None or samples is not None:
+        raise OptionError("--preprocess and --samples say how to read --calibration: give that too")
+    return None
+
+
+def ranges_of(profiles: list[str] | None) -> dict[str, tuple[int, int, int]]:
+    """The least, usual and largest size by dimension.
+
+    Raises:
+        OptionError: a text is no profile.
+    """
+    from graphopt.emit.profiles import parse_profile
+
+    return {
+        name: (sizes.least, sizes.usual, sizes.most)
+        for name, sizes in map(parse_profile, profiles or ())
+    }
 
 
 def gates_of(texts: list[str] | None) -> dict[str, str]:

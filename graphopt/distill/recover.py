@@ -65,13 +65,7 @@ def distill(
     interpret: Any = importlib.import_module("graphopt.distill.interpret")
     rng = np.random.default_rng(seed)
     division = divide(samples, settings.held_out, rng)
-    wants_features = settings.mode is Mode.BLOCKS or settings.features > 0
-    pupil = Teacher(teacher, student, samples, features=wants_features)
-    if wants_features and not pupil.features:
-        raise DataError(
-            "teacher and student share no residual sums by name, so that blocks cannot be told; use mode=whole and "
-            "features=0"
-        )
+    pupil = _taught(teacher, student, samples, settings)
     if settings.transfer:
         transfer(teacher, student)
     interpreter = interpret.Interpreter(student)
@@ -105,6 +99,24 @@ def distill(
         if pupil.logits
         else "error of the outputs over their spread",
     )
+
+
+def _taught(
+    teacher: ir.Model, student: ir.Model, samples: Sequence[Feed], settings: Settings
+) -> Teacher:
+    """The teacher, with the values inside that the student is to match besides.
+
+    Raises:
+        DataError: such values are wanted, and the two share none.
+    """
+    wants_features = settings.mode is Mode.BLOCKS or settings.features > 0
+    pupil = Teacher(teacher, student, samples, features=wants_features)
+    if wants_features and not pupil.features:
+        raise DataError(
+            "teacher and student share no residual sums by name, so that blocks cannot be told; use mode=whole and "
+            "features=0"
+        )
+    return pupil
 
 
 def require_torch() -> None:

@@ -75,17 +75,7 @@ def attempt(
     source = request.source
     path = Path(source) if isinstance(source, str | os.PathLike) else None
     before = model_facts(model, path, with_hash=False)
-    ctx = Context(
-        model,
-        request.target,
-        request.options,
-        gate,
-        cache=request.cache,
-        original=lambda: load_model(request.source),
-        progress=request.progress,
-    )
-    ctx.tuner = _tuner(ctx)
-
+    ctx = _context(request, model, gate)
     done = 0
     counts = request.stages and not is_probe
     stages = [stage("", model)] if counts else []
@@ -103,12 +93,7 @@ def attempt(
     except PassError as fault:
         fault.runs_before = done
         raise
-    try:
-        warnings = finalize(model, request.target)
-    except TargetError:
-        if not is_probe:
-            raise
-        warnings = ()
+    warnings = _finalize(model, request, is_probe=is_probe)
     return Attempt(
         model,
         runs,
@@ -121,6 +106,30 @@ def attempt(
         stages=tuple(stages),
         distilled=ctx.findings.get("distill"),
     )
+
+
+def _context(request: Request, model: ir.Model, gate: Gate) -> Context:
+    ctx = Context(
+        model,
+        request.target,
+        request.options,
+        gate,
+        cache=request.cache,
+        original=lambda: load_model(request.source),
+        progress=request.progress,
+    )
+    ctx.tuner = _tuner(ctx)
+    return ctx
+
+
+def _finalize(model: ir.Model, request: Request, *, is_probe: bool) -> tuple[str, ...]:
+    """What the target has to say; a probe need not be what it takes."""
+    try:
+        return finalize(model, request.target)
+    except TargetError:
+        if not is_probe:
+            raise
+        return ()
 
 
 def _tuner(ctx: Context) -> Tuner | None:

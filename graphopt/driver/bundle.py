@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 
 from graphopt.driver.attempt import Attempt
 from graphopt.driver.judge import Judge
@@ -27,16 +28,16 @@ from graphopt.emit.triton import write_repository
 from graphopt.errors import GraphoptError, OptionError
 from graphopt.ir.model_file import load_model
 from graphopt.numerics import Numerics
-from graphopt.pipeline import Step
+from graphopt.pipeline import PassRun, Step
 from graphopt.pipeline.recipe import to_spec
-from graphopt.report.facts import file_sha256, model_facts
+from graphopt.report.facts import ModelFacts, file_sha256, model_facts
 from graphopt.report.markdown import run_markdown
 from graphopt.report.plain import graphopt_version, plain
 from graphopt.report.run import RolledBack, RunReport, VerificationFacts
 from graphopt.runtime import onnxruntime_api
 from graphopt.runtime.session import OptimizationLevel, Session
 from graphopt.runtime.specs import TensorSpec, input_specs, output_specs
-from graphopt.targets import Artefact
+from graphopt.targets import Artefact, Target
 from graphopt.verify import metrics
 
 REPORT = "report.md"
@@ -192,8 +193,6 @@ def manifest(
 ) -> dict[str, Any]:
     """What the bundle is and how it came about: the same for the same run, on any day and in any folder."""
     request, model = run.request, load_model(place / MODEL)
-    facts = model_facts(model)
-    legality = check_legality(load_model(place / MODEL), request.target)
     return {
         "schema": SCHEMA,
         "versions": {
@@ -202,14 +201,7 @@ def manifest(
             "onnx": onnx.__version__,
         },
         "source": _source(run),
-        "model": {
-            "file": MODEL,
-            "ir_version": facts.ir_version,
-            "opsets": dict(facts.opsets),
-            "nodes": facts.nodes,
-            "operators": dict(facts.operators),
-            "parameter_bytes": facts.parameter_bytes,
-        },
+        "model": _model(model_facts(model)),
         "inputs": [_spec(spec) for spec in made.inputs],
         "outputs": [_spec(spec) for spec in made.outputs],
         "target": {
@@ -219,24 +211,10 @@ def manifest(
         },
         "recipe": _recipe(request),
         "specialization": list(run.specialized),
-        "passes": [
-            {
-                "name": each.name,
-                "changed": each.changed,
-                "rewrites": each.rewrites,
-                "nodes_after": each.nodes_after,
-            }
-            for each in run.made.runs
-        ],
+        "passes": [_pass(each) for each in run.made.runs],
         "rolled_back": plain(run.rolled_back),
         "verification": plain(run.verdict),
-        "legality": {
-            "verdict": legality.verdict.value,
-            "checked_against": list(legality.checked_against),
-            "placement": dict(legality.placement()),
-            "predicted_copies": legality.copies.count,
-            "findings": plain(legality.findings),
-        },
+        "legality": _legality(load_model(place / MODEL), request.target),
         "profiles": plain(made.profiles),
         "golden": golden,
         "warnings": list(run.warnings),
@@ -245,6 +223,38 @@ def manifest(
             for file in sorted(place.rglob("*"))
             if file.is_file()
         },
+    }
+
+
+def _model(facts: ModelFacts) -> dict[str, Any]:
+    return {
+        "file": MODEL,
+        "ir_version": facts.ir_version,
+        "opsets": dict(facts.opsets),
+        "nodes": facts.nodes,
+        "operators": dict(facts.operators),
+        "parameter_bytes": facts.parameter_bytes,
+    }
+
+
+def _pass(run: PassRun) -> dict[str, Any]:
+    """A pass without the time it took, which differs from run to run."""
+    return {
+        "name": run.name,
+        "changed": run.changed,
+        "rewrites": run.rewrites,
+        "nodes_after": run.nodes_after,
+    }
+
+
+def _legality(model: ir.Model, target: Target) -> dict[str, Any]:
+    found = check_legality(model, target)
+    return {
+        "verdict": found.verdict.value,
+        "checked_against": list(found.checked_against),
+        "placement": dict(found.placement()),
+        "predicted_copies": found.copies.count,
+        "findings": plain(found.findings),
     }
 
 

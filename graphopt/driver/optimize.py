@@ -270,15 +270,28 @@ def run(request: Request, say: Progress) -> Result:
         made, verdict = running.settle()
         say("write", None)
         told = (*searched, *running.warnings, *made.warnings, *_warnings(made.remarks))
-        if request.output is not None and is_bundle(request.output):
-            finished = Finished(
-                request, made, verdict, judge, tuple(running.rolled_back), told, special, made_of
-            )
-            path: Path | None = place_bundle(build(finished, scratch), request.output)
-        else:
-            path = None if request.output is None else place(made, request.output)
-    report = RunReport(
-        input=special.before if special is not None else made.before,
+        done = Finished(
+            request, made, verdict, judge, tuple(running.rolled_back), told, special, made_of
+        )
+        path = _placed(done, scratch)
+    report = _report(done, path, time.process_time() - started)
+    return Result(made.model, report, path, request.sparse_style)
+
+
+def _placed(done: Finished, scratch: Path) -> Path | None:
+    """Where the result now lies: a file or a bundle; None where nothing was to be written."""
+    output = done.request.output
+    if output is None:
+        return None
+    if is_bundle(output):
+        return place_bundle(build(done, scratch), output)
+    return place(done.made, output)
+
+
+def _report(done: Finished, path: Path | None, seconds: float) -> RunReport:
+    request, made = done.request, done.made
+    return RunReport(
+        input=done.special.before if done.special is not None else made.before,
         output=model_facts(
             made.model,
             path,
@@ -288,21 +301,20 @@ def run(request: Request, say: Progress) -> Result:
         target=request.target.name,
         precision=request.precision.value,
         passes=made.runs,
-        verification=verdict,
+        verification=done.verdict,
         remarks=made.remarks,
         rewrites=made.rewrites,
-        rolled_back=tuple(running.rolled_back),
+        rolled_back=done.rolled_back,
         recipe=request.recipe,
         seed=request.options.seed,
-        seconds=time.process_time() - started,
+        seconds=seconds,
         sparse=made.sparse,
         stages=made.stages,
         layers=layers(made.model) if request.stages else (),
         distilled=made.distilled,
-        warnings=told,
-        specialized=made_of,
+        warnings=done.warnings,
+        specialized=done.specialized,
     )
-    return Result(made.model, report, path, request.sparse_style)
 
 
 def _compared(

@@ -163,18 +163,24 @@ class ReferenceRun:
             self.feeds = tuple(feeds)
             self.outputs = [self._session.run(feed.values) for feed in feeds]
         else:
-            found = find_feeds(
-                graph,
-                self._refuses,
-                seed=seed,
-                dims=dims,
-                specs=self._session.inputs,
-                thorough=thorough,
-                branches=self._seen if thorough else None,
-            )
-            self.feeds, self.dropped = found.feeds, found.dropped
-            self.notes += [f"no inputs were found that take {way}" for way in self._seen.untaken()]
+            self._search(graph, seed, dims, thorough=thorough)
         self._examine("on the inputs given" if feeds is not None else "whatever the inputs")
+
+    def _search(
+        self, graph: ir.Model, seed: int, dims: Mapping[str, int] | None, *, thorough: bool
+    ) -> None:
+        """Makes feeds, and runs each that the reference takes."""
+        found = find_feeds(
+            graph,
+            self._refuses,
+            seed=seed,
+            dims=dims,
+            specs=self._session.inputs,
+            thorough=thorough,
+            branches=self._seen if thorough else None,
+        )
+        self.feeds, self.dropped = found.feeds, found.dropped
+        self.notes += [f"no inputs were found that take {way}" for way in self._seen.untaken()]
 
     def keep_usual(self) -> None:
         """Drops generated feeds that no user would make: what loses precision is not made for them."""
