@@ -16,6 +16,7 @@ import onnx
 import onnx_ir as ir
 
 from graphopt.ir import kernels, operators, scopes, values
+from graphopt.ir.hazards import fatal_division, may_not_end, stopped_after
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -26,6 +27,9 @@ Functions: TypeAlias = Mapping[ir.OperatorIdentifier, ir.Function]
 _IR_VERSION = 10  # the oldest that has every dtype and overload that a runtime here can read
 _EMBEDDED_BYTES = 1024  # larger constants are fed: they are neither copied nor serialised
 _PROTOBUF_BYTES = 1 << 30
+_LOOP_SECONDS = (
+    10.0  # for a loop without a limit of its own: one that takes longer is no constant to store
+)
 
 
 class Evaluation(NamedTuple):
@@ -124,7 +128,9 @@ class _Run:
         """Computes nodes in one session; one by one where that fails."""
         made = {value for node in nodes for value in node.outputs}
         targets = [value for value in wanted if value in made]
-        if targets and self._session(nodes, targets, embed=False) is None:
+        # What may end the process is looked at again when its inputs are known.
+        safe = not any(self._peril(node) for node in nodes)
+        if targets and safe and self._session(nodes, targets, embed=False) is None:
             return
         if not targets:
             return
@@ -141,12 +147,22 @@ class _Run:
                 return
         if self.by_numpy(node):
             return
+        if peril := self._peril(node):
+            self.reasons[node] = f"{peril}: the runtime would not survive it"
+            return
         outputs = [value for value in node.outputs if value.name != "" or value.uses()]
         refusal = self._session([node], outputs, embed=True)
         if refusal is not None:
             self.reasons[node] = refusal
         elif any(self.tensor(value) is None for value in outputs):
             self.reasons[node] = "its result has no NumPy form"
+
+    def _peril(self, node: ir.Node) -> str:
+        """Why running a node may end the process, or ""."""
+        function = self.functions.get(node.op_identifier())
+        inner = () if function is None else scopes.all_nodes(function.graph)
+        found = (fatal_division(each, self.tensor) for each in (node, *inner))
+        return next(filter(None, found), "")
 
     def _session(
         self, nodes: Sequence[ir.Node], targets: Sequence[ir.Value], *, embed: bool
@@ -159,7 +175,10 @@ class _Run:
                 plan.model.SerializeToString(), _options(ort), providers=["CPUExecutionProvider"]
             )
             feeds = {n: ort.OrtValue.ortvalue_from_numpy(a) for n, a in plan.feeds.items()}
-            found = session.run_with_ort_values([plan.names[value] for value in targets], feeds)
+            names = [plan.names[value] for value in targets]
+            limit = _LOOP_SECONDS if may_not_end(nodes) else None
+            with stopped_after(limit) as options:
+                found = session.run_with_ort_values(names, feeds, options)
         except _failures() as error:
             return str(error).strip().splitlines()[0]
         for value, result in zip(targets, found, strict=True):

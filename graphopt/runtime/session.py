@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.errors import DataError, ModelError
+from graphopt.ir.hazards import stopped_after
 from graphopt.runtime import marshal, onnxruntime_api, tapping
 from graphopt.runtime.specs import Kind, TensorSpec, dtype_name, name_list, parse_runtime_type
 
@@ -42,6 +43,7 @@ class SessionOptions:
         lent: arrays of initializers whose data the model says to be elsewhere, by name; not copied.
         optimized_path: where to write the graph as the runtime will run it, to be read back.
         profile: beginning of the path of the runtime's profile; None for no profiling.
+        seconds: after which a run is stopped; None for never.
     """
 
     threads: int = 1
@@ -52,6 +54,11 @@ class SessionOptions:
     lent: Mapping[str, np.ndarray[Any, Any]] = dataclasses.field(default_factory=dict)
     optimized_path: Path | None = None
     profile: Path | None = None
+    seconds: float | None = None
+
+
+class EndlessError(ModelError):
+    """A run was stopped because it took longer than it may."""
 
 
 class Session:
@@ -76,6 +83,7 @@ class Session:
             if isinstance(model, Path):
                 options = dataclasses.replace(options, external_folder=model.parent)
             model = tapping.tap(model, options.extra_outputs)
+        self._seconds = options.seconds
         self._lent = options.lent  # the runtime reads them where they are
         self._session = _create(model, level, options, self.where)
         self.inputs = tuple(
@@ -168,7 +176,8 @@ class Session:
 
     def _run_plain(self, wanted: list[str], given: dict[str, Any]) -> dict[str, Any]:
         try:
-            values = self._session.run(wanted, given)
+            with stopped_after(self._seconds) as options:
+                values = self._session.run(wanted, given, options)
         except onnxruntime_api.errors() as error:
             raise self._failure(error) from error
         return dict(zip(wanted, values, strict=True))
@@ -182,7 +191,8 @@ class Session:
                 else ort.OrtValue.ortvalue_from_numpy(value)
                 for name, value in given.items()
             }
-            values = self._session.run_with_ort_values(wanted, wrapped)
+            with stopped_after(self._seconds) as options:
+                values = self._session.run_with_ort_values(wanted, wrapped, options)
         except onnxruntime_api.errors() as error:
             raise self._failure(error) from error
         return {
@@ -191,6 +201,11 @@ class Session:
 
     def _failure(self, error: Exception) -> DataError | ModelError:
         message = first_line(error)
+        if "terminate flag" in str(error):
+            return EndlessError(
+                f"{self.where} was stopped after {self._seconds:g} seconds: a loop in it does not seem to end. Give "
+                "inputs with which it does (--inputs)."
+            )
         if "Invalid rank for input" in message or "Got invalid dimensions" in str(error):
             index = re.search(r"index: (\d+) Got: (\S+) Expected: (\S+)", str(error))
             detail = f" (axis {index[1]}: got {index[2]}, expected {index[3]})" if index else ""

@@ -350,3 +350,37 @@ def test_what_makes_no_sense_is_left_to_the_runtime_and_not_folded(body: str, op
     evaluation = computed(model)
     assert model.graph.outputs[0] not in evaluation.tensors
     assert evaluation.reasons[model.graph[-1]]
+
+
+LEAST = str(-(2**63))
+
+
+@pytest.mark.parametrize("op", ["Div", "Mod", "Mod<fmod = 1>"])
+def test_a_quotient_that_ends_the_process_is_not_computed(op: str) -> None:
+    """ONNX Runtime 1.31 on x86-64 is ended by SIGFPE on the least integer by -1."""
+    text = f"a = Constant<value_ints = [{LEAST}, 6]>() b = Constant<value_ints = [-1, 3]>() y = {op}(a, b)"
+    model = model_of(text)
+    found = computed(model)
+    assert found.tensors == {}
+    (reason,) = found.reasons.values()
+    assert "divides the least integer by -1" in reason
+    fine = computed(model_of(text.replace(LEAST, "-6")))
+    assert fine.reasons == {}
+
+
+def test_a_divisor_that_the_runtime_computes_is_looked_at_first() -> None:
+    """Det has no kernel here: what depends on it is known only after the runtime ran."""
+    text = f"""m = Constant<value = float[1,1] {{-1}}>() d = Det(m) b = Cast<to = 7>(d)
+               a = Constant<value_int = {LEAST}>() y = Div(a, b)"""
+    found = computed(model_of(text))
+    assert "divides the least integer by -1" in "".join(found.reasons.values())
+    other = computed(model_of(text.replace("{-1}", "{3}")))
+    assert [int(t.numpy()) for t in other.tensors.values()] == [-(2**63) // 3 + 1]
+
+
+def test_a_loop_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LOOP_SECONDS", 0.2)
+    text = """c = Constant<value = bool {1}>() x = Constant<value_float = 1.0>()
+      y = Loop(, c, x) <body = b (int64 i, bool k, float v) => (bool k2, float w) { k2 = Identity(k) w = Cos(v) }>"""
+    (reason,) = computed(model_of(text)).reasons.values()
+    assert "terminate" in reason

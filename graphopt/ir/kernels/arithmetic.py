@@ -61,16 +61,23 @@ def _divide(op: Operation, inputs: Inputs) -> Results:
     left, right = need(inputs[0]), need(inputs[1])
     if left.dtype.kind == "f":
         return _numeric(np.divide, "f")(op, inputs)
-    if left.dtype.kind not in "iu" or left.dtype != right.dtype or bool((right == 0).any()):
+    if left.dtype.kind not in "iu" or left.dtype != right.dtype or _has_no_quotient(left, right):
         return None
     quotient = np.floor_divide(left, right)
     inexact = (np.remainder(left, right) != 0) & ((left < 0) != (right < 0))
     return [(quotient + inexact).astype(left.dtype)]
 
 
+def _has_no_quotient(left: Array, right: Array) -> bool:
+    """Whether an integer is divided by zero, or the least one by -1."""
+    least = np.iinfo(left.dtype).min
+    overflows = least < 0 and bool((right == -1).any()) and bool((left == least).any())
+    return overflows or bool((right == 0).any())
+
+
 def _mod(op: Operation, inputs: Inputs) -> Results:
     left, right = need(inputs[0]), need(inputs[1])
-    if left.dtype.kind not in "iu" or left.dtype != right.dtype or bool((right == 0).any()):
+    if left.dtype.kind not in "iu" or left.dtype != right.dtype or _has_no_quotient(left, right):
         return None
     return [(np.fmod if op.attr("fmod", 0) else np.remainder)(left, right)]
 
