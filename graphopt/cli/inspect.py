@@ -67,6 +67,10 @@ def _parts(found: Inspection, top: int | None) -> list[RenderableType]:
         text(""),
         _operators(found, top),
     ]
+    parts += [
+        text(f"output {each.output!r} is declared {each.declared}; it is {each.inferred}", "red")
+        for each in found.contradictions
+    ]
     if found.tensors:
         parts += [text(""), _tensors(found, top)]
     return parts

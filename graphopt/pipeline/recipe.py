@@ -186,7 +186,7 @@ def _spec(table: Table, source: str) -> PassSpec:
 
 
 def _steps(texts: Sequence[str], where: str) -> tuple[Step, ...]:
-    return tuple(make_step(spec) for text in texts for spec in parse_specs(text, where))
+    return tuple(step for text in texts for step in parse_pipeline(text, where))
 
 
 def parse_pipeline(text: str, where: str = "pipeline") -> tuple[Step, ...]:

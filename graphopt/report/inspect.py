@@ -15,7 +15,7 @@ import onnx_ir as ir
 from graphopt.errors import OptionError
 from graphopt.ir import values
 from graphopt.ir.scopes import Scope, all_graphs
-from graphopt.ir.shapes import Shapes
+from graphopt.ir.shapes import Conflict, Shapes
 from graphopt.ir.shapes.dim import Dim
 from graphopt.ir.sparse import CooTensor
 from graphopt.report.cost import macs
@@ -149,6 +149,7 @@ class Inspection:
         custom_domains: domains of operators that ONNX does not define, and how many nodes use each.
         external: files beside the model that hold tensors, and the bytes used there.
         metadata: the model's own key-value pairs.
+        contradictions: outputs that are declared otherwise than the operators make them.
     """
 
     model: ModelFacts
@@ -165,6 +166,7 @@ class Inspection:
     custom_domains: Mapping[str, int]
     external: Mapping[str, int]
     metadata: Mapping[str, str]
+    contradictions: tuple[Conflict, ...]
 
     @property
     def sparsity(self) -> float:
@@ -189,7 +191,8 @@ def inspect_model(
     """
     inputs = tuple(port_facts(spec) for spec in input_specs(model))
     _bind(model, dims or {})
-    operators_found, arithmetic = _arithmetic(model, dims or {})
+    shapes = Shapes(model)
+    operators_found, arithmetic = _arithmetic(model, shapes, dims or {})
     tensors = sorted(
         (_tensor_facts(value, tensor, path) for value, tensor in stored_tensors(model)),
         key=lambda tensor: (-tensor.bytes, tensor.name),
@@ -212,6 +215,7 @@ def inspect_model(
         custom_domains=_custom_domains(model),
         external=external_files(model, path),
         metadata=dict(sorted(model.metadata_props.items())),
+        contradictions=shapes.conflicts,
     )
 
 
@@ -260,13 +264,12 @@ def _bindable(model: ir.Model) -> dict[str, list[tuple[ir.Value, int]]]:
 
 
 def _arithmetic(
-    model: ir.Model, dims: Mapping[str, int]
+    model: ir.Model, shapes: Shapes, dims: Mapping[str, int]
 ) -> tuple[tuple[OperatorFacts, ...], Arithmetic]:
     """The cost of every operator and of the whole.
 
     Each graph within a node and each function counts once: how often it runs is not known before it does.
     """
-    shapes = Shapes(model)
     costs: defaultdict[str, list[Dim | None]] = defaultdict(list)
     for node in _nodes(all_graphs(model)):
         costs[operator_name(node)].append(macs(node, shapes.dims))

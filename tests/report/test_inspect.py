@@ -144,6 +144,12 @@ def test_inspection_counts_subgraphs_functions_and_foreign_domains() -> None:
     assert dict(found.custom_domains) == {"theirs": 1}
 
 
+def test_a_declared_output_that_the_operators_contradict_is_told() -> None:
+    (found,) = inspect("g (float[N, 4] x) => (float[N, 5] y) { y = Relu(x) }").contradictions
+    assert (found.output, found.declared, found.inferred) == ("y", "FLOAT [N, 5]", "FLOAT [N, 4]")
+    assert inspect("g (float[N, 4] x) => (float[M, 4] y) { y = Relu(x) }").contradictions == ()
+
+
 def test_external_data_are_listed_by_file(tmp_path: Path) -> None:
     proto = onnx.parser.parse_model(
         '<ir_version: 9, opset_import: ["" : 18]> g (float[32768] x) => (float[32768] y) { y = Add(x, w) }'

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import onnx_ir as ir
 
@@ -284,10 +284,18 @@ class Shapes:
             agree = not any(isinstance(a, int) and a >= 0 and b.differs(a) for a, b in pairs)
         if dtypes and agree:
             return None
-        dims = None if known.dims is None else f"[{', '.join(map(str, known.dims))}]"
+        words = None if declared is None else [_word(size) for size in declared]
         return Conflict(
-            value.name or "", f"{value.dtype} {declared}", f"{known.dtype} {dims or 'of any shape'}"
+            value.name or "", _typed(value.dtype, words), _typed(known.dtype, known.dims)
         )
+
+
+def _word(size: int | ir.SymbolicDim) -> str:
+    return str(size) if isinstance(size, int) else size.value or "?"
+
+
+def _typed(dtype: ir.DataType | None, dims: Sequence[object] | None) -> str:
+    return f"{dtype} " + ("of any shape" if dims is None else f"[{', '.join(map(str, dims))}]")
 
 
 def _same_call(function: ir.Function, a: Frame, b: Frame) -> bool:
