@@ -30,12 +30,15 @@ _LENT = frozenset(
 )
 
 
-def model_session(model: ir.Model, extra_outputs: Sequence[str] = ()) -> Session:
+def model_session(
+    model: ir.Model, extra_outputs: Sequence[str] = (), seconds: float | None = None
+) -> Session:
     """A session of a model as a reference runs: the runtime's optimisations and prepacking off.
 
     Args:
         model: the model; its weights must stay alive as long as the session.
         extra_outputs: names of values of the main graph to return besides the outputs.
+        seconds: after which a run is stopped; None for never.
 
     Raises:
         ModelError: the runtime refuses the model.
@@ -57,7 +60,9 @@ def model_session(model: ir.Model, extra_outputs: Sequence[str] = ()) -> Session
         for name, tensor in lent.items()
         if tensor is not None
     }
-    options = SessionOptions(prepack=False, extra_outputs=tuple(extra_outputs), lent=arrays)
+    options = SessionOptions(
+        prepack=False, extra_outputs=tuple(extra_outputs), lent=arrays, seconds=seconds
+    )
     return Session(data, options=options)
 
 

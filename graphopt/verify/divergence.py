@@ -235,8 +235,10 @@ def _behind(value: ir.Value, agreeing: set[str]) -> tuple[list[str], list[str]]:
     stack, seen = [value], {value}
     while stack:
         current = stack.pop()
-        region.append(current.name or "")
         producer = current.producer()
+        # A rewrite is on record under the first output of its node, whichever of them is followed here.
+        made = [current] if producer is None else [*producer.outputs]
+        region += [value.name or "" for value in made]
         for needed in _needs(producer) if producer is not None else ():
             if needed in seen:
                 continue

@@ -16,18 +16,20 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.errors import GraphoptError, ModelError, OptionError
+from graphopt.ir.hazards import fatal_constants
 from graphopt.ir.model_file import load_model
 from graphopt.numerics import Numerics
 from graphopt.runtime.in_memory import model_session
-from graphopt.runtime.session import OptimizationLevel, Session, SessionOptions
+from graphopt.runtime.session import OptimizationLevel, Session
 from graphopt.runtime.specs import input_specs, output_specs
 from graphopt.verify import contract, metrics, noise, origins
-from graphopt.verify.branches import Seen, conditions
+from graphopt.verify.branches import Conditions, Seen, conditions
 from graphopt.verify.compare import Hint, Origin, OutputReport, compare, merge, profile_for
 from graphopt.verify.criteria import Criteria, MetricReport, worst
 from graphopt.verify.empties import takes_empty
 from graphopt.verify.feeds import HUGE, STRESS, Dropped, Feed, find_feeds
 from graphopt.verify.origins import scale_floor
+from graphopt.verify.reference import ReferenceSession, open_session
 from graphopt.verify.trial import Trial, shared_taps
 
 if TYPE_CHECKING:
@@ -149,19 +151,23 @@ class ReferenceRun:
         self._origins = origins.output_origins(graph)
         self.hidden = origins.hidden_scores(graph)
         self._broken: set[tuple[str, int]] = set()
-        decisive = conditions(graph) if thorough and feeds is None else {}
-        self._seen = Seen(decisive, self._explored, self.outputs.append)
+        if fatal := fatal_constants(graph):
+            self.unverifiable = f"running the reference would end the process: {fatal}"
+            return
+        # Watching adds outputs to the graph that it is given.
+        found = conditions(load_model(model)) if thorough and feeds is None else Conditions()
         ranked = (o.scores for o in self._origins.values() if o.scores)
         hidden = (name for names in self.hidden.values() for name in names)
-        taps = tuple(dict.fromkeys((*ranked, *hidden, *decisive)))
+        taps = (*ranked, *hidden)
         try:
-            self._session = _session(model, taps)
+            self._session = ReferenceSession(model, graph, found, taps, limited=feeds is None)
         except ModelError as error:
             self.unverifiable = f"the reference cannot be run: {error}"
             return
+        self._seen = Seen(self._session.conditions, self._explored, self.outputs.append)
         if feeds is not None:
             self.feeds = tuple(feeds)
-            self.outputs = [self._session.run(feed.values) for feed in feeds]
+            self.outputs = [self._session.run(feed) for feed in feeds]
         else:
             self._search(graph, seed, dims, thorough=thorough)
         self._examine("on the inputs given" if feeds is not None else "whatever the inputs")
@@ -230,10 +236,11 @@ class ReferenceRun:
         try:
             shared = shared_taps(self.hidden, graph) if profile.budget is None else ()
             promised = (input_specs(graph), output_specs(graph))
+            seconds = self._session.patience(graph)
             session = (
-                model_session(candidate, shared)
+                model_session(candidate, shared, seconds)
                 if isinstance(candidate, ir.Model)
-                else _session(candidate, shared)
+                else open_session(candidate, shared, seconds)
             )
             trial = Trial(self, session, profile, options, promised, takes_empty(graph))
             reports = trial.reports()
@@ -249,7 +256,7 @@ class ReferenceRun:
 
     def _refuses(self, feed: Feed) -> str | None:
         try:
-            outputs = self._session.run(feed.values)
+            outputs = self._session.run(feed)
         except GraphoptError as error:
             return str(error)
         self.outputs.append(outputs)
@@ -262,7 +269,7 @@ class ReferenceRun:
     def _explored(self, feed: Feed) -> dict[str, Any] | None:
         """The outputs on a feed; None where the reference refuses it."""
         try:
-            return self._session.run(feed.values)
+            return self._session.run(feed)
         except GraphoptError:
             return None
 
@@ -300,7 +307,7 @@ class ReferenceRun:
         if index in self._repeated:
             return
         self._repeated.add(index)
-        again = self._session.run(self.feeds[index].values)
+        again = self._session.run(self.feeds[index])
         exact = profile_for(Numerics.EXACT)
         for spec in self.output_specs:
             name = spec.name
@@ -355,7 +362,7 @@ class ReferenceRun:
         """How far each float output moves when float inputs move by one unit in the last place of float32."""
         values = noise.nudged(self.feeds[index].values, self.feeds[0].values)
         try:
-            moved = self._session.run(values)
+            moved = self._session.run(Feed("nudged", values))
         except GraphoptError:
             return {}
         return noise.movement(self.outputs[index], moved)
@@ -449,7 +456,3 @@ def _failing(reports: Mapping[str, Sequence[OutputReport]]) -> tuple[str, ...]:
     names = [r.feed for found in reports.values() for r in found if not r.passed]
     ordered = sorted(dict.fromkeys(names), key=lambda name: name.split(",")[0] in STRESS)
     return tuple(ordered)
-
-
-def _session(model: Path | bytes, taps: tuple[str, ...] = ()) -> Session:
-    return Session(model, options=SessionOptions(prepack=False, extra_outputs=taps))
