@@ -1,295 +1,61 @@
-"""The kinds of wrong rewrites that `benchmarks/faults.py` plants, and the pass that plants one."""
+"""The kinds of wrong rewrites that `benchmarks/faults.py` plants."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt import Numerics
-from graphopt.ir import operators, scopes, values
-from graphopt.rewrite import Context
-
-Array: TypeAlias = npt.NDArray[Any]
-Spoil: TypeAlias = Callable[["Planter", ir.Node], bool]
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """A kind of fault: which operators it may strike, and how; `spoil` says whether it could."""
-
-    name: str
-    strikes: tuple[str, ...]
-    spoil: Spoil
-    within: str = ""  # only in bodies of this attribute
-
-
-@dataclasses.dataclass
-class Planter:
-    """What faults change graphs with."""
-
-    model: ir.Model
-    ctx: Context
-
-    def permit(self, kind: str, node: ir.Node) -> bool:
-        return self.ctx.permit(kind, node, Numerics.REORDERED)
-
-    def constant(self, array: Array, graph: ir.Graph) -> ir.Value:
-        name = self.ctx.names.fresh("planted")
-        node = ir.Node("", "Constant", [], [ir.AttrTensor("value", ir.tensor(array, name=name))])
-        node.outputs[0].name = name
-        node.outputs[0].dtype = ir.DataType.from_numpy(array.dtype)
-        node.outputs[0].shape = ir.Shape(array.shape)
-        first = next(iter(graph))
-        graph.insert_before(first, [node])
-        return node.outputs[0]
-
-    def op(
-        self, before: ir.Node, op: str, inputs: Sequence[ir.Value], **attributes: object
-    ) -> ir.Value:
-        attrs = [ir.convenience.convert_attribute(k, v) for k, v in attributes.items()]  # type: ignore[arg-type]
-        node = ir.Node("", op, inputs, attrs)
-        node.outputs[0].name = self.ctx.names.fresh("planted")
-        assert before.graph is not None
-        before.graph.insert_before(before, [node])
-        return node.outputs[0]
-
-
-@dataclasses.dataclass(frozen=True)
-class Plant:
-    """The faulty pass: strikes the middle one of the nodes that the fault can strike."""
-
-    kind: Kind
-
-    @property
-    def name(self) -> str:
-        return "planted"
-
-    @property
-    def numerics(self) -> Numerics:
-        return Numerics.REORDERED
-
-    def run(self, model: ir.Model, ctx: Context) -> bool:
-        found = list(_candidates(model, self.kind))
-        planter = Planter(model, ctx)
-        middle = len(found) // 2
-        for node in (*found[middle:], *reversed(found[:middle])):
-            if node.graph is None:
-                continue
-            if not ctx.permit(self.kind.name, node, Numerics.REORDERED):
-                return False
-            struck = self.kind.spoil(planter, node)
-            if struck:
-                ctx.refresh()
-                return True
-            ctx.rewrites.pop()
-        return False
-
-
-def _candidates(model: ir.Model, kind: Kind) -> Iterator[ir.Node]:
-    for scope in scopes.all_graphs(model):
-        if kind.within and not _is_within(scope, kind.within):
-            continue
-        for node in scope.graph:
-            if node.op_type in kind.strikes or ("*" in kind.strikes and _is_plain(node)):
-                yield node
-
-
-def _is_within(scope: scopes.Scope, attribute: str) -> bool:
-    owner = scope.owner
-    held = None if owner is None else owner.attributes.get(attribute)
-    return held is not None and held.value is scope.graph
-
-
-def _is_plain(node: ir.Node) -> bool:
-    out = node.outputs[0]
-    return bool(node.inputs) and out.dtype is ir.DataType.FLOAT and not operators.subgraphs(node)
-
-
-def _set(node: ir.Node, name: str, value: object) -> bool:
-    node.attributes[name] = ir.convenience.convert_attribute(name, value)  # type: ignore[arg-type]
-    return True
-
-
-def _int(node: ir.Node, name: str, default: int) -> int:
-    held = node.attributes.get(name)
-    return default if held is None else held.as_int()
-
-
-def other_operator(name: str) -> Spoil:
-    def spoil(_: Planter, node: ir.Node) -> bool:
-        node.op_type = name
-        return True
-
-    return spoil
-
-
-def dropped(_: Planter, node: ir.Node) -> bool:
-    """The node is gone: what it takes goes on."""
-    source, out = node.inputs[0], node.outputs[0]
-    if source is None or out.is_graph_output():
-        return False
-    out.replace_all_uses_with(source)
-    return True
-
-
-def swapped(a: int, b: int) -> Spoil:
-    def spoil(_: Planter, node: ir.Node) -> bool:
-        if len(node.inputs) <= max(a, b) or node.inputs[a] is node.inputs[b]:
-            return False
-        first, second = node.inputs[a], node.inputs[b]
-        node.replace_input_with(a, second)
-        node.replace_input_with(b, first)
-        return True
-
-    return spoil
-
-
-def without_input(index: int) -> Spoil:
-    def spoil(_: Planter, node: ir.Node) -> bool:
-        if len(node.inputs) <= index or node.inputs[index] is None:
-            return False
-        node.replace_input_with(index, None)
-        return True
-
-    return spoil
-
-
-def attribute(name: str, change: Callable[[ir.Node], object]) -> Spoil:
-    def spoil(_: Planter, node: ir.Node) -> bool:
-        value = change(node)
-        return value is not None and _set(node, name, value)
-
-    return spoil
-
-
-def constant_input(index: int, change: Callable[[Array], Array | None]) -> Spoil:
-    """The constant at an input becomes another one."""
-
-    def spoil(planter: Planter, node: ir.Node) -> bool:
-        if len(node.inputs) <= index or node.inputs[index] is None:
-            return False
-        held = node.inputs[index]
-        tensor = values.constant(held) if held is not None else None
-        if tensor is None or tensor.size == 0:
-            return False
-        array = np.array(tensor.numpy())
-        changed = change(array.copy())
-        if changed is None or np.array_equal(changed, array):
-            return False
-        assert node.graph is not None
-        made = planter.constant(changed.astype(array.dtype), node.graph)
-        node.replace_input_with(index, made)
-        return True
-
-    return spoil
-
-
-def any_constant(change: Callable[[Array], Array | None]) -> Spoil:
-    def spoil(planter: Planter, node: ir.Node) -> bool:
-        return any(constant_input(i, change)(planter, node) for i in range(len(node.inputs)))
-
-    return spoil
-
-
-def at_output(build: Callable[[Planter, ir.Node, ir.Value], ir.Value | None]) -> Spoil:
-    """What reads the node's output reads something made of it instead."""
-
-    def spoil(planter: Planter, node: ir.Node) -> bool:
-        out = node.outputs[0]
-        users = list(out.uses())
-        if not users or node.graph is None:
-            return False
-        after = next((u.node for u in users if u.node.graph is node.graph), None)
-        if after is None:
-            return False
-        # Before the first reader in the order of the graph.
-        readers = {u.node for u in users}
-        first = next(n for n in node.graph if n in readers)
-        made = build(planter, first, out)
-        if made is None:
-            return False
-        for use in users:
-            use.node.replace_input_with(use.idx, made)
-        return True
-
-    return spoil
-
-
-def at_input(build: Callable[[Planter, ir.Node, ir.Value], ir.Value | None]) -> Spoil:
-    """A float input of the model is read through something."""
-
-    def spoil(planter: Planter, node: ir.Node) -> bool:
-        fed = [v for v in node.inputs if v is not None and v.is_graph_input()]
-        if not fed or fed[0].dtype is not ir.DataType.FLOAT or fed[0].is_initializer():
-            return False
-        made = build(planter, node, fed[0])
-        if made is None:
-            return False
-        node.replace_input_with(list(node.inputs).index(fed[0]), made)
-        return True
-
-    return spoil
-
-
-def _f(planter: Planter, node: ir.Node, number: float) -> ir.Value:
-    assert isinstance(node.graph, ir.Graph)
-    return planter.constant(np.array(number, np.float32), node.graph)
-
-
-def beyond(limit: float, then: float) -> Callable[[Planter, ir.Node, ir.Value], ir.Value]:
-    """`then` wherever the magnitude exceeds a limit."""
-
-    def build(p: Planter, at: ir.Node, x: ir.Value) -> ir.Value:
-        large = p.op(at, "Greater", [p.op(at, "Abs", [x]), _f(p, at, limit)])
-        return p.op(at, "Where", [large, _f(p, at, then), x])
-
-    return build
-
-
-def clipped(p: Planter, at: ir.Node, x: ir.Value) -> ir.Value:
-    return p.op(at, "Clip", [x, _f(p, at, -10.0), _f(p, at, 10.0)])
-
-
-def flushed(p: Planter, at: ir.Node, x: ir.Value) -> ir.Value:
-    small = p.op(at, "Less", [p.op(at, "Abs", [x]), _f(p, at, 1e-3)])
-    return p.op(at, "Where", [small, _f(p, at, 0.0), x])
-
-
-def rounded(dtype: ir.DataType) -> Callable[[Planter, ir.Node, ir.Value], ir.Value]:
-    def build(p: Planter, at: ir.Node, x: ir.Value) -> ir.Value:
-        half = p.op(at, "Cast", [x], to=int(dtype))
-        return p.op(at, "Cast", [half], to=int(ir.DataType.FLOAT))
-
-    return build
-
-
-def when_size(test: str, limit: int = 1) -> Callable[[Planter, ir.Node, ir.Value], ir.Value | None]:
-    """Off by 1 % when a dimension is more than a limit, or odd."""
-
-    def build(p: Planter, at: ir.Node, x: ir.Value) -> ir.Value | None:
-        if x.shape is None or all(isinstance(d, int) for d in x.shape):
-            return None
-        axis = next(i for i, d in enumerate(x.shape) if not isinstance(d, int))
-        size = p.op(at, "Shape", [x], start=axis, end=axis + 1)
-        assert isinstance(at.graph, ir.Graph)
-        if test == "several":
-            hit = p.op(at, "Greater", [size, p.constant(np.array([limit], np.int64), at.graph)])
-        else:
-            odd = p.op(at, "Mod", [size, p.constant(np.array([2], np.int64), at.graph)])
-            hit = p.op(at, "Equal", [odd, p.constant(np.array([1], np.int64), at.graph)])
-        factor = p.op(at, "Where", [hit, _f(p, at, 1.01), _f(p, at, 1.0)])
-        return p.op(at, "Mul", [x, factor])
-
-    return build
-
-
-def scaled(factor: float) -> Callable[[Planter, ir.Node, ir.Value], ir.Value]:
-    return lambda p, at, x: p.op(at, "Mul", [x, _f(p, at, factor)])
+from benchmarks.planting import (
+    Array,
+    Kind,
+    Planter,
+    any_constant,
+    at_input,
+    at_output,
+    attribute,
+    beyond,
+    clipped,
+    constant_input,
+    dropped,
+    flushed,
+    in_shape,
+    integer,
+    other_operator,
+    rounded,
+    scaled,
+    set_attribute,
+    swapped,
+    when_size,
+    without_input,
+)
+from graphopt.ir import values
+
+
+def untransposed(_: Planter, __: ir.Node, x: ir.Value) -> ir.Value | None:
+    node = x.producer()
+    return None if node is None else node.inputs[0]
+
+
+def transposed_otherwise(p: Planter, at: ir.Node, x: ir.Value) -> ir.Value | None:
+    node = x.producer()
+    perm = None if node is None else permuted(node)
+    if node is None or perm is None or node.inputs[0] is None:
+        return None
+    return p.op(at, "Transpose", [node.inputs[0]], perm=perm)
+
+
+def joined_elsewhere(p: Planter, at: ir.Node, x: ir.Value) -> ir.Value | None:
+    """Equal parts joined along another axis: as many elements, in another order."""
+    node = x.producer()
+    inputs = [] if node is None else [v for v in node.inputs if v is not None]
+    shapes = [v.shape for v in inputs]
+    if node is None or len(inputs) < 2 or any(s is None or s != shapes[0] for s in shapes):
+        return None
+    rank = len(shapes[0] or ())
+    axis = integer(node, "axis", 0) % max(rank, 1)
+    return None if rank < 2 else p.op(at, "Concat", inputs, axis=(axis + 1) % rank)
 
 
 def baked(array: Array) -> Array | None:
@@ -340,8 +106,97 @@ def shifted_pads(node: ir.Node) -> list[int] | None:
     return [top - 1, left, bottom + 1, right]
 
 
-def next_index(array: Array) -> Array | None:
-    return array + 1 if array.size == 1 and array.min() >= 0 else None
+def shifted_slice(planter: Planter, node: ir.Node) -> bool:
+    """A slice of the same size, one further on or back."""
+    held = [values.constant(v) for v in (*node.inputs[1:3], *[None] * 2)][:2]
+    if any(tensor is None or tensor.size != 1 for tensor in held):
+        return False
+    start, end = (int(np.asarray(tensor.numpy()).reshape(-1)[0]) for tensor in held if tensor)
+    is_float = node.outputs[0].dtype is ir.DataType.FLOAT
+    if not is_float or not (0 < start < end < 1 << 30 or start < end < -1):
+        return False
+    step = -1 if start > 0 else 1
+    return all(constant_input(index, lambda a: a + step)(planter, node) for index in (1, 2))
+
+
+def other_place(planter: Planter, node: ir.Node) -> bool:
+    """The neighbour of what a constant index chose, where there is one."""
+    table = node.inputs[0]
+    shape = None if table is None else table.shape
+    axis = integer(node, "axis", 0)
+    size = shape[axis] if shape is not None and -len(shape) <= axis < len(shape) else None
+    if node.outputs[0].dtype is not ir.DataType.FLOAT or not isinstance(size, int):
+        return False
+
+    def moved(array: Array) -> Array | None:
+        if array.size != 1 or size < 2:
+            return None
+        at = int(array.reshape(-1)[0]) % size
+        return np.full_like(array, at + 1 if at + 1 < size else at - 1)
+
+    return constant_input(1, moved)(planter, node)
+
+
+def square_operands_swapped(planter: Planter, node: ir.Node) -> bool:
+    shapes = [None if v is None else v.shape for v in node.inputs]
+    if any(s is None or len(s) < 2 or s[-1] != s[-2] or not isinstance(s[-1], int) for s in shapes):
+        return False
+    return swapped(0, 1)(planter, node)
+
+
+def summed(planter: Planter, node: ir.Node) -> bool:
+    """ReduceMean to ReduceSum, whose axes are an input since opset 13."""
+    node.op_type = "ReduceSum"
+    axes = node.attributes.get("axes")
+    if axes is not None and planter.model.opset_imports.get("", 0) >= 13:
+        assert isinstance(node.graph, ir.Graph)
+        made = planter.constant(np.array(axes.as_ints(), np.int64), node.graph)
+        node.attributes.pop("axes")
+        node.resize_inputs(2)
+        node.replace_input_with(1, made)
+    return True
+
+
+def averaged(_: Planter, node: ir.Node) -> bool:
+    held = node.attributes.get("dilations")
+    if len(node.outputs) > 1 or (held is not None and set(held.as_ints()) != {1}):
+        return False
+    for name in ("dilations", "storage_order"):
+        node.attributes.pop(name, None)
+    node.op_type = "AveragePool"
+    return True
+
+
+def cast_rounds(planter: Planter, node: ir.Node) -> bool:
+    """A cast to integers that rounds instead of cutting off."""
+    source, out = node.inputs[0], node.outputs[0]
+    floats = source is not None and source.dtype is ir.DataType.FLOAT
+    if source is None or not floats or out.dtype is None or not out.dtype.is_integer():
+        return False
+    node.replace_input_with(0, planter.op(node, "Round", [source]))
+    return True
+
+
+def cast_pair_dropped(_: Planter, node: ir.Node) -> bool:
+    """There and back again: to integers or halves and back to floats, both lost."""
+    inner = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if inner is None or inner.op_type != "Cast" or inner.inputs[0] is None:
+        return False
+    source, out = inner.inputs[0], node.outputs[0]
+    if source.dtype != out.dtype or out.is_graph_output() or inner.outputs[0].dtype == out.dtype:
+        return False
+    out.replace_all_uses_with(source)
+    return True
+
+
+def cast_narrow(planter: Planter, node: ir.Node) -> bool:
+    """Integers read through eight bits on their way to floats."""
+    source, out = node.inputs[0], node.outputs[0]
+    wide = (ir.DataType.INT32, ir.DataType.INT64)
+    if source is None or source.dtype not in wide or out.dtype is not ir.DataType.FLOAT:
+        return False
+    node.replace_input_with(0, planter.op(node, "Cast", [source], to=int(ir.DataType.INT8)))
+    return True
 
 
 def transposed(array: Array) -> Array | None:
@@ -355,12 +210,17 @@ def rolled(array: Array) -> Array | None:
 def other_count(node: ir.Node) -> int | None:
     held = node.attributes.get("pads")
     padded = held is not None and any(held.as_ints())
-    return 1 - _int(node, "count_include_pad", 0) if padded else None
+    return 1 - integer(node, "count_include_pad", 0) if padded else None
 
 
-def corners(node: ir.Node) -> str | None:
+def resized_otherwise(planter: Planter, node: ir.Node) -> bool:
+    """Corners instead of middles, or the next pixel instead of the last."""
     held = node.attributes.get("mode")
-    return "align_corners" if held is not None and held.as_string() != "nearest" else None
+    if held is None or held.as_string() == "nearest":
+        return planter.model.opset_imports.get("", 0) >= 11 and set_attribute(
+            node, "nearest_mode", "ceil"
+        )
+    return set_attribute(node, "coordinate_transformation_mode", "align_corners")
 
 
 def tap_outputs_swapped(_: Planter, node: ir.Node) -> bool:
@@ -390,17 +250,16 @@ NORMS = (
 QUANTS = ("QuantizeLinear", "DequantizeLinear")
 
 KINDS = (
-    Kind("softmax-axis", ("Softmax",), attribute("axis", lambda n: 0 if _int(n, "axis", -1) else 1)),
+    Kind("softmax-axis", ("Softmax",), attribute("axis", lambda n: 0 if integer(n, "axis", -1) else 1)),
     Kind("softmax-dropped", ("Softmax",), dropped),
     Kind("softmax-to-logsoftmax", ("Softmax",), other_operator("LogSoftmax")),
     Kind("concat-order", ("Concat",), swapped(0, 1)),
-    Kind("concat-axis", ("Concat",), attribute("axis", lambda n: 0 if _int(n, "axis", 0) else 1)),
-    Kind("transpose-perm", ("Transpose",), attribute("perm", permuted)),
-    Kind("transpose-dropped", ("Transpose",), dropped),
-    Kind("gather-off-by-one", ("Gather",), constant_input(1, next_index)),
+    Kind("concat-axis", ("Concat",), in_shape(joined_elsewhere)),
+    Kind("transpose-perm", ("Transpose",), in_shape(transposed_otherwise)),
+    Kind("transpose-dropped", ("Transpose",), in_shape(untransposed)),
+    Kind("gather-off-by-one", ("Gather",), other_place),
     Kind("gather-table-shifted", ("Gather",), constant_input(0, floats(lambda a: np.roll(a, 1, 0), 2))),
-    Kind("slice-start", ("Slice",), constant_input(1, lambda a: a + 1)),
-    Kind("slice-end", ("Slice",), constant_input(2, lambda a: a - 1 if a.max() < 1e6 else None)),
+    Kind("slice-off-by-one", ("Slice",), shifted_slice),
     Kind("norm-epsilon", NORMS, attribute("epsilon", lambda _: 1e-1)),
     Kind("norm-scale-lost", NORMS, constant_input(1, floats(np.ones_like))),
     Kind("conv-bias-dropped", CONVS, without_input(2)),
@@ -412,7 +271,7 @@ KINDS = (
     Kind("conv-element-10-percent", CONVS, constant_input(1, element(0.1))),
     Kind("matmul-weight-transposed", GEMMS, constant_input(1, transposed)),
     Kind("matmul-element-10-percent", GEMMS, constant_input(1, element(0.1))),
-    Kind("matmul-operands-swapped", ("MatMul",), swapped(0, 1)),
+    Kind("matmul-operands-swapped", ("MatMul",), square_operands_swapped),
     Kind("gemm-alpha", ("Gemm",), attribute("alpha", lambda _: 0.5)),
     Kind("sub-swapped", ("Sub",), swapped(0, 1)),
     Kind("div-swapped", ("Div",), swapped(0, 1)),
@@ -427,14 +286,17 @@ KINDS = (
     Kind("tanh-to-softsign", ("Tanh",), other_operator("Softsign")),
     Kind("neg-dropped", ("Neg",), dropped),
     Kind("sqrt-dropped", ("Sqrt",), dropped),
-    Kind("mean-to-sum", ("ReduceMean",), other_operator("ReduceSum")),
-    Kind("max-to-average-pool", ("MaxPool",), other_operator("AveragePool")),
+    Kind("mean-to-sum", ("ReduceMean",), summed),
+    Kind("max-to-average-pool", ("MaxPool",), averaged),
     Kind("average-counts-padding", ("AveragePool",), attribute("count_include_pad", other_count)),
     Kind("split-outputs-swapped", ("Split",), tap_outputs_swapped),
-    Kind("resize-mode", ("Resize",), attribute("coordinate_transformation_mode", corners)),
+    Kind("resize-mode", ("Resize",), resized_otherwise),
     Kind("reshape-batch-baked", ("Reshape",), constant_input(1, baked)),
     Kind("where-swapped", ("Where",), swapped(1, 2)),
     Kind("cast-dropped", ("Cast",), dropped),
+    Kind("cast-pair-dropped", ("Cast",), cast_pair_dropped),
+    Kind("cast-rounds", ("Cast",), cast_rounds),
+    Kind("cast-narrow", ("Cast",), cast_narrow),
     Kind("zero-point-off-by-one", QUANTS, constant_input(2, lambda a: a + 1)),
     Kind("scale-1-percent", QUANTS, constant_input(1, lambda a: a * 1.01)),
     Kind("dequantize-scales-rolled", ("DequantizeLinear",), constant_input(1, rolled)),

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from benchmarks.fault_kinds import (
-    NORMS,
+from benchmarks.fault_kinds import NORMS, floats
+from benchmarks.planting import (
     Array,
     Kind,
     Planter,
@@ -18,7 +18,6 @@ from benchmarks.fault_kinds import (
     attribute,
     beyond,
     constant_input,
-    floats,
     when_size,
 )
 from graphopt.ir import values
