@@ -15,7 +15,7 @@ from graphopt.ir import notes
 from graphopt.ir.message import Location, Message, Placement, Role, inline
 from graphopt.ir.sparse import CooTensor
 from graphopt.ir.type_proto import says_something, write_type, write_value_info
-from graphopt.ir.wire import blob
+from graphopt.ir.wire import blob, packed_field
 
 _Content: TypeAlias = Any  # of an attribute: as many types as AttributeProto has fields
 _Fields: TypeAlias = list[tuple[int, Message]]
@@ -171,9 +171,23 @@ class _Encoder:
     def _sparse(self, tensor: CooTensor, name: str | None) -> Message:
         message = Message()
         message.add(1, self._tensor(tensor.values, Role.SPARSE_PART, name))
-        message.add(2, self._tensor(tensor.indices, Role.SPARSE_PART, tensor.indices.name))
+        message.add(2, self._indices(tensor))
         message.write(_serialized(onnx.SparseTensorProto(dims=_dims(tensor))))
         return message
+
+    def _indices(self, tensor: CooTensor) -> Message:
+        indices = tensor.indices
+        if not tensor.packed or indices.dtype != ir.DataType.INT64 or not indices.size:
+            return self._tensor(indices, Role.SPARSE_PART, indices.name)
+        head = onnx.TensorProto(dims=_dims(indices), data_type=indices.dtype.value)
+        tail = onnx.TensorProto()
+        if indices.name:
+            tail.name = indices.name
+        if indices.doc_string:
+            tail.doc_string = indices.doc_string
+        notes.write_props(tail, indices.metadata_props)
+        numbers = packed_field(indices.numpy().reshape(-1))
+        return Message(_serialized(head), blob(7, numbers), _serialized(tail))
 
     def _tensor(self, tensor: ir.TensorProtocol, role: Role, name: str | None) -> Message:
         head = onnx.TensorProto(dims=_dims(tensor), data_type=tensor.dtype.value)

@@ -20,12 +20,13 @@ class CooTensor(HeldTensor):
     """A tensor of `dims`, zero except at `indices`; the dense form is made on demand and not kept alive.
 
     `values`: [NNZ], any dtype. `indices`: integer, [NNZ] into the flattened tensor or [NNZ, rank]; both
-    are written back as they came. `nbytes` is that of the dense form, as for any tensor of this shape.
+    are written back as they came. `packed`: the indices stand in the file as packed integers (`int64_data`), one byte
+    for every 7 bits, in place of eight bytes each. `nbytes` is that of the dense form, as for any tensor of this shape.
     Source: SparseTensorProto of onnx.proto. Indices narrower than int64 are not in the standard, but ONNX
     Runtime writes them.
     """
 
-    __slots__ = ("_dense", "indices", "values")
+    __slots__ = ("_dense", "indices", "packed", "values")
 
     def __init__(
         self,
@@ -34,6 +35,7 @@ class CooTensor(HeldTensor):
         dims: Sequence[int],
         *,
         name: str | None = None,
+        packed: bool = False,
     ) -> None:
         """Checks that the parts fit together.
 
@@ -43,6 +45,7 @@ class CooTensor(HeldTensor):
         super().__init__(values.dtype, dims, Notes(name=name), (values, indices))
         self.values = values
         self.indices = indices
+        self.packed = packed
         self._dense: weakref.ref[np.ndarray[Any, Any]] | None = None
         self._check()
 

@@ -90,8 +90,9 @@ class TensorReader:
         # Indices may be left out where there are no values; ONNX Runtime wants them spelt out.
         nothing = ir.Tensor(np.zeros(0, np.int64))
         indices = self.tensor(proto.indices, where) if proto.HasField("indices") else nothing
+        packed = bool(len(proto.indices.int64_data)) or self._stayed_as_varints(proto.indices)
         try:
-            return CooTensor(values, indices, dims, name=name)
+            return CooTensor(values, indices, dims, name=name, packed=packed)
         except ModelError as error:
             raise ModelError(f"{where}: {error}") from error
 

@@ -137,6 +137,32 @@ def varint(value: int) -> bytes:
     return bytes(out)
 
 
+def packed_field(numbers: np.ndarray[Any, Any]) -> bytes:
+    """The content of a packed field of non-negative integers: one byte each for every 7 bits.
+
+    In pieces, as `packed_integers`.
+    """
+    step = _PIECE_BYTES // 8
+    return b"".join(
+        _varints(numbers[at : at + step].astype(np.uint64)) for at in range(0, numbers.size, step)
+    )
+
+
+def _varints(numbers: np.ndarray[Any, Any]) -> bytes:
+    lengths = np.ones(numbers.size, np.int64)
+    for bits in range(7, 64, 7):
+        lengths += numbers >= np.uint64(1 << bits)
+    starts = np.cumsum(lengths) - lengths
+    out = np.zeros(int(lengths.sum()), np.uint8)
+    for place in range(int(lengths.max())):
+        long = lengths > place
+        part = (numbers[long] >> np.uint64(7 * place)) & np.uint64(0x7F)
+        out[starts[long] + place] = part | np.where(lengths[long] > place + 1, 0x80, 0).astype(
+            np.uint64
+        )
+    return out.tobytes()
+
+
 def tag(number: int) -> bytes:
     """The tag of a length-delimited field."""
     return varint(number << 3 | _BYTES)

@@ -11,7 +11,7 @@ from onnx import TensorProto
 
 from graphopt.errors import ModelError
 from graphopt.ir import wire
-from graphopt.ir.wire import LARGE_BYTES, blob, packed_integers, scan, varint
+from graphopt.ir.wire import LARGE_BYTES, blob, packed_field, packed_integers, scan, varint
 
 
 def field(number: int, kind: int, body: bytes) -> bytes:
@@ -199,3 +199,14 @@ def test_broken_packed_integers_are_refused(data: bytes, says: str) -> None:
 def test_varint_is_that_of_protobuf(value: int) -> None:
     encoded = onnx.OperatorSetIdProto(version=value if value < 2**63 else -(2**63))
     assert encoded.SerializeToString() == b"\x10" + varint(value)
+
+
+@given(st.lists(st.integers(0, 2**63 - 1), min_size=1))
+def test_packed_numbers_are_what_protobuf_writes(numbers: list[int]) -> None:
+    tensor = onnx.TensorProto(int64_data=numbers)
+    assert blob(7, packed_field(np.array(numbers, np.int64))) == tensor.SerializeToString()
+
+
+def test_long_packed_fields_are_written_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "_PIECE_BYTES", 16)
+    assert packed_field(np.array([1, 300, 2, 3, 70000])) == b"\x01\xac\x02\x02\x03\xf0\xa2\x04"
