@@ -3,7 +3,7 @@
     python -m benchmarks.precision [--peer-python PYTHON] [--precision fp16|bf16] [--target NAME] FOLDER
 
 FOLDER holds one folder a hazard model: model.onnx and test_data_set_0, as ONNX's backend tests do.  Every tool runs in
-a fresh process with its defaults.  A result is good if it passes the full checker (order of nodes aside), keeps the
+a fresh process with its defaults; ModelOpt's AutoCast also with the inputs of the case as calibration data.  A result is good if it passes the full checker (order of nodes aside), keeps the
 dtypes of inputs and outputs, and lies within 1 % of the RMS of each output (6 % in bfloat16), with the same non-finite
 elements, when every half is rounded as a half (`graphopt.runtime.emulate`).  "CPU says fine" counts wrong results that
 ONNX Runtime on the CPU, which computes them in float32, lets pass.
@@ -54,7 +54,26 @@ PEERS = {
         "convert = auto_mixed_precision.auto_convert_mixed_precision\n"
         "onnx.save(convert(model, feeds, rtol=.02, atol=.02, keep_io_types=True), sys.argv[2])"
     ),
+    "modelopt-autocast": (
+        "import sys, onnx; from modelopt.onnx.autocast import convert_to_mixed_precision\n"
+        "made = convert_to_mixed_precision(sys.argv[1], sys.argv[4], keep_io_types=True)\n"
+        "onnx.save(made, sys.argv[2])"
+    ),
+    "modelopt-autocast-data": (
+        "import sys, glob, numpy, onnx; from onnx import numpy_helper\n"
+        "from modelopt.onnx.autocast import convert_to_mixed_precision\n"
+        "model = onnx.load(sys.argv[1]); files = sorted(glob.glob(sys.argv[3] + '/input_*.pb'))\n"
+        "feeds = {i.name: numpy_helper.to_array(onnx.load_tensor(f)) for i, f in zip(model.graph.input, files)}\n"
+        "data = sys.argv[2] + '.npz'; numpy.savez(data, **feeds)\n"
+        "made = convert_to_mixed_precision(sys.argv[1], sys.argv[4], keep_io_types=True, calibration_data=data)\n"
+        "onnx.save(made, sys.argv[2])"
+    ),
+    "modelopt-f16": (
+        "import sys, onnx; from modelopt.onnx.autocast import convert_to_f16\n"
+        "onnx.save(convert_to_f16(onnx.load(sys.argv[1]), sys.argv[4], keep_io_types=True), sys.argv[2])"
+    ),
 }
+KNOW_BF16 = tuple(name for name in PEERS if name.startswith("modelopt"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +101,10 @@ def main() -> int:
     tools: dict[str, Callable[[Path, Path], str]] = {
         OURS: lambda case, out: _ours(case, out, options.target, options.precision)
     }
-    if options.peer_python and options.precision == "fp16":
-        for name, script in PEERS.items():
-            tools[name] = lambda case, out, script=script: _peer(  # type: ignore[misc]
-                case, out, script, options.peer_python
+    if options.peer_python:
+        for name in PEERS if options.precision == "fp16" else KNOW_BF16:
+            tools[name] = lambda case, out, script=PEERS[name]: _peer(  # type: ignore[misc]
+                case, out, script, options
             )
     totals: dict[str, Counter[str]] = {name: Counter() for name in tools}
     with tempfile.TemporaryDirectory() as scratch:
@@ -223,9 +242,10 @@ def _ours(case: Path, out: Path, target: str, precision: str) -> str:
     return _fault(command)
 
 
-def _peer(case: Path, out: Path, script: str, python: str) -> str:
+def _peer(case: Path, out: Path, script: str, options: argparse.Namespace) -> str:
     data = str(case / "test_data_set_0")
-    return _fault([python, "-c", script, str(case / "model.onnx"), str(out), data])
+    model = str(case / "model.onnx")
+    return _fault([options.peer_python, "-c", script, model, str(out), data, options.precision])
 
 
 def _fault(command: list[str]) -> str:

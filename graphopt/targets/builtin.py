@@ -150,6 +150,19 @@ CPU = Target(
             form="past",
         ),
         FusedOp(
+            "Attention",
+            "ONNX Runtime 1.31 CPU: the kernel takes softmax_precision",
+            since=23,
+            dtypes=frozenset({"FLOAT16"}),
+            form="softmax-float",
+        ),
+        FusedOp(
+            "GroupQueryAttention",
+            "ONNX Runtime 1.31 CPU: 1.2x (32 tokens) and 2.0x (128, 512) of Attention with a causal mask, bit-equal",
+            domain=_MS,
+            dtypes=_FLOAT,
+        ),
+        FusedOp(
             "RotaryEmbedding",
             "ONNX Runtime 1.31 CPU: 1.0x, and the Transpose for Attention falls away",
             since=23,
@@ -203,6 +216,13 @@ CUDA = Target(
         FusedOp("Attention", _TABLE, since=23, dtypes=_STATISTICS),
         FusedOp("Attention", _TABLE, since=23, dtypes=_STATISTICS, form="grouped"),
         FusedOp("Attention", _TABLE, since=23, dtypes=_STATISTICS, form="heads-in-place"),
+        FusedOp(
+            "Attention",
+            "ONNX Runtime pull request 27542: flash attention takes is_causal, but no mask; not measured",
+            since=23,
+            dtypes=_STATISTICS,
+            form="causal",
+        ),
         FusedOp("RotaryEmbedding", _TABLE, since=23, dtypes=_STATISTICS, form="heads-in-place"),
         FusedOp("InstanceNormalization", _TABLE, since=6, dtypes=frozenset({"FLOAT", "FLOAT16"})),
         FusedOp("Gemm", _TABLE, since=7),
@@ -261,6 +281,10 @@ TENSORRT = Target(
         ),
         FusedOp("RMSNormalization", "TensorRT >= 10.15 imports it", since=23, dtypes=_STATISTICS),
         FusedOp("RotaryEmbedding", "TensorRT >= 10.15 imports it", since=23, dtypes=_STATISTICS),
+        *(
+            FusedOp("Attention", _PARSER, since=23, dtypes=_STATISTICS, form=form)
+            for form in ("", "grouped", "causal")
+        ),
         FusedOp("Gelu", "TensorRT >= 10.0 imports it", since=20, dtypes=_STATISTICS),
         FusedOp("InstanceNormalization", _PARSER, since=6, dtypes=_STATISTICS),
         FusedOp("HardSwish", _PARSER, since=14, dtypes=_HALVES),

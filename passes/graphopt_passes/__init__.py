@@ -17,6 +17,7 @@ from graphopt_passes import (
     attention,
     bounds,
     broadcasts,
+    causal,
     contrib,
     contrib_transformers,
     conv,
@@ -82,7 +83,9 @@ ALGEBRA = RewritePass(
     (*algebra.RULES, *bounds.RULES, *powers.RULES, *reductions.RULES, *einsum.RULES),
 )
 FUSE_CONV = RewritePass("fuse-conv", (*conv.RULES, *padding.RULES))
-FUSE_ATTENTION = RewritePass("fuse-attention", (*attention.RULES, *rope.RULES, *heads.RULES))
+FUSE_ATTENTION = RewritePass(
+    "fuse-attention", (*attention.RULES, *rope.RULES, *heads.RULES, *causal.RULES)
+)
 FUSE_GEMM = RewritePass("fuse-gemm", (*gemm.RULES, *linear.RULES))
 FUSE_ACTIVATION = RewritePass("fuse-activation", (*activation.RULES, *softmax.RULES))
 FUSE_NORM = RewritePass("fuse-norm", (*norm.RULES, *groupnorm.RULES))

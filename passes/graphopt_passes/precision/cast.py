@@ -20,12 +20,12 @@ from graphopt.verify.budget import budget_for
 from graphopt_passes.precision.apply import Emission
 from graphopt_passes.precision.flow import flow_of, sentinels
 from graphopt_passes.precision.gates import Gates, gated_nodes
-from graphopt_passes.precision.islands import drop_islands, runs_allowed
+from graphopt_passes.precision.islands import drop_islands, gain, runs_allowed
 from graphopt_passes.precision.legality import Legality
 from graphopt_passes.precision.plan import LIMITS, Decision, Facts, Kind, decide_all, gather
 from graphopt_passes.precision.plan_file import read_plan, write_plan
 from graphopt_passes.precision.ranges import GENERATED, Feeds, observe
-from graphopt_passes.precision.refine import AMPLIFIED, Refinement, refine
+from graphopt_passes.precision.refine import Refinement, refine
 
 _DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 _CAST_KNOWS_BF16 = 13
@@ -115,7 +115,8 @@ class CastToHalf:
             except GraphoptError as error:
                 ctx.remark(RemarkKind.WARNING, "refine", "", f"not refined: {error}")
                 return decisions
-            ctx.cache[key] = _settled(decisions, gates, runs_allowed(model, facts))
+            gains = [gain(node, facts) for node in gates.nodes]
+            ctx.cache[key] = _settled(decisions, gates, runs_allowed(model, facts), gains)
         found: Refinement = ctx.cache[key]
         _tell_refinement(found, ctx)
         return _without(decisions, low, found.raised)
@@ -130,9 +131,11 @@ class CastToHalf:
         )
 
 
-def _settled(decisions: dict[ir.Node, Decision], gates: Gates, limit: int) -> Refinement:
+def _settled(
+    decisions: dict[ir.Node, Decision], gates: Gates, limit: int, gains: Sequence[float]
+) -> Refinement:
     """What experiments say, islands that do not pay left out: leaving out a rounding is no smaller error always."""
-    found = refine(len(gates.nodes), gates, limit=limit)
+    found = refine(len(gates.nodes), gates, limit=limit, gains=gains)
     for _ in range(MAX_ROUNDS):
         kept = _without(decisions, gates.nodes, found.raised)
         dropped = {
@@ -144,7 +147,8 @@ def _settled(decisions: dict[ir.Node, Decision], gates: Gates, limit: int) -> Re
         found = dataclasses.replace(found, raised=raised)
         if not dropped or len(raised) == len(gates.nodes):
             break
-        again = refine(len(gates.nodes), gates, limit=gates.runs + limit // 2, raised=raised)
+        more = gates.runs + limit // 2
+        again = refine(len(gates.nodes), gates, limit=more, raised=raised, gains=gains)
         found = dataclasses.replace(found, raised=again.raised, after=again.after, runs=again.runs)
         if again.before <= 1:
             break
@@ -170,12 +174,11 @@ def _tell_refinement(found: Refinement, ctx: Context) -> None:
     )
     if found.before > 1:
         reason += " (ONNX Runtime on the CPU computes halves in float32 and would have hidden it)"
-    amplified = any(why.startswith(AMPLIFIED) for why in found.raised.values())
-    if amplified:
+    if found.amplified:
         reason += "; the model amplifies rounding on these inputs: give samples with --calibration"
         if found.accepting:
             reason += f", or accept all in half with --budget '{found.accepting}'"
-    calm = found.after <= 1 and not amplified
+    calm = found.after <= 1 and not found.amplified
     ctx.remark(RemarkKind.NOTE if calm else RemarkKind.WARNING, "refine", "", reason)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import onnx_ir as ir
 from graphopt.ir import values
 from graphopt.ir.build import Names
 from graphopt.ir.model_file import ExternalData, load_model, save_model
+from graphopt.ir.scopes import all_graphs
 from graphopt.numerics import Numerics
 from graphopt.runtime.session import Session
 from graphopt.verify import metrics
@@ -63,7 +64,7 @@ class Gates:
         feeds: Sequence[Feed],
         budget: Budget,
     ) -> Gates:
-        """Gates for the nodes of the main graph that the decisions make half.
+        """Gates for the nodes that the decisions make half, in the main graph and in bodies of control flow.
 
         Args:
             model: in float32.
@@ -78,7 +79,7 @@ class Gates:
         """
         gated = gated_nodes(model, decisions, masks)
         copy = load_model(model)
-        twins = dict(zip(model.graph, copy.graph, strict=True))
+        twins = dict(zip(_nodes(model), _nodes(copy), strict=True))
         builder = _Builder(copy, half, {value.name for value in masks}, len(gated))
         for index, node in enumerate(gated):
             builder.gate(index, twins[node], decisions[node])
@@ -167,17 +168,24 @@ def _up(number: float) -> float:
 def gated_nodes(
     model: ir.Model, decisions: Mapping[ir.Node, Decision], masks: set[ir.Value]
 ) -> tuple[ir.Node, ...]:
-    """The nodes of the main graph that have a gate: those in half, and those that would put a mask in."""
+    """The nodes of any graph that have a gate: those in half, and those that would put a mask in."""
     return tuple(
         node
-        for node in model.graph
+        for node in _nodes(model)
         if decisions[node].kind is Kind.LOW
         or (decisions[node].kind is Kind.FOLLOW and any(v in masks for v in node.inputs))
     )
 
 
+def _nodes(model: ir.Model) -> Iterator[ir.Node]:
+    """The nodes of all graphs that can capture the mask."""
+    for scope in all_graphs(model):
+        if scope.function is None and scope.is_plain:
+            yield from scope.graph
+
+
 class _Builder:
-    """Puts gates into a copy of the model."""
+    """Puts gates into a copy of the model; bodies of control flow capture the mask."""
 
     def __init__(
         self, model: ir.Model, half: ir.DataType, masks: set[str | None], count: int
@@ -191,13 +199,18 @@ class _Builder:
         )
         self._graph.inputs.append(self._mask)
         self._rounded: dict[ir.Value, ir.Value] = {}
-        for node in self._graph:
-            for value in node.outputs:
-                value.shape = None  # what a model states may be wrong, and the runtime plans its buffers by it
-        held = [
-            v.const_value for v in self._graph.initializers.values() if v.const_value is not None
-        ]
-        self._weights = sum(tensor.nbytes for tensor in held) <= _WEIGHTS
+        self._homes: dict[ir.Value, ir.Graph] = {}
+        held = 0
+        self._graphs = [scope.graph for scope in all_graphs(model)]
+        for scope in all_graphs(model):
+            for value in (*scope.graph.inputs, *scope.graph.initializers.values()):
+                self._homes[value] = scope.graph
+            for node in scope.graph:
+                for value in node.outputs:
+                    value.shape = None  # what a model states may be wrong, and the runtime plans its buffers by it
+            weights = [v.const_value for v in scope.graph.initializers.values()]
+            held += sum(tensor.nbytes for tensor in weights if tensor is not None)
+        self._weights = held <= _WEIGHTS
 
     def gate(self, index: int, node: ir.Node, decision: Decision) -> None:
         """Rounds what the node reads and gives, where its element of the mask is true."""
@@ -230,12 +243,13 @@ class _Builder:
             self._rounded[chosen] = wide  # for readers in half, where this node is in float32
         for use in users:
             use.node.replace_input_with(use.idx, chosen)
-        for place, output in enumerate(self._graph.outputs):
-            if output is value:
-                name, value.name = value.name, self._names.fresh(f"{value.name}_raw")
-                chosen.name = name
-                chosen.shape = value.shape
-                self._graph.outputs[place] = chosen
+        if any(output is value for output in self._graph.outputs):
+            chosen.name, value.name = value.name, self._names.fresh(f"{value.name}_raw")
+            chosen.shape = value.shape
+        for graph in self._graphs:  # bodies may give back a value of the graph around them
+            for place, output in enumerate(graph.outputs):
+                if output is value:
+                    graph.outputs[place] = chosen
 
     def _round(self, value: ir.Value) -> ir.Value:
         """The value rounded, computed once."""
@@ -257,8 +271,10 @@ class _Builder:
             back = np.ldexp(half.astype(np.float32), -shift)
             return self._constant(back, f"{value.name}_rounded")
         producer = value.producer()
-        anchor = producer if producer is not None and producer.graph is self._graph else None
-        narrow = self._after(anchor, "Cast", [value], to=int(self._half))
+        if producer is not None:
+            narrow = self._after(producer, "Cast", [value], to=int(self._half))
+        else:
+            narrow = self._first(self._homes[value], "Cast", [value], to=int(self._half))
         return self._after(_producer(narrow), "Cast", [narrow], to=int(ir.DataType.FLOAT))
 
     def _constant(self, array: np.ndarray[Any, Any], hint: str) -> ir.Value:
@@ -281,20 +297,28 @@ class _Builder:
 
     def _before(self, anchor: ir.Node, op_type: str, inputs: list[ir.Value]) -> ir.Value:
         node = self._node(op_type, inputs, {})
-        self._graph.insert_before(anchor, node)
+        _home(anchor).insert_before(anchor, node)
         return node.outputs[0]
 
     def _after(
-        self, anchor: ir.Node | None, op_type: str, inputs: list[ir.Value], **attributes: int
+        self, anchor: ir.Node, op_type: str, inputs: list[ir.Value], **attributes: int
     ) -> ir.Value:
-        """A node behind `anchor`; at the head of the graph where that is None."""
         node = self._node(op_type, inputs, attributes)
-        if anchor is None:
-            first = next(iter(self._graph))
-            self._graph.insert_before(first, node)
-        else:
-            self._graph.insert_after(anchor, node)
+        _home(anchor).insert_after(anchor, node)
         return node.outputs[0]
+
+    def _first(
+        self, graph: ir.Graph, op_type: str, inputs: list[ir.Value], **attributes: int
+    ) -> ir.Value:
+        """A node at the head of a graph."""
+        node = self._node(op_type, inputs, attributes)
+        graph.insert_before(next(iter(graph)), node)
+        return node.outputs[0]
+
+
+def _home(node: ir.Node) -> ir.Graph:
+    assert isinstance(node.graph, ir.Graph)
+    return node.graph
 
 
 def _producer(value: ir.Value) -> ir.Node:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import heapq
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -14,8 +13,11 @@ TARGET = 0.85
 
 MAX_RUNS = 96
 MAX_PRUNED = 24
-PARTS = 8
-AMPLIFIED = "amplified: on these inputs rounding here alone takes"
+ATTEMPTS = 6
+"""Choices of what to raise that are tried with the same measurements."""
+
+AMPLIFIED = 0.5
+"""Share of the gates that goes back to float32 from which on the model is said to amplify rounding."""
 
 
 class Experiment(Protocol):
@@ -39,6 +41,7 @@ class Refinement:
 
     Attributes:
         raised: gates that go back to float32, with the reason.
+        amplified: whether that is most of them, for the errors that they make.
         before: badness with all in half.
         after: badness with `raised` in float32.
         runs: experiments made.
@@ -50,6 +53,21 @@ class Refinement:
     after: float
     runs: int
     accepting: str = ""
+    amplified: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """Gates next to one another, and how bad they are when they alone are in half."""
+
+    error: float
+    places: tuple[int, ...]
+    gain: float
+
+    @property
+    def price(self) -> float:
+        """Error for each unit of gain."""
+        return self.error**2 / self.gain
 
 
 def refine(
@@ -58,23 +76,29 @@ def refine(
     *,
     limit: int = MAX_RUNS,
     raised: Mapping[int, str] | None = None,
+    gains: Sequence[float] = (),
 ) -> Refinement:
-    """The gates to raise among `count`, few and those that matter most.
+    """The gates to raise among `count`: those that err most for what they gain, and few.
 
     Overflow first, by bisection over prefixes: the first node whose rounding makes a non-finite value.  Then errors:
-    independent roundings add up as a root of a sum of squares, so blocks are split where most of it comes from.
+    independent roundings add up as a root of a sum of squares.  Blocks are split where most of the error comes from
+    and, where that is nearly everywhere, where a half of a block may yet fit; then the blocks with the most error for
+    their gain are raised until the rest is within the budget, and lowered again where that turns out to be too many.
 
     Args:
         count: how many gates there are.
         experiment: what they do.
         limit: of experiments, those made before included.
         raised: gates that are in float32 from the start.
+        gains: what each gate in half saves, in any unit; all the same without.
     """
-    search = _Search(count, dict(raised or {}), experiment, limit)
+    given = dict(raised or {})
+    search = _Search(count, given, experiment, limit, gains or [1.0] * count, len(given))
     before = search.survey()
     accepting = experiment.words()
     after = search.run(before)
-    return Refinement(search.raised, before, after, experiment.runs, accepting)
+    amplified = len(search.raised) - search.start > AMPLIFIED * count
+    return Refinement(search.raised, before, after, experiment.runs, accepting, amplified)
 
 
 @dataclasses.dataclass
@@ -85,7 +109,8 @@ class _Search:
     raised: dict[int, str]
     experiment: Experiment
     limit: int
-    _blocks: list[tuple[float, list[int]]] = dataclasses.field(default_factory=list)
+    gains: Sequence[float]
+    start: int
 
     @property
     def low(self) -> list[bool]:
@@ -117,27 +142,21 @@ class _Search:
 
     def run(self, before: float) -> float:
         """Raises gates until the rest is within the budget; returns how bad that is."""
-        after, start = before, len(self.raised)
-        amplified = False
+        after = before
         while after > TARGET and not self.is_spent and self.places:
             known = len(self.raised)
             self._raise_overflows()
             after = self.badness()
             if TARGET < after < math.inf:
-                amplified = amplified or self._amplifies(after)
-                if not amplified:
-                    self._lower_error(after)
-                elif len(self.raised) == known:
-                    self._raise_worst()
+                self._lower_error(after)
             after = self.survey()
             if len(self.raised) == known:
                 break
         while after > TARGET and self.places:
-            self._raise_worst()  # nothing left to find out with: the rest is cut by halves
+            self._raise_worst()  # nothing left to find out with: the rest is cut by quarters
             after = self.survey()
-        if before > TARGET >= after and not amplified and len(self.raised) > start:
-            self._prune()
-            after = self.survey()
+        if before > TARGET >= after and len(self.raised) > self.start:
+            after = self._prune(after)
         return after
 
     def _raise_overflows(self) -> None:
@@ -156,60 +175,102 @@ class _Search:
                 good = middle
         return places[bad - 1]
 
-    def _amplifies(self, error: float) -> bool:
-        """Whether most parts of the model exceed the budget by themselves; then only blocks that fit stay in half.
+    def _lower_error(self, error: float) -> None:
+        """Raises the blocks that most of the error comes from, for what they gain."""
+        blocks, start, room = self._measured(error), self.raised, TARGET
+        best, chosen, tried = list[_Block](), list[_Block](), set[int]()
+        for _ in range(ATTEMPTS):
+            chosen = _choice(blocks, room)
+            if len(chosen) in tried or (tried and self.is_spent):
+                break
+            tried.add(len(chosen))
+            self.raised = start | _raised(chosen)
+            found = self.badness()
+            if found > TARGET and best:
+                break
+            if found <= TARGET:
+                best = chosen
+            # The sum of squares is a model: what was found says by how much it is wrong here.
+            room *= (0.95 if found <= TARGET else 0.9) * TARGET / min(max(found, 0.1), 10.0)
+        self.raised = start | _raised(best or chosen)
 
-        Searching single nodes in a model that amplifies every rounding would raise one after the other.
+    def _measured(self, error: float) -> list[_Block]:
+        """Blocks that cover all places, measured alone, small where it matters.
+
+        Where few gates make most of the error, halving finds them; else all are measured, in pieces as small as the
+        experiments allow.
         """
-        if error < PARTS or len(self.places) < 2 * PARTS or self.raised:
-            return False
-        parts = _split(self.places, PARTS)
-        if sum(self.alone(part) > 1 for part in parts) <= PARTS // 2:
-            return False
-        self._keep_quiet_blocks()
-        return True
+        start = self.experiment.runs
+        last = start + (self.limit - start) * 4 // 5  # leaves some to check the choice
+        blocks = self._halved([self._block(self.places, error)], start + (last - start) // 4)
+        wide = [block for block in blocks if len(block.places) > 1]
+        if not any(block in wide for block in _choice(blocks, TARGET)):
+            return blocks
+        size, room = sum(len(block.places) for block in wide), max(last - self.experiment.runs, 1)
+        for block in wide:
+            pieces = min(len(block.places), max(1, len(block.places) * room // size))
+            if pieces > 1:
+                blocks.remove(block)
+                blocks += [self._alone(part) for part in _split(block.places, pieces)]
+        return blocks
 
-    def _keep_quiet_blocks(self) -> None:
-        """Keeps the blocks in half that together stay within the budget, the quietest first."""
-        count = max(PARTS, min(len(self.places), (self.limit - self.experiment.runs) * 3 // 4))
-        blocks = _split(self.places, count)
-        room = TARGET**2
-        for error, block in sorted((self.alone(block), block) for block in blocks):
-            room -= error**2
-            if room < 0:
-                self._raise(block, f"{AMPLIFIED} {error:.2g} of the budget")
+    def _halved(self, blocks: list[_Block], last: int) -> list[_Block]:
+        """The blocks, those halved again and again that have to be raised and err most."""
+        while self.experiment.runs < last:
+            chosen = [block for block in _choice(blocks, TARGET) if len(block.places) > 1]
+            if not chosen:
+                break
+            worst = max(chosen, key=lambda block: block.error)
+            blocks.remove(worst)
+            blocks += [self._alone(part) for part in _split(worst.places, 2)]
+        return blocks
+
+    def _alone(self, places: Sequence[int]) -> _Block:
+        return self._block(places, self.alone(places))
+
+    def _block(self, places: Sequence[int], error: float) -> _Block:
+        return _Block(error, tuple(places), sum(self.gains[place] for place in places))
 
     def _raise_worst(self) -> None:
         """Raises the quarter of what is left that most of the error comes from."""
         parts = _split(self.places, 4)
         error, part = max((self.alone(part), part) for part in parts)
-        self._raise(part, f"sensitivity: together with others it takes {error:.2g} of the budget")
+        self.raised |= _raised([self._block(part, error)])
 
-    def _raise(self, places: Sequence[int], reason: str) -> None:
-        self.raised |= dict.fromkeys(places, reason)
-
-    def _lower_error(self, error: float) -> None:
-        """Raises the nodes that most of the error comes from."""
-        self._blocks = self._blocks or [(-error, self.places)]
-        while self._blocks and not self.is_spent:
-            error, block = heapq.heappop(self._blocks)
-            block = [place for place in block if place not in self.raised]
-            if len(block) > 1:
-                for part in _split(block, 2):
-                    heapq.heappush(self._blocks, (-self.alone(part), part))
-                continue
-            self._raise(block, f"sensitivity: alone it takes {-error:.2g} of the budget")
-            if block and self.badness() <= TARGET:
-                return
-
-    def _prune(self) -> None:
-        """Lowers again what turned out not to be needed, the latest raised first."""
-        for place in list(reversed(self.raised))[:MAX_PRUNED]:
+    def _prune(self, before: float) -> float:
+        """Lowers again what turned out not to be needed, the latest raised first; returns how bad that is."""
+        known = dict(self.raised)
+        for place in list(reversed(known))[:MAX_PRUNED]:
             if self.experiment.runs >= self.limit + MAX_PRUNED:
                 break
             reason = self.raised.pop(place)
             if self.badness() > TARGET:
                 self.raised[place] = reason
+        after = self.survey() if len(self.raised) < len(known) else before
+        if after > TARGET:  # on a feed that experiments did not run on
+            self.raised = known
+        return min(after, before)
+
+
+def _choice(blocks: Sequence[_Block], room: float) -> list[_Block]:
+    """The blocks to raise so that the others together stay within `room`: the most error for the gain first."""
+    order = sorted(blocks, key=lambda block: block.price)
+    total = 0.0
+    for index, block in enumerate(order):
+        total += block.error**2
+        if total > room**2:
+            return order[index:][::-1]
+    return []
+
+
+def _raised(blocks: Sequence[_Block]) -> dict[int, str]:
+    return {place: _reason(block) for block in blocks for place in block.places}
+
+
+def _reason(block: _Block) -> str:
+    mates = len(block.places) - 1
+    who = f"with {mates} neighbours" if mates else "alone"
+    return f"sensitivity: {who} it takes {block.error:.2g} of the budget"
 
 
 def _split(places: Sequence[int], count: int) -> list[list[int]]:
