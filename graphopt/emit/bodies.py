@@ -15,10 +15,11 @@ from graphopt.ir import operators
 from graphopt.ir.model_file import load_model
 
 
-def expanded(site: Site) -> ir.Model | None:
+def expanded(site: Site, *, whole: bool = True) -> ir.Model | None:
     """A model of the node's body: the operators that define the node's; None where types are missing to tell.
 
-    Bodies depend on the types of operands and on attributes; onnx builds them.
+    Bodies depend on the types of operands and on attributes; onnx builds them.  With `whole`, operators in the body
+    that have bodies themselves are replaced too, down to those that have none.
     """
     node = site.node
     if operators.has_subgraph(node) or operators.has_references(node):
@@ -39,7 +40,8 @@ def expanded(site: Site) -> ir.Model | None:
         if output.name:
             proto.graph.output.add(name=output.name)
     try:
-        body = _inlined(proto) if all(proto.graph.node[0].input) else _instantiated(proto, site)
+        given = all(proto.graph.node[0].input)
+        body = _inlined(proto, site, whole=whole) if given else _instantiated(proto, site)
     except (RuntimeError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError):
         return None
     if body is None:
@@ -49,10 +51,11 @@ def expanded(site: Site) -> ir.Model | None:
     return load_model(body)
 
 
-def _inlined(proto: onnx.ModelProto) -> onnx.ModelProto:
+def _inlined(proto: onnx.ModelProto, site: Site, *, whole: bool) -> onnx.ModelProto:
     inferred = onnx.shape_inference.infer_shapes(proto)
+    chosen = [] if whole else [(site.domain, site.node.op_type)]
     return onnx.inliner.inline_selected_functions(
-        inferred, [], exclude=True, inline_schema_functions=True
+        inferred, chosen, exclude=whole, inline_schema_functions=True
     )
 
 

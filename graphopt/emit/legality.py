@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import onnx_ir as ir
 
@@ -40,6 +40,26 @@ def check_legality(model: ir.Model, target: Target) -> Legality:
         return Legality(target.name, _sources(target), nodes, (*findings, *found), moved)
     nodes, more = _standard(sites, model, target)
     return Legality(target.name, _sources(target), nodes, (*findings, *more))
+
+
+def refusal(
+    site: Site, target: Target, functions: Iterable[ir.OperatorIdentifier] = ()
+) -> Finding | None:
+    """What keeps `target` from running one node, by whichever provider; None where nothing does."""
+    local = tuple(functions)
+    if site.node.op_identifier() in local:
+        return None
+    said = list(parser_findings(site, target, local)) if target.operators else []
+    refused = next((f for f in said if f.verdict is Verdict.REFUSED), None)
+    if target.kernels:
+        if target.operators and refused is None:
+            return None
+        (placed,) = placement.place([site], target.kernels, local)
+        found = placed.finding
+        return found if found is not None and found.verdict is Verdict.REFUSED else None
+    if target.operators:
+        return refused
+    return None if target.has_domain(site.domain) else _foreign(site, target)
 
 
 def _parsed(

@@ -20,6 +20,45 @@ FIXES = {
 }
 _QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
 _BYTES = "symmetrize-quantization"
+DECOMPOSED = frozenset(
+    {
+        *(
+            "AffineGrid",
+            "Attention",
+            "Bernoulli",
+            "CenterCropPad",
+            "Compress",
+            "Det",
+            "Equal",
+            "Gelu",
+        ),
+        *(
+            "LayerNormalization",
+            "MeanVarianceNormalization",
+            "NegativeLogLikelihoodLoss",
+            "Pad",
+            "RMSNormalization",
+        ),
+        *(
+            "Resize",
+            "RotaryEmbedding",
+            "SoftmaxCrossEntropyLoss",
+            "Swish",
+            "TopK",
+            "Transpose",
+            "Reshape",
+            "Slice",
+        ),
+        *("Concat", "Gather", "Squeeze", "Unsqueeze", "Where", "Expand", "MaxPool"),
+    }
+)
+"""Operators that the pass `decompose` writes in other ones, in some of their forms."""
+
+WHOLE = frozenset(
+    {"ConvInteger", "DynamicQuantizeLinear", "MatMulInteger", "QLinearConv", "QLinearMatMul"}
+)
+"""Operators that the pass `write-out-integers` writes in floats that hold whole numbers."""
+
 REMEDIES = {
     "constant": "export with a constant there, or fix the input's dimensions so that it folds",
     "dtype-in": "cast the operand around the node",
@@ -83,6 +122,7 @@ def _types(site: Site, table: OperatorTable, entry: Operator, target: Target) ->
             f"{site.op}: {value.name!r} is {seen}, a type that the runtime does not know",
             table.source,
             "cast it to a type that the runtime knows, in the model or before it",
+            _BYTES if site.node.op_type in _QUANTIZING else "",
         )
         return
     seen = site.dtype(0)
@@ -114,7 +154,7 @@ def _types(site: Site, table: OperatorTable, entry: Operator, target: Target) ->
         f"{site.op}: input 0 is {seen}, the operator takes {', '.join(sorted(entry.types))}",
         table.source,
         "cast around the node" if not soft else "use Q/DQ pairs around a float operator",
-        _BYTES if site.node.op_type in _QUANTIZING else "",
+        _BYTES if site.node.op_type in _QUANTIZING else "" if soft else _rewriting(site),
     )
 
 
@@ -122,7 +162,16 @@ def _fix(site: Site, check: str) -> str:
     """The pass that mends a broken rule; "" for none."""
     if site.node.op_type in _QUANTIZING and check.startswith("dtype"):
         return _BYTES
-    return FIXES.get(check, "")
+    return FIXES.get(check) or _rewriting(site)
+
+
+def _rewriting(site: Site) -> str:
+    """The pass that writes an operator otherwise; "" for none."""
+    if site.node.op_type in _QUANTIZING or site.node.op_type in WHOLE:
+        return "write-out-integers"
+    if site.node.outputs and site.is_foldable(site.node.outputs[0]):
+        return "fold-constants"
+    return "decompose" if site.node.op_type in DECOMPOSED else ""
 
 
 def _foreign(site: Site, table: OperatorTable) -> Finding:
@@ -146,6 +195,7 @@ def _unknown(site: Site, table: OperatorTable, entry: Operator | None) -> Findin
         f"{site.op} is not supported" + (f" ({words})" if words else ""),
         f"{table.name} {table.version}: {table.source}",
         "express it by other operators, or leave it outside of the model",
+        _rewriting(site),
     )
 
 

@@ -15,10 +15,13 @@ from graphopt_passes import (
     activation,
     algebra,
     attention,
+    bodies,
     bounds,
     broadcasts,
-    causal,
     contrib,
+    contrib_heads,
+    contrib_integers,
+    contrib_plain,
     contrib_transformers,
     conv,
     einsum,
@@ -26,8 +29,10 @@ from graphopt_passes import (
     gemm,
     groupnorm,
     heads,
+    integers,
     layout,
     linear,
+    lowering,
     norm,
     padding,
     powers,
@@ -83,9 +88,7 @@ ALGEBRA = RewritePass(
     (*algebra.RULES, *bounds.RULES, *powers.RULES, *reductions.RULES, *einsum.RULES),
 )
 FUSE_CONV = RewritePass("fuse-conv", (*conv.RULES, *padding.RULES))
-FUSE_ATTENTION = RewritePass(
-    "fuse-attention", (*attention.RULES, *rope.RULES, *heads.RULES, *causal.RULES)
-)
+FUSE_ATTENTION = RewritePass("fuse-attention", (*attention.RULES, *rope.RULES, *heads.RULES))
 FUSE_GEMM = RewritePass("fuse-gemm", (*gemm.RULES, *linear.RULES))
 FUSE_ACTIVATION = RewritePass("fuse-activation", (*activation.RULES, *softmax.RULES))
 FUSE_NORM = RewritePass("fuse-norm", (*norm.RULES, *groupnorm.RULES))
@@ -100,7 +103,18 @@ LIFT_FOR_FP8 = LiftOpset("lift-opset-fp8", wishes=lambda _model, _ctx: (19,), us
 FUSE_RESIDUALS = RewritePass("fuse-residuals", residuals.RULES)
 # Last of all, where everything that knows Add is done.
 EVADE = RewritePass("evade-runtime-fusions", evasion.RULES)
-EXPAND_CONTRIB = RewritePass("expand-contrib", (*contrib.RULES, *contrib_transformers.RULES))
+EXPAND_CONTRIB = RewritePass(
+    "expand-contrib",
+    (
+        *contrib.RULES,
+        *contrib_transformers.RULES,
+        *contrib_heads.RULES,
+        *contrib_integers.RULES,
+        *contrib_plain.RULES,
+    ),
+)
+DECOMPOSE = RewritePass("decompose", (*lowering.RULES, *bodies.RULES))
+WRITE_OUT_INTEGERS = RewritePass("write-out-integers", integers.RULES)
 LOWER_POWERS = RewritePass("lower-powers", powers.LOWERING)
 
 _FAMILIES = (
@@ -113,6 +127,8 @@ _FAMILIES = (
     FUSE_ACTIVATION,
     FUSE_NORM,
     EXPAND_CONTRIB,
+    DECOMPOSE,
+    WRITE_OUT_INTEGERS,
 )
 
 PASSES: Mapping[str, Maker] = {
@@ -211,6 +227,7 @@ FUSE = Repeat(
 _SPARSE = (
     *PREPARE,
     CLEAN,
+    DECOMPOSE,  # nothing that the target takes; after cleaning, which folds much of what it would refuse
     LIFT_OPSET,  # after cleaning, where what would fuse lies open; before fusing, which then can
     FUSE,
     FuseCache(),  # after fusing, which makes the attention that keeps it
@@ -283,8 +300,16 @@ _PLAIN: Mapping[tuple[str, str], tuple[Step, ...]] = {
 # What TensorRT's parser wants to see written is written last: no pass before it would keep it.
 _SPELLED = (RenameBranchOutputs(), WriteQuantizationAxes())
 
+# Rounding makes steps of the least difference: nothing that reorders sums may come after, or between.
+_WRITTEN_OUT = (WRITE_OUT_INTEGERS, FoldConstants(), RemoveDeadCode())
+
 # Names come after everything that makes nodes.
 PIPELINES: Mapping[tuple[str, str], tuple[Step, ...]] = {
-    (target, precision): (*steps, *(_SPELLED if target == "tensorrt" else ()), NameNodes())
+    (target, precision): (
+        *steps,
+        *(_WRITTEN_OUT if target in ("tensorrt", "portable") else ()),
+        *(_SPELLED if target == "tensorrt" else ()),
+        NameNodes(),
+    )
     for (target, precision), steps in _PLAIN.items()
 }
