@@ -18,6 +18,7 @@ from graphopt_passes import (
     bodies,
     bounds,
     broadcasts,
+    causal,
     contrib,
     contrib_heads,
     contrib_integers,
@@ -88,7 +89,9 @@ ALGEBRA = RewritePass(
     (*algebra.RULES, *bounds.RULES, *powers.RULES, *reductions.RULES, *einsum.RULES),
 )
 FUSE_CONV = RewritePass("fuse-conv", (*conv.RULES, *padding.RULES))
-FUSE_ATTENTION = RewritePass("fuse-attention", (*attention.RULES, *rope.RULES, *heads.RULES))
+FUSE_ATTENTION = RewritePass(
+    "fuse-attention", (*attention.RULES, *rope.RULES, *heads.RULES, *causal.RULES)
+)
 FUSE_GEMM = RewritePass("fuse-gemm", (*gemm.RULES, *linear.RULES))
 FUSE_ACTIVATION = RewritePass("fuse-activation", (*activation.RULES, *softmax.RULES))
 FUSE_NORM = RewritePass("fuse-norm", (*norm.RULES, *groupnorm.RULES))
