@@ -52,7 +52,7 @@ class CooTensor(HeldTensor):
     @property
     def nnz(self) -> int:
         """The number of stored elements."""
-        return self.values.size
+        return int(self.values.size)
 
     def positions(self) -> np.ndarray[Any, Any]:
         """[NNZ] int64: where in the flattened dense tensor each value belongs."""
@@ -105,3 +105,41 @@ class CooTensor(HeldTensor):
             f"sparse tensor {self.name!r} of dims {list(self.dims)} with {self.values.size} values: {what}; "
             "write the tensor again with one int64 index per value"
         )
+
+
+class MaskedTensor(HeldTensor):
+    """A tensor that is mostly zero, in memory: one bit an element and the values that are not +0.0.
+
+    For models in the making: a file never sees it.  The dense form is made on demand and not kept alive.
+    """
+
+    __slots__ = ("_bits", "_dense", "_values")
+
+    def __init__(self, array: np.ndarray[Any, Any], dtype: ir.DataType, name: str | None) -> None:
+        """Keeps what is needed of `array`, of which elements fill whole bytes."""
+        super().__init__(dtype, array.shape, Notes(name=name), None)
+        flat = np.ascontiguousarray(array).reshape(-1)
+        kept = flat.view(f"u{flat.dtype.itemsize}") != 0
+        self._bits = np.packbits(kept)
+        self._values = flat[kept]
+        self._dense: weakref.ref[np.ndarray[Any, Any]] | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        """What it takes in memory."""
+        return self._bits.nbytes + self._values.nbytes
+
+    def numpy(self) -> np.ndarray[Any, Any]:
+        """The dense elements, read-only; shared while somebody holds them."""
+        dense = self._dense() if self._dense is not None else None
+        if dense is None:
+            dense = np.zeros(self.size, self._values.dtype)
+            dense[np.unpackbits(self._bits, count=self.size).astype(bool)] = self._values
+            dense = dense.reshape(self.dims)
+            dense.flags.writeable = False
+            self._dense = weakref.ref(dense)
+        return dense
+
+    def tobytes(self) -> bytes:
+        """The dense elements in the form of `raw_data`."""
+        return ir.Tensor(self.numpy(), self.dtype).tobytes()

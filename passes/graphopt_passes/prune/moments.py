@@ -16,6 +16,11 @@ _WIDE_COLUMNS = 256
 _WIDE_ROWS = 640
 
 
+def precision(columns: int) -> type[np.float32] | type[np.float64]:
+    """In which moments of so many columns are kept and solved: what is wide takes too much memory in double."""
+    return np.float32 if columns > _WIDE_ROWS else np.float64
+
+
 class Moments:
     """H = sum x x^T and G = sum x_dense x^T of each block of a layer, x with a 1 at its end for the bias."""
 
@@ -40,12 +45,13 @@ class Moments:
         x_dense, x = (inputs(a, self._window, positions) for a in (dense, pruned))
         size = x.shape[-1]
         if not self.moment.size:
-            self.moment = np.zeros((x.shape[0], size, size))
-            self.cross = np.zeros((x.shape[0], x_dense.shape[-1], size))
-        precision = np.float32 if size > _WIDE_COLUMNS else np.float64
-        x, x_dense = x.astype(precision), x_dense.astype(precision)
-        self.moment += x.transpose(0, 2, 1) @ x
-        self.cross += x_dense.transpose(0, 2, 1) @ x
+            self.moment = np.zeros((x.shape[0], size, size), precision(size))
+            self.cross = np.zeros((x.shape[0], x_dense.shape[-1], size), precision(size))
+        product = np.float32 if size > _WIDE_COLUMNS else np.float64
+        x, x_dense = x.astype(product), x_dense.astype(product)
+        for block in range(len(x)):
+            self.moment[block] += x[block].T @ x[block]  # two axes: half the work, by symmetry
+            self.cross[block] += x_dense[block].T @ x[block]
 
     def _positions(self, array: Array) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         total = math.prod(array.shape[:-1])

@@ -116,7 +116,7 @@ def _solved(
 
 def _store(done: Pruned) -> None:
     layer = done.layer
-    layer.weight.const_value = ir.Tensor(done.weight, layer.tensor.dtype, name=layer.name)
+    layer.weight.const_value = done.weight
     if done.bias is not None and layer.bias is not None:
         dtype = layer.bias.const_value.dtype if layer.bias.const_value else layer.tensor.dtype
         layer.bias.const_value = ir.Tensor(done.bias, dtype, name=layer.bias.name)

@@ -84,7 +84,14 @@ def dense_target(weight: Wide, moment: Wide, cross: Wide) -> Wide:
     """The weight that fits the outputs of the dense layer best, given the inputs of the pruned model."""
     damp = ridge(moment)
     right = weight @ cross + damp * weight
-    return np.asarray(np.linalg.solve(moment + damp * np.eye(len(moment)), right.T).T, np.float64)
+    return np.ascontiguousarray(np.linalg.solve(_damped(moment, damp), right.T).T)
+
+
+def _damped(moment: Wide, damp: float) -> Wide:
+    """The moment with a ridge."""
+    made = moment.copy()
+    made.reshape(-1)[:: len(made) + 1] += damp
+    return made
 
 
 def refit(mask: Mask, start: Wide, weight: Wide, moment: Wide, cross: Wide) -> Wide:
@@ -121,7 +128,8 @@ def refit(mask: Mask, start: Wide, weight: Wide, moment: Wide, cross: Wide) -> W
 def solve(
     weight: Wide, moment: Wide, cross: Wide, goal: Goal, method: Method, *, fit: bool
 ) -> tuple[Wide, Mask]:
-    """The pruned matrix and its mask."""
+    """The pruned matrix and its mask, computed in the precision of the moments."""
+    weight = weight.astype(moment.dtype)
     if not goal.removes:
         kept = np.ones(weight.shape, bool)
         return (dense_target(weight, moment, cross) if fit else weight), kept
@@ -158,7 +166,7 @@ def sparse_gpt(target: Wide, moment: Wide, goal: Goal) -> tuple[Wide, Mask]:
             zeros = round(goal.zeros * inside / free)
             part = Goal(zeros, goal.pattern)
             mask[:, begin : begin + inside] = part.mask(scores)
-        errors = np.zeros((target.shape[0], end - begin))
+        errors = np.zeros((target.shape[0], end - begin), target.dtype)
         for column in range(begin, end):
             kept = np.where(mask[:, column], work[:, column], 0.0)
             error = (work[:, column] - kept) / upper[column, column]
@@ -178,14 +186,13 @@ def _block_width(goal: Goal) -> int:
 def _inverse_root(moment: Wide) -> Wide:
     """The upper factor U of the inverse, U^T U = (H + damping)^-1, damped until it exists."""
     mean = float(np.mean(np.diag(moment))) or 1.0
-    eye = np.eye(len(moment))
     for damping in _DAMPINGS:
         try:
-            inverse = np.linalg.inv(moment + damping * mean * eye)
-            return np.asarray(np.linalg.cholesky((inverse + inverse.T) / 2).T, np.float64)
+            inverse = np.linalg.inv(_damped(moment, damping * mean))
+            return np.asarray(np.linalg.cholesky((inverse + inverse.T) / 2).T)
         except np.linalg.LinAlgError:
             continue
-    return np.asarray(eye / np.sqrt(mean), np.float64)
+    return np.asarray(np.eye(len(moment)) / np.sqrt(mean), moment.dtype)
 
 
 def admm(target: Wide, moment: Wide, goal: Goal) -> tuple[Wide, Mask]:
@@ -209,4 +216,4 @@ def admm(target: Wide, moment: Wide, goal: Goal) -> tuple[Wide, Mask]:
         mask = goal.share(ramp).mask(np.abs(dense + dual))
         sparse = np.where(mask, dense + dual, precision(0))
         dual += dense - sparse
-    return np.asarray(sparse / scale, np.float64), mask
+    return np.asarray(sparse / scale, target.dtype), mask

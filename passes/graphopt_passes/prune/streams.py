@@ -7,7 +7,7 @@ time in the square of its depth; here each node runs once a sample, and only val
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import onnx
 import onnx_ir as ir
@@ -102,7 +102,9 @@ class Streams:
         self.dense: list[Live] = [dict(feed) for feed in feeds]
         self.pruned: list[Live] = [dict(feed) for feed in feeds]
 
-    def run(self, piece: Piece, alive: frozenset[str], new: Mapping[str, Array]) -> None:
+    def run(
+        self, piece: Piece, alive: frozenset[str], new: Mapping[str, ir.TensorProtocol]
+    ) -> None:
         """Runs a piece over all samples and forgets what is not `alive` afterwards.
 
         Args:
@@ -111,7 +113,8 @@ class Streams:
             new: weights that differ from those in the model, by name.
         """
         if piece.nodes:
-            given = [name for name in new if name in _constants(piece)]
+            constants = _constants(piece)
+            given = {name: tensor.numpy() for name, tensor in new.items() if name in constants}
             altered = bool(given) or any(name in self._altered for name in piece.reads)
             session = self._session(piece, given)
             old = {name: self._stored(name, piece) for name in given}
@@ -119,9 +122,7 @@ class Streams:
                 made = _run(session, dense, piece, old)
                 dense.update(made)
                 # Until a weight changes, both models compute the same.
-                pruned.update(
-                    _run(session, pruned, piece, {n: new[n] for n in given}) if altered else made
-                )
+                pruned.update(_run(session, pruned, piece, given) if altered else made)
             if altered:
                 self._altered.update(piece.makes)
         for live in (*self.dense, *self.pruned):
@@ -159,7 +160,7 @@ class Streams:
         assert tensor is not None
         return tensor.numpy()
 
-    def _session(self, piece: Piece, given: Sequence[str]) -> Session:
+    def _session(self, piece: Piece, given: Iterable[str]) -> Session:
         known = self.dense[0] | {name: self._stored(name, piece) for name in given}
         data = piece_model(self._model, piece, known).SerializeToString()
         return Session(data, options=SessionOptions(threads=self._threads))

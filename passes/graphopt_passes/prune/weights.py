@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.ir.mapped import MappedTensor
+from graphopt.ir.sparse import MaskedTensor
 from graphopt_passes.prune.allocate import allocate, allocate_large
 from graphopt_passes.prune.layers import Array, Layer, Wide, Window
 from graphopt_passes.prune.moments import Moments
@@ -22,8 +24,12 @@ ADMM_FROM = 0.9
 LARGE = 16_000_000
 """Weights from which on scores are not held for all layers at once."""
 
-MIN_HELD_BYTES = 1 << 29
-"""Values of samples may take this much memory, or as much as the weights of the model."""
+MIN_HELD_BYTES = 1 << 27
+HELD_SHARE = 0.25
+"""Values of samples may take this much memory, or this share of what the weights of the model take."""
+
+MASKED_BYTES = 1 << 20
+"""A pruned weight of this size is kept as a mask and values until it is written, where that takes half the memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Pruned:
     """
 
     layer: Layer
-    weight: Array
+    weight: ir.TensorProtocol
     bias: Array | None
     zeros: float
 
@@ -120,24 +126,43 @@ def prune_fitted(
     pieces = cut(model.graph, stops)
     feeds = _that_fit(model, pieces, stops, feeds)
     streams = Streams(model, feeds)
-    new: dict[str, Array] = {}
+    new: dict[str, ir.TensorProtocol] = {}
     found: list[Pruned] = []
     for index, (piece, group) in enumerate(zip(pieces, groups, strict=True)):
         streams.run(piece, _alive(pieces, stops, index), new)
         for layers in _by_window(group):
-            moments = Moments(layers[0], len(feeds), seed)
-            pairs = list(streams.pairs(layers[0].source.name or ""))
-            for dense, pruned in pairs:
-                moments.add(dense, pruned)
+            moments, lost = _seen(layers[0], streams, len(feeds), seed)
             for layer in layers:
-                if not wanted[layer].removes and all(d is p for d, p in pairs):
-                    continue  # nothing was lost before it
+                if not wanted[layer].removes and not lost:
+                    continue
                 done = _fit(layer, wanted[layer], moments, method, fit=fit)
                 found.append(done)
                 new[layer.name] = done.weight
                 if done.bias is not None and layer.bias is not None:
-                    new[layer.bias.name or ""] = done.bias
+                    new[layer.bias.name or ""] = ir.Tensor(done.bias)
+        release(model)
     return found
+
+
+def _seen(layer: Layer, streams: Streams, batches: int, seed: int) -> tuple[Moments, bool]:
+    """The moments of what a layer reads, and whether anything was lost before it."""
+    moments, lost = Moments(layer, batches, seed), False
+    for dense, pruned in streams.pairs(layer.source.name or ""):
+        moments.add(dense, pruned)
+        lost = lost or dense is not pruned
+    return moments, lost
+
+
+def release(model: ir.Model) -> None:
+    """Lets go of the pages of mapped weights that were read; they are read again when they are needed."""
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    files = {
+        tensor.mapping[0]
+        for tensor in tensors
+        if isinstance(tensor, MappedTensor) and tensor.mapping
+    }
+    for file in files:
+        file.advise("MADV_DONTNEED")
 
 
 def _alive(pieces: Sequence[Piece], stops: Sequence[ir.Value], index: int) -> frozenset[str]:
@@ -156,7 +181,7 @@ def _that_fit(
         probe.run(piece, _alive(pieces, stops, index), {})
         most = max(most, probe.bytes_held)
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
-    return feeds[: max(max(MIN_HELD_BYTES, weights) // (2 * most), 1)]
+    return feeds[: max(int(max(MIN_HELD_BYTES, HELD_SHARE * weights)) // (2 * most), 1)]
 
 
 def _groups(model: ir.Model, wanted: dict[Layer, Goal]) -> list[list[Layer]]:
@@ -210,4 +235,14 @@ def _pruned(layer: Layer, matrix: Wide, bias: Wide | None) -> Pruned:
     if bias is not None and layer.bias is not None and layer.bias.const_value is not None:
         like = layer.bias.const_value
         stored = bias.reshape(like.shape.numpy()).astype(like.dtype.numpy())
-    return Pruned(layer, weight, stored, float(np.mean(weight == 0)))
+    return Pruned(layer, _held(weight, layer), stored, float(np.mean(weight == 0)))
+
+
+def _held(weight: Array, layer: Layer) -> ir.TensorProtocol:
+    """A weight as a tensor, the zeros of large ones not held."""
+    dtype = layer.tensor.dtype
+    if weight.nbytes >= MASKED_BYTES:
+        masked = MaskedTensor(weight, dtype, layer.name)
+        if 2 * masked.held_bytes <= weight.nbytes:
+            return masked
+    return ir.Tensor(weight, dtype, name=layer.name)
