@@ -58,12 +58,20 @@ def joined_elsewhere(p: Planter, at: ir.Node, x: ir.Value) -> ir.Value | None:
     return None if rank < 2 else p.op(at, "Concat", inputs, axis=(axis + 1) % rank)
 
 
-def baked(array: Array) -> Array | None:
+def baked(planter: Planter, node: ir.Node) -> bool:
     """A shape whose free dimension is the one that a single sample has."""
-    if array.ndim != 1 or not (array <= 0).any():
-        return None
-    array[np.argmax(array <= 0)] = 1
-    return array
+    made = node.outputs[0].shape
+
+    def one(array: Array) -> Array | None:
+        if array.ndim != 1 or not (array <= 0).any():
+            return None
+        axis = int(np.argmax(array <= 0))
+        if made is None or len(made) != array.size or isinstance(made[axis], int):
+            return None  # it is one in any case, or always another
+        array[axis] = 1
+        return array
+
+    return constant_input(1, one)(planter, node)
 
 
 def element(share: float) -> Callable[[Array], Array | None]:
@@ -291,7 +299,7 @@ KINDS = (
     Kind("average-counts-padding", ("AveragePool",), attribute("count_include_pad", other_count)),
     Kind("split-outputs-swapped", ("Split",), tap_outputs_swapped),
     Kind("resize-mode", ("Resize",), resized_otherwise),
-    Kind("reshape-batch-baked", ("Reshape",), constant_input(1, baked)),
+    Kind("reshape-batch-baked", ("Reshape",), baked),
     Kind("where-swapped", ("Where",), swapped(1, 2)),
     Kind("cast-dropped", ("Cast",), dropped),
     Kind("cast-pair-dropped", ("Cast",), cast_pair_dropped),

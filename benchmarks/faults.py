@@ -3,9 +3,9 @@
     python -m benchmarks.faults [--mode final|each] [--only NAME] [--clean] [MODEL.onnx …]
 
 Each kind of fault is a user pass that claims to reorder arithmetic and changes one node for the worse. A fault counts
-as caught when the run leaves it out, names its pass and rule, and ends verified. One that makes a model that cannot
-even be run, or that onnx.checker refuses, says nothing about inputs and comparison: another model is struck instead,
-and a kind that strikes nothing else counts as refused. `--clean` plants nothing: whatever is left out then is a false
+as caught when the run leaves it out, names its pass and rule, and ends verified. One that onnx.checker or the runtime
+refuse before they see any input says nothing about inputs and comparison: another model is struck instead, and a kind
+that strikes nothing else counts as refused. `--clean` plants nothing: whatever is left out then is a false
 alarm. Without MODEL the golden cases and the zoo (where there is one) are used.
 """
 
@@ -71,8 +71,8 @@ def plant(kind: Kind, path: Path, mode: str) -> tuple[str, str]:
         reason = report.rolled_back[0].reason
         if others or report.verification.passed is False:
             return "misnamed", f"{blamed}: {reason}"
-        unusable = "onnx.checker refuses" in reason or "the candidate cannot be run" in reason
-        return "refused" if unusable else "caught", reason
+        never_runs = "the candidate cannot be run" in reason and "on feed" not in reason
+        return "refused" if never_runs or "onnx.checker refuses" in reason else "caught", reason
     if any(each.pass_name == "planted" for each in report.rewrites):
         return "missed", f"{report.verification.feeds} feeds, {report.verification.reason}"
     return ("misnamed", str(blamed)) if blamed else ("absent", "")

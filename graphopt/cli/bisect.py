@@ -54,6 +54,7 @@ def command(
     ] = None,
     inputs: options.Inputs = None,
     seed: options.Seed = 0,
+    no_cache: options.NoCache = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> int:
@@ -74,6 +75,7 @@ def command(
             disable=tuple(disable or ()),
             inputs=inputs,
             seed=seed,
+            cache=not no_cache,
             repro=folder,
             progress=say,
         ).report

@@ -24,6 +24,13 @@ Inputs: TypeAlias = Annotated[
 Seed: TypeAlias = Annotated[
     int, typer.Option("--seed", metavar="N", help="Seed of everything random.")
 ]
+NoCache: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--no-cache",
+        help="Compute what the original gives anew, and do not keep it (~/.cache/graphopt/reference, at most 1 GiB).",
+    ),
+]
 Json: TypeAlias = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")
 ]

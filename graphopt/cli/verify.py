@@ -64,6 +64,7 @@ def command(
     candidate: Candidate,
     inputs: options.Inputs = None,
     seed: options.Seed = 0,
+    no_cache: options.NoCache = False,
     dims: options.Dims = None,
     profile: Profile = "reordered",
     tolerance: Tolerance = None,
@@ -83,6 +84,7 @@ def command(
     from graphopt.cli.inspect import parse_dims
     from graphopt.numerics import Numerics
     from graphopt.report.plain import graphopt_version, plain
+    from graphopt.verify.kept import user_folder
     from graphopt.verify.verifier import ReferenceRun
 
     gate = verify_options(profile, tolerance, sqnr, cosine, deployed=deployed)
@@ -94,7 +96,12 @@ def command(
         feeds = None if inputs is None else given_feeds(inputs, reference)
         say("running the reference", None)
         run = ReferenceRun(
-            first, feeds, seed=seed, dims=sizes, thorough=gate.numerics is not Numerics.LOSSY
+            first,
+            feeds,
+            seed=seed,
+            dims=sizes,
+            thorough=gate.numerics is not Numerics.LOSSY,
+            kept=None if no_cache else user_folder(),
         )
         say("running the candidate", None)
         found = run.verify(second, gate)

@@ -32,6 +32,7 @@ from graphopt.runtime.autotune import KEPT
 from graphopt.specialize import Specialization
 from graphopt.targets import Precision, Target
 from graphopt.verify.criteria import Criteria, Metric, load_metric, parse_gates
+from graphopt.verify.kept import user_folder
 
 
 def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
@@ -61,6 +62,7 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
     stages: bool = False,
     strict: bool = False,
     repro: str | os.PathLike[str] | None = None,
+    cache: bool | str | os.PathLike[str] = True,
     profiles: Mapping[str, tuple[int, int, int]] | None = None,
     extras: Sequence[str] = (),
     specialize: Specialization | None = None,
@@ -95,6 +97,8 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
         remarks: search for near misses and report them.
         stages: count bytes and arithmetic after each pass, and the layers of the result, for a report.
         strict: raise where a pass or a rewrite fails, instead of leaving it out.
+        cache: keep what the original computes for the next run on it, where its weights take more than 8 MB: in the
+            user's cache (at most 1 GiB), in the folder given, or with False not at all.
         profiles: of a bundle: least, usual and largest size of dynamic dimensions, by name or `INPUT:AXIS`.
         extras: of a bundle: triton (a model repository), ort (the .ort format).
         specialize: what to make of the model first: sizes, bound inputs, chosen outputs, names, types, layouts.
@@ -143,6 +147,7 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
         criteria=_criteria(gates, metric),
         external=parse_external(external),
         repro=None if repro is None else Path(repro),
+        kept=_cached(cache),
         profiles={name: Range(*sizes) for name, sizes in (profiles or {}).items()},
         extras=tuple(parse_extra(each, output) for each in extras),
         sparse=parse_sparse(sparse),
@@ -163,6 +168,13 @@ def _kept(autotune: bool | str | os.PathLike[str]) -> Path | None:
     if isinstance(autotune, bool):
         return Path.home() / KEPT if autotune else None
     return Path(autotune)
+
+
+def _cached(cache: bool | str | os.PathLike[str]) -> Path | None:
+    """The folder for the original's values; None where they shall not be kept."""
+    if isinstance(cache, bool):
+        return user_folder() if cache else None
+    return Path(cache)
 
 
 def _calibration(given: Calibration | str | os.PathLike[str] | Feeds | None) -> Calibration | None:

@@ -101,7 +101,7 @@ class Judge:
             return None
         profile = self.reference.profile(VerifyOptions(numerics))
         if self._truth is None:
-            self._truth = Truth(self._reference_file)
+            self._truth = Truth(self._reference_file, self._request.kept)
         return first_divergence(self._truth, file, feed, profile, became)
 
     def agrees_at(self, found: Divergence, made: Attempt) -> bool:
@@ -171,10 +171,11 @@ class Judge:
             seed = self._request.options.seed
             # What changes precision is judged on what it was made for.
             whole = self._request.precision is Precision.FP32 and not self._request.options.sparsity
-            run = ReferenceRun(file, feeds, seed=seed, thorough=whole)
+            kept = self._request.kept
+            run = ReferenceRun(file, feeds, seed=seed, thorough=whole, kept=kept)
             self._reference_file = file
             if run.unverifiable and (clamped := self._clamped(file)) is not None:
-                again = ReferenceRun(clamped, feeds, seed=seed, thorough=whole)
+                again = ReferenceRun(clamped, feeds, seed=seed, thorough=whole, kept=kept)
                 run = self._better(run, again)
                 self._reference_file = file if run.unverifiable else clamped
             self._reference = half.usual(run, self._request)

@@ -65,6 +65,7 @@ class Request:
         extras: what a bundle shall hold besides: `EXTRAS`.
         sparse: the form of weights that are mostly zero; None for what the target reads.
         specialization: what to make of the model before anything else.
+        kept: folder for the original's values, for later runs; None keeps none.
         cache: shared by all replays of the run; see `Context.cache`.
         progress: called by passes that take long.
     """
@@ -88,6 +89,7 @@ class Request:
     extras: tuple[str, ...] = ()
     sparse: SparseStyle | None = None
     specialization: Specialization = dataclasses.field(default_factory=Specialization)
+    kept: Path | None = None
     cache: dict[str, Any] = dataclasses.field(default_factory=dict)
     progress: Progress = lambda _stage, _part: None
 

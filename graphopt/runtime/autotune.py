@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import platform
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from graphopt.ir.model_file import model_to_bytes
 from graphopt.rewrite import Context
 from graphopt.rewrite.engine import ENOUGH
 from graphopt.runtime import onnxruntime_api
+from graphopt.runtime.machine import processor
 from graphopt.runtime.measure import measure
 from graphopt.runtime.session import OptimizationLevel, Session
 
@@ -163,7 +163,7 @@ class Autotuner:
         return feeds
 
     def _key(self, before: Iterable[ir.Node], after: Iterable[ir.Node]) -> str:
-        lines = [onnxruntime_api.runtime().__version__, _processor()]
+        lines = [onnxruntime_api.runtime().__version__, processor()]
         for nodes in (before, after):
             numbers: dict[ir.Value | None, int] = {None: 0}
             for node in nodes:
@@ -204,16 +204,6 @@ def _cloned(node: ir.Node, made: MutableMapping[ir.Value, ir.Value], number: int
         new.name = f"n{number}_{index}"
         made[old] = new
     return clone
-
-
-def _processor() -> str:
-    """The name of the processor, as the system has it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor())
 
 
 def _read(file: Path) -> dict[str, float | None]:

@@ -19,6 +19,7 @@ from graphopt.ir import scopes
 from graphopt.ir.model_file import load_model
 from graphopt.runtime.in_memory import model_session
 from graphopt.verify.compare import OutputReport, compare
+from graphopt.verify.kept import kept_values
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -61,10 +62,12 @@ class Truth:
 
     Attributes:
         file: the reference.
+        kept: folder of values that earlier runs gave; None to keep none.
         held: its values by feed.
     """
 
     file: Path
+    kept: Path | None = None
     held: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     def on(self, feed: Feed, graph: ir.Model) -> dict[str, Any]:
@@ -74,7 +77,14 @@ class Truth:
             GraphoptError: the reference cannot be run with its values shown.
         """
         if feed.name not in self.held:
-            self.held[feed.name] = _tap(graph, feed, list(_values(graph.graph)))
+            names = list(_values(graph.graph))
+            kept = kept_values(self.kept, graph, names)
+            found = None if kept is None else kept.find(feed.values)
+            if found is None:
+                found = _tap(graph, feed, names)
+                if kept is not None:
+                    kept.keep(feed.values, found)
+            self.held[feed.name] = found
         return self.held[feed.name]
 
 

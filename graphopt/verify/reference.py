@@ -10,10 +10,12 @@ from graphopt.errors import GraphoptError
 from graphopt.ir.hazards import holds_endless
 from graphopt.runtime.in_memory import model_session
 from graphopt.runtime.session import EndlessError, Session, SessionOptions
+from graphopt.verify.kept import kept_values
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from graphopt.runtime.specs import TensorSpec
     from graphopt.verify.branches import Conditions
     from graphopt.verify.feeds import Feed
 
@@ -36,6 +38,7 @@ class ReferenceSession:
         found: what decides which way it goes, to be shown with the outputs.
         taps: further values to show.
         limited: whether a run may be stopped: on inputs that nobody gave.
+        kept: folder of values that earlier runs gave; None to keep none.
 
     Raises:
         ModelError: the runtime refuses the model.
@@ -49,22 +52,41 @@ class ReferenceSession:
         taps: tuple[str, ...],
         *,
         limited: bool,
+        kept: Path | None = None,
     ) -> None:
         self._seconds = LOOP_SECONDS if limited and holds_endless(graph) else None
         self._stopped = 0
         self._slowest = 0.0
-        shown = tuple(dict.fromkeys((*taps, *found.outer)))
-        watched = self._watched(found, shown)
-        self.conditions = found.without_inner() if watched is None else found
-        self._session = watched or open_session(model, shown, self._seconds)
-        self.inputs = self._session.inputs
+        self._model = model
+        self._shown = tuple(dict.fromkeys((*taps, *found.outer)))
+        self.conditions = found
+        self._session: Session | None = None
+        names = (*self._shown, found.ways)
+        self._kept = kept_values(kept, found.model or graph, names)
+        # What graphs within nodes decide can only be told where the runtime takes the model that says it.
+        if self._kept is None or not self._kept.is_known or found.inner:
+            self._open()
 
-    def _watched(self, found: Conditions, shown: tuple[str, ...]) -> Session | None:
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What the runtime takes."""
+        return self._open().inputs
+
+    def _open(self) -> Session:
+        """The session, made when something has to be run."""
+        if self._session is None:
+            self._session = self._watched()
+            if self._session is None:
+                self.conditions = self.conditions.without_inner()
+                self._session = open_session(self._model, self._shown, self._seconds)
+        return self._session
+
+    def _watched(self) -> Session | None:
         """The model that says what graphs within nodes decide; None where there is none, or it cannot be run."""
-        if found.model is None:
+        if self.conditions.model is None:
             return None
         try:
-            return model_session(found.model, shown, self._seconds)
+            return model_session(self.conditions.model, self._shown, self._seconds)
         except GraphoptError:
             return None
 
@@ -76,9 +98,23 @@ class ReferenceSession:
         """
         if self._stopped >= MAX_STOPPED:
             raise EndlessError("not tried: a loop did not end on the inputs before")
+        held = None if self._kept is None else self._kept.find(feed.values)
+        if held is not None:
+            return held
+        outputs = self.again(feed)
+        if self._kept is not None:
+            self._kept.keep(feed.values, outputs)
+        return outputs
+
+    def again(self, feed: Feed) -> dict[str, Any]:
+        """The outputs of a run of its own, whatever is kept.
+
+        Raises:
+            GraphoptError: the reference refuses the inputs, or was stopped.
+        """
         started = time.monotonic()
         try:
-            return self._session.run(feed.values)
+            return self._open().run(feed.values)
         except EndlessError:
             self._stopped += 1
             raise

@@ -21,7 +21,7 @@ from graphopt.ir.model_file import load_model
 from graphopt.numerics import Numerics
 from graphopt.runtime.in_memory import model_session
 from graphopt.runtime.session import OptimizationLevel, Session
-from graphopt.runtime.specs import input_specs, output_specs
+from graphopt.runtime.specs import Kind, input_specs, output_specs
 from graphopt.verify import contract, metrics, noise, origins
 from graphopt.verify.branches import Conditions, Seen, conditions
 from graphopt.verify.compare import Hint, Origin, OutputReport, compare, merge, profile_for
@@ -131,6 +131,7 @@ class ReferenceRun:
         seed: int = 0,
         dims: Mapping[str, int] | None = None,
         thorough: bool = False,
+        kept: Path | None = None,
     ) -> None:
         graph = load_model(model)
         self.inputs = input_specs(graph)
@@ -160,7 +161,10 @@ class ReferenceRun:
         hidden = (name for names in self.hidden.values() for name in names)
         taps = (*ranked, *hidden)
         try:
-            self._session = ReferenceSession(model, graph, found, taps, limited=feeds is None)
+            keep = None if self.excluded else kept  # what is random is not the same twice
+            self._session = ReferenceSession(
+                model, graph, found, taps, limited=feeds is None, kept=keep
+            )
         except ModelError as error:
             self.unverifiable = f"the reference cannot be run: {error}"
             return
@@ -181,7 +185,8 @@ class ReferenceRun:
             self._refuses,
             seed=seed,
             dims=dims,
-            specs=self._session.inputs,
+            # Only the runtime knows the keys of maps.
+            specs=self._session.inputs if any(s.kind is Kind.OPAQUE for s in self.inputs) else None,
             thorough=thorough,
             branches=self._seen if thorough else None,
         )
@@ -307,7 +312,7 @@ class ReferenceRun:
         if index in self._repeated:
             return
         self._repeated.add(index)
-        again = self._session.run(self.feeds[index])
+        again = self._session.again(self.feeds[index])
         exact = profile_for(Numerics.EXACT)
         for spec in self.output_specs:
             name = spec.name
