@@ -282,12 +282,7 @@ _PLAIN: Mapping[tuple[str, str], tuple[Step, ...]] = {
     **{(target, "fp16"): _half("fp16") for target in ("cpu", "cuda", "tensorrt", "portable")},
     **{(target, "bf16"): _half("bf16") for target in ("cpu", "cuda", "tensorrt", "portable")},
     **{
-        (target, "fp16-weights"): (
-            *_FP32,
-            FUSE_RESIDUALS,
-            EVADE,
-            StoreHalf(),
-        )  # last: casts of constants would fold
+        (target, "fp16-weights"): (*_FP32, FUSE_RESIDUALS, EVADE)
         for target in ("cpu", "cuda", "tensorrt", "portable")
     },
     ("tensorrt", "fp8"): (*_FP32, LIFT_FOR_FP8, QuantizeFp8(), RemoveDeadCode()),
@@ -311,6 +306,7 @@ PIPELINES: Mapping[tuple[str, str], tuple[Step, ...]] = {
     (target, precision): (
         *steps,
         *(_WRITTEN_OUT if target in ("tensorrt", "portable") else ()),
+        *((StoreHalf(),) if precision == "fp16-weights" else ()),  # after folding: it would fold the casts
         *(_SPELLED if target == "tensorrt" else ()),
         NameNodes(),
     )
