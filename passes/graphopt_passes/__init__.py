@@ -306,7 +306,9 @@ PIPELINES: Mapping[tuple[str, str], tuple[Step, ...]] = {
     (target, precision): (
         *steps,
         *(_WRITTEN_OUT if target in ("tensorrt", "portable") else ()),
-        *((StoreHalf(),) if precision == "fp16-weights" else ()),  # after folding: it would fold the casts
+        *(
+            (StoreHalf(),) if precision == "fp16-weights" else ()
+        ),  # after folding: it would fold the casts
         *(_SPELLED if target == "tensorrt" else ()),
         NameNodes(),
     )
