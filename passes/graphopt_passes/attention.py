@@ -20,7 +20,7 @@ from graphopt.ir import values
 from graphopt.ir.build import Builder
 from graphopt.ir.shapes import Dim
 from graphopt.rewrite import Either, Lit, Match, Op, Rule, Skip, Var, rule
-from graphopt_passes.constants import no_operator
+from graphopt_passes.constants import live_uses, no_operator
 from graphopt_passes.masks import HARMLESS, Reach, lowest, reach_of
 
 OPSETS = (7, 10_000)
@@ -156,25 +156,29 @@ def _mask(m: Match, g: Builder) -> ir.Value | None:
     which = m[keep] if m.has(kept) else m[drop]
     _refuse_shape(m, which)
     reach = _reach_of_choice(m, which)
-    if reach is not None and _may_be_even(m, reach):
-        number, zero = (g.const(np.asarray(n, np.float32)) for n in (ABSORBING, 0.0))
-        return g.op("Where", which, *((zero, number) if m.has(kept) else (number, zero)))
-    _refuse_masked_rows(m, which, reach)
-    return which if m.has(kept) else g.op("Not", which)
+    if reach is None or _is_kept(m, reach):
+        _refuse_masked_rows(m, which, reach)
+        return which if m.has(kept) else g.op("Not", which)
+    low = ABSORBING if _may_be_even(m, reach) else -math.inf
+    number, zero = (g.const(np.asarray(n, np.float32)) for n in (low, 0.0))
+    added = g.op("Where", which, *((zero, number) if m.has(kept) else (number, zero)))
+    return added if low == ABSORBING else _steady(m, g, which, added)
 
 
 def _added_mask(m: Match, g: Builder, value: ir.Value) -> ir.Value:
     """A mask that is added to the scores, as the operator takes it: [S, L] at its end, in the type of the queries."""
     reach = reach_of(value)
     even = reach is not None and _may_be_even(m, reach)
-    if not even:
-        _refuse_masked_rows(m, value, reach)
     dims, whole = m.known_dims(value), (*m.known_dims(q)[:-1], m.known_dims(k_t)[-1])
     _refuse_shape(m, value, over_queries=True)
     if value.dtype != m.dtype(q):
         value = _cast_mask(m, g, value)
     if even:  # beside such a number every score vanishes, as beside the lowest, and a row of it is spread evenly
         value = g.op("Max", value, g.const(np.asarray(ABSORBING, np.float32)))
+    elif reach is None or not _is_kept(m, reach):
+        value = _steady(m, g, m[mask], value)
+    else:
+        _refuse_masked_rows(m, value, reach)
     return value if dims[-2] == whole[-2] else _over_queries(m, g, value, whole[-2])
 
 
@@ -182,6 +186,35 @@ def _may_be_even(m: Match, reach: Reach) -> bool:
     """Whether rows may hold one low number throughout, which Softmax spreads evenly: in float32, that can be kept."""
     single = m.dtype(q) == ir.DataType.FLOAT
     return single and not reach.masked and reach.floor <= lowest(m.dtype(q))
+
+
+def _is_kept(m: Match, reach: Reach) -> bool:
+    """Whether rows that are masked throughout are none, or come out of Attention as they did of the parts."""
+    return reach.floor > lowest(m.dtype(q)) and (not reach.masked or m.has(guard))
+
+
+def _steady(m: Match, g: Builder, given: ir.Value, added: ir.Value) -> ir.Value:
+    """A mask of which nothing is known, z, as `(z - r) + max(r, -1e30)`, r the largest number of each row.
+
+    A row of -infinity becomes NaN, which is what Softmax made of it (-infinity again where the guard would say 0), and
+    a row of the lowest number is spread evenly; other rows are as they were.  Once for all layers that share the mask.
+
+    Raises:
+        Skip: in half precision, or the mask is of every head: more work than it saves.
+    """
+    dims = m.known_dims(given)
+    if m.dtype(q) != ir.DataType.FLOAT or added.dtype not in (None, ir.DataType.FLOAT):
+        raise Skip("a row may be masked throughout", given)
+    if len(dims) > 2 and len(m.known_dims(q)) == 4 and dims[-3] != 1:
+        raise Skip("a row of a mask for every head may be masked throughout", given)
+    if m.has(guard) and not m.emits("Attention", dtype=m.dtype(q), form="masked-rows"):
+        raise Skip("what the target's Attention makes of a fully masked row is not known", given)
+    best = g.op("ReduceMax", added, g.ints([-1]))
+    floor = g.op("Max", best, g.const(np.asarray(ABSORBING, np.float32)))
+    steady = g.op("Add", g.op("Sub", added, best), floor)
+    if not m.has(guard):
+        return steady
+    return g.op("Where", g.op("IsNaN", steady), g.const(np.asarray(-math.inf, np.float32)), steady)
 
 
 def _cast_mask(m: Match, g: Builder, value: ir.Value) -> ir.Value:
@@ -217,6 +250,35 @@ def _reach_of_choice(m: Match, which: ir.Value) -> Reach | None:
             return HARMLESS
     # A row of one finite number is spread evenly, whatever the number.
     return Reach(0.0, masked=True) if number == -math.inf else Reach(-math.inf, masked=False)
+
+
+second = Var()
+biased_twice = Op("Add", biased, second)
+
+
+@rule(biased_twice, opset=OPSETS)
+def join_masks(m: Match, g: Builder) -> ir.Value | None:
+    """`q kT + a + b` -> `q kT + (a + b)`, before a Softmax: one mask, which all layers may share.
+
+    As T5 adds the bias of relative positions and a mask.  Source: Add-7, Softmax-13.
+    """
+    users = live_uses(m.out(biased_twice))
+    if not m.emits("Attention", dtype=m.dtype(q)) or len(m.dims(biased_twice) or ()) != 4:
+        return None
+    if not users or any(user.op_type not in ("Softmax", "Cast") for user in users):
+        return None
+    if _is_product(m[mask]) or _is_product(m[second]):
+        return None
+    return g.op("Add", m[score], g.op("Add", m[mask], m[second]))
+
+
+def _is_product(value: ir.Value, depth: int = 4) -> bool:
+    """Whether a value is scores itself, as those of relative positions are."""
+    node = value.producer()
+    if node is None or depth == 0 or node.op_type == "MatMul":
+        return node is not None and node.op_type == "MatMul"
+    arithmetic = node.op_type in ("Add", "Mul", "Div", "Cast", "Reshape", "Slice")
+    return arithmetic and any(_is_product(v, depth - 1) for v in node.inputs if v is not None)
 
 
 all_keys, all_values = Var(), Var()
@@ -418,4 +480,9 @@ def _of_folded_heads(m: Match, maker: ir.Node) -> ir.Value | None:
     return source if grouped and (dims[0], dims[1] * dims[2]) == wanted[:2] else None
 
 
-RULES: tuple[Rule, ...] = (fuse_attention, share_repeated_heads, drop_guard_of_unmasked_rows)
+RULES: tuple[Rule, ...] = (
+    fuse_attention,
+    join_masks,
+    share_repeated_heads,
+    drop_guard_of_unmasked_rows,
+)

@@ -14,6 +14,7 @@ FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataTyp
 
 VIEWS = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Slice", "Identity"})
 MAX_DEPTH = 8
+MAX_TABLE = 1 << 20
 SAFE = 1e30
 """Of a mask in float32: what is beyond may overflow where it is added to something."""
 
@@ -63,6 +64,8 @@ def reach_of(value: ir.Value | None, depth: int = MAX_DEPTH) -> Reach | None:
         return None if inner is None else dataclasses.replace(inner, best=-math.inf)
     if node.op_type == "Where":
         return _reach_of_where(node, depth - 1)
+    if node.op_type == "Gather":
+        return _reach_of_rows(values.constant(node.inputs[0]))
     if node.op_type == "Add":
         return _sum(*(reach_of(v, depth - 1) for v in node.inputs))
     if node.op_type == "Cast" and node.outputs[0].dtype in FLOATS:
@@ -104,6 +107,16 @@ def _largest(value: ir.Value | None, depth: int = MAX_DEPTH) -> float | None:
         held = _largest(source, depth - 1)
         return None if held is None else held if held <= 1 else held + 1
     return _largest(node.inputs[0], depth - 1) if node.op_type in VIEWS else None
+
+
+def _reach_of_rows(table: ir.TensorProtocol | None) -> Reach | None:
+    """What a value can be whose elements are any of a small constant's, as biases of relative positions are."""
+    if table is None or table.size > MAX_TABLE or table.dtype not in FLOATS:
+        return None
+    data = table.numpy().astype(np.float64)
+    return (
+        Reach(float(np.min(data, initial=0.0)), masked=False) if np.isfinite(data).all() else None
+    )
 
 
 def _reach_of_constant(value: ir.Value) -> Reach | None:

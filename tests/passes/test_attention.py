@@ -75,7 +75,7 @@ def test_mask_that_spares_every_row() -> None:
 @pytest.mark.parametrize("number", [-np.inf, np.finfo(np.float32).min])
 @pytest.mark.parametrize("tail", ["y = MatMul(p, v)", GUARD])
 def test_fully_masked_rows(number: float, tail: str) -> None:
-    """Attention answers 0 where the guard does, never NaN; an even spread where the number is not the lowest."""
+    """Zero where the guard says so, NaN without it, an even spread where the number is finite."""
     proto = parse(
         f"{MASKED}> {{ m = Where(c, zero, no) {KT} a = MatMul(q, t) z = Add(a, m) p = Softmax(z) {tail} }}",
         opset=23,
@@ -83,23 +83,129 @@ def test_fully_masked_rows(number: float, tail: str) -> None:
     held = next(t for t in proto.graph.initializer if t.name == "no")
     held.CopyFrom(onnx.numpy_helper.from_array(np.asarray(number, np.float32), "no"))
     model = ir.from_proto(proto)
-    ctx = apply(attention.RULES, model)
-    fused = any(node.op_type == "Attention" for node in model.graph)
-    assert fused == (tail == GUARD or np.isfinite(number))
-    assert fused or any("throughout" in remark.reason for remark in ctx.remarks)
+    apply(attention.RULES, model)
+    assert any(node.op_type == "Attention" for node in model.graph)
     feeds = make_feeds(proto, 0)
     feeds["c"][:, :, 0] = False
     got, expected = run(ir.to_proto(model), feeds)[0], run(proto, feeds)[0]
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_mask_from_outside_stays() -> None:
-    _check(
-        f"g ({QKV}, float[S,L] m) => (float[B,2,S,4] y)"
-        f"{{ {KT} a = MatMul(q, t) z = Add(a, m) p = Softmax(z) y = MatMul(p, v) }}",
+INF, LOW = np.inf, np.finfo(np.float32).min
+ROWS = [
+    [0, 0, 0, 0],
+    [0, -INF, -1e4, LOW],
+    [-INF, -INF, -INF, -INF],
+    [LOW, LOW, LOW, LOW],
+    [LOW, -INF, LOW, LOW],
+    [-1e4, -1e4, -1e4, -1e4],
+    [0.5, -2.0, 3.0, 1.0],
+    [INF, 0, 0, 0],
+    [np.nan, 0, 0, 0],
+    [-2e38, LOW, -2e38, LOW],
+]
+
+
+@pytest.mark.parametrize("tail", ["y = MatMul(p, v)", GUARD])
+@pytest.mark.parametrize("shape", ["S,L", "B,1,S,L"])
+def test_mask_from_outside(tail: str, shape: str) -> None:
+    """Rows of anything are what they were of the parts: even, zero, NaN."""
+    proto = parse(
+        f"g ({QKV}, float[{shape}] m) => (float[B,2,S,4] y) <float zero = {{0.0}}>"
+        f"{{ {KT} a = MatMul(q, t) z = Add(a, m) p = Softmax(z) {tail} }}",
         opset=23,
-        missed="masked throughout",
     )
+    model = ir.from_proto(proto)
+    apply(attention.RULES, model)
+    kinds = [node.op_type for node in model.graph]
+    assert "Attention" in kinds
+    assert "Softmax" not in kinds
+    rng = np.random.default_rng(0)
+    feeds = {
+        name: rng.standard_normal((2, 2, size, 4)).astype(np.float32)
+        for name, size in (("q", len(ROWS)), ("k", 4), ("v", 4))
+    }
+    rows = np.asarray(ROWS, np.float32)
+    feeds["m"] = rows if shape == "S,L" else np.stack([rows, rows[::-1]])[:, None]
+    got, expected = run(ir.to_proto(model), feeds)[0], run(proto, feeds)[0]
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "target", "tail", "missed"),
+    [
+        ("float", "B,2,S,L", "cpu", "y = MatMul(p, v)", "for every head"),
+        ("float16", "S,L", "cpu", "y = MatMul(p, v)", "masked throughout"),
+        ("float", "S,L", "cuda", GUARD, "not known"),
+    ],
+)
+def test_mask_from_outside_stays(
+    dtype: str, shape: str, target: str, tail: str, missed: str
+) -> None:
+    qkv = QKV.replace("float", dtype)
+    _check(
+        f"g ({qkv}, {dtype}[{shape}] m) => ({dtype}[B,2,S,4] y) <float zero = {{0.0}}>"
+        f"{{ {KT} a = MatMul(q, t) z = Add(a, m) p = Softmax(z) {tail} }}",
+        opset=23,
+        missed=missed,
+        target=target,
+        tolerance=1e-2 if dtype == "float16" else 1e-5,
+    )
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_bias_of_relative_positions(known: bool) -> None:
+    """A bias out of a table of finite numbers masks nothing, whatever the places; out of another, it may."""
+    given, held = (
+        ("", "float[3] table = {0.5, -0.25, 1.0}, ") if known else (", float[3] table", "")
+    )
+    before = (
+        f"g ({QKV}, int64[S,L] i{given}) => (float[B,2,S,4] y) <{held}int64[2] e = {{0, 1}}>"
+        f"{{ b = Gather(table, i) u = Unsqueeze(b, e) {KT} a = MatMul(q, t) z = Add(a, u) p = Softmax(z)"
+        " y = MatMul(p, v) }"
+    )
+    kinds = {node.op_type for node in _rewritten(before)}
+    assert "Attention" in kinds
+    assert ("ReduceMax" in kinds) is not known
+
+
+TWICE = f"{KT} a = MatMul(q, t) z = Add(a, m) x = Add(z, n) p = Softmax(x) y = MatMul(p, v)"
+
+
+def test_two_masks_become_one() -> None:
+    """The bias of relative positions and a mask, as torch.export writes T5."""
+    io = f"({QKV}, int64[S,L] i, bool[B,1,S,L] c) => (float[B,2,S,4] y)"
+    held = "<float[3] table = {0.5, -0.25, 1.0}, float zero = {0.0}, float no = {-1e9}, int64[2] e = {0,1}>"
+    masks = "b = Gather(table, i) m = Unsqueeze(b, e) n = Where(c, zero, no)"
+    _check(
+        f"g {io} {held} {{ {masks} {TWICE} }}",
+        f"g {io} {held} {{ {masks} w = Add(m, n) y = Attention<scale=1.0>(q, k, v, w) }}",
+        opset=23,
+    )
+
+
+@pytest.mark.parametrize(
+    ("inputs", "body", "opset"),
+    [
+        # scores of relative positions, which are computed of the queries
+        (", float[B,2,4,L] r, float[S,L] n", TWICE, 23),
+        (", float[S,L] m, float[S,L] n", TWICE, 22),
+        (", float[S,L] m, float[S,L] n", TWICE.replace("Softmax", "LogSoftmax"), 23),
+    ],
+)
+def test_two_masks_stay(inputs: str, body: str, opset: int) -> None:
+    body = body if " m," in inputs else f"m = MatMul(q, r) {body}"
+    model = ir.from_proto(
+        parse(f"g ({QKV}{inputs}) => (float[B,2,S,4] y) {{ {body} }}", opset=opset)
+    )
+    ctx = apply(attention.RULES, model)
+    assert "join-masks" not in [each.rule for each in ctx.rewrites]
+
+
+def _rewritten(before: str) -> list[ir.Node]:
+    model = ir.from_proto(parse(before, opset=23))
+    apply(attention.RULES, model)
+    return list(model.graph)
 
 
 def test_mask_that_broadens_stays() -> None:
@@ -394,8 +500,8 @@ LOWEST = float(np.finfo(np.float32).min)
         (-1e9, LOWER, GUARD, True),
         (-np.inf, None, GUARD, True),
         (-np.inf, FULL, GUARD, True),
-        (-np.inf, None, "y = MatMul(p, v)", False),
-        (-np.inf, FULL, "y = MatMul(p, v)", False),
+        (-np.inf, None, "y = MatMul(p, v)", True),
+        (-np.inf, FULL, "y = MatMul(p, v)", True),
         (LOWEST, None, GUARD, True),
         (-1e9, FULL, GUARD, True),
         (-1e9, None, "y = MatMul(p, v)", True),
@@ -461,13 +567,18 @@ def test_mask_of_all_queries_alike_is_expanded() -> None:
         "f = Cast<to=1>(c) b = Cast<to=9>(c) m = Where(b, low, f)",
     ],
 )
-def test_mask_of_numbers_from_outside_stays(mask: str) -> None:
-    _check(
+def test_mask_of_numbers_from_outside(mask: str) -> None:
+    before = (
         f"g ({QKV}, int64[B,1,S,L] c) => (float[B,2,S,4] y) <float low = {{-3e38}}, float one = {{1.0}}> {{ {mask}"
-        f" {KT} a = MatMul(q, t) z = Add(a, m) p = Softmax(z) y = MatMul(p, v) }}",
-        opset=23,
-        missed="masked throughout",
+        f" {KT} a = MatMul(q, t) z = Add(a, m) p = Softmax(z) y = MatMul(p, v) }}"
     )
+    proto = parse(before, opset=23)
+    nodes = _rewritten(before)
+    assert {"Attention", "ReduceMax"} <= {node.op_type for node in nodes}
+    feeds = make_feeds(proto, 1)
+    feeds["c"] = np.random.default_rng(2).integers(-2, 4, feeds["c"].shape)
+    got = run(ir.to_proto(ir.Model(nodes[0].graph, ir_version=10)), feeds)[0]  # type: ignore[arg-type]
+    np.testing.assert_allclose(got, run(proto, feeds)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_mask_where_it_is_zero_of_itself() -> None:
