@@ -20,9 +20,10 @@ from graphopt.verify import compare as comparison
 from graphopt.verify.compare import Budget
 from graphopt.verify.feed_files import Feed
 from graphopt_passes.quantize.quality import (
+    Change,
     Quality,
     decibels,
-    expected_flips,
+    expected_change,
     is_distribution,
     scores_of,
 )
@@ -158,11 +159,11 @@ class Judgement:
         if budget.metric is not None:
             metric = budget.metric.value(outputs, [feed.values for feed in self.feeds])
             passed &= metric >= budget.metric.least
-        return Quality(worst, passed, self._flips(outputs), metric)
+        return Quality(worst, passed, self._change(outputs), metric)
 
-    def _flips(self, outputs: Sequence[Mapping[str, object]]) -> float | None:
-        """Expected share of samples whose class changes, of the output where it is largest."""
-        shares = []
+    def _change(self, outputs: Sequence[Mapping[str, object]]) -> Change | None:
+        """What becomes of classes, of the output where most of them change."""
+        found = []
         for name in self.outputs[0]:
             rows = [_class_rows(each[name]) for each in self.outputs]
             known = [row for row in rows if row is not None]
@@ -174,9 +175,9 @@ class Judgement:
             extra = [row for each in self.further if (row := _class_rows(each[name])) is not None]
             fits = [row for row in extra if row.shape[1] == ours.shape[1]]
             more = np.concatenate(fits) if fits else None
-            share = expected_flips(ours, np.concatenate(theirs), more)
-            shares += [] if share is None else [share]
-        return max(shares, default=None)
+            change = expected_change(ours, np.concatenate(theirs), more)
+            found += [] if change is None else [change]
+        return max(found, key=lambda change: change.flips, default=None)
 
     def noise(self, model: ir.Model, count: int) -> float:
         """Noise over signal of the worst output on the first `count` samples."""

@@ -13,6 +13,7 @@ Source: Nagel et al. 2019 (Data-Free Quantization), Xiao et al. 2022 (SmoothQuan
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
@@ -37,6 +38,16 @@ GAIN = 0.9
 LARGEST = 1e4
 
 
+class Measure(enum.StrEnum):
+    """By what channels are compared."""
+
+    PEAK = "peak"
+    """The largest magnitude seen: what a range must hold."""
+
+    POWER = "power"
+    """The root of the mean square: it depends less on which samples were seen."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scaling:
     """One constant operand to be multiplied.
@@ -52,12 +63,14 @@ class Scaling:
     factors: Wide
 
 
-def plan(graph: ir.Graph, statistics: Mapping[str, Statistics]) -> tuple[Scaling, ...]:
+def plan(
+    graph: ir.Graph, statistics: Mapping[str, Statistics], measure: Measure = Measure.PEAK
+) -> tuple[Scaling, ...]:
     """The scalings that lower the noise of 8-bit layers, by what closed forms say of it."""
     lanes, spaces = trace(graph)
     factors: dict[Space, Wide] = {}
     for space in spaces:
-        found = _factors(space, lanes, statistics, factors)
+        found = _factors(space, lanes, statistics, factors, measure)
         if found is not None:
             factors[space] = found
     return tuple(each for space, s in factors.items() for each in _scalings(space, s))
@@ -90,9 +103,10 @@ def _factors(
     lanes: Mapping[ir.Value, Lane],
     statistics: Mapping[str, Statistics],
     others: Mapping[Space, Wide],
+    measure: Measure,
 ) -> Wide | None:
     """The factors of one space, or None where they would not pay."""
-    peaks = _peaks(space, lanes, statistics)
+    peaks = _peaks(space, lanes, statistics, measure)
     if peaks is None or not space.readers:
         return None
     relative, limit = peaks
@@ -112,9 +126,12 @@ def _factors(
 
 
 def _peaks(
-    space: Space, lanes: Mapping[ir.Value, Lane], statistics: Mapping[str, Statistics]
+    space: Space,
+    lanes: Mapping[ir.Value, Lane],
+    statistics: Mapping[str, Statistics],
+    measure: Measure,
 ) -> tuple[Wide, Wide] | None:
-    """Of each channel its largest magnitude over that of the tensor, and the largest factor that bounds let through."""
+    """Of each channel its magnitude over that of the largest, and the largest factor that bounds let through."""
     relative, limit = np.zeros(space.size), np.full(space.size, np.inf)
     seen = False
     for value in space.values:
@@ -128,11 +145,18 @@ def _peaks(
         if peak.max(initial=0.0) <= 0:
             return None
         seen = True
-        relative = np.maximum(relative, peak / peak.max())
+        size = peak if measure is Measure.PEAK else _root(found, lanes[value].axis, peak)
+        relative = np.maximum(relative, size / size.max())
         if value in space.bounds:
             bound = space.bounds[value]
             limit = np.minimum(limit, bound / np.maximum(peak, bound / LARGEST))
     return (relative, np.maximum(limit, 1.0)) if seen else None
+
+
+def _root(found: Statistics | None, axis: int, peak: Wide) -> Wide:
+    """Root mean squares of channels; their peaks where they are not known."""
+    powers = None if found is None else found.channel_powers(axis)
+    return peak if powers is None or powers.max(initial=0.0) <= 0 else np.sqrt(powers)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -20,8 +20,9 @@ from graphopt_passes.quantize import equalize
 from graphopt_passes.quantize.emission import Layer, quantize
 from graphopt_passes.quantize.overrides import Overrides, parse
 from graphopt_passes.quantize.placement import is_product
-from graphopt_passes.quantize.search import RULE, Search, Trial
+from graphopt_passes.quantize.search import Search
 from graphopt_passes.quantize.styles import Style, style_named, style_of
+from graphopt_passes.quantize.trials import RULE, Trial, Trials
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +76,12 @@ class QuantizeStatic:
         if not allowed or not _lifted(model, style, ctx):
             return False
         samples = read_samples(ctx.options.calibration, input_specs(model))
-        search = Search(model, style, samples, ctx, overrides, self._file())
+        trials = Trials(model, style, samples, ctx, overrides, self._file())
         try:
-            best = search.best(allowed)
+            best = Search(trials).best(allowed)
         finally:
-            search.close()
-        return _apply(model, best, search, ctx)
+            trials.close()
+        return _apply(model, best, trials, ctx)
 
     def _file(self) -> Path | None:
         return Path(self.statistics) if self.statistics else None
@@ -132,7 +133,7 @@ def _lifted(model: ir.Model, style: Style, ctx: Context) -> bool:
     return False
 
 
-def _apply(model: ir.Model, best: Trial, search: Search, ctx: Context) -> bool:
+def _apply(model: ir.Model, best: Trial, trials: Trials, ctx: Context) -> bool:
     """Quantises the sites of a trial that the gate permits."""
     permitted = {
         name_of(node)
@@ -143,7 +144,7 @@ def _apply(model: ir.Model, best: Trial, search: Search, ctx: Context) -> bool:
         return False
     equalize.apply(model, best.scalings, ctx.names)
     layers = quantize(
-        model, search.final_facts(), lambda node: name_of(node) in permitted, ctx.names
+        model, trials.final_facts(), lambda node: name_of(node) in permitted, ctx.names
     )
     ctx.refresh()
     for layer in layers:
@@ -155,9 +156,10 @@ def _apply(model: ir.Model, best: Trial, search: Search, ctx: Context) -> bool:
 
 def _summary(best: Trial) -> str:
     assert best.quality is not None
-    flips, metric = best.quality.flips, best.quality.metric
+    change, metric = best.quality.change, best.quality.metric
     told = f"{best.ratio:.2f}x the speed of float on this machine; worst output {best.quality.sqnr_db:.1f} dB"
-    told += "" if flips is None else f", {flips:.2%} of the samples expected to change class"
+    if change is not None:
+        told += f", {change.flips:.2%} of the samples expected to change class, {change.loss:.2%} to be lost by it"
     return told if metric is None else f"{told}, the given metric {metric:.4g}"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from graphopt_passes.quantize.quality import Quality, expected_flips
+from graphopt_passes.quantize.quality import Change, Quality, expected_change
 from graphopt_passes.quantize.static import QuantizeStatic
 
 from graphopt.errors import OptionError
@@ -23,19 +23,32 @@ SCORES = RNG.normal(size=(4000, 10)) * 3
 @pytest.mark.parametrize("noise", [0.03, 0.1, 0.3])
 def test_expected_changes_are_those_that_happen(noise: float) -> None:
     found = SCORES + RNG.normal(size=SCORES.shape) * noise
-    expected = expected_flips(SCORES, found)
+    change = expected_change(SCORES, found)
     happened = (SCORES.argmax(axis=1) != found.argmax(axis=1)).mean()
-    assert expected is not None
-    assert abs(expected - happened) < 0.25 * happened + 0.002
+    assert change is not None
+    assert abs(change.flips - happened) < 0.25 * happened + 0.002
+
+
+@pytest.mark.parametrize("noise", [0.3, 1.0])
+def test_expected_losses_are_those_that_happen(noise: float) -> None:
+    shares = np.exp(SCORES) / np.exp(SCORES).sum(axis=1, keepdims=True)
+    labels = (shares.cumsum(axis=1) < RNG.random((len(SCORES), 1))).sum(axis=1)
+    found = [SCORES + RNG.normal(size=SCORES.shape) * noise for _ in range(20)]
+    right = np.mean([(each.argmax(axis=1) == labels).mean() for each in found])
+    change = expected_change(SCORES, found[0])
+    assert change is not None
+    lost = (SCORES.argmax(axis=1) == labels).mean() - right
+    assert change.loss < 0.5 * change.flips
+    assert abs(change.loss - lost) < 0.3 * lost + 0.003
 
 
 def test_margins_of_further_samples_count() -> None:
     sure = SCORES[:8] + 50 * np.eye(10)[SCORES[:8].argmax(axis=1)]
     found = sure + RNG.normal(size=sure.shape) * 0.3
-    alone, more = expected_flips(sure, found), expected_flips(sure, found, SCORES)
+    alone, more = expected_change(sure, found), expected_change(sure, found, SCORES)
     assert alone is not None
     assert more is not None
-    assert alone < 1e-6 < 0.01 < more
+    assert alone.flips < 1e-6 < 0.01 < more.flips
 
 
 @pytest.mark.parametrize(
@@ -48,11 +61,11 @@ def test_margins_of_further_samples_count() -> None:
     ],
 )
 def test_what_names_no_class_is_not_judged_by_classes(scores: np.ndarray) -> None:
-    assert expected_flips(scores, scores + 0.1) is None
+    assert expected_change(scores, scores + 0.1) is None
 
 
 def test_no_noise_changes_nothing() -> None:
-    assert expected_flips(SCORES, SCORES) == 0
+    assert expected_change(SCORES, SCORES) == Change(0, 0)
 
 
 @pytest.mark.parametrize(
@@ -61,9 +74,10 @@ def test_no_noise_changes_nothing() -> None:
         (Quality(31, passed=True), True),
         (Quality(29, passed=True), False),
         (Quality(40, passed=False), False),
-        (Quality(35, passed=True, flips=0.01), True),
-        (Quality(35, passed=True, flips=0.03), False),
-        (Quality(31, passed=True, flips=0.0), False),
+        (Quality(25, passed=True, change=Change(0.015, 0.002)), True),
+        (Quality(25, passed=True, change=Change(0.03, 0.002)), False),
+        (Quality(25, passed=True, change=Change(0.015, 0.005)), False),
+        (Quality(19, passed=True, change=Change(0.0, 0.0)), False),
     ],
 )
 def test_what_is_good_enough(quality: Quality, *, good: bool) -> None:

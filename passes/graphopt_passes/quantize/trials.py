@@ -1,0 +1,283 @@
+"""One model, its samples, and what is known of quantising it this way or that: each trial is made once.
+
+Everything dear is kept in the cache of the run under what it depends on, so that replays do not repeat it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+
+from graphopt.calibrate.samples import Samples
+from graphopt.calibrate.statistics import Collected, Statistics, collect
+from graphopt.ir import fingerprint, values
+from graphopt.ir.build import Names
+from graphopt.ir.model_file import load_model, model_to_bytes
+from graphopt.rewrite import Context, RemarkKind, name_of
+from graphopt.targets import Precision
+from graphopt.verify.budget import budget_for
+from graphopt.verify.feed_files import Feed
+from graphopt_passes.quantize.certificate import Judgement, read_fusion
+from graphopt_passes.quantize.cost import Costs, rates_of
+from graphopt_passes.quantize.emission import Facts, Layer, candidates, quantize
+from graphopt_passes.quantize.equalize import Scaling
+from graphopt_passes.quantize.overrides import Overrides
+from graphopt_passes.quantize.placement import Site, is_product, place
+from graphopt_passes.quantize.quality import Quality
+from graphopt_passes.quantize.styles import Style
+
+RULE = "quantize"
+JUDGED = 24
+"""Samples on which numbers are compared while searching."""
+
+MARGINS = 64
+"""Further samples of which is known by how much a class leads the next."""
+
+ENOUGH, HELD_OUT = 12, 3
+"""From how many samples on some are kept for judging alone, and which: every third."""
+
+GAIN = 1.02
+"""How many times faster than float a quantised graph must be to be emitted."""
+
+TIMED = 3
+"""How often a graph is timed before it counts as too slow: other work on the machine must not decide."""
+
+REPAIRS = 8
+"""How often leftovers are taken out before the rest is given up."""
+
+PROBED = 4
+"""Samples on which the noise of a single layer is measured."""
+
+PROBE_NS = 15e9
+"""Predicted nanoseconds that measuring layers one by one may take; beyond, their noise follows from statistics."""
+
+SESSION_NS, WEIGHT_NS = 40e6, 25.0
+"""What making one model and session takes, and more for each weight."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """What is known of one choice of nodes.
+
+    Attributes:
+        sites: names of the nodes that run on integers.
+        quality: how far it is from float; None where that was not asked.
+        ratio: how many times faster than float; 0 where it was not timed.
+        scalings: what equalises the channels of the model first.
+    """
+
+    sites: frozenset[str]
+    quality: Quality | None = None
+    ratio: float = 0.0
+    scalings: tuple[Scaling, ...] = ()
+
+
+class Trials:
+    """What the choices are made from; `model`, `facts` and `key` change as methods are settled."""
+
+    def __init__(
+        self,
+        model: ir.Model,
+        style: Style,
+        samples: Samples,
+        ctx: Context,
+        overrides: Overrides,
+        file: Path | None = None,
+    ) -> None:
+        self.model, self.ctx, self.style, self.overrides = model, ctx, style, overrides
+        self.original = model
+        self.scalings: tuple[Scaling, ...] = ()
+        self.key = f"{fingerprint.structural(model)}:{fingerprint.weights(model)}:{style.name}"
+        # Judged on what ranges were not taken from, where there is enough: what fits the samples only is no gain.
+        enough = len(samples.first(ENOUGH)) == ENOUGH
+        parted = enough and self.on_host and file is None
+        self.parts = samples.parted(HELD_OUT) if parted else (samples,)
+        self.file = file
+        self.facts = Facts(style, self.statistics(model, self.key, 0), overrides)
+        self.budget = budget_for(Precision.INT8, ctx.options.budget)
+        self.judge: Judgement | None = None
+        if self.on_host:
+            further = self.parts[0].first(MARGINS) if enough else []
+            self.judge = Judgement(model, self.parts[-1].first(JUDGED), further=further)
+        self.costs = Costs(self.facts.statistics, rates_of(style.name))
+        self.whole: dict[ir.Node, Site] = {}
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the target's runtime is the one that runs here."""
+        return self.ctx.target.provider == "CPUExecutionProvider"
+
+    def close(self) -> None:
+        """Removes working files."""
+        if self.judge is not None:
+            self.judge.close()
+
+    def statistics(self, model: ir.Model, key: str, part: int) -> Mapping[str, Statistics]:
+        """What one part of the samples shows of every value that may be quantised."""
+        key = f"statistics:{key.removesuffix(' refined')}:{part}"
+        if key not in self.ctx.cache:
+            self.ctx.cache[key] = self._stored(model, key) or self._collected(model, key, part)
+        found: Collected = self.ctx.cache[key]
+        return found.values
+
+    def _stored(self, model: ir.Model, key: str) -> Collected | None:
+        """What an earlier run left of the same model; None where it left nothing that fits."""
+        if self.file is None or not self.file.exists() or model is not self.original:
+            return None
+        found = Collected.load(self.file)
+        if found.model == key:
+            return found
+        text = f"'{self.file}' holds statistics of another model; they are collected anew"
+        self.ctx.remark(RemarkKind.WARNING, RULE, "", text)
+        return None
+
+    def _collected(self, model: ir.Model, key: str, part: int) -> Collected:
+        names = candidates(model.graph, self.style, lambda _node: True)
+        feeds = self._told(self.parts[part])
+        found = collect(model_to_bytes(model), names, feeds, axes=_axes(model.graph))
+        found = dataclasses.replace(found, model=key)
+        if self.file is not None and model is self.original:
+            found.save(self.file)
+        return found
+
+    def _told(self, samples: Iterable[Feed]) -> Iterator[Feed]:
+        for count, feed in enumerate(samples, 1):
+            self.ctx.progress(f"calibration: sample {count}", None)
+            yield feed
+
+    def final_facts(self) -> Facts:
+        """What emission goes by in the end: ranges from all samples."""
+        if len(self.parts) == 1:
+            return self.facts
+        more = self.statistics(self.model, self.key, 1)
+        merged = {name: found.merged(more[name]) for name, found in self.facts.statistics.items()}
+        return dataclasses.replace(self.facts, statistics=merged, chosen={})
+
+    def placed(self, sites: frozenset[str]) -> dict[ir.Node, Site]:
+        """The sites of some nodes, as the style places them."""
+        return place(self.model.graph, self.style, lambda node: name_of(node) in sites)
+
+    def all_sites(self, allowed: frozenset[str]) -> frozenset[str]:
+        """Names of the nodes of which a placement remains when only these may run on integers."""
+        return frozenset(name_of(node) for node in self.placed(allowed))
+
+    def emitted(self, sites: frozenset[str]) -> tuple[ir.Model, list[Layer]]:
+        """A copy of the model with these sites in 8 bits, and what was done to each."""
+        clone = load_model(self.model)
+        layers = quantize(clone, self.facts, lambda n: name_of(n) in sites, Names.of(clone))
+        return clone, layers
+
+    def fused(self, allowed: frozenset[str]) -> frozenset[str]:
+        """The sites that the runtime fuses; others are taken out until none is left over."""
+        sites = self.all_sites(allowed)
+        key = f"fused:{self.key}:{_digest(sites)}"
+        if key in self.ctx.cache:
+            kept: frozenset[str] = self.ctx.cache[key]
+            return kept
+        for _ in range(REPAIRS):
+            fusion = read_fusion(self.emitted(sites)[0], self._results(sites))
+            if not fusion.leftovers:
+                break
+            bad = self._owners(sites, frozenset(fusion.leftovers))
+            for name in sorted(bad):
+                self.ctx.missed(RULE, name, "stays float: the runtime does not fuse it")
+            sites = self.all_sites(sites - bad)
+        self.ctx.cache[key] = sites
+        return sites
+
+    def _results(self, sites: frozenset[str]) -> tuple[str, ...]:
+        """Names under which the outputs of sites may show up in the optimised graph."""
+        names: dict[str, None] = {}
+        for node, site in self.placed(sites).items():
+            for name in (name_of(node), site.result.name or ""):
+                names[name] = names[f"{name}_float"] = None
+        return tuple(names)
+
+    def _owners(self, sites: frozenset[str], left: frozenset[str]) -> frozenset[str]:
+        return frozenset(
+            name_of(node)
+            for node, site in self.placed(sites).items()
+            if {name_of(node), site.result.name, f"{site.result.name}_float"} & left
+        )
+
+    def is_enough(self, trial: Trial) -> bool:
+        """Whether a trial is within the budget of the user, else within ours."""
+        assert trial.quality is not None
+        if self.ctx.options.budget is not None:
+            return trial.quality.passed
+        return trial.quality.is_good
+
+    def noise(self, sites: frozenset[str]) -> dict[str, float]:
+        """How much noise each product adds: measured one by one where that is cheap, else by closed forms."""
+        assert self.judge is not None
+        key = f"noise:{self.key}:{_digest(sites)}"
+        if key in self.ctx.cache:
+            known: dict[str, float] = self.ctx.cache[key]
+            return known
+        products = [node for node in self.placed(sites) if is_product(node)]
+        weights = sum(_size(value) for value in self.model.graph.initializers.values())
+        each = PROBED * 2 * self.costs.plain(self.whole) + SESSION_NS + WEIGHT_NS * weights
+        if each * len(products) > PROBE_NS:
+            layers = self.emitted(sites)[1]
+            found = {layer.site: layer.noise for layer in layers if layer.method}
+        else:
+            found = {}
+            for node in products:
+                alone = self.emitted(frozenset({name_of(node)}))[0]
+                found[name_of(node)] = self.judge.noise(alone, PROBED)
+        self.ctx.cache[key] = found
+        return found
+
+    def judged(self, sites: frozenset[str]) -> Trial:
+        """How good these sites in 8 bits are."""
+        key = f"accuracy:{self.key}:{_digest(sites)}"
+        if key not in self.ctx.cache:
+            assert self.judge is not None
+            assert self.budget is not None
+            found = self.judge.accuracy(self.emitted(sites)[0], self.budget)
+            self.ctx.cache[key] = Trial(sites, found)
+        trial: Trial = self.ctx.cache[key]
+        return trial
+
+    def ratio(self, sites: frozenset[str]) -> float:
+        """How many times faster than float; 0 for no site."""
+        if not sites:
+            return 0.0
+        key = f"speed:{self.key}:{_digest(sites)}"
+        if key not in self.ctx.cache:
+            assert self.judge is not None
+            emitted = self.emitted(sites)[0]
+            ratio = 0.0
+            for _ in range(TIMED):
+                ratio = max(ratio, self.judge.speed(emitted))
+                if ratio >= GAIN:
+                    break
+            self.ctx.cache[key] = ratio
+        return float(self.ctx.cache[key])
+
+    def say(self, text: str) -> None:
+        """Tells the user something to act on."""
+        self.ctx.remark(RemarkKind.WARNING, RULE, "", text)
+
+
+def _axes(graph: ir.Graph) -> dict[str, tuple[int, ...]]:
+    """Along which axis the channels of each value lie, by who reads it."""
+    found: dict[str, tuple[int, ...]] = {}
+    for node in graph:
+        if node.op_type in ("MatMul", "Gemm") and node.inputs[0] is not None:
+            found[node.inputs[0].name or ""] = (-1,)
+        for value in node.outputs:
+            found.setdefault(value.name or "", (1, -1))
+    return found
+
+
+def _size(value: ir.Value) -> int:
+    tensor = values.constant(value)
+    return 0 if tensor is None else tensor.size
+
+
+def _digest(sites: Iterable[str]) -> str:
+    return "\0".join(sorted(sites))
