@@ -17,7 +17,15 @@ from graphopt.targets import Artefact, SparseStyle, Target
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 RUN = "run.py"
-_LATEST = (11, 0)
+BUILDER, ENGINE = "build_engine.py", "engine.json"
+WORKSPACE_MIB, LEVEL = 4096, 3
+"""What engines are built with, by trtexec and by the program: memory for tactics, and how long to look for them."""
+
+MAX_LOSS = 0.001
+"""1 - cosine between the golden outputs and an engine's: TF32 and half floats stay below."""
+
+_COMPARES = (11, 0)
+"""trtexec compares with reference outputs from this version on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +54,18 @@ class Deployment:
 def artefacts(made: Deployment) -> dict[str, str]:
     """Texts of the bundle by relative path."""
     target = made.target
-    found = {RUN: (files("graphopt.emit") / "templates" / f"{RUN}.txt").read_text(encoding="utf-8")}
+    found = {RUN: _template(RUN)}
     for artefact in target.artefacts:
         found[artefact.value] = _MAKERS[artefact](made)
+    if Artefact.TRTEXEC in target.artefacts:
+        found[BUILDER], found[ENGINE] = _template(BUILDER), engine(made)
     if target.provider not in (None, CPU):
         found["io_binding.py"] = io_binding(made)
     return found
+
+
+def _template(name: str) -> str:
+    return (files("graphopt.emit") / "templates" / f"{name}.txt").read_text(encoding="utf-8")
 
 
 def session_options(made: Deployment) -> str:
@@ -90,7 +104,7 @@ def providers(made: Deployment) -> list[Any]:
 def build_script(made: Deployment) -> str:
     """A shell script: trtexec builds the engine; from TensorRT 11 on it compares with the golden outputs too.
 
-    Flags are those of trtexec 10 and 11 (samples/common/sampleOptions.cpp).
+    Flags are those of trtexec 10 and 11: targets/tables/trtexec.json says which version has which.
     """
     version = made.target.version
     flags = ["--onnx=model.onnx", "--saveEngine=model.plan"]
@@ -99,12 +113,12 @@ def build_script(made: Deployment) -> str:
     if made.profiles:
         for word, which in (("min", "least"), ("opt", "usual"), ("max", "most")):
             flags.append(f"--{word}Shapes={shapes_text(made.profiles, which)}")
-    flags += ["--timingCacheFile=timing.cache", "--builderOptimizationLevel=3"]
+    flags += ["--timingCacheFile=timing.cache", f"--builderOptimizationLevel={LEVEL}"]
     if made.sparse:
         flags.append("--sparsity=enable")
-    flags.append("--memPoolSize=workspace:4096")
+    flags.append(f"--memPoolSize=workspace:{WORKSPACE_MIB}")
     flags.append("--skipInference")
-    comparing = made.golden is not None and version >= _LATEST and made.golden.outputs
+    comparing = made.golden is not None and version >= _COMPARES and made.golden.outputs
     lines = [
         "#!/bin/sh",
         f"# Builds an engine with trtexec of TensorRT {'.'.join(map(str, version))}. Engines are for the GPU and the "
@@ -122,10 +136,26 @@ def build_script(made: Deployment) -> str:
         again += [
             f"--loadRefOutputs={made.golden.raw_files('output')}",
             "--accuracyAlgorithm=cos",
-            "--accuracyThreshold=0.999",
+            f"--accuracyThreshold={MAX_LOSS}",  # the loss is 1 - cosine
         ]
         lines += ["# Compares with the golden outputs.", _command(again)]
     return "\n".join(lines) + "\n"
+
+
+def engine(made: Deployment) -> str:
+    """What build_engine.py builds for: profiles, flags and limits, the same as in build.sh."""
+    shapes = {p.name: [p.least, p.usual, p.most] for p in made.profiles}
+    return _json(
+        {
+            "tensorrt": ".".join(map(str, made.target.version)),
+            "strongly_typed_flag": not made.target.floats.strongly_typed,
+            "sparse_weights": made.sparse,
+            "workspace_mib": WORKSPACE_MIB,
+            "optimization_level": LEVEL,
+            "shapes": {name: held for name, held in shapes.items() if name not in made.decided},
+            "values": {name: held for name, held in shapes.items() if name in made.decided},
+        }
+    )
 
 
 def _fed(made: Deployment) -> tuple[InputProfile, ...]:

@@ -1,6 +1,7 @@
 """A Triton model repository: config.pbtxt, the model, warm-up from the golden inputs.
 
-Field names are those of `ModelConfig` in triton-inference-server/common, protobuf/model_config.proto (BSD-3-Clause).
+Field names are those of `ModelConfig` in triton-inference-server/common, protobuf/model_config.proto (BSD-3-Clause), at
+83adf7cf88a2f343005974dff3728be746de2d66.
 """
 
 from __future__ import annotations
