@@ -127,7 +127,7 @@ class MaskedTensor(HeldTensor):
     @property
     def held_bytes(self) -> int:
         """What it takes in memory."""
-        return self._bits.nbytes + self._values.nbytes
+        return int(self._bits.nbytes) + int(self._values.nbytes)
 
     def numpy(self) -> np.ndarray[Any, Any]:
         """The dense elements, read-only; shared while somebody holds them."""

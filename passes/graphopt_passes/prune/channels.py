@@ -14,7 +14,8 @@ from graphopt.ir.build import Names
 from graphopt.ir.model_file import load_model, model_to_bytes
 from graphopt.ir.shapes import Shapes
 from graphopt.runtime.session import Session, SessionOptions
-from graphopt_passes.prune.labels import Ids, Labels
+from graphopt_passes.prune.book import Ids
+from graphopt_passes.prune.labels import Labels
 from graphopt_passes.prune.layers import Array, Layer, Wide, find_layers
 from graphopt_passes.prune.moments import Moments
 from graphopt_passes.prune.request import Importance, Measure
@@ -91,7 +92,7 @@ def _slices(
     assert callable(axis_of)
     for layer in layers:
         classes = labels.classes(layer.weight, axis_of(layer))
-        if classes is None or (axis_of is column_axis and layer.blocks > 1):
+        if classes is None:
             continue
         order = np.argsort(classes, kind="stable")
         roots, starts = np.unique(classes[order], return_index=True)
@@ -137,6 +138,16 @@ def output_change(groups: Sequence[Group], energies: Mapping[str, Wide]) -> dict
             spread = np.square(array).reshape(len(at), -1).sum(1)
             total += float(spread @ energies[layer.name][at])
         return total
+
+    return _scored(groups, score)
+
+
+def information(groups: Sequence[Group], shares: Mapping[str, Wide]) -> dict[int, float]:
+    """Fisher information of a gate on each class: E[(sum over its rows of w dlog p / dw)^2]."""
+
+    def score(group: Group, root: int) -> float:
+        parts = [shares[layer.name][:, at].sum(1) for layer, at in group.rows[root]]
+        return float(np.square(np.sum(parts, axis=0)).mean())
 
     return _scored(groups, score)
 
@@ -192,10 +203,11 @@ class Costs:
 
 
 def _cost(layer: Layer, shapes: Shapes) -> float:
-    dims = shapes.dims(layer.node.outputs[0]) or ()
+    turned = layer.node.op_type == "ConvTranspose"  # each input meets the kernel once
+    dims = shapes.dims(layer.source if turned else layer.node.outputs[0]) or ()
     places = math.prod(d.value or 1 for d in dims)
-    rows = layer.tensor.shape.numpy()[row_axis(layer)]
-    return places / rows * layer.size
+    extent = layer.tensor.shape.numpy()[column_axis(layer) if turned else row_axis(layer)]
+    return places / extent * layer.size
 
 
 def choose(
@@ -294,6 +306,10 @@ def _energy(layer: Layer, arrays: Sequence[Array]) -> Wide:
         flat = last.reshape(-1, last.shape[-1])
         totals += np.square(flat).sum(0)
         count += len(flat)
+    if (
+        layer.inner > 1
+    ):  # a group's channels share the columns of the weight with those of the other groups
+        totals = totals.reshape(layer.blocks, -1).sum(0)
     return totals / max(count, 1)
 
 
@@ -420,15 +436,27 @@ def divergence(one: ir.Model, other: ir.Model, feeds: Feeds) -> float:
 
 
 def importances(
-    which: Importance, groups: Sequence[Group], energies: Mapping[str, Wide] | None
+    which: Importance,
+    groups: Sequence[Group],
+    energies: Mapping[str, Wide] | None,
+    shares: Mapping[str, Wide] | None = None,
 ) -> dict[Importance, dict[int, float]]:
-    """The scores to try: one, or all that the data allow."""
+    """The scores to try: one, or all that the data allow.
+
+    Args:
+        which: one, or all.
+        groups: of classes.
+        energies: E[x^2] of the inputs of layers, where there are samples.
+        shares: what the rows of weights contribute to samples' likelihoods, where they are known.
+    """
     made = {
         Importance.L2: lambda: weight_norms(groups),
         Importance.SIMILAR: lambda: similarity(groups),
     }
     if energies is not None:
         made[Importance.ACTIVATION] = lambda: output_change(groups, energies)
+    if shares is not None:
+        made[Importance.FISHER] = lambda: information(groups, shares)
     wanted = [which] if which in made else list(made)
     if which is Importance.AUTO and energies is None:
         wanted = [Importance.L2]

@@ -8,21 +8,17 @@ or flattened images lie between them.  No patterns: an operator that is not know
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.ir import operators, values
 from graphopt.ir.scopes import captures
 from graphopt.ir.shapes import Shapes
+from graphopt_passes.prune.book import Axes, Book, Ids
 from graphopt_passes.prune.factors import Unknown, axis_runs
-
-Ids: TypeAlias = npt.NDArray[np.int64]
-Axes: TypeAlias = "list[Ids | None]"
-"""The labels of a value by axis; None for an axis of extent 1 or of unknown extent, which is never cut."""
+from graphopt_passes.prune.parts import expanded, grouped, sliced, split
 
 _PASS = frozenset(
     {
@@ -73,26 +69,22 @@ def propagate(model: ir.Model, shapes: Shapes) -> Labels:
 
 
 class _Propagation:
-    """Union-find over labels while walking the nodes in order."""
+    """What each operator says of the labels of its inputs and outputs, node by node."""
 
     def __init__(self, shapes: Shapes, opset: int) -> None:
-        self._shapes = shapes
+        self.book = Book(shapes)
         self._opset = opset
-        self._parents: list[int] = []
-        self._frozen: list[Ids] = []
-        self._icy: set[int] = set()
-        self._axes: dict[ir.Value, Axes] = {}
 
     def over(self, graph: ir.Graph) -> Labels:
         for value in graph.inputs:
-            self._freeze(self._fresh(value))
+            self.book.freeze(self.book.fresh(value))
         for node in graph:
             self._visit(node)
         for value in graph.outputs:
-            self._freeze(self._of(value))
-        roots = np.array([self._find(label) for label in range(len(self._parents))], np.int64)
-        frozen = frozenset(int(roots[label]) for ids in self._frozen for label in ids)
-        return Labels(self._axes, roots, frozen)
+            self.book.freeze(self.book.of(value))
+        roots = self.book.roots()
+        frozen = frozenset(int(roots[label]) for ids in self.book.frozen for label in ids)
+        return Labels(self.book.axes, roots, frozen)
 
     def _visit(self, node: ir.Node) -> None:
         known = not node.domain or (node.domain == "com.microsoft" and node.op_type in _MICROSOFT)
@@ -102,13 +94,13 @@ class _Propagation:
             self._freeze_around(node)
             return
         for output, axes in zip(node.outputs, made, strict=False):
-            self._axes[output] = axes
+            self.book.axes[output] = axes
         for output in node.outputs[len(made) :]:
-            self._freeze(self._fresh(output))
+            self.book.freeze(self.book.fresh(output))
 
     def _rule(self, op_type: str) -> Callable[[ir.Node], Sequence[Axes]] | None:
         if op_type in _PASS:
-            return lambda node: [self._input(node, 0)]
+            return lambda node: [self.book.input(node, 0)]
         if op_type in _BROADCAST:
             return self._broadcast
         if op_type in _POOLS:
@@ -134,190 +126,113 @@ class _Propagation:
             "Resize": self._resize,
             "Gather": self._gather,
             "Attention": self._attention,
+            "Split": lambda node: split(self.book, node),
+            "Slice": lambda node: sliced(self.book, node),
+            "Expand": lambda node: expanded(self.book, node),
         }
         return special.get(op_type)
-
-    # -- labels ------------------------------------------------------------------------------------------------------
-
-    def _new(self, count: int) -> Ids:
-        begin = len(self._parents)
-        self._parents.extend(range(begin, begin + count))
-        return np.arange(begin, begin + count)
-
-    def _dims(self, value: ir.Value) -> list[int | None]:
-        tensor = values.constant(value)
-        if tensor is not None:
-            return list(tensor.shape.numpy())
-        dims = self._shapes.dims(value)
-        if dims is None:
-            raise Unknown
-        return [dim.value for dim in dims]
-
-    def _fresh(self, value: ir.Value) -> Axes:
-        try:
-            dims = self._dims(value)
-        except Unknown:
-            dims = []
-        axes: Axes = [self._new(dim) if dim is not None and dim > 1 else None for dim in dims]
-        self._axes[value] = axes
-        return axes
-
-    def _of(self, value: ir.Value) -> Axes:
-        known = self._axes.get(value)
-        return self._fresh(value) if known is None else known
-
-    def _input(self, node: ir.Node, index: int) -> Axes:
-        value = node.inputs[index] if index < len(node.inputs) else None
-        if value is None:
-            raise Unknown
-        return self._of(value)
-
-    def _find(self, label: int) -> int:
-        root = label
-        while self._parents[root] != root:
-            root = self._parents[root]
-        while self._parents[label] != root:
-            self._parents[label], label = root, self._parents[label]
-        return root
-
-    def _unify(self, one: Ids | None, other: Ids | None) -> None:
-        """Makes the labels of two axes the same, index by index; what cannot be matched is frozen."""
-        if one is None or other is None or len(one) != len(other):
-            self._freeze([one, other])
-            return
-        for mine, theirs in zip(one.tolist(), other.tolist(), strict=True):
-            a, b = self._find(mine), self._find(theirs)
-            if a != b:
-                self._parents[max(a, b)] = min(a, b)
-
-    def _freeze(self, axes: Iterable[Ids | None]) -> None:
-        for ids in axes:
-            if ids is not None:
-                self._frozen.append(ids)
-                self._icy.update(ids.tolist())
-
-    def _is_icy(self, ids: Ids) -> bool:
-        """Whether labels are known by now to be frozen, one by one."""
-        return all(label in self._icy for label in ids.tolist())
 
     def _freeze_around(self, node: ir.Node) -> None:
         read = [v for v in node.inputs if v is not None]
         for graph in operators.subgraphs(node):
             read.extend(captures(graph))
         for value in read:
-            self._freeze(self._of(value))
+            self.book.freeze(self.book.of(value))
         for output in node.outputs:
-            self._freeze(self._fresh(output))
+            self.book.freeze(self.book.fresh(output))
 
     # -- operators ---------------------------------------------------------------------------------------------------
 
     def _conv(self, node: ir.Node) -> Sequence[Axes]:
-        x, w = self._input(node, 0), self._input(node, 1)
-        rows, per_group = self._dims(_value(node, 1))[:2]
+        x, w = self.book.input(node, 0), self.book.input(node, 1)
+        rows, per_group = self.book.dims(_value(node, 1))[:2]
         group = operators.attribute(node, "group", 1)
         if group == 1:
-            self._unify(x[1], w[1])
+            self.book.unify(x[1], w[1])
         elif per_group == 1 and x[1] is not None and rows is not None:
-            self._unify(np.repeat(x[1], rows // group), w[0])
+            self.book.unify(np.repeat(x[1], rows // group), w[0])
         else:
-            self._freeze([x[1], w[0], w[1]])
+            grouped(self.book, x[1], w, group)
         return self._convolved(node, x, w, w[0])
 
     def _conv_transpose(self, node: ir.Node) -> Sequence[Axes]:
-        x, w = self._input(node, 0), self._input(node, 1)
+        x, w = self.book.input(node, 0), self.book.input(node, 1)
         if operators.attribute(node, "group", 1) != 1:
             raise Unknown
-        self._unify(x[1], w[0])
+        self.book.unify(x[1], w[0])
         return self._convolved(node, x, w, w[1])
 
     def _convolved(self, node: ir.Node, x: Axes, w: Axes, made: Ids | None) -> Sequence[Axes]:
-        self._freeze([x[0], *x[2:], *w[2:]])
+        self.book.freeze([x[0], *x[2:], *w[2:]])
         if len(node.inputs) > 2 and node.inputs[2] is not None:
-            self._unify(made, self._input(node, 2)[0])
-        out = self._fresh(node.outputs[0])
-        self._freeze([out[0], *out[2:]])
+            self.book.unify(made, self.book.input(node, 2)[0])
+        out = self.book.fresh(node.outputs[0])
+        self.book.freeze([out[0], *out[2:]])
         return [[out[0], made, *out[2:]]]
 
     def _gemm(self, node: ir.Node) -> Sequence[Axes]:
-        a, b = self._input(node, 0), self._input(node, 1)
+        a, b = self.book.input(node, 0), self.book.input(node, 1)
         if operators.attribute(node, "transA", 0):
             a = a[::-1]
         if operators.attribute(node, "transB", 0):
             b = b[::-1]
-        self._unify(a[1], b[0])
+        self.book.unify(a[1], b[0])
         out: Axes = [a[0], b[1]]
         if len(node.inputs) > 2 and node.inputs[2] is not None:
-            self._align(self._input(node, 2), out)
+            self.book.align(self.book.input(node, 2), out)
         return [out]
 
     def _matmul(self, node: ir.Node) -> Sequence[Axes]:
-        a, b = self._input(node, 0), self._input(node, 1)
+        a, b = self.book.input(node, 0), self.book.input(node, 1)
         if len(a) < 2 or len(b) < 2:
             raise Unknown
-        self._unify(a[-1], b[-2])
+        self.book.unify(a[-1], b[-2])
         rank = max(len(a), len(b))
-        batch = self._joined([a[:-2], b[:-2]], rank - 2)
+        batch = self.book.joined([a[:-2], b[:-2]], rank - 2)
         return [[*batch, a[-2], b[-1]]]
 
     def _broadcast(self, node: ir.Node) -> Sequence[Axes]:
-        read = [self._of(value) for value in node.inputs if value is not None]
-        return [self._joined(read, max(len(axes) for axes in read))]
-
-    def _joined(self, several: Sequence[Axes], rank: int) -> Axes:
-        """The labels of a broadcast: axes from the right, equal extents unified."""
-        out: Axes = [None] * rank
-        for axes in several:
-            self._align(axes, out)
-        return out
-
-    def _align(self, axes: Axes, out: Axes) -> None:
-        for back in range(1, len(axes) + 1):
-            ids = axes[-back]
-            if ids is None:
-                continue
-            if out[-back] is None:
-                out[-back] = ids
-            else:
-                self._unify(out[-back], ids)
+        read = [self.book.of(value) for value in node.inputs if value is not None]
+        return [self.book.joined(read, max(len(axes) for axes in read))]
 
     def _channelwise(self, node: ir.Node) -> Sequence[Axes]:
         """Pools and norms by channel: axis 1 passes and belongs to all parameters; the others stay as they are."""
-        x = self._input(node, 0)
+        x = self.book.input(node, 0)
         for index in range(1, len(node.inputs)):
             if node.inputs[index] is not None:
-                self._unify(x[1], self._input(node, index)[0])
-        self._freeze([x[0], *x[2:]])
-        out = self._fresh(node.outputs[0])
-        self._freeze([out[0], *out[2:]])
+                self.book.unify(x[1], self.book.input(node, index)[0])
+        self.book.freeze([x[0], *x[2:]])
+        out = self.book.fresh(node.outputs[0])
+        self.book.freeze([out[0], *out[2:]])
         return [[out[0], x[1], *out[2:]]]
 
     def _normalized(self, node: ir.Node) -> Sequence[Axes]:
         """Statistics over axes: they change with every channel, so none may go."""
-        x = self._input(node, 0)
+        x = self.book.input(node, 0)
         axis = operators.attribute(node, "axis", -1)
-        self._freeze(x[axis:])
+        self.book.freeze(x[axis:])
         for index in range(1, len(node.inputs)):
             if node.inputs[index] is not None:
-                self._freeze(self._input(node, index))
+                self.book.freeze(self.book.input(node, index))
         return [x]
 
     def _softmax(self, node: ir.Node) -> Sequence[Axes]:
-        x = self._input(node, 0)
+        x = self.book.input(node, 0)
         if self._opset < _SOFTMAX_OF_ONE_AXIS:
-            self._freeze(x)
+            self.book.freeze(x)
         else:
-            self._freeze([x[operators.attribute(node, "axis", -1)]])
+            self.book.freeze([x[operators.attribute(node, "axis", -1)]])
         return [x]
 
     def _concat(self, node: ir.Node) -> Sequence[Axes]:
-        read = [self._of(value) for value in node.inputs if value is not None]
+        read = [self.book.of(value) for value in node.inputs if value is not None]
         axis = int(operators.attribute(node, "axis", 0))
         axis %= len(read[0])
         out: Axes = list(read[0])
         for axes in read[1:]:
             for place, ids in enumerate(axes):
                 if place != axis and (ids is not None or out[place] is not None):
-                    self._unify(out[place], ids)
+                    self.book.unify(out[place], ids)
         parts = [
             axes[axis] if axes[axis] is not None else self._of_one(value, axis)
             for axes, value in zip(read, node.inputs, strict=True)
@@ -327,80 +242,82 @@ class _Propagation:
 
     def _of_one(self, value: ir.Value | None, axis: int) -> Ids:
         """A frozen label for an axis of extent 1 that becomes part of a longer one."""
-        if value is None or self._dims(value)[axis] != 1:
+        if value is None or self.book.dims(value)[axis] != 1:
             raise Unknown
-        ids = self._new(1)
-        self._freeze([ids])
+        ids = self.book.new(1)
+        self.book.freeze([ids])
         return ids
 
     def _transpose(self, node: ir.Node) -> Sequence[Axes]:
-        x = self._input(node, 0)
+        x = self.book.input(node, 0)
         perm = node.attributes.get("perm")
         return [x[::-1] if perm is None else [x[i] for i in perm.as_ints()]]
 
     def _same_extent(self, node: ir.Node) -> Sequence[Axes]:
         """Axes whose extent changes are frozen, and so are the others of a node that pads by something else than 0."""
-        x, out = self._input(node, 0), self._fresh(node.outputs[0])
-        before, after = self._dims(_value(node, 0)), self._dims(node.outputs[0])
+        x, out = self.book.input(node, 0), self.book.fresh(node.outputs[0])
+        before, after = self.book.dims(_value(node, 0)), self.book.dims(node.outputs[0])
         if len(before) != len(after):
             raise Unknown
         made: Axes = []
         for old, new, ids, fresh in zip(before, after, x, out, strict=True):
             same = old is not None and old == new
             if not same:
-                self._freeze([ids, fresh])
+                self.book.freeze([ids, fresh])
             made.append(ids if same else fresh)
         return [made]
 
     def _resize(self, node: ir.Node) -> Sequence[Axes]:
         if len(node.inputs) > 3 and node.inputs[3] is not None:
             raise Unknown  # sizes name the channels too
-        x = self._input(node, 0)
-        self._freeze([x[0], *x[2:]])
+        x = self.book.input(node, 0)
+        self.book.freeze([x[0], *x[2:]])
         return self._same_extent(node)
 
     def _reduce(self, node: ir.Node) -> Sequence[Axes]:
-        x = self._input(node, 0)
+        x = self.book.input(node, 0)
         stated = node.attributes.get("axes")
         given = values.array(node.inputs[1]) if len(node.inputs) > 1 else None
         axes = given.tolist() if given is not None else [] if stated is None else stated.as_ints()
         if not axes:
             raise Unknown
         reduced = {int(axis) % len(x) for axis in axes}
-        self._freeze([x[axis] for axis in reduced])
+        self.book.freeze([x[axis] for axis in reduced])
         keep = operators.attribute(node, "keepdims", 1)
         kept: Axes = [None if i in reduced else ids for i, ids in enumerate(x)]
         return [kept if keep else [ids for i, ids in enumerate(kept) if i not in reduced]]
 
     def _gather(self, node: ir.Node) -> Sequence[Axes]:
         """Rows of a table: the columns pass."""
-        data = self._input(node, 0)
+        data = self.book.input(node, 0)
         axis = int(operators.attribute(node, "axis", 0)) % len(data)
-        indices = self._input(node, 1)
-        self._freeze([data[axis], *indices])
+        indices = self.book.input(node, 1)
+        self.book.freeze([data[axis], *indices])
         return [[*data[:axis], *indices, *data[axis + 1 :]]]
 
     def _attention(self, node: ir.Node) -> Sequence[Axes]:
         """Heads of queries, keys and values go together; a mask of one head a row joins them."""
         if any(value is not None for value in node.inputs[4:]) or len(node.outputs) > 1:
             raise Unknown
-        read = [self._input(node, index) for index in range(3)]
+        read = [self.book.input(node, index) for index in range(3)]
         flat = len(read[0]) == 3
         if flat:
             count = operators.attribute(node, "q_num_heads", 0)
             if not count or count != operators.attribute(node, "kv_num_heads", 0):
                 raise Unknown
             heads: list[Ids | None] = [self._heads(axes[2], count) for axes in read]
-            self._freeze([axes[1] for axes in read])
+            self.book.freeze([axes[1] for axes in read])
         else:
             heads = [axes[1] for axes in read]
-            self._freeze([*(axes[2] for axes in read), read[0][3], read[1][3]])
-        self._unify(heads[0], heads[1])
-        self._unify(heads[0], heads[2])
-        mask = self._input(node, 3) if len(node.inputs) > 3 and node.inputs[3] is not None else []
-        self._freeze(mask)
+            self.book.freeze([*(axes[2] for axes in read), read[0][3], read[1][3]])
+        self.book.unify(heads[0], heads[1])
+        self.book.unify(heads[0], heads[2])
+        mask = (
+            self.book.input(node, 3) if len(node.inputs) > 3 and node.inputs[3] is not None else []
+        )
+        self.book.freeze(mask)
         if len(mask) > 2 and mask[-3] is not None:
-            self._freeze(heads)
+            self.book.freeze(heads)
         if flat:
             return [[read[0][0], read[0][1], read[2][2]]]
         return [[read[0][0], heads[0], read[0][2], read[2][3]]]
@@ -411,13 +328,16 @@ class _Propagation:
             raise Unknown
         blocks = ids.reshape(count, -1)
         for column in range(1, blocks.shape[1]):
-            self._unify(blocks[:, 0], blocks[:, column])
+            self.book.unify(blocks[:, 0], blocks[:, column])
         return np.ascontiguousarray(blocks[:, 0])
 
     def _view(self, node: ir.Node) -> Sequence[Axes]:
         """Axes that are split or merged: the runs of axes with the same product on both sides, one by one."""
-        x = self._input(node, 0)
-        before, after = self._shapes.dims(_value(node, 0)), self._shapes.dims(node.outputs[0])
+        x = self.book.input(node, 0)
+        before, after = (
+            self.book.shapes.dims(_value(node, 0)),
+            self.book.shapes.dims(node.outputs[0]),
+        )
         if before is None or after is None:
             raise Unknown
         skip = 0
@@ -444,16 +364,16 @@ class _Propagation:
             return out
         if len(long_old) == 1:
             return self._split_up(part[long_old[0]], new, long_new)
-        free = [i for i in long_old if (ids := part[i]) is not None and not self._is_icy(ids)]
+        free = [i for i in long_old if (ids := part[i]) is not None and not self.book.is_icy(ids)]
         if len(long_new) > 1 or len(free) > 1:
-            self._freeze(part)
-            made: Axes = [self._new(size) if size > 1 else None for size in new]
-            self._freeze(made)
+            self.book.freeze(part)
+            made: Axes = [self.book.new(size) if size > 1 else None for size in new]
+            self.book.freeze(made)
             return made
         total = int(np.prod(old))
         if not free:
-            merged = self._new(total)
-            self._freeze([merged])
+            merged = self.book.new(total)
+            self.book.freeze([merged])
         else:
             ids = part[free[0]]
             assert ids is not None
@@ -465,13 +385,13 @@ class _Propagation:
 
     def _split_up(self, ids: Ids | None, new: list[int], long_new: list[int]) -> Axes:
         """One axis becomes several: the leading one is a channel (a head), what follows lies within it."""
-        made: Axes = [self._new(size) if size > 1 else None for size in new]
+        made: Axes = [self.book.new(size) if size > 1 else None for size in new]
         lead = long_new[0]
-        self._freeze([axis for place, axis in enumerate(made) if place != lead])
+        self.book.freeze([axis for place, axis in enumerate(made) if place != lead])
         if ids is not None:
             blocks = ids.reshape(new[lead], -1)
             for column in range(1, blocks.shape[1]):
-                self._unify(blocks[:, 0], blocks[:, column])
+                self.book.unify(blocks[:, 0], blocks[:, column])
             made[lead] = blocks[:, 0]
         return made
 

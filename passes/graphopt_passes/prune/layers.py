@@ -169,6 +169,25 @@ def _layer(node: ir.Node) -> Layer | None:
     return Layer(node, source, weight, _own_bias(node), None, not _number(node, "transB", 0))
 
 
+def find_turned(graph: ir.Graph) -> list[Layer]:
+    """The transposed convolutions of one group: their channels can be cut, but nothing fits or prunes them."""
+    found = []
+    for node in graph:
+        if node.op_type != "ConvTranspose" or node.domain or len(node.inputs) < 2:
+            continue
+        source, weight = node.inputs[0], node.inputs[1]
+        tensor = values.constant(weight)
+        if source is None or weight is None or tensor is None or not weight.is_initializer():
+            continue
+        window = _window(node, tensor)
+        if tensor.dtype in _FLOATS and tensor.size and window.group == 1:
+            found.append(Layer(node, source, weight, None, window, True, dense=TURNED))
+    return found
+
+
+TURNED = "it is a transposed convolution"
+
+
 def _number(node: ir.Node, name: str, default: float) -> float:
     attribute = node.attributes.get(name)
     return default if attribute is None else float(attribute.value)

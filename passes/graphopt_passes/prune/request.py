@@ -8,6 +8,8 @@ import re
 
 from graphopt.errors import OptionError
 
+MAX_ROUNDS = 16
+
 _REMEDY = (
     "write 0.8 (share of zeros), 2:4 (zeros in each four), channels:0.5 (share of the arithmetic to remove) or "
     "threshold:0.01, and after it, if need be, method=…, allocation=…, refit=no, dense=REGEX"
@@ -42,6 +44,8 @@ class Importance(enum.StrEnum):
     L2 = "l2"
     SIMILAR = "fpgm"
     ACTIVATION = "activation"
+    FISHER = "fisher"
+    """By gradients of the model's own answers, without labels; needs PyTorch."""
 
 
 class Measure(enum.StrEnum):
@@ -49,6 +53,8 @@ class Measure(enum.StrEnum):
 
     FLOPS = "flops"
     PARAMETERS = "parameters"
+    LATENCY = "latency"
+    """As measured here, with one thread."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +72,7 @@ class SparsityRequest:
         importance: how channels are chosen.
         refit: whether the weights that stay are fitted to the outputs of the dense model.
         dense: names of weights that stay dense, as a regular expression.
+        rounds: in how many the channels go, each fitted before the next is chosen; 0 for as many as the share asks for.
     """
 
     ratio: float | None = None
@@ -78,6 +85,7 @@ class SparsityRequest:
     by: Measure = Measure.FLOPS
     refit: bool = True
     dense: str = ""
+    rounds: int = 0
 
 
 def parse_sparsity(text: str) -> SparsityRequest:
@@ -133,6 +141,8 @@ def _with_option(request: SparsityRequest, key: str, word: str, text: str) -> Sp
         return _with_choice(request, key, word)
     if key == "refit" and word in ("yes", "no"):
         return dataclasses.replace(request, refit=word == "yes")
+    if key == "rounds" and word.isdecimal() and 1 <= int(word) <= MAX_ROUNDS:
+        return dataclasses.replace(request, rounds=int(word))
     if key == "dense" and word:
         return dataclasses.replace(request, dense=_regex(word, text))
     raise OptionError(f"--sparsity {text!r}: {key!r} is no option with value {word!r}; {_REMEDY}")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt.ir import values
 from graphopt.ir.build import Names
-from graphopt_passes.prune.labels import Ids, Labels
+from graphopt_passes.prune.book import Ids
+from graphopt_passes.prune.labels import Labels
+from graphopt_passes.prune.parts import slice_bounds, split_sizes
 
 Keep = Mapping[str, Mapping[int, Ids]]
 """Which indices stay, by name of the weight and axis; what is not named stays whole."""
@@ -40,12 +42,9 @@ def slim(model: ir.Model, keep: Keep, names: Names) -> None:
         if name in keep and value.const_value is not None:
             _cut(value, keep[name])
     for node in model.graph:
-        if node.op_type == "Conv" and not node.domain:
-            _regroup(node)
-        elif node.op_type == "Reshape" and not node.domain:
-            _restate(node, keep, names)
-        elif node.op_type == "Attention" and not node.domain:
-            _recount(node, keep)
+        change = _CHANGES.get(node.op_type)
+        if change is not None and not node.domain:
+            change(node, keep, names)
     for node in model.graph:
         for output in node.outputs:
             if output.name and output.name in keep:
@@ -62,11 +61,14 @@ def _cut(value: ir.Value, axes: Mapping[int, Ids]) -> None:
     value.shape = ir.Shape(array.shape)
 
 
-def _regroup(node: ir.Node) -> None:
-    """A depthwise convolution has as many groups as channels are left."""
+def _regroup(node: ir.Node, keep: Keep, _names: Names) -> None:
+    """A depthwise convolution has as many groups as channels are left; others keep their groups, which get narrower."""
     group = node.attributes.get("group")
-    weight = values.constant(node.inputs[1])
-    if group is None or group.as_int() == 1 or weight is None:
+    kernel = node.inputs[1]
+    weight = values.constant(kernel)
+    if group is None or group.as_int() == 1 or weight is None or kernel is None:
+        return
+    if 1 in keep.get(kernel.name or "", {}):
         return
     rows, per_group = weight.shape.numpy()[:2]
     source = node.inputs[0]
@@ -82,7 +84,7 @@ def _multiplier(node: ir.Node, group: int) -> int:
     return channels // group if isinstance(channels, int) else 1
 
 
-def _recount(node: ir.Node, keep: Keep) -> None:
+def _recount(node: ir.Node, keep: Keep, _names: Names) -> None:
     """Attention on unsplit heads states how many there are."""
     query, count = node.inputs[0], node.attributes.get("q_num_heads")
     cut = {} if query is None else keep.get(query.name or "", {})
@@ -97,30 +99,67 @@ def _recount(node: ir.Node, keep: Keep) -> None:
 
 
 def _restate(node: ir.Node, keep: Keep, names: Names) -> None:
-    """The target of a Reshape, where it states the extent of an axis that was cut."""
+    """The target of a Reshape or Expand, where it states the extent of an axis that was cut."""
     cut = keep.get(node.outputs[0].name or "")
-    target = node.inputs[1]
-    stated = values.array(target)
-    if not cut or stated is None or target is None:
+    stated = values.array(node.inputs[1])
+    if not cut or stated is None:
         return
+    least, lead = 0, 0
+    if node.op_type == "Expand":  # 1 leaves the axis as it is, and leading axes may be left out
+        shape = node.outputs[0].shape
+        assert shape is not None
+        least, lead = 1, len(shape) - len(stated)
     sizes = [
-        len(cut[axis]) if axis in cut and size > 0 else int(size)
+        len(cut[lead + axis]) if lead + axis in cut and size > least else int(size)
         for axis, size in enumerate(stated.tolist())
     ]
+    _state(node, 1, sizes, names)
+
+
+def _resplit(node: ir.Node, keep: Keep, names: Names) -> None:
+    """The sizes of a Split, which are no longer equal."""
+    shape = node.outputs[0].shape
+    sizes = None if shape is None else split_sizes(node, keep, len(shape))
+    if sizes is None:
+        return
     graph = node.graph
     assert graph is not None
-    name = names.fresh(f"{target.name}_slim")
-    tensor = ir.Tensor(np.asarray(sizes, np.int64), name=name)
+    if "split" in node.attributes or (
+        len(node.inputs) == 1 and graph.opset_imports.get("", 1) < 13
+    ):
+        node.attributes["split"] = ir.AttrInt64s("split", sizes)
+        return
+    node.attributes.pop("num_outputs", None)
+    _state(node, 1, sizes, names)
+
+
+def _reslice(node: ir.Node, keep: Keep, names: Names) -> None:
+    """Where a Slice begins and ends."""
+    bounds = slice_bounds(node, keep)
+    if bounds is not None:
+        for index, numbers in zip((1, 2), bounds, strict=True):
+            _state(node, index, numbers, names)
+
+
+def _state(node: ir.Node, index: int, numbers: Sequence[int], names: Names) -> None:
+    """Gives a node other whole numbers as an input."""
+    old = node.inputs[index] if len(node.inputs) > index else None
+    graph = node.graph
+    assert graph is not None
+    name = names.fresh(f"{old.name if old is not None else node.outputs[0].name}_slim")
+    tensor = ir.Tensor(np.asarray(numbers, np.int64), name=name)
     value = ir.Value(
         name=name,
-        shape=ir.Shape([len(sizes)]),
+        shape=ir.Shape([len(numbers)]),
         type=ir.TensorType(ir.DataType.INT64),
         const_value=tensor,
     )
     graph.register_initializer(value)
-    node.replace_input_with(1, value)
-    if not target.uses() and target.is_initializer() and not target.is_graph_output():
-        del graph.initializers[target.name or ""]
+    if len(node.inputs) <= index:
+        node.resize_inputs(index + 1)
+    node.replace_input_with(index, value)
+    if old is not None and not old.uses() and old.is_initializer() and not old.is_graph_output():
+        del graph.initializers[old.name or ""]
 
 
 def _reshape(value: ir.Value, axes: Mapping[int, Ids]) -> None:
@@ -130,3 +169,13 @@ def _reshape(value: ir.Value, axes: Mapping[int, Ids]) -> None:
         len(axes[axis]) if axis in axes else dim for axis, dim in enumerate(value.shape)
     ]
     value.shape = ir.Shape(dims)
+
+
+_CHANGES: Mapping[str, Callable[[ir.Node, Keep, Names], None]] = {
+    "Conv": _regroup,
+    "Reshape": _restate,
+    "Expand": _restate,
+    "Attention": _recount,
+    "Split": _resplit,
+    "Slice": _reslice,
+}

@@ -12,8 +12,9 @@ import onnx_ir as ir
 from graphopt.ir.build import Names
 from graphopt.numerics import Numerics
 from graphopt.rewrite import Context, RemarkKind
+from graphopt_passes.prune.book import Ids
 from graphopt_passes.prune.channels import Group, column_axis, find_groups, row_axis
-from graphopt_passes.prune.labels import Ids, Labels, propagate
+from graphopt_passes.prune.labels import Labels, propagate
 from graphopt_passes.prune.layers import Array, Layer, Wide, find_layers
 from graphopt_passes.prune.paths import contracted, path_to, tables
 from graphopt_passes.prune.slim import kept_indices, slim
