@@ -28,11 +28,13 @@ class Samples:
         reader: starts from the beginning.
         limit: how many to give at most; None for all.
         keeps: which of them to give, by position; None for all.
+        by_row: whether a batch counts as the samples that it holds, each given alone.
     """
 
     reader: Reader
     limit: int | None = None
     keeps: Callable[[int], bool] | None = None
+    by_row: bool = False
 
     def __iter__(self) -> Iterator[Feed]:
         """The samples in order.
@@ -40,7 +42,9 @@ class Samples:
         Raises:
             DataError: a sample cannot be read or does not fit the model; the message names sample and input.
         """
-        found = islice(self.reader(), self.limit)
+        found: Iterator[Feed] = islice(self.reader(), self.limit)
+        if self.by_row:
+            found = (row for feed in found for row in rows_of(feed))
         if self.keeps is None:
             return found
         keeps = self.keeps
@@ -56,6 +60,23 @@ class Samples:
     def first(self, count: int) -> list[Feed]:
         """The first samples, at most `count`."""
         return list(islice(iter(self), count))
+
+
+def batch_size(feed: Feed) -> int:
+    """How many samples a feed holds: the leading size that all of its inputs share, else 1."""
+    sizes = {len(array) if np.ndim(array) > 1 else 1 for array in feed.values.values()}
+    return sizes.pop() if len(sizes) == 1 else 1
+
+
+def rows_of(feed: Feed) -> Iterator[Feed]:
+    """The samples of a batch, each by itself."""
+    size = batch_size(feed)
+    if size == 1:
+        yield feed
+        return
+    for index in range(size):
+        row = {name: np.asarray(a)[index : index + 1] for name, a in feed.values.items()}
+        yield Feed(f"{feed.name}[{index}]", row)
 
 
 def read_samples(calibration: Calibration, specs: Sequence[TensorSpec]) -> Samples:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from graphopt.errors import DataError
+from graphopt.calibrate.samples import Samples, batch_size, rows_of
+from graphopt.errors import DataError, GraphoptError
 from graphopt.runtime.session import OptimizationLevel, Session, SessionOptions
 from graphopt.verify.feed_files import Feed
 
@@ -393,7 +394,7 @@ def _collect_here(
     count = 0
     for feed in feeds:
         results = session.run(feed.values, tapped) if tapped else {}
-        batch = _batch(feed)
+        batch = batch_size(feed)
         count += batch
         for name in names:
             array = results.get(name, feed.values.get(name))
@@ -403,14 +404,48 @@ def _collect_here(
     return Collected(found, count)
 
 
-def _batch(feed: Feed) -> int:
-    """How many samples a feed holds: the leading size that all of its inputs share, else 1."""
-    sizes = {len(array) if np.ndim(array) > 1 else 1 for array in feed.values.values()}
-    return sizes.pop() if len(sizes) == 1 else 1
-
-
 def _rows(array: Array, batch: int) -> Iterable[Array]:
     """The samples of a batch, each by itself: however samples are batched, they count the same."""
     if batch > 1 and array.ndim > 1 and len(array) == batch:
         return (array[index : index + 1] for index in range(batch))
     return (array,)
+
+
+def by_row(model: Callable[[], bytes], samples: Samples) -> Samples:
+    """The samples with each batch as those that it holds, where the model treats them one by one.
+
+    So any split into batches gives the same bits: kernels for several rows may round otherwise.  Asked of the first
+    batch: its outputs are those of its rows, up to rounding, or the batches stay as they are.
+    """
+    first = next((feed for feed in samples.first(_LOOKED_AT) if batch_size(feed) > 1), None)
+    if first is None:
+        return samples
+    session = Session(model())
+    try:
+        alone = [session.run(row.values) for row in islice(rows_of(first), _COMPARED)]
+        together = session.run(first.values)
+    except GraphoptError:
+        return samples  # the model fixes the size of its batches
+    apart = all(_is_row(together, each, index) for index, each in enumerate(alone))
+    return dataclasses.replace(samples, by_row=True) if apart else samples
+
+
+_COMPARED, _LOOKED_AT = 2, 4
+
+
+def _is_row(together: Mapping[str, Any], alone: Mapping[str, Any], index: int) -> bool:
+    for name, row in alone.items():
+        whole = together[name]
+        if not isinstance(row, np.ndarray) or row.ndim == 0 or len(row) != 1:
+            return False
+        if whole.shape[1:] != row.shape[1:] or index >= len(whole):
+            return False
+        if not np.allclose(
+            whole[index], row[0], rtol=1e-3, atol=1e-4 * _scale(row), equal_nan=True
+        ):
+            return False
+    return True
+
+
+def _scale(array: Array) -> float:
+    return float(np.abs(array).max(initial=0.0)) if array.dtype.kind == "f" else 1.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -119,11 +120,13 @@ class Calibration:
         source: a path (npz, folder of npz, ONNX `test_data_set_*`, folder of images) or feeds by input name.
         preprocess: a file that says how images become inputs.
         limit: how many samples to use at most; None for all.
+        executor: where the samples are run; None for here. The result has the same bits.
     """
 
     source: Path | Sequence[Mapping[str, Any]]
     preprocess: Path | None = None
     limit: int | None = None
+    executor: Executor | None = None
 
 
 @dataclasses.dataclass(frozen=True)

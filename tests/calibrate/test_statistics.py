@@ -8,7 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from graphopt.calibrate.statistics import Channels, Collected, Statistics, collect, empty, observe
+from graphopt.calibrate.samples import Samples
+from graphopt.calibrate.statistics import (
+    Channels,
+    Collected,
+    Statistics,
+    by_row,
+    collect,
+    empty,
+    observe,
+)
 from graphopt.errors import DataError
 from graphopt.verify.feed_files import Feed
 from tests.rewriting import parse
@@ -109,6 +118,22 @@ def test_batches_count_as_their_samples_do(tmp_path: Path) -> None:
         parts = [Feed(str(i), {"x": rows[i : i + size]}) for i in range(0, 6, size)]
         collect(MODEL, ["r", "x"], parts).save(tmp_path / f"{size}.npz")
     assert len({(tmp_path / f"{size}.npz").read_bytes() for size in (1, 2, 6)}) == 1
+
+
+MIXED = parse(
+    """g (float[n,3] x) => (float[n,3] y) { m = ReduceMean<axes=[0]>(x)  y = Sub(x, m) }""",
+    opset=13,
+).SerializeToString()
+FIXED = parse("""g (float[2,3] x) => (float[2,3] y) { y = Relu(x) }""").SerializeToString()
+
+
+@pytest.mark.parametrize(("model", "count"), [(MODEL, 4), (MIXED, 2), (FIXED, 2)])
+def test_batches_are_rows_where_the_model_keeps_them_apart(model: bytes, count: int) -> None:
+    feeds = [Feed(str(i), {"x": RNG.normal(size=(2, 3)).astype(np.float32)}) for i in range(2)]
+    found = list(by_row(lambda: model, Samples(lambda: iter(feeds))))
+    assert len(found) == count
+    rows = np.concatenate([feed.values["x"] for feed in found])
+    assert (rows == np.concatenate([feed.values["x"] for feed in feeds])).all()
 
 
 def test_another_file_is_refused(tmp_path: Path) -> None:

@@ -6,16 +6,17 @@ Everything dear is kept in the cache of the run under what it depends on, so tha
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import onnx_ir as ir
 
 from graphopt.calibrate.samples import Samples
-from graphopt.calibrate.statistics import Collected, Statistics, collect
+from graphopt.calibrate.statistics import Collected, Statistics, by_row, collect
 from graphopt.ir import fingerprint, values
 from graphopt.ir.build import Names
-from graphopt.ir.model_file import load_model, model_to_bytes
+from graphopt.ir.model_file import load_model, model_to_bytes, save_model
 from graphopt.rewrite import Context, RemarkKind, name_of
 from graphopt.targets import Precision
 from graphopt.verify.budget import budget_for
@@ -91,6 +92,7 @@ class Trials:
         self.original = model
         self.scalings: tuple[Scaling, ...] = ()
         self.key = f"{fingerprint.structural(model)}:{fingerprint.weights(model)}:{style.name}"
+        samples = by_row(lambda: model_to_bytes(model), samples)
         # Judged on what ranges were not taken from, where there is enough: what fits the samples only is no gain.
         enough = len(samples.first(ENOUGH)) == ENOUGH
         parted = enough and self.on_host and file is None
@@ -137,11 +139,22 @@ class Trials:
     def _collected(self, model: ir.Model, key: str, part: int) -> Collected:
         names = candidates(model.graph, self.style, lambda _node: True)
         feeds = self._told(self.parts[part])
-        found = collect(model_to_bytes(model), names, feeds, axes=_axes(model.graph))
+        found = self._run(model, names, feeds)
         found = dataclasses.replace(found, model=key)
         if self.file is not None and model is self.original:
             found.save(self.file)
         return found
+
+    def _run(self, model: ir.Model, names: tuple[str, ...], feeds: Iterator[Feed]) -> Collected:
+        """One pass, where the user wants it; workers elsewhere read the model from a file, not with each task."""
+        axes, calibration = _axes(model.graph), self.ctx.options.calibration
+        executor = None if calibration is None else calibration.executor
+        if executor is None:
+            return collect(model_to_bytes(model), names, feeds, axes=axes)
+        with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
+            path = Path(folder) / "model.onnx"
+            save_model(model, path)
+            return collect(path, names, feeds, axes=axes, executor=executor)
 
     def _told(self, samples: Iterable[Feed]) -> Iterator[Feed]:
         for count, feed in enumerate(samples, 1):

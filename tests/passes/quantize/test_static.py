@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -352,5 +353,21 @@ def test_the_same_samples_give_the_same_bytes() -> None:
         assert QuantizeStatic().run(
             model, Context(model, get_target("cpu"), options, pass_name="q")
         )
+        made.append(to_proto(model).SerializeToString(deterministic=True))
+    assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("size", [1, 3, 16])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_and_workers_do_not_show(size: int, workers: int) -> None:
+    text = RESIDUAL.replace("float[1,8,10,10]", "float[n,8,10,10]").replace("[1,5]", "[n,5]")
+    rows = np.random.default_rng(3).normal(size=(16, 8, 10, 10)).astype(np.float32)
+    made = []
+    for step, pool in ((size, ThreadPoolExecutor(workers) if workers else None), (1, None)):
+        feeds = [{"x": rows[i : i + step]} for i in range(0, 16, step)]
+        model = load_model(varied(text))
+        options = Options(calibration=Calibration(feeds, executor=pool), force=True)
+        ctx = Context(model, get_target("cpu"), options, pass_name="q")
+        assert QuantizeStatic().run(model, ctx)
         made.append(to_proto(model).SerializeToString(deterministic=True))
     assert made[0] == made[1]
