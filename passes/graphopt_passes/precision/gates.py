@@ -30,7 +30,7 @@ MASK = "graphopt_half_mask"
 _WEIGHTS = 1 << 28
 """Bytes of weights up to which their rounding is gated too; beyond, memory counts for more than their share."""
 
-_FOCUS = 1
+_FOCUS = 2
 """Feeds that experiments run on: those on which a survey of all was worst."""
 
 Feed = Mapping[str, Any]
@@ -109,7 +109,7 @@ class Gates:
         self._seen = Budget(agreement=None)
         found = [self._on(index, np.asarray(low, np.bool_)) for index in range(len(self._feeds))]
         worst = sorted(range(len(found)), key=lambda index: -found[index])
-        self._focus = tuple(dict.fromkeys((*worst[:_FOCUS], *self._focus)))[: 2 * _FOCUS]
+        self._focus = tuple(dict.fromkeys((*worst[:_FOCUS], *self._focus)))[: 1 + _FOCUS]
         return max(found, default=0.0)
 
     def words(self) -> str:

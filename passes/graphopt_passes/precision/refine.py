@@ -13,8 +13,8 @@ TARGET = 0.85
 
 MAX_RUNS = 96
 MAX_PRUNED = 24
-ATTEMPTS = 6
-"""Choices of what to raise that are tried with the same measurements."""
+ATTEMPTS = 8
+"""Choices of what to raise that are tried between too few and enough, with the same measurements."""
 
 AMPLIFIED = 0.5
 """Share of the gates that goes back to float32 from which on the model is said to amplify rounding."""
@@ -176,23 +176,24 @@ class _Search:
         return places[bad - 1]
 
     def _lower_error(self, error: float) -> None:
-        """Raises the blocks that most of the error comes from, for what they gain."""
-        blocks, start, room = self._measured(error), self.raised, TARGET
-        best, chosen, tried = list[_Block](), list[_Block](), set[int]()
+        """Raises the blocks with the most error for what they gain, no more than it takes."""
+        blocks, start = self._measured(error), self.raised
+        order = sorted(blocks, key=lambda block: -block.price)
+
+        def suffices(count: int) -> bool:
+            self.raised = start | _raised(order[:count])
+            return self.badness() <= TARGET
+
+        few, many, room = 0, len(_choice(blocks, TARGET)), TARGET
+        while many < len(order) and not self.is_spent and not suffices(many):
+            few, room = many, room / 2  # the sum of squares is a model, and wrong here
+            many = max(many + 1, len(_choice(blocks, room)))
         for _ in range(ATTEMPTS):
-            chosen = _choice(blocks, room)
-            if len(chosen) in tried or (tried and self.is_spent):
+            if many - few <= 1 or self.is_spent:
                 break
-            tried.add(len(chosen))
-            self.raised = start | _raised(chosen)
-            found = self.badness()
-            if found > TARGET and best:
-                break
-            if found <= TARGET:
-                best = chosen
-            # The sum of squares is a model: what was found says by how much it is wrong here.
-            room *= (0.95 if found <= TARGET else 0.9) * TARGET / min(max(found, 0.1), 10.0)
-        self.raised = start | _raised(best or chosen)
+            middle = (few + many) // 2
+            few, many = (few, middle) if suffices(middle) else (middle, many)
+        self.raised = start | _raised(order[:many])
 
     def _measured(self, error: float) -> list[_Block]:
         """Blocks that cover all places, measured alone, small where it matters.
@@ -253,13 +254,13 @@ class _Search:
 
 
 def _choice(blocks: Sequence[_Block], room: float) -> list[_Block]:
-    """The blocks to raise so that the others together stay within `room`: the most error for the gain first."""
+    """The blocks to raise so that the others together stay within `room`: the most error for the gain."""
     order = sorted(blocks, key=lambda block: block.price)
     total = 0.0
     for index, block in enumerate(order):
         total += block.error**2
         if total > room**2:
-            return order[index:][::-1]
+            return order[index:]
     return []
 
 
