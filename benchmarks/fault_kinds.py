@@ -102,6 +102,9 @@ def permuted(node: ir.Node) -> list[int] | None:
     if held is None or len(held.as_ints()) < 2:
         return None
     perm = list(held.as_ints())
+    shape = node.inputs[0].shape if node.inputs[0] is not None else None
+    if shape is not None and 1 in {shape[perm[-1]], shape[perm[-2]]}:
+        return None  # an axis of one may lie anywhere
     perm[-1], perm[-2] = perm[-2], perm[-1]
     return perm
 

@@ -91,8 +91,9 @@ class Plant:
 
 
 def _candidates(model: ir.Model, kind: Kind) -> Iterator[ir.Node]:
+    """Nodes of the main graph, or of bodies where the kind is for those: others may be there for no input at all."""
     for scope in scopes.all_graphs(model):
-        if kind.within and not _is_within(scope, kind.within):
+        if not (_is_within(scope, kind.within) if kind.within else scope.owner is None):
             continue
         for node in scope.graph:
             if node.op_type in kind.strikes or ("*" in kind.strikes and _is_plain(node)):
@@ -216,10 +217,11 @@ def at_output(build: Callable[[Planter, ir.Node, ir.Value], ir.Value | None]) ->
     def spoil(planter: Planter, node: ir.Node) -> bool:
         out = node.outputs[0]
         users = list(out.uses())
-        if not users or node.graph is None:
+        if node.graph is None:
             return False
-        after = next((u.node for u in users if u.node.graph is node.graph), None)
-        if after is None:
+        if not users and out.is_graph_output():
+            return _at_end(planter, node.graph, out, build)
+        if not any(user.node.graph is node.graph for user in users):
             return False
         # Before the first reader in the order of the graph.
         readers = {u.node for u in users}
@@ -232,6 +234,31 @@ def at_output(build: Callable[[Planter, ir.Node, ir.Value], ir.Value | None]) ->
         return True
 
     return spoil
+
+
+def _at_end(
+    planter: Planter,
+    graph: ir.Graph,
+    out: ir.Value,
+    build: Callable[[Planter, ir.Node, ir.Value], ir.Value | None],
+) -> bool:
+    """A body returns something made of what it returned; outputs of the model keep their names, and so their makers."""
+    last = graph[len(graph) - 1]
+    if graph is planter.model.graph:
+        return False
+    mark = ir.Node("", "Identity", [out], name=planter.ctx.names.fresh("mark"))
+    mark.outputs[0].name = planter.ctx.names.fresh("planted")
+    graph.insert_after(last, [mark])
+    made = build(planter, mark, out)
+    if made is None:
+        return False
+    made.type, made.shape = out.type, out.shape
+    mark.replace_input_with(0, made)
+    mark.outputs[0].type, mark.outputs[0].shape = out.type, out.shape
+    places = [i for i, held in enumerate(graph.outputs) if held is out]
+    for place in places:
+        graph.outputs[place] = mark.outputs[0]
+    return bool(places)
 
 
 def at_input(build: Callable[[Planter, ir.Node, ir.Value], ir.Value | None]) -> Spoil:

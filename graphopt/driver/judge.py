@@ -108,7 +108,7 @@ class Judge:
         """Whether an attempt computes the value where another one parted from the original."""
         feed = self._feed()
         profile = self.reference.profile(VerifyOptions(made.numerics))
-        return feed is not None and agrees_at(found, made.model, feed, profile)
+        return feed is not None and agrees_at(found, made.model, feed, profile, made.became)
 
     @property
     def reference_file(self) -> Path:

@@ -269,8 +269,14 @@ class Seen:
         return True
 
     def untaken(self) -> list[str]:
-        """The branches that no feed takes, in words."""
-        known = {**self._found.outer, **{label: label for label in self._found.inner}}
+        """The branches that no feed takes, in words; those within other nodes together."""
+        outer = self._never_taken(self._found.outer)
+        inner = self._never_taken({label: label for label in self._found.inner})
+        if len(inner) <= 1:
+            return outer + inner
+        return [*outer, f"{len(inner)} branches within others, the first: {inner[0]}"]
+
+    def _never_taken(self, known: Mapping[str, str]) -> list[str]:
         return [
             f"{where} with a condition that is {str(way).lower()}"
             for name, where in known.items()

@@ -67,7 +67,7 @@ _LENGTHS = (
     4000,
 )
 _SIDES = (32, 96, 128, 224, 256, 320, 416, 512, 299, 28, 8, 1)
-_LONG, _LONG_PAST = 37, 17
+_LONG, _LONG_PAST, _LONGER = 37, 17, 131
 EMPTY = "empty"
 
 _PRIMES: Mapping[Sort, int] = {Sort.BATCH: 3, Sort.PAST: 5, Sort.LENGTH: 13, Sort.SIDE: 67}
@@ -160,8 +160,26 @@ class Dims:
         """More of a batch and more steps than a typical run has."""
         steps = {Sort.LENGTH: _LONG, Sort.PAST: _LONG_PAST}
         base = dict(typical.sizes)
-        tries = ({Sort.BATCH: 5} | steps, {Sort.BATCH: 1} | steps, {Sort.BATCH: 5})
-        return self._variants(base, "long", *tries)
+        tries = ({Sort.BATCH: 5} | steps, {Sort.BATCH: 1} | steps)
+        twice = {
+            name: 2 * size if self.sorts[name] is Sort.LENGTH else size
+            for name, size in base.items()
+        }
+        return (
+            *self._variants(base, "long", *tries),
+            *self._variants(twice, "long", {Sort.BATCH: 5}),
+            *self._variants(base, "long", {Sort.BATCH: 5}),
+        )
+
+    def longer(self, typical: DimSet) -> tuple[DimSet, ...]:
+        """More steps, or more behind, than eight bits with a sign can count."""
+        base = dict(typical.sizes)
+        has_past = Sort.PAST in self.sorts.values()
+        counted = Sort.PAST if has_past else Sort.LENGTH
+        known = [size for name, size in base.items() if self.sorts[name] is counted]
+        if not known or max(known) > _LONG:
+            return ()
+        return self._variants(base, "longer", {Sort.BATCH: 1, counted: _LONGER})
 
     def crowds(self, typical: DimSet) -> tuple[DimSet, ...]:
         """Many samples at once, where samples have no length that multiplies with them."""

@@ -186,14 +186,25 @@ def _now(name: str, became: Mapping[str, str]) -> str:
     return name
 
 
-def agrees_at(reference: Divergence, model: ir.Model, feed: Feed, profile: Profile) -> bool:
+def agrees_at(
+    reference: Divergence,
+    model: ir.Model,
+    feed: Feed,
+    profile: Profile,
+    became: Mapping[str, str] | None = None,
+) -> bool:
     """Whether a candidate computes the value on which another one parted; False where it has no such value.
 
-    Only the part between the boundary and the value is run, where the candidate still has that boundary.
+    Only the part between the boundary and the value is run, where the candidate still has that boundary.  `became` says
+    what the candidate has in place of values that are gone from it.
     """
-    if reference.value not in _values(model.graph):
+    held = _values(model.graph)
+    name = reference.value
+    stands = name if name in held else _now(name, became or {})
+    if stands not in held:
         return False
-    truth = reference.captured[reference.value]
+    reference = dataclasses.replace(reference, stands=stands)
+    truth = reference.captured[name]
     try:
         part = cut(model, reference)
         found = model_session(part).run(
@@ -201,10 +212,10 @@ def agrees_at(reference: Divergence, model: ir.Model, feed: Feed, profile: Profi
         )
     except (GraphoptError, ValueError):  # ValueError: the boundary does not cut the value off
         try:
-            found = _tap(model, feed, [reference.value])
+            found = {name: _tap(model, feed, [stands])[stands]}
         except GraphoptError:
             return False
-    return compare(reference.value, truth, found[reference.value], profile).passed
+    return compare(name, truth, found[name], profile).passed
 
 
 def cut(model: ir.Model, found: Divergence) -> ir.Model:

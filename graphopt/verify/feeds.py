@@ -36,7 +36,7 @@ MAX_LEAST_ELEMENTS = 1 << 28
 MAX_ATTEMPTS = 64
 """Sets of dimensions tried before a model is given up as one that no generated feed can run."""
 
-_CROWD_ELEMENTS = 1 << 15  # of all inputs: so many samples at once are cheap
+_CROWD_ELEMENTS = 1 << 17  # of all inputs: so many samples at once are cheap
 
 _OVERRIDE_BYTES = 1 << 26  # overriding larger defaults would only test the copying of weights
 
@@ -47,10 +47,12 @@ MAX_SEEKS = 40
 _SCALED = (Variation("zeros", 0.0), Variation("large", 30.0), Variation("tiny", 1e-4))
 
 HUGE = "huge"
-_STRESS = (Variation(HUGE, 1e5), Variation("unit", spread=Spread.UNIT))
-"""Beyond what half precision holds; and, as images and probabilities are, not below zero."""
+_SMALL = Variation("small", 2e-3)
+_STRESS = (Variation(HUGE, 1e5), _SMALL, Variation("unit", spread=Spread.UNIT))
+"""Beyond what half precision holds; small, but not lost beside a bias; as images and probabilities are, not below zero.
+"""
 
-STRESS = frozenset((*(variation.name for variation in _SCALED), HUGE))
+STRESS = frozenset((*(variation.name for variation in _SCALED), HUGE, _SMALL.name))
 """Names of feeds that no user would make."""
 
 _SHIFTS = tuple(
@@ -310,6 +312,7 @@ class _Maker:
         if not self._thorough:
             return
         yield self.dims.long(typical)
+        yield self.dims.longer(typical)
         yield tuple(d for d in self.dims.crowds(typical) if self.elements(d) <= _CROWD_ELEMENTS)
         if self._may_be_empty:
             yield self.dims.empty(typical)

@@ -31,7 +31,7 @@ def thorough(text: str) -> dict[str, Any]:
 
 def test_numbers_are_huge_and_not_negative_once_each() -> None:
     made = thorough("g (float[4,5] x) => (float[4,5] y) { y = Relu(x) }")
-    assert list(made) == ["normal", "zeros", "large", "tiny", "huge", "unit"]
+    assert list(made) == ["normal", "zeros", "large", "tiny", "huge", "small", "unit"]
     assert np.abs(made["huge"]["x"]).max() > 65504
     assert made["unit"]["x"].min() >= 0
     assert made["unit"]["x"].max() < 1
@@ -74,6 +74,22 @@ def test_dimensions_are_long_and_empty() -> None:
     made = thorough("g (float[batch,seq,3] x) => (float[batch,seq,3] y) { y = Relu(x) }")
     shapes = {values["x"].shape for values in made.values()}
     assert {(1, 1, 3), (3, 13, 3), (5, 37, 3), (0, 8, 3)} <= shapes
+
+
+def test_more_steps_than_eight_bits_count() -> None:
+    made = thorough("g (float[batch,seq,3] x) => (float[batch,seq,3] y) { y = Relu(x) }")
+    assert max(values["x"].shape[1] for values in made.values()) > 127
+    cached = thorough("""g (float[batch,seq,3] x, float[batch,past_len,3] past) => (float[batch,t,3] y)
+      { y = Concat<axis = 1>(past, x) }""")
+    longer = next(values for name, values in cached.items() if "longer" in name)
+    assert (longer["x"].shape[1], longer["past"].shape[1]) == (8, 131), (
+        "steps behind cost less than steps"
+    )
+
+
+def test_small_numbers_are_not_tiny() -> None:
+    made = thorough("g (float[40,50] x) => (float[40,50] y) { y = Relu(x) }")
+    assert 1e-3 < np.abs(made["small"]["x"]).max() < 1e-1
 
 
 def test_an_operator_that_dies_of_nothing_is_not_given_it() -> None:
