@@ -397,9 +397,9 @@ class _Emitter:
         source: ir.Value,
         taps: int,
     ) -> np.ndarray | None:
-        """The bias with what the rounding of the weights takes on average; MatMul has none to put it in."""
+        """The bias with what the rounding of the weights takes on average; that of a MatMul is the Add behind it."""
         found = self.facts.statistics.get(self.observed[source])
-        if found is None or node.op_type == "MatMul":
+        if found is None:
             return bias
         is_conv = node.op_type == "Conv"
         group = operators.attribute(node, "group", 1) if is_conv else 1
@@ -408,7 +408,19 @@ class _Emitter:
         )
         if shift is None:
             return bias
+        if node.op_type == "MatMul":
+            self._give_back(node, shift)
+            return None
         return shift if bias is None else bias + shift
+
+    def _give_back(self, node: ir.Node, shift: np.ndarray) -> None:
+        """Adds the shift to the bias that alone reads a MatMul; where there is none, nothing is given back."""
+        found = _bias_behind(node, len(shift))
+        if found is None:
+            return
+        user, index, array = found
+        held = self._held(f"{_name(node)}_bias", (array + shift).astype(np.float32))
+        user.replace_input_with(index, held)
 
     def _bias(
         self,
@@ -427,6 +439,29 @@ class _Emitter:
         if len(node.inputs) < 3:
             node.resize_inputs(3)
         node.replace_input_with(2, stored)
+
+
+def _bias_behind(node: ir.Node, size: int) -> tuple[ir.Node, int, np.ndarray] | None:
+    """What adds a constant vector to the output of a MatMul, and nothing else reads it: node, operand, vector."""
+    output = node.outputs[0]
+    uses = tuple(output.uses())
+    if output.is_graph_output() or len(uses) != 1 or uses[0].node.graph is not node.graph:
+        return None
+    user, index = uses[0].node, uses[0].idx
+    if (user.domain, user.op_type) == ("", "Add"):
+        bias = 1 - index
+    elif user.domain == "com.microsoft" and user.op_type in BIASES and index == 0:
+        bias = BIASES[user.op_type]
+    else:
+        return None
+    array = values.array(user.inputs[bias]) if len(user.inputs) > bias else None
+    if array is None or array.shape != (size,):
+        return None
+    return user, bias, array.astype(np.float64)
+
+
+BIASES = {"BiasGelu": 1, "FastGelu": 1, "SkipLayerNormalization": 4}
+"""Fused operators that add a vector to their first input: which operand it is."""
 
 
 def _input(site: Site, index: int) -> ir.Value:

@@ -156,6 +156,42 @@ def test_the_mean_error_of_weights_goes_into_the_bias() -> None:
     assert np.abs((b - a).mean(axis=(0, 2, 3))).max() < float(step.const_value.numpy()) / 4
 
 
+@pytest.mark.parametrize(
+    ("text", "given_back"),
+    [
+        ("m = MatMul(x, w)  y = Add(m, b)", True),
+        ("m = MatMul(x, w)  y = Add(b, m)", True),
+        ("m = MatMul(x, w)  y = com.microsoft.BiasGelu(m, b)", True),
+        ("m = MatMul(x, w)  s = Add(m, b)  y = Mul(s, m)", False),  # two readers
+        ("m = MatMul(x, w)  y = Sub(b, m)", False),
+    ],
+)
+def test_the_mean_error_of_a_product_goes_into_the_bias_behind(
+    text: str, *, given_back: bool
+) -> None:
+    proto = varied(
+        f"g (float[2,6,16] x) => (float[2,6,16] y) <float[16,16] w, float[16] b> {{ {text} }}"
+    )
+    proto.opset_import.add(domain="com.microsoft", version=1)
+    feeds = [{"x": RNG.normal(size=(2, 6, 16)).astype(np.float32) + 3} for _ in range(4)]
+    before = onnx.numpy_helper.to_array(proto.graph.initializer[1])
+    model, _ = quantized(proto, feeds)
+    held = [values.array(each) for each in model.graph.initializers.values()]
+    vectors = [a for a in held if a is not None and a.shape == (16,) and a.dtype == np.float32]
+    biases = [a for a in vectors if np.abs(a - before).max() < 0.2]
+    assert any(not np.array_equal(a, before) for a in biases) is given_back
+
+
+def test_the_mean_error_of_a_product_is_gone() -> None:
+    text = "g (float[1,6,16] x) => (float[1,6,16] y) <float[16,16] w, float[16] b> { m = MatMul(x, w)  y = Add(m, b) }"
+    proto = varied(text)
+    feeds = [{"x": RNG.normal(size=(1, 6, 16)).astype(np.float32) / 8 + 3} for _ in range(8)]
+    model, _ = quantized(proto, feeds, style="x86-vnni")
+    off = np.mean([run(to_proto(model), f)[0] - run(proto, f)[0] for f in feeds], axis=(0, 1, 2))
+    deviation = np.std([run(to_proto(model), f)[0] - run(proto, f)[0] for f in feeds])
+    assert np.abs(off).max() < deviation
+
+
 def test_tensorrt_gets_symmetric_inputs_and_float_outputs() -> None:
     proto = varied(RESIDUAL)
     model, _ = quantized(proto, IMAGES, "tensorrt")
