@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -19,18 +19,17 @@ from graphopt.targets import Precision
 from graphopt.verify.budget import budget_for
 from graphopt_passes.precision.apply import Emission
 from graphopt_passes.precision.flow import flow_of, sentinels
-from graphopt_passes.precision.gates import Gates, gated_nodes
-from graphopt_passes.precision.islands import drop_islands, gain, runs_allowed
+from graphopt_passes.precision.gates import gated_nodes
+from graphopt_passes.precision.islands import drop_islands
 from graphopt_passes.precision.legality import Legality
 from graphopt_passes.precision.plan import LIMITS, Decision, Facts, Kind, decide_all, gather
 from graphopt_passes.precision.plan_file import read_plan, write_plan
 from graphopt_passes.precision.ranges import GENERATED, Feeds, observe
-from graphopt_passes.precision.refine import Refinement, refine
+from graphopt_passes.precision.refine import Refinement
+from graphopt_passes.precision.settle import settle, without
 
 _DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 _CAST_KNOWS_BF16 = 13
-MAX_ROUNDS = 3
-"""How often islands are left out and what is left is tried again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,15 +110,13 @@ class CastToHalf:
         key = f"precision-refined {budget} {facts.half} {fingerprint.weights(model)} {[name_of(n) for n in low]}"
         if key not in ctx.cache:
             try:
-                gates = Gates.of(model, decisions, facts.half, facts.masks, feeds, budget)
+                ctx.cache[key] = settle(model, decisions, facts, feeds, budget, ctx)
             except GraphoptError as error:
                 ctx.remark(RemarkKind.WARNING, "refine", "", f"not refined: {error}")
                 return decisions
-            gains = [gain(node, facts) for node in gates.nodes]
-            ctx.cache[key] = _settled(decisions, gates, runs_allowed(model, facts), gains)
         found: Refinement = ctx.cache[key]
         _tell_refinement(found, ctx)
-        return _without(decisions, low, found.raised)
+        return without(decisions, low, found.raised)
 
     def _check_target(self, half: ir.DataType, ctx: Context) -> None:
         target = ctx.target
@@ -129,40 +126,6 @@ class CastToHalf:
             f"target {target.name} has no {half.name.lower()} arithmetic: ONNX Runtime casts to float32 and back "
             "around nearly every operator, which is slower than float32. Choose --target cuda or tensorrt, or --force"
         )
-
-
-def _settled(
-    decisions: dict[ir.Node, Decision], gates: Gates, limit: int, gains: Sequence[float]
-) -> Refinement:
-    """What experiments say, islands that do not pay left out: leaving out a rounding is no smaller error always."""
-    found = refine(len(gates.nodes), gates, limit=limit, gains=gains)
-    for _ in range(MAX_ROUNDS):
-        kept = _without(decisions, gates.nodes, found.raised)
-        dropped = {
-            index: kept[node].reason
-            for index, node in enumerate(gates.nodes)
-            if kept[node].kind is Kind.HIGH and index not in found.raised
-        }
-        raised = {**found.raised, **dropped}
-        found = dataclasses.replace(found, raised=raised)
-        if not dropped or len(raised) == len(gates.nodes):
-            break
-        more = gates.runs + limit // 2
-        again = refine(len(gates.nodes), gates, limit=more, raised=raised, gains=gains)
-        found = dataclasses.replace(found, raised=again.raised, after=again.after, runs=again.runs)
-        if again.before <= 1:
-            break
-    return found
-
-
-def _without(
-    decisions: Mapping[ir.Node, Decision], gated: Sequence[ir.Node], raised: Mapping[int, str]
-) -> dict[ir.Node, Decision]:
-    """The decisions with some gated nodes in float32, and without the islands that this makes."""
-    if not raised:
-        return dict(decisions)
-    high = {gated[index]: Decision(Kind.HIGH, reason) for index, reason in raised.items()}
-    return drop_islands({**decisions, **high})
 
 
 def _tell_refinement(found: Refinement, ctx: Context) -> None:

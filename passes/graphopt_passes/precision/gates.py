@@ -112,6 +112,17 @@ class Gates:
         self._focus = tuple(dict.fromkeys((*worst[:_FOCUS], *self._focus)))[: 1 + _FOCUS]
         return max(found, default=0.0)
 
+    def judge(self, session: Session) -> float:
+        """How bad another model is that stands for the one with gates, on every feed."""
+        return max(
+            (
+                self._excess(name, index, value)
+                for index, feed in enumerate(self._feeds)
+                for name, value in session.run(feed).items()
+            ),
+            default=0.0,
+        )
+
     def words(self) -> str:
         """The budget, as one writes it, that accepts what the last survey found; "" where none does."""
         seen, parts = self._seen, []
@@ -177,6 +188,13 @@ def gated_nodes(
     )
 
 
+def is_small(model: ir.Model) -> bool:
+    """Whether the weights are few enough to be held in memory several times."""
+    graphs = [scope.graph for scope in all_graphs(model)]
+    held = [v.const_value for graph in graphs for v in graph.initializers.values()]
+    return sum(tensor.nbytes for tensor in held if tensor is not None) <= _WEIGHTS
+
+
 def _nodes(model: ir.Model) -> Iterator[ir.Node]:
     """The nodes of all graphs that can capture the mask."""
     for scope in all_graphs(model):
@@ -200,7 +218,6 @@ class _Builder:
         self._graph.inputs.append(self._mask)
         self._rounded: dict[ir.Value, ir.Value] = {}
         self._homes: dict[ir.Value, ir.Graph] = {}
-        held = 0
         self._graphs = [scope.graph for scope in all_graphs(model)]
         for scope in all_graphs(model):
             for value in (*scope.graph.inputs, *scope.graph.initializers.values()):
@@ -208,9 +225,7 @@ class _Builder:
             for node in scope.graph:
                 for value in node.outputs:
                     value.shape = None  # what a model states may be wrong, and the runtime plans its buffers by it
-            weights = [v.const_value for v in scope.graph.initializers.values()]
-            held += sum(tensor.nbytes for tensor in weights if tensor is not None)
-        self._weights = held <= _WEIGHTS
+        self._weights = is_small(model)
 
     def gate(self, index: int, node: ir.Node, decision: Decision) -> None:
         """Rounds what the node reads and gives, where its element of the mask is true."""

@@ -77,6 +77,7 @@ def refine(
     limit: int = MAX_RUNS,
     raised: Mapping[int, str] | None = None,
     gains: Sequence[float] = (),
+    target: float = TARGET,
 ) -> Refinement:
     """The gates to raise among `count`: those that err most for what they gain, and few.
 
@@ -91,9 +92,10 @@ def refine(
         limit: of experiments, those made before included.
         raised: gates that are in float32 from the start.
         gains: what each gate in half saves, in any unit; all the same without.
+        target: of the budget, what the rest may take.
     """
     given = dict(raised or {})
-    search = _Search(count, given, experiment, limit, gains or [1.0] * count, len(given))
+    search = _Search(count, given, experiment, limit, gains or [1.0] * count, len(given), target)
     before = search.survey()
     accepting = experiment.words()
     after = search.run(before)
@@ -111,6 +113,7 @@ class _Search:
     limit: int
     gains: Sequence[float]
     start: int
+    target: float
 
     @property
     def low(self) -> list[bool]:
@@ -143,19 +146,19 @@ class _Search:
     def run(self, before: float) -> float:
         """Raises gates until the rest is within the budget; returns how bad that is."""
         after = before
-        while after > TARGET and not self.is_spent and self.places:
+        while after > self.target and not self.is_spent and self.places:
             known = len(self.raised)
             self._raise_overflows()
             after = self.badness()
-            if TARGET < after < math.inf:
+            if self.target < after < math.inf:
                 self._lower_error(after)
             after = self.survey()
             if len(self.raised) == known:
                 break
-        while after > TARGET and self.places:
+        while after > self.target and self.places:
             self._raise_worst()  # nothing left to find out with: the rest is cut by quarters
             after = self.survey()
-        if before > TARGET >= after and len(self.raised) > self.start:
+        if before > self.target >= after and len(self.raised) > self.start:
             after = self._prune(after)
         return after
 
@@ -182,9 +185,9 @@ class _Search:
 
         def suffices(count: int) -> bool:
             self.raised = start | _raised(order[:count])
-            return self.badness() <= TARGET
+            return self.badness() <= self.target
 
-        few, many, room = 0, len(_choice(blocks, TARGET)), TARGET
+        few, many, room = 0, len(_choice(blocks, self.target)), self.target
         while many < len(order) and not self.is_spent and not suffices(many):
             few, room = many, room / 2  # the sum of squares is a model, and wrong here
             many = max(many + 1, len(_choice(blocks, room)))
@@ -205,7 +208,7 @@ class _Search:
         last = start + (self.limit - start) * 4 // 5  # leaves some to check the choice
         blocks = self._halved([self._block(self.places, error)], start + (last - start) // 4)
         wide = [block for block in blocks if len(block.places) > 1]
-        if not any(block in wide for block in _choice(blocks, TARGET)):
+        if not any(block in wide for block in _choice(blocks, self.target)):
             return blocks
         size, room = sum(len(block.places) for block in wide), max(last - self.experiment.runs, 1)
         for block in wide:
@@ -218,7 +221,7 @@ class _Search:
     def _halved(self, blocks: list[_Block], last: int) -> list[_Block]:
         """The blocks, those halved again and again that have to be raised and err most."""
         while self.experiment.runs < last:
-            chosen = [block for block in _choice(blocks, TARGET) if len(block.places) > 1]
+            chosen = [block for block in _choice(blocks, self.target) if len(block.places) > 1]
             if not chosen:
                 break
             worst = max(chosen, key=lambda block: block.error)
@@ -245,10 +248,10 @@ class _Search:
             if self.experiment.runs >= self.limit + MAX_PRUNED:
                 break
             reason = self.raised.pop(place)
-            if self.badness() > TARGET:
+            if self.badness() > self.target:
                 self.raised[place] = reason
         after = self.survey() if len(self.raised) < len(known) else before
-        if after > TARGET:  # on a feed that experiments did not run on
+        if after > self.target:  # on a feed that experiments did not run on
             self.raised = known
         return min(after, before)
 
