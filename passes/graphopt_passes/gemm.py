@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from graphopt.ir.build import Builder
 from graphopt.ir.shapes import Dim
+from graphopt.ir.shapes import product as product_of
 from graphopt.rewrite import Either, Match, Op, Rule, Skip, Var, rule
 from graphopt_passes.constants import (
     Wide,
@@ -383,21 +384,28 @@ folded = Op("Reshape", flat_product, Var())
 def drop_reshapes_around_product(m: Match, g: Builder) -> ir.Value | None:
     """`Reshape([…, N], MatMul(Reshape([-1, K], x […, K]), W))` -> `MatMul(x, W)`; a Gemm becomes MatMul and Add.
 
-    x: […, K], W: [K, N] (transposed where the Gemm says so), y: […, N]; rank of x above 2.
+    x: […, K], W: [K, N] (transposed where the Gemm says so), y: […, N]; rank of y above 2.  Heads that the first
+    Reshape puts side by side, x: […, H, D], are put so by one of their own.
     """
     dims, out = m.dims(x), m.dims(folded)
     node = _maker(m[folded], 0)
     flat = m.dims(node.inputs[0]) if node.inputs[0] is not None else None
-    if dims is None or out is None or flat is None or len(flat) != 2 or len(dims) < 3:
+    if dims is None or out is None or flat is None or len(flat) != 2 or len(out) < 3:
         return None
-    if dims[:-1] != out[:-1] or dims[-1] != flat[-1]:
+    lead = len(out) - 1
+    if len(dims) <= lead or dims[:lead] != out[:lead] or product_of(dims[lead:]) != flat[-1]:
         return None
+    rows = m[x]
+    if len(dims) > lead + 1:
+        if flat[-1].value is None:
+            return None
+        rows = g.op("Reshape", rows, g.ints([*[0] * lead, flat[-1].value]))
     if node.op_type == "MatMul":
-        return g.op("MatMul", m[x], m[w])
-    return _as_matmul(m, g, node)
+        return g.op("MatMul", rows, m[w])
+    return _as_matmul(m, g, node, rows)
 
 
-def _as_matmul(m: Match, g: Builder, node: ir.Node) -> ir.Value | None:
+def _as_matmul(m: Match, g: Builder, node: ir.Node, rows: ir.Value) -> ir.Value | None:
     """Gemm(x, W, c) with x of any rank: MatMul and Add, where alpha, beta and transA are trivial."""
     if m.attr(node, "transA", 0) or m.attr(node, "alpha", 1.0) != 1:
         return None
@@ -410,7 +418,7 @@ def _as_matmul(m: Match, g: Builder, node: ir.Node) -> ir.Value | None:
         data = m.array(w)
         refuse_tied(m[w])
         weight = g.const(np.ascontiguousarray(data.T), name="weight")
-    y = g.op("MatMul", m[x], weight)
+    y = g.op("MatMul", rows, weight)
     return y if addend is None else g.op("Add", y, addend)
 
 

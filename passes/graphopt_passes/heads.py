@@ -15,11 +15,17 @@ import onnx_ir as ir
 from graphopt.ir import values
 from graphopt.ir.build import Builder
 from graphopt.ir.shapes import Dim
-from graphopt.rewrite import Match, Op, Rule, Skip, Var, exact
+from graphopt.rewrite import Either, Match, Op, Rule, Skip, Var, exact
 from graphopt_passes.constants import live_uses
 
 TO_FRONT = (0, 2, 1, 3)
 """[B, S, H, D] <-> [B, H, S, D]."""
+
+BATCH_FIRST = (1, 0, 2)
+"""[S, B, …] <-> [B, S, …]."""
+
+TO_FRONT_OF_BATCH, FROM_FRONT_OF_BATCH = (1, 2, 0, 3), (2, 0, 1, 3)
+"""[S, B, H, D] -> [B, H, S, D] -> [S, B, H, D]."""
 
 q, k, v = Var(), Var(), Var()
 attention = Op("Attention", q, k, v, ...)
@@ -30,11 +36,13 @@ back = Op("Transpose", attention)
 def keep_heads_in_place(m: Match, g: Builder) -> ir.Value | None:
     """`Transpose(Attention(Transpose(q), Transpose(k), Transpose(v)))` -> `Attention` of [B, S, H D].
 
-    q, k, v: [B, S, H, D], each Transpose by (0, 2, 1, 3).  Values that come with heads in front keep all as it is.
-    Source: Attention-23, 3-dimensional inputs.
+    q, k, v: [B, S, H, D], each Transpose by (0, 2, 1, 3), or [S, B, H, D] (nn.MultiheadAttention), where the sequence
+    still moves behind the batch, but in [S, B, H D], where it may cancel.  Values that come with heads in front keep
+    all as it is.  Source: Attention-23, 3-dimensional inputs.
     """
     node = m[attention]
-    if tuple(m.attr(back, "perm", ())) != TO_FRONT or m.attr(node, "q_num_heads", 0):
+    end = tuple(m.attr(back, "perm", ()))
+    if end not in (TO_FRONT, FROM_FRONT_OF_BATCH) or m.attr(node, "q_num_heads", 0):
         return None
     if not m.emits("Attention", dtype=m.dtype(q), form="heads-in-place"):
         return None
@@ -43,11 +51,11 @@ def keep_heads_in_place(m: Match, g: Builder) -> ir.Value | None:
     sources = [_source(m, operand) for operand in (q, k, v)]
     if sources[0] is None or sources[1] is None or sources[2] is None:
         raise Skip("queries, keys and values do not all come from [B, S, H, D]", node)
-    heads = [m.known_dims(each)[2].value for each in sources if each is not None]
+    heads = [m.known_dims(operand)[1].value for operand in (q, k, v)]
     width = m.known_dims(attention)[3].value
     if None in heads or width is None:
         raise Skip("the number or the size of the heads is unknown", node)
-    flat = [_flat(m, g, each) for each in sources if each is not None]
+    flat = [_flat(m, g, *each) for each in sources if each is not None]
     made = g.op(
         "Attention",
         *flat,
@@ -56,6 +64,8 @@ def keep_heads_in_place(m: Match, g: Builder) -> ir.Value | None:
         q_num_heads=heads[0],
         kv_num_heads=heads[1],
     )
+    if end != TO_FRONT:
+        made = g.op("Transpose", made, perm=BATCH_FIRST)
     return g.op("Reshape", made, g.ints([0, 0, int(heads[0] or 0), width]))
 
 
@@ -63,27 +73,82 @@ def _has_outputs(node: ir.Node) -> bool:
     return any(out.uses() or out.is_graph_output() for out in node.outputs[1:])
 
 
-def _source(m: Match, operand: Var) -> ir.Value | None:
-    """[B, S, H, D] whose heads a Transpose brings to the front."""
+def _source(m: Match, operand: Var) -> tuple[ir.Value, bool] | None:
+    """[B, S, H, D] whose heads a Transpose brings to the front; or [S, B, H, D], and True."""
     maker = m[operand].producer()
     if maker is None or maker.op_type != "Transpose" or maker.domain:
         return None
-    source = maker.inputs[0]
+    source, perm = maker.inputs[0], tuple(m.attr(maker, "perm", ()))
     dims = None if source is None else m.dims(source)
-    if source is None or dims is None or tuple(m.attr(maker, "perm", ())) != TO_FRONT:
+    if source is None or dims is None or perm not in (TO_FRONT, TO_FRONT_OF_BATCH):
         return None
-    return source if dims[2].is_static and dims[3].is_static else None
+    static = dims[2].is_static and dims[3].is_static
+    return (source, perm == TO_FRONT_OF_BATCH) if static else None
 
 
-def _flat(m: Match, g: Builder, source: ir.Value) -> ir.Value:
-    """[B, S, H, D] as [B, S, H D]: what it was before it was divided, or a view."""
+def _flat(m: Match, g: Builder, source: ir.Value, late_batch: bool = False) -> ir.Value:
+    """[B, S, H, D] as [B, S, H D]: what it was before it was divided, or a view; [S, B, H, D] with `late_batch`."""
     dims = m.known_dims(source)
     width = int(dims[2]) * int(dims[3])
     maker = source.producer()
     whole = None if maker is None or maker.op_type != "Reshape" else maker.inputs[0]
-    if whole is not None and m.dims(whole) == (dims[0], dims[1], Dim.of(width)):
-        return whole
-    return g.op("Reshape", source, g.ints([0, 0, width]))
+    if whole is None or m.dims(whole) != (dims[0], dims[1], Dim.of(width)):
+        whole = g.op("Reshape", source, g.ints([0, 0, width]))
+    return g.op("Transpose", whole, perm=BATCH_FIRST) if late_batch else whole
+
+
+back_of_batch = Op("Transpose", attention)
+
+
+@exact(back_of_batch, opset=(23, 10_000))
+def take_heads_out_of_batch(m: Match, g: Builder) -> ir.Value | None:
+    """Attention of [B H, S, D] between Transposes from and to [S, B H, D] -> Attention of [B, S, H D].
+
+    As nn.MultiheadAttention computes where its weights might be asked for: heads count as rows of the batch, q, k, v:
+    [S, B, H D] as [S, B H, D].  Source: Attention-23.
+    """
+    node = m[attention]
+    single = m.attr(node, "q_num_heads", 0) == m.attr(node, "kv_num_heads", 0) == 1
+    if not single or tuple(m.attr(back_of_batch, "perm", ())) != BATCH_FIRST or _has_outputs(node):
+        return None
+    if not m.emits("Attention", dtype=m.dtype(q), form="heads-in-place"):
+        return None
+    found = [_of_sequence(m, m[operand]) for operand in (q, k, v)]
+    width = m.known_dims(q)[2].value
+    if None in found or not width or any(m.known_dims(each)[2] != width for each in (k, v)):
+        return None
+    hidden = node.inputs[3] if len(node.inputs) > 3 else None
+    if any(each is not None for each in node.inputs[4:]) or not _is_for_all(m, hidden):
+        raise Skip("a mask for each head, or a past", node)
+    wholes = [each for each in found if each is not None]
+    heads = int(m.known_dims(wholes[0])[2]) // width
+    turned = [g.op("Transpose", each, perm=BATCH_FIRST) for each in wholes]
+    made = g.op("Attention", *turned, hidden, like=node, q_num_heads=heads, kv_num_heads=heads)
+    first = g.op("Transpose", made, perm=BATCH_FIRST)
+    shape = [dim.value for dim in m.known_dims(back_of_batch)]
+    if shape[1] is None:
+        shape[1] = -1
+    return g.op("Reshape", first, g.ints([0, *(int(size or 0) for size in shape[1:])]))
+
+
+def _of_sequence(m: Match, value: ir.Value) -> ir.Value | None:
+    """[S, B, H D] of which a value [B H, S, D] is made; None where it is made otherwise."""
+    turn = value.producer()
+    if turn is None or turn.op_type != "Transpose" or _perm(m, turn) != BATCH_FIRST:
+        return None
+    view = None if turn.inputs[0] is None else turn.inputs[0].producer()
+    whole = view.inputs[0] if view is not None and view.op_type == "Reshape" else None
+    dims, turned = None if whole is None else m.dims(whole), m.known_dims(value)
+    if dims is None or len(dims) != 3 or len(turned) != 3 or dims[0] != turned[1]:
+        return None
+    width, size = turned[2].value, dims[2].value
+    return whole if width and size and size % width == 0 else None
+
+
+def _is_for_all(m: Match, hidden: ir.Value | None) -> bool:
+    """Whether a mask is the same for all rows of the batch."""
+    dims = () if hidden is None else m.dims(hidden)
+    return dims is not None and all(dim == 1 for dim in dims[:-2])
 
 
 x, cos, sin = Var(), Var(), Var()
@@ -159,14 +224,14 @@ def split_packed_heads(m: Match, g: Builder) -> Sequence[ir.Value] | None:
     whole becomes three, which attention takes away.  Only where every part goes to attention.  Source: Split-13, -18.
     """
     parts = len(m[split].outputs)
-    packed = _packed(m)
-    if packed is None or packed[0] != parts or m.attr(split, "axis", 0):
+    held = _packed(m)
+    if held is None or held[0] != parts or m.attr(split, "axis", 0):
         return None
     if not all(_feeds_attention(out) for out in m[split].outputs):
         return None
     if any(m.known_dims(out)[0] != 1 for out in m[split].outputs):
         return None
-    _, heads, width = packed
+    _, heads, width = held
     sizes = g.ints([heads * width] * parts)
     pieces = g.ops("Split", m[whole], sizes, outputs=parts, axis=2)
     return [g.op("Unsqueeze", _in_front(g, p, heads, width), g.ints([0])) for p in pieces]
@@ -178,16 +243,55 @@ def take_packed_heads(m: Match, g: Builder) -> ir.Value | None:
 
     x: [B, S, 3 H D].  As `split_packed_heads`, for one part at a time.  Source: Gather-13, Slice-13.
     """
-    packed = _packed(m)
+    held = _packed(m)
     place = values.array(m[index])
-    if packed is None or place is None or place.ndim or m.attr(taken, "axis", 0):
+    if held is None or place is None or place.ndim or m.attr(taken, "axis", 0):
         return None
     if not _feeds_attention(m.out(taken)):
         return None
-    parts, heads, width = packed
+    parts, heads, width = held
     start = int(place) % parts * heads * width
     piece = g.op("Slice", m[whole], g.ints([start]), g.ints([start + heads * width]), g.ints([2]))
     return _in_front(g, piece, heads, width)
+
+
+packed = Var()
+apart = Op("Reshape", packed, ..., shared=True)
+in_front = Op("Transpose", apart, shared=True)
+part = Op("Gather", Either(Op("Squeeze", in_front, ..., shared=True), in_front), index)
+
+
+@exact(part, opset=(13, 10_000))
+def take_packed_part(m: Match, g: Builder) -> ir.Value | None:
+    """`Gather(Transpose(Reshape(x, [..., 3, E]), parts in front), i)` -> `Slice(x)`, of x [..., 3 E].
+
+    As nn.MultiheadAttention takes queries, keys and values out of one product; axes of size 1 may come and go between.
+    A Transpose of the whole falls away.  Source: Gather-13, Slice-13, Squeeze-13.
+    """
+    place, dims = values.array(m[index]), m.known_dims(packed)
+    if place is None or place.ndim or m.attr(part, "axis", 0) or len(dims) < 2:
+        return None
+    out, perm = m.known_dims(part), tuple(m.attr(in_front, "perm", ()))
+    width, whole = out[-1].value if out else None, dims[-1].value
+    if not width or not whole or whole % width or out != (*dims[:-1], Dim.of(width)):
+        return None
+    parts = whole // width
+    pieces = m.known_dims(apart)
+    moving = [axis for axis in perm if pieces[axis] != 1]
+    lead = [dim for dim in dims[:-1] if dim != 1]
+    if (
+        parts < 2
+        or width < 2
+        or [d for d in pieces if d != 1] != [*lead, Dim.of(parts), Dim.of(width)]
+    ):
+        return None
+    ranks = [sorted(moving).index(axis) for axis in moving]
+    if ranks != [len(lead), *range(len(lead)), len(lead) + 1]:
+        return None
+    start = int(place) % parts * width
+    return g.op(
+        "Slice", m[packed], g.ints([start]), g.ints([start + width]), g.ints([len(dims) - 1])
+    )
 
 
 def _packed(m: Match) -> tuple[int, int, int] | None:
@@ -226,4 +330,6 @@ RULES: tuple[Rule, ...] = (
     rotate_heads_in_place,
     split_packed_heads,
     take_packed_heads,
+    take_packed_part,
+    take_heads_out_of_batch,
 )

@@ -242,6 +242,32 @@ def transpose_instead_of_transposed_view(m: Match, g: Builder) -> ir.Value | Non
     return g.op("Transpose", m[x], perm=order)
 
 
+_viewed = Op(_VIEWS, x, ..., shared=True)
+_turned = Op("Transpose", _viewed)
+parted_transpose = Op("Reshape", _turned, ...)
+
+
+@exact(parted_transpose)
+def part_before_transpose(m: Match, g: Builder) -> ir.Value | None:
+    """`Reshape(Transpose(view(x)))` -> `Transpose(Reshape(view(x)))` where the Reshape parts axes: two views meet.
+
+    x: [S, B E] as [S, B H, D] -> [B H, S, D] -> [B, H, S, D] is Transpose of [S, B, H, D].  Source: ONNX Reshape-5.
+    """
+    before, middle, after = m.dims(_viewed), m.dims(_turned), m.dims(parted_transpose)
+    perm = permutation(m, m[_turned])
+    if before is None or middle is None or after is None or perm is None:
+        return None
+    groups = _groups(after, middle)
+    if groups is None or len(after) == len(middle):
+        return None
+    order = [axis for place in range(len(before)) for axis in groups[perm.index(place)]]
+    target = reshape_target(before, [after[axis] for axis in order])
+    if target is None:
+        return None
+    apart = g.op("Reshape", m.out(_viewed), g.ints(target, name="shape"))
+    return g.op("Transpose", apart, perm=tuple(order.index(axis) for axis in range(len(after))))
+
+
 def _groups(before: Sequence[Dim], joined: Sequence[Dim]) -> list[list[int]] | None:
     """Which neighbouring axes of `before` each axis of `joined` joins; None where it does anything else."""
     groups: list[list[int]] = []
@@ -293,6 +319,7 @@ RULES = (
     join_casts,
     join_transposes,
     transpose_instead_of_transposed_view,
+    part_before_transpose,
     join_views,
     join_transpose_into_view,
     reshape_to_constant,

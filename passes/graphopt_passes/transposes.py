@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Container, Mapping, Sequence
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.ir import operators, values
@@ -16,6 +17,7 @@ from graphopt.rewrite import Context, is_dead, name_of, remove
 from graphopt.rewrite.commit import take_over
 from graphopt.rewrite.relink import mark, place_constant
 from graphopt_passes.constants import is_tied
+from graphopt_passes.spatial import SPATIAL, can_permute, permute
 
 RULE = "cancel-transposes"
 Perm: TypeAlias = tuple[int, ...]
@@ -24,7 +26,7 @@ _REDUCTIONS = frozenset(
     {"ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2"}
     | {"ReduceSumSquare", "ReduceLogSum", "ReduceLogSumExp"}
 )
-_ROUNDED = (_REDUCTIONS - {"ReduceMax", "ReduceMin"}) | {"Softmax", "LogSoftmax"}
+_ROUNDED = (_REDUCTIONS - {"ReduceMax", "ReduceMin"}) | {"Softmax", "LogSoftmax", "MatMul"}
 _ALONG_AXIS = frozenset({"Concat", "Split", "Softmax", "LogSoftmax", "Hardmax"})
 _AXES_INPUT = {"ReduceSum": 13}
 _REGION_LIMIT = 512  # nodes: what is larger is a network between its input and its output layout
@@ -51,12 +53,15 @@ class Region:
 
 @dataclasses.dataclass(frozen=True)
 class CancelTransposes:
-    """Moves Transposes through elementwise operators, Concat, Split, Softmax and reductions where fewer are left.
+    """Moves Transposes through what does not mind the order of axes, or can be told another, where fewer are left.
+
+    That is elementwise operators, Concat, Split, Slice, Pad, Resize, Softmax, reductions, and products with a matrix
+    whose last axis stays the last.
 
     Before:  y = Transpose(Relu(Add(Transpose(a, p), Transpose(b, p))), inverse p)
     After:   y = Relu(Add(a, b))
-    Changes numerics: exact; reordered where a reduction or Softmax moves.  Leaves alone: regions in which as many
-    Transposes would be left, operators that know their axes otherwise (Conv, MatMul, Reshape), large shared constants.
+    Changes numerics: exact; reordered where a reduction, Softmax or product moves.  Leaves alone: regions in which as
+    many Transposes would be left, operators that know their axes otherwise (Conv, Reshape), large shared constants.
     """
 
     name: ClassVar[str] = "cancel-transposes"
@@ -152,7 +157,19 @@ def _is_movable(node: ir.Node, perm: Perm, scope: Scope, ctx: Context) -> bool:
         return not flattens and all(
             _fits(v, rank, ctx) for v in node.inputs[: None if node.op_type == "Concat" else 1] if v
         )
+    if node.op_type in SPATIAL:
+        return can_permute(node, rank, opset)
+    if node.op_type == "MatMul":
+        return _is_by_matrix(node, perm, ctx)
     return node.op_type in _REDUCTIONS and _reduced_axes(node, opset) is not None
+
+
+def _is_by_matrix(node: ir.Node, perm: Perm, ctx: Context) -> bool:
+    """Whether a MatMul takes the last axis, which stays the last, to another by one constant matrix."""
+    weight = node.inputs[1]
+    dims = None if weight is None else ctx.shapes.dims(weight)
+    constant = values.constant(weight) is not None
+    return perm[-1] == len(perm) - 1 and constant and dims is not None and len(dims) == 2
 
 
 def _is_plain_elementwise(node: ir.Node) -> bool:
@@ -183,7 +200,8 @@ def _reduced_axes(node: ir.Node, opset: int) -> tuple[int, ...] | None:
 
 def _data_inputs(node: ir.Node) -> tuple[int, ...]:
     """Which inputs are tensors of the region: not axes, split sizes, or the bounds of a Clip."""
-    single = node.op_type in _REDUCTIONS | {"Split", "Clip"} or operators.is_elementwise_unary(node)
+    first_only = _REDUCTIONS | SPATIAL | {"Split", "Clip", "MatMul"}
+    single = node.op_type in first_only or operators.is_elementwise_unary(node)
     return (0,) if single else tuple(range(len(node.inputs)))
 
 
@@ -328,15 +346,19 @@ class _Mover:
             default = 0 if node.op_type == "Split" else -1
             axis = default if held is None else held.as_int()
             node.attributes["axis"] = ir.AttrInt64("axis", perm[axis])
+        elif node.op_type in SPATIAL:
+            permute(node, perm, lambda data: self._constant(data, node))
         elif node.op_type in _REDUCTIONS:
             axes = [perm[axis] for axis in _reduced_axes(node, self._opset) or ()]
             if self._opset < _AXES_INPUT.get(node.op_type, 18):
                 node.attributes["axes"] = ir.AttrInt64s("axes", sorted(axes))
                 return
-            name = self._ctx.names.fresh(f"{name_of(node)}_axes")
-            tensor = np.asarray(sorted(axes), np.int64)
-            made = place_constant(tensor, name, node, as_node=self._as_nodes, ctx=self._ctx)
-            node.replace_input_with(1, made)
+            node.replace_input_with(1, self._constant(np.asarray(sorted(axes), np.int64), node))
+
+    def _constant(self, data: npt.NDArray[Any], user: ir.Node) -> ir.Value:
+        """A constant that says in the new layout what an operand of `user` said in the old one."""
+        name = self._ctx.names.fresh(f"{name_of(user)}_axes")
+        return place_constant(data, name, user, as_node=self._as_nodes, ctx=self._ctx)
 
     def _leave(self, value: ir.Value, shape: ir.Shape | None) -> list[ir.Node]:
         """Serves those outside who read a value in the old layout; returns the nodes to look at again."""

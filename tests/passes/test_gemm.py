@@ -361,3 +361,21 @@ def test_zero_addend() -> None:
     )
     _check(f"{X} <float[4,6] w, float[1] c = {{0.0}}> {{ y = Gemm(x, w, c) }}", opset=10)
     _check(f"{X} <float[4,6] w, float[1] c> {{ y = Gemm(x, w, c) }}")
+
+
+def test_heads_beside_each_other_enter_a_product_of_rows() -> None:
+    """[S, B, H, D] as [S B, H D] and back: only the heads need a view."""
+    io = "g (float[5,3,2,4] x) => (float[5,3,6] y)"
+    held = "float[8,6] w, float[6] b"
+    _check(
+        f"{io} <int64[2] flat = {{15, 8}}, int64[3] back = {{5, 3, 6}}, {held}> {{"
+        " r = Reshape(x, flat) p = Gemm(r, w, b) y = Reshape(p, back) }",
+        f"{io} <int64[3] rows = {{0, 0, 8}}, {held}> {{ r = Reshape(x, rows) p = MatMul(r, w) y = Add(p, b) }}",
+    )
+
+
+def test_rows_of_other_axes_stay() -> None:
+    _check(
+        "g (float[5,3,2,4] x) => (float[3,5,6] y) <int64[2] flat = {15, 8}, int64[3] back = {3, 5, 6},"
+        " float[8,6] w, float[6] b> { r = Reshape(x, flat) p = Gemm(r, w, b) y = Reshape(p, back) }"
+    )

@@ -115,51 +115,77 @@ def test_rotation_that_goes_elsewhere_keeps_heads_in_front(tail: str) -> None:
 
 
 PACKED = "(float[2,3,24] x) => (float[2,3,2,4] y)"
-PARTS = "int64[5] sh = {0,0,3,2,4}, int64[1] first = {0}, int64[3] ones = {1,1,1}"
-BACK = "o = Attention(q, k, v) y = Transpose<perm=[0,2,1,3]>(o)"
 
 
-def test_packed_projections_are_split_before_their_heads_are() -> None:
+@pytest.mark.parametrize("index", ["1", "-2"])
+def test_a_part_of_a_packed_product_is_a_slice(index: str) -> None:
+    io = "g (float[5,2,12] x) => (float[5,2,4] y)"
     _check(
-        f"g {PACKED} <{PARTS}> {{ r = Reshape(x, sh) t = Transpose<perm=[2,0,3,1,4]>(r)"
-        " a, b, c = Split<axis=0>(t, ones) q = Squeeze(a, first) k = Squeeze(b, first) v = Squeeze(c, first)"
-        f" {BACK} }}",
-        f"g {PACKED} <int64[3] sizes = {{8,8,8}}, int64[4] apart = {{0,0,2,4}}, int64[1] first = {{0}}> {{"
-        " p, p2, p3 = Split<axis=2>(x, sizes)"
-        " a = Reshape(p, apart) a2 = Transpose<perm=[0,2,1,3]>(a) a3 = Unsqueeze(a2, first)"
-        " b = Reshape(p2, apart) b2 = Transpose<perm=[0,2,1,3]>(b) b3 = Unsqueeze(b2, first)"
-        " c = Reshape(p3, apart) c2 = Transpose<perm=[0,2,1,3]>(c) c3 = Unsqueeze(c2, first)"
-        " q = Squeeze(a3, first) k = Squeeze(b3, first) v = Squeeze(c3, first)"
-        f" {BACK} }}",
+        f"{io} <int64[5] five = {{1, 5, 2, 3, 4}}, int64 i = {{{index}}}, int64[1] z = {{3}}> {{"
+        " r = Reshape(x, five) t = Transpose<perm=[3,1,2,0,4]>(r) s = Squeeze(t, z) y = Gather<axis=0>(s, i) }",
+        f"{io} <int64[1] a = {{4}}, int64[1] b = {{8}}, int64[1] c = {{2}}> {{ y = Slice(x, a, b, c) }}",
     )
 
 
-def test_packed_projections_taken_one_by_one() -> None:
-    shape = "int64[4] apart = {0,0,2,4}, int64[3] flat = {0,0,8}, int64[1] two = {2}"
-    limits = "int64[1] s0 = {0}, int64[1] s1 = {8}, int64[1] s2 = {16}, int64[1] s3 = {24}"
-    numbers = "int64 zero = {0}, int64 one = {1}, int64 last = {-1}"
-    _check(
-        f"g {PACKED} <{PARTS}, {numbers}> {{ r = Reshape(x, sh) t = Transpose<perm=[2,0,3,1,4]>(r)"
-        f" q = Gather<axis=0>(t, zero) k = Gather<axis=0>(t, one) v = Gather<axis=0>(t, last) {BACK} }}",
-        f"g {PACKED} <{shape}, {limits}> {{ a = Slice(x, s0, s1, two) b = Slice(x, s1, s2, two)"
-        " c = Slice(x, s2, s3, two) o = Attention<q_num_heads=2, kv_num_heads=2>(a, b, c) y = Reshape(o, apart) }",
-    )
+FIVE = "r = Reshape(x, five) t = Transpose<perm=[3,1,2,0,4]>(r) s = Squeeze(t, z)"
 
 
 @pytest.mark.parametrize(
-    "body",
+    ("body", "shape"),
     [
-        # another order of axes, another use of a part, parts that are no whole
-        "r = Reshape(x, sh) t = Transpose<perm=[2,3,0,1,4]>(r) a, b, c = Split<axis=0>(t, ones)"
-        " q = Squeeze(a, first) k = Squeeze(b, first) v = Squeeze(c, first) z = Attention(q, k, v)"
-        " y = Unsqueeze(z, first)",
-        "r = Reshape(x, sh) t = Transpose<perm=[2,0,3,1,4]>(r) a, b, y = Split<axis=0>(t, ones)",
-        "r = Reshape(x, sh) t = Transpose<perm=[2,0,3,1,4]>(r) a, b = Split<axis=0>(t, uneven)"
-        " q = Squeeze(a, first) z = Attention(q, q, q) y = Unsqueeze(z, first)",
-        "r = Reshape(x, sh) t = Transpose<perm=[2,0,3,1,4]>(r) y = Gather<axis=0>(t, first)",
+        (FIVE.replace("3,1,2,0,4", "3,2,1,0,4") + " y = Gather<axis=0>(s, i)", "2,2,4"),
+        (FIVE + " y = Gather<axis=0>(s, list)", "1,2,2,4"),
+        (FIVE.replace("3,1,2,0,4", "1,3,2,0,4") + " y = Gather<axis=1>(s, i)", "2,2,4"),
+        (
+            "r = Reshape(x, mixed) t = Transpose<perm=[2,0,1,3]>(r) y = Gather<axis=0>(t, i)",
+            "2,4,2",
+        ),
     ],
 )
-def test_packed_projections_that_stay(body: str) -> None:
+def test_other_parts_stay(body: str, shape: str) -> None:
     _check(
-        f"g (float[2,3,24] x) => (float[a,b,c,d,e] y) <{PARTS}, int64[2] uneven = {{1,2}}> {{ {body} }}"
+        f"g (float[2,2,12] x) => (float[{shape}] y) <int64[5] five = {{1, 2, 2, 3, 4}}, int64[1] z = {{3}},"
+        f" int64[4] mixed = {{2, 4, 3, 2}}, int64 i = {{1}}, int64[1] list = {{1}}> {{ {body} }}"
+    )
+
+
+IN_BATCH = "float[5,3,8] q, float[7,3,8] k, float[7,3,8] v"
+
+
+def _in_batch(mask: str = "") -> str:
+    parts = " ".join(
+        f"{n}p = Reshape({n}, {shape}) {n}t = Transpose<perm=[1,0,2]>({n}p)"
+        for n, shape in (("q", "five"), ("k", "seven"), ("v", "seven"))
+    )
+    return f"{parts} o = Attention<q_num_heads=1, kv_num_heads=1>(qt, kt, vt{mask}) y = Transpose<perm=[1,0,2]>(o)"
+
+
+HELD = "<int64[3] five = {5, 6, 4}, int64[3] seven = {7, 6, 4}, int64[3] back = {0, 6, 4}"
+
+
+@pytest.mark.parametrize(
+    ("given", "mask"), [("", ""), (", float[5,7] m", ", m"), (", float[1,1,5,7] m", ", m")]
+)
+def test_heads_that_count_as_rows_of_the_batch(given: str, mask: str) -> None:
+    io = f"g ({IN_BATCH}{given}) => (float[5,6,4] y)"
+    turned = " ".join(f"{n}t = Transpose<perm=[1,0,2]>({n})" for n in "qkv")
+    _check(
+        f"{io} {HELD}> {{ {_in_batch(mask)} }}",
+        f"{io} {HELD}> {{ {turned} o = Attention<q_num_heads=2, kv_num_heads=2>(qt, kt, vt{mask})"
+        " u = Transpose<perm=[1,0,2]>(o) y = Reshape(u, back) }",
+    )
+
+
+def test_heads_with_masks_of_their_own_stay_in_the_batch() -> None:
+    _check(
+        f"g ({IN_BATCH}, float[6,1,5,7] m) => (float[5,6,4] y) {HELD}> {{ {_in_batch(', m')} }}",
+        missed="for each head",
+    )
+
+
+def test_rows_that_are_no_heads_stay() -> None:
+    _check(
+        "g (float[5,6,4] q, float[7,6,4] k, float[7,6,4] v) => (float[5,6,4] y) {"
+        " qt = Transpose<perm=[1,0,2]>(q) kt = Transpose<perm=[1,0,2]>(k) vt = Transpose<perm=[1,0,2]>(v)"
+        " o = Attention<q_num_heads=1, kv_num_heads=1>(qt, kt, vt) y = Transpose<perm=[1,0,2]>(o) }"
     )

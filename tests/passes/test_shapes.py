@@ -230,12 +230,20 @@ def test_transpose_of_joined_dims_is_a_transpose_of_all() -> None:
     [("6, 4", "1, 0", "4, 3, 2"), ("3, 8", "1, 0", "4, 2, 3"), ("2, 12", "1, 0", "3, 4, 2")],
 )
 def test_transpose_of_dims_joined_otherwise(middle: str, perm: str, out: str) -> None:
-    """Only dims that are joined as neighbours and parted alike come back as axes of x: [2, 3, 4]."""
+    """Dims that are parted otherwise than they were joined are parted before they move; x: [2, 3, 4]."""
     head = f"g (float[2,3,4] x) => (float[{out}] y)"
     before = f"""{head} <int64[2] m = {{{middle}}}, int64[3] o = {{{out}}}>
         {{ r = Reshape(x, m)  t = Transpose<perm = [{perm}]>(r)  y = Reshape(t, o) }}"""
-    after = f"{head} {{ y = Transpose<perm = [1, 2, 0]>(x) }}" if middle == "2, 12" else None
-    check(RULES, before=before, after=after)
+    parted, moved = {"6, 4": ("3, 2, 4", "2, 0, 1"), "3, 8": ("3, 4, 2", "1, 2, 0")}.get(
+        middle, ("", "1, 2, 0")
+    )
+    view, source = ("r = Reshape(x, m)", "r") if parted else ("", "x")
+    held = f"<int64[3] m = {{{parted}}}>" if parted else ""
+    check(
+        RULES,
+        before=before,
+        after=f"{head} {held} {{ {view} y = Transpose<perm = [{moved}]>({source}) }}",
+    )
 
 
 def test_reshape_of_a_wrongly_declared_output_stays() -> None:
@@ -247,3 +255,34 @@ def test_reshape_of_a_wrongly_declared_output_stays() -> None:
     ctx = apply(RULES, model)
     assert structure(model) == before
     assert any("is wrong" in remark.reason for remark in ctx.remarks)
+
+
+@pytest.mark.parametrize("last", ["2,3,5,4", "2,3,5,2,2"])
+def test_axes_are_parted_before_they_move(last: str) -> None:
+    """Two views meet, and one is left."""
+    count = last.count(",") + 1
+    perm = "1,2,0,3" if count == 4 else "1,2,0,3,4"
+    apart = "5,2,3,4" if count == 4 else "5,2,3,2,2"
+    check(
+        RULES,
+        f"g (float[5,24] x) => (float[{last}] y) <int64[3] a = {{5,6,4}}, int64[{count}] b = {{{last}}}> {{"
+        " r = Reshape(x, a) t = Transpose<perm=[1,0,2]>(r) y = Reshape(t, b) }",
+        f"g (float[5,24] x) => (float[{last}] y) <int64[{count}] a = {{{apart}}}> {{"
+        f" r = Reshape(x, a) y = Transpose<perm=[{perm}]>(r) }}",
+    )
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "r = Reshape(x, a) t = Transpose<perm=[1,0,2]>(r) y = Reshape(t, joined)",  # axes become one
+        "r = Relu(x3) t = Transpose<perm=[1,0,2]>(r) y = Reshape(t, b)",  # no view to meet
+    ],
+)
+def test_other_views_of_a_transpose_stay(body: str) -> None:
+    shape = "30,4" if "joined" in body else "2,3,5,4"
+    check(
+        RULES,
+        f"g (float[5,24] x, float[5,6,4] x3) => (float[{shape}] y) <int64[3] a = {{5,6,4}},"
+        f" int64[2] joined = {{30,4}}, int64[4] b = {{2,3,5,4}}> {{ {body} }}",
+    )

@@ -158,3 +158,82 @@ def test_a_permutation_of_another_type_is_none() -> None:
     text = f'{HEAD} {{ p = Transpose<perm = "0231">(a)  r = Relu(p)  y = {BACK}(r) }}'
     ctx = apply(PASS, ir.from_proto(parse(text)))
     assert not ctx.rewrites
+
+
+SPATIAL = {
+    "Slice": (
+        "s = Slice(p, z1, far, h1)",
+        "s = Slice(a, z1, far, h2)",
+        "int64[1] z1 = {1}, int64[1] far = {9}, int64[1] h1 = {1}, int64[1] h2 = {2}",
+        "3,3,5",
+    ),
+    "Slice of negative axes": (
+        "s = Slice(p, z1, far, h1)",
+        "s = Slice(a, z1, far, h2)",
+        "int64[1] z1 = {1}, int64[1] far = {9}, int64[1] h1 = {-1}, int64[1] h2 = {1}",
+        "2,4,5",
+    ),
+    "Pad": (
+        "s = Pad(p, w1)",
+        "s = Pad(a, w2)",
+        "int64[8] w1 = {0,1,2,0, 0,3,4,0}, int64[8] w2 = {0,0,1,2, 0,0,3,4}",
+        "3,8,11",
+    ),
+    "Pad of axes": (
+        "s = Pad(p, w1, one, h1)",
+        "s = Pad(a, w1, one, h2)",
+        "int64[4] w1 = {1,2,3,4}, float one = {1}, int64[2] h1 = {1,2}, int64[2] h2 = {2,3}",
+        "3,8,11",
+    ),
+    "Resize by scales": (
+        's = Resize<mode="nearest">(p, , w1)',
+        's = Resize<mode="nearest">(a, , w2)',
+        "float[4] w1 = {1,2,3,1}, float[4] w2 = {1,1,2,3}",
+        "3,8,15",
+    ),
+    "Resize of axes": (
+        's = Resize<mode="nearest", axes=[1,2]>(p, , , w1)',
+        's = Resize<mode="nearest", axes=[2,3]>(a, , , w1)',
+        "int64[2] w1 = {8,10}",
+        "3,8,10",
+    ),
+    "MatMul": (
+        "s = MatMul(p, w1)",
+        "s = MatMul(a, w1)",
+        "float[5,5] w1",
+        "3,4,5",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(SPATIAL))
+def test_operators_that_name_their_axes(name: str) -> None:
+    before, after, held, dims = SPATIAL[name]
+    to, back = (TO, BACK) if name != "MatMul" else ("Transpose<perm = [0, 2, 1, 3]>",) * 2
+    head = f"g (float[2,3,4,5] a) => (float[2,{dims}] y)"
+    check(
+        PASS,
+        before=f"{head} <{held}> {{ p = {to}(a)  {before}  t = {back}(s)  y = Neg(t) }}",
+        after=f"{head} <{held}> {{ {after}  y = Neg(s) }}",
+        tolerance=1e-5,
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "body", "dims"),
+    [
+        ("int64[8] w", "s = Pad(p, w)", "P,Q,R"),  # pads from outside
+        ("int64[1] w", "s = Slice(p, z, f, w)", "P,Q,R"),  # axes from outside
+        ("float[4] w", 's = Resize<mode="nearest">(p, , w)', "P,Q,R"),
+        ("float[4] w", "s = Slice(p, z, f)", "3,4,5"),  # axes by their number
+        ("float[3,3] w", "s = MatMul(p, w)", "3,4,5"),  # a matrix from outside, and its axis moves
+    ],
+)
+def test_what_is_not_known_stays(given: str, body: str, dims: str) -> None:
+    model = ir.from_proto(
+        parse(
+            f"g (float[2,3,4,5] a, {given}) => (float[2,{dims}] y) <int64[1] z = {{0}}, int64[1] f = {{2}}>"
+            f" {{ p = {TO}(a)  {body}  t = {BACK}(s)  y = Neg(t) }}"
+        )
+    )
+    assert not apply(PASS, model).rewrites
