@@ -19,7 +19,7 @@ _NEXT = {"symmetrize-quantization": "write-out-integers", "expand-contrib": "dec
 """What to try where a pass left an obstacle."""
 
 _CLEANING = ("fold-constants", "remove-dead-code")
-_TIDY = {"rename-branch-outputs", "write-quantization-axes", "convert-opset", "inline-functions"}
+_TIDY = {"rename-branch-outputs", "write-quantization-axes", "convert-opset"}
 """Passes that leave nothing to clean."""
 
 REQUANTIZED = "sqnr>=10,cosine>=0.95"

@@ -56,6 +56,7 @@ from graphopt_passes.cleanup import (
     UpgradeIr,
 )
 from graphopt_passes.control_flow import InlineControlFlow
+from graphopt_passes.convert import ConvertOpset
 from graphopt_passes.dedupe import MergeCommonSubexpressions, MergeDuplicateConstants
 from graphopt_passes.distill import Distill
 from graphopt_passes.fold import FoldConstants
@@ -63,7 +64,6 @@ from graphopt_passes.functions import InlineFunctions
 from graphopt_passes.hoisting import HoistInvariants
 from graphopt_passes.legalize import (
     CastDoubles,
-    ConvertOpset,
     RenameBranchOutputs,
     WriteQuantizationAxes,
 )

@@ -1,4 +1,4 @@
-"""What a target does not take, written so that it does: opsets, float64, names in branches, axes of scales."""
+"""What a target does not take, written so that it does: float64, names in branches, axes of scales."""
 
 from __future__ import annotations
 
@@ -7,16 +7,11 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 import numpy as np
-import onnx
-import onnx.shape_inference
-import onnx.version_converter
 import onnx_ir as ir
 
 from graphopt.ir import operators, values
-from graphopt.ir.model_file import load_model, skeleton_bytes
 from graphopt.ir.scopes import all_graphs
 from graphopt.numerics import Numerics
-from graphopt.pipeline.adapters import replace_contents
 from graphopt.rewrite import Context
 
 _DOUBLE, _FLOAT = ir.DataType.DOUBLE, ir.DataType.FLOAT
@@ -33,91 +28,13 @@ _TYPE_ATTRIBUTES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class ConvertOpset:
-    """Brings ai.onnx within the opsets of the target, by onnx's own converter.
-
-    Before:  opset 8, for a target of 9 to 24:  y = Upsample<scales = [1, 1, 2, 2]>(x)
-    After:   opset 9:                           y = Upsample(x, [1, 1, 2, 2])
-    Changes numerics: exact.  Leaves alone: models within the range; those with local functions or subgraphs, which the
-    converter does not enter.
-    Source: onnx.version_converter.
-    """
-
-    name: ClassVar[str] = "convert-opset"
-    numerics: ClassVar[Numerics] = Numerics.EXACT
-
-    def run(self, model: ir.Model, ctx: Context) -> bool:
-        """Rewrites `model`; returns whether anything changed."""
-        opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
-        lowest, highest = ctx.target.opset
-        wanted = min(max(opset, lowest), highest)
-        if not opset or wanted == opset:
-            return False
-        where = model.graph.name or "main"
-        nested = any(scope.owner is not None for scope in all_graphs(model))
-        if model.functions or nested:
-            ctx.missed(
-                self.name, where, "the converter does not enter subgraphs and local functions"
-            )
-            return False
-        converted = _converted(model, wanted)
-        if isinstance(converted, str):
-            ctx.missed(self.name, where, f"opset {opset} to {wanted}: {converted}")
-            return False
-        if not ctx.permit(self.name, where):
-            return False
-        replace_contents(model, converted)
-        ctx.refresh()
-        return True
-
-
-def _converted(model: ir.Model, wanted: int) -> ir.Model | str:
-    """The model at another opset, with the weights of `model`; or why it cannot be had."""
-    proto = onnx.ModelProto.FromString(skeleton_bytes(model))
-    apart = {
-        tensor.name
-        for tensor in proto.graph.initializer
-        if tensor.data_location == onnx.TensorProto.EXTERNAL
-    }
-    known = {info.name for info in proto.graph.input}
-    if any(_is_left_out(node) for node in proto.graph.node):
-        return "a large Constant node"
-    for tensor in [each for each in proto.graph.initializer if each.name in apart]:
-        proto.graph.initializer.remove(tensor)
-        if tensor.name not in known:
-            info = proto.graph.input.add(name=tensor.name)
-            info.type.tensor_type.elem_type = tensor.data_type
-            for dim in tensor.dims:
-                info.type.tensor_type.shape.dim.add(dim_value=dim)
-    try:
-        result = load_model(onnx.version_converter.convert_version(proto, wanted))
-    except (RuntimeError, ValueError, onnx.shape_inference.InferenceError) as fault:
-        return " ".join(str(fault).split())[:300]
-    _put_back(result, model, apart, apart - known)
-    return result
-
-
-def _is_left_out(node: onnx.NodeProto) -> bool:
-    return any(each.t.data_location == onnx.TensorProto.EXTERNAL for each in node.attribute)
-
-
-def _put_back(result: ir.Model, model: ir.Model, apart: set[str], were_no_inputs: set[str]) -> None:
-    """Gives the weights that were left out back to the converted model."""
-    for value in list(result.graph.inputs):
-        if value.name in apart:
-            value.const_value = model.graph.initializers[value.name].const_value
-            if value.name in were_no_inputs:
-                result.graph.inputs.remove(value)
-            result.graph.register_initializer(value)
-
-
-@dataclasses.dataclass(frozen=True)
 class CastDoubles:
     """Computes in float32 what the model computes in float64; inputs and outputs keep their types.
 
     Before:  (double[N] x) => (double[N] y)   y = Exp(x)
     After:   (double[N] x) => (double[N] y)   y = Cast<to = double>(Exp(Cast<to = float>(x)))
-    Changes numerics: lossy.  Leaves alone: models with local functions, and those whose subgraphs take float64 inputs.
+    Subgraphs and local functions are entered.  Changes numerics: lossy.  Leaves alone: models in which a function's
+    element types are parameters.
     """
 
     name: ClassVar[str] = "cast-doubles"
@@ -125,9 +42,12 @@ class CastDoubles:
 
     def run(self, model: ir.Model, ctx: Context) -> bool:
         """Rewrites `model`; returns whether anything changed."""
-        if model.functions or not any(_computes_wide(v) for v in _values(model)):
+        if not _is_wide(model):
             return False
         where = model.graph.name or "main"
+        if any(_states_by_parameter(node) for scope in all_graphs(model) for node in scope.graph):
+            ctx.missed(self.name, where, "a function's element types are parameters: inline it")
+            return False
         if not ctx.permit(self.name, where, self.numerics):
             return False
         wide = {v for v in (*model.graph.inputs, *model.graph.outputs) if v.dtype == _DOUBLE}
@@ -165,6 +85,27 @@ class CastDoubles:
             cast.outputs[0].name = name
             graph.append(cast)
             graph.outputs[index] = cast.outputs[0]
+
+
+def _is_wide(model: ir.Model) -> bool:
+    """Whether anything is computed in float64; values in functions have no types, so their constants count."""
+    if any(_computes_wide(value) for value in _values(model)):
+        return True
+    bodies = [scope.graph for scope in all_graphs(model) if scope.function is not None]
+    return any(_holds_wide(node) for graph in bodies for node in graph)
+
+
+def _holds_wide(node: ir.Node) -> bool:
+    held = node.attributes.get(_TYPE_ATTRIBUTES.get(node.op_type, "") if not node.domain else "")
+    if held is not None and not held.is_ref() and held.value == int(_DOUBLE):
+        return True
+    tensors = [a for a in node.attributes.values() if a.type == ir.AttributeType.TENSOR]
+    return any(not a.is_ref() and a.as_tensor().dtype == _DOUBLE for a in tensors)
+
+
+def _states_by_parameter(node: ir.Node) -> bool:
+    stated = node.attributes.get(_TYPE_ATTRIBUTES.get(node.op_type, "") if not node.domain else "")
+    return stated is not None and stated.is_ref()
 
 
 def _cast(value: ir.Value, dtype: ir.DataType, ctx: Context) -> ir.Node:

@@ -160,22 +160,38 @@ def _refuse_lost_kernel(
 
 
 def _apply(model: ir.Model, plan: Sequence[Spelling], wanted: int, ctx: Context) -> None:
-    for spelling in plan:
-        node = spelling.node
-        node.version = None  # the imports count, not what a file said of the node
-        if spelling.is_new():
-            _rewrite(node, spelling, ctx)
+    write([Written(spelling) for spelling in plan], ctx)
     model.opset_imports[""] = wanted
     ctx.refresh()
 
 
-def _rewrite(node: ir.Node, spelling: Spelling, ctx: Context) -> None:
-    tape = Builder()
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """A node as it shall be written, and whether a function holds it, which cannot hold initializers."""
+
+    spelling: Spelling
+    in_function: bool = False
+
+
+def write(plan: Iterable[Written], ctx: Context) -> None:
+    """Writes each node of a plan so; the imports are for the caller to raise."""
+    for each in plan:
+        node = each.spelling.node
+        node.version = None  # the imports count, not what a file said of the node
+        if each.spelling.is_new():
+            _rewrite(node, each, ctx)
+
+
+def _rewrite(node: ir.Node, written: Written, ctx: Context) -> None:
+    tape, spelling = Builder(), written.spelling
     inputs = [
         value if value is None or isinstance(value, ir.Value) else tape.const(value)
         for value in spelling.inputs
     ]
-    _register(tape.constants, node, ctx)
+    if written.in_function:
+        inputs = _as_nodes(inputs, tape.constants, node, ctx)
+    else:
+        _register(tape.constants, node, ctx)
     node.op_type = spelling.op_type
     node.resize_inputs(len(inputs))
     for index, value in enumerate(inputs):
@@ -184,6 +200,24 @@ def _rewrite(node: ir.Node, spelling: Spelling, ctx: Context) -> None:
         del node.attributes[name]
     for name, attribute in spelling.attributes.items():
         node.attributes[name] = attribute
+
+
+def _as_nodes(
+    inputs: Sequence[ir.Value | None], made: Sequence[ir.Value], node: ir.Node, ctx: Context
+) -> list[ir.Value | None]:
+    """The inputs, with a `Constant` node for each constant that was made."""
+    assert node.graph is not None
+    found: dict[ir.Value, ir.Value] = {}
+    for value in made:
+        tensor = value.const_value
+        assert tensor is not None
+        constant = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)])
+        constant.name = ctx.names.fresh(f"{name_of(node)}_{value.name}")
+        out = constant.outputs[0]
+        out.name, out.shape, out.type = constant.name, value.shape, value.type
+        node.graph.insert_before(node, constant)
+        found[value] = out
+    return [None if value is None else found.get(value, value) for value in inputs]
 
 
 def _register(constants: Iterable[ir.Value], node: ir.Node, ctx: Context) -> None:

@@ -6,14 +6,11 @@ import numpy as np
 import onnx
 import onnx.checker
 import onnx.numpy_helper
+import onnx.parser
 import onnx_ir as ir
 import pytest
-from graphopt_passes.legalize import (
-    CastDoubles,
-    ConvertOpset,
-    RenameBranchOutputs,
-    WriteQuantizationAxes,
-)
+from graphopt_passes.convert import ConvertOpset
+from graphopt_passes.legalize import CastDoubles, RenameBranchOutputs, WriteQuantizationAxes
 
 from graphopt.ir import operators
 from graphopt.ir.check import violations
@@ -60,7 +57,7 @@ def changed(step: Pass, text: str, target: str = "tensorrt") -> tuple[onnx.Model
 
 
 def missed(step: Pass, text: str, target: str = "tensorrt") -> str:
-    model = load_model(parse(text))
+    model = load_model(onnx.parser.parse_model(text))
     ctx = apply((step,), model, target=target)
     assert not ctx.rewrites
     return " ".join(r.reason for r in ctx.remarks if r.kind is RemarkKind.MISSED)
@@ -100,8 +97,48 @@ def test_opsets_within_the_range_stay() -> None:
     assert missed(ConvertOpset(), UPSAMPLE, "cpu") == ""
 
 
-def test_subgraphs_are_not_converted() -> None:
-    assert "does not enter subgraphs" in missed(ConvertOpset(), IF.replace('"" : 18', '"" : 8'))
+def test_subgraphs_are_raised_too() -> None:
+    text = """<ir_version: 4, opset_import: ["" : 8]>
+    g (float[1,1,2,2] x, bool c) => (float[1,1,4,4] y) { y = If(c) <
+      then_branch = t () => (float[1,1,4,4] a) { a = Upsample<scales = [1.0, 1.0, 2.0, 2.0]>(x) },
+      else_branch = e () => (float[1,1,4,4] b) { d = Concat<axis = 3>(x, x)  b = Concat<axis = 2>(d, d) }> }"""
+    _, model = changed(ConvertOpset(), text)
+    assert model.opset_imports[""] == 9
+    inner = operators.subgraphs(next(iter(model.graph)))[0]
+    assert len(next(node for node in inner if node.op_type == "Upsample").inputs) == 2
+
+
+def test_functions_are_raised_too() -> None:
+    """Their constants are nodes: a function has no initializers."""
+    text = """<ir_version: 8, opset_import: ["" : 8, "local" : 1]>
+    g (float[1,1,2,2] x) => (float[1,1,4,4] y) { y = local.up(x) }
+    <domain: "local", opset_import: ["" : 8]>
+    up (a) => (b) { b = Upsample<scales = [1.0, 1.0, 2.0, 2.0]>(a) }"""
+    proto = onnx.parser.parse_model(text)
+    model = load_model(proto)
+    assert apply((ConvertOpset(),), model, target="tensorrt").rewrites
+    (function,) = model.functions.values()
+    assert function.opset_imports[""] == model.opset_imports[""] == 9
+    assert [node.op_type for node in function] == ["Constant", "Upsample"]
+    after = to_proto(model)
+    onnx.checker.check_model(after)
+    feed = make_feeds(proto, 0)
+    compare(run(proto, feed), run(after, feed), Numerics.EXACT, 0)
+
+
+def test_what_cannot_be_raised_node_by_node_is_left_to_the_converter() -> None:
+    text = """<ir_version: 4, opset_import: ["" : 8]>
+    g (float[2,3] x, bool c) => (float[2,3] y) { y = If(c) <
+      then_branch = t () => (float[2,3] a) { a = BatchNormalization<spatial = 0>(x, x, x, x, x) },
+      else_branch = e () => (float[2,3] b) { b = Neg(x) }> }"""
+    said = missed(ConvertOpset(), text)
+    assert "not those of channels" in said
+    assert "does not enter subgraphs" in said
+
+
+def test_subgraphs_are_not_lowered() -> None:
+    said = missed(ConvertOpset(), IF.replace('"" : 18', '"" : 21'), "tensorrt-10")
+    assert "does not enter subgraphs" in said
 
 
 def test_what_the_converter_cannot_do_is_said() -> None:
@@ -129,6 +166,28 @@ def test_float64_becomes_float32_inside() -> None:
         for value in node.outputs
     }
     assert ir.DataType.DOUBLE not in inner
+
+
+def test_functions_compute_in_float32_too() -> None:
+    text = """<ir_version: 8, opset_import: ["" : 17, "local" : 1]>
+    g (double[4] x) => (double[4] y) { y = local.f(x) }
+    <domain: "local", opset_import: ["" : 17]>
+    f (a) => (b) { t = Constant<value = double {2.0}>()  b = Mul(a, t) }"""
+    proto = onnx.parser.parse_model(text)
+    model = load_model(proto)
+    assert apply((CastDoubles(),), model, target="tensorrt").rewrites
+    after = to_proto(model)
+    feed = make_feeds(proto, 0)
+    compare(run(proto, feed), run(after, feed), Numerics.LOSSY, 1e-6)
+    assert [node.op_type for node in model.graph] == ["Cast", "f", "Cast"]
+
+
+def test_element_types_that_are_parameters_stay() -> None:
+    text = """<ir_version: 8, opset_import: ["" : 17, "local" : 1]>
+    g (double[4] x) => (double[4] y) { z = Exp(x)  y = local.f<t = 11>(z) }
+    <domain: "local", opset_import: ["" : 17]>
+    f <t>(a) => (b) { b = Cast<to: int = @t>(a) }"""
+    assert "are parameters" in missed(CastDoubles(), text)
 
 
 def test_other_models_stay() -> None:
