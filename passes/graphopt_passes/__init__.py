@@ -195,7 +195,7 @@ CLEAN = Repeat(
         HoistInvariants(),  # after trimming: what no turn changes is read from outside by then
         SHAPES,
         ALGEBRA,
-        CancelTransposes(),
+        CancelTransposes(through_slices=False),
         RebuildShapes(),  # after the Reshape and Expand rules, which take away most of what it serves
         LiftSubgraphConstants(),
         MergeDuplicateConstants(),  # before subexpressions: equal constants make equal nodes

@@ -29,6 +29,9 @@ _REDUCTIONS = frozenset(
 _ROUNDED = (_REDUCTIONS - {"ReduceMax", "ReduceMin"}) | {"Softmax", "LogSoftmax", "MatMul"}
 _ALONG_AXIS = frozenset({"Concat", "Split", "Softmax", "LogSoftmax", "Hardmax"})
 _AXES_INPUT = {"ReduceSum": 13}
+PLAIN = _ALONG_AXIS | _REDUCTIONS
+ALL = PLAIN | SPATIAL | {"MatMul"}
+"""What is no elementwise operator and may move."""
 _REGION_LIMIT = 512  # nodes: what is larger is a network between its input and its output layout
 
 
@@ -67,6 +70,9 @@ class CancelTransposes:
     name: ClassVar[str] = "cancel-transposes"
     numerics: ClassVar[Numerics] = Numerics.REORDERED
 
+    through_slices: bool = True
+    """Also through Slice, Pad, Resize and products: not before rotations and heads are recognised by their Slices."""
+
     def run(self, model: ir.Model, ctx: Context) -> bool:
         """Rewrites `model`; returns whether anything changed."""
         changed = False
@@ -74,7 +80,7 @@ class CancelTransposes:
             for node in [n for n in scope.graph if _permutation(n) is not None]:
                 if node.graph is None:
                     continue
-                region = best_region(node, scope, ctx)
+                region = best_region(node, scope, ctx, wide=self.through_slices)
                 if region is None:
                     continue
                 rounded = any(n.op_type in _ROUNDED for n in region.nodes)
@@ -100,25 +106,32 @@ def _inverse(perm: Perm) -> Perm:
     return tuple(perm.index(axis) for axis in range(len(perm)))
 
 
-def best_region(source: ir.Node, scope: Scope, ctx: Context) -> Region | None:
+def best_region(source: ir.Node, scope: Scope, ctx: Context, *, wide: bool) -> Region | None:
     """The region behind a Transpose in which the fewest Transposes are left, if they are fewer than now."""
     perm = _permutation(source)
     if perm is None or any(v.is_graph_output() for v in source.outputs):
         return None
-    found = [_grow(source, perm, scope, ctx, strict=strict) for strict in (True, False)]
+    kinds = ALL if wide else PLAIN
+    found = [_grow(source, perm, scope, ctx, kinds, strict=strict) for strict in (True, False)]
     gaining = [r for r in found if r is not None and r.removed > r.added]
     return max(gaining, key=lambda r: r.removed - r.added, default=None)
 
 
 def _grow(
-    source: ir.Node, perm: Perm, scope: Scope, ctx: Context, *, strict: bool
+    source: ir.Node,
+    perm: Perm,
+    scope: Scope,
+    ctx: Context,
+    kinds: frozenset[str],
+    *,
+    strict: bool,
 ) -> Region | None:
     """Everything movable behind `source`; with `strict`, only what is fed by such Transposes alone."""
     inside: dict[ir.Node, None] = {}
     waiting = [use.node for use in source.outputs[0].uses()]
     while waiting and len(inside) <= _REGION_LIMIT:
         node = waiting.pop(0)
-        if node in inside or not _is_movable(node, perm, scope, ctx):
+        if node in inside or not _is_movable(node, perm, scope, ctx, kinds):
             continue
         if strict and not all(_is_free(v, perm, inside) for v in node.inputs if v is not None):
             continue
@@ -138,7 +151,9 @@ def _is_free(value: ir.Value, perm: Perm, inside: Mapping[ir.Node, None]) -> boo
     return values.constant(value) is not None or _permutation(node) == perm or node in inside
 
 
-def _is_movable(node: ir.Node, perm: Perm, scope: Scope, ctx: Context) -> bool:
+def _is_movable(
+    node: ir.Node, perm: Perm, scope: Scope, ctx: Context, kinds: frozenset[str]
+) -> bool:
     """Whether a node may run on tensors whose axes are permuted, its attributes permuted alike."""
     if node.graph is not scope.graph or node.domain or operators.has_references(node):
         return False
@@ -148,6 +163,8 @@ def _is_movable(node: ir.Node, perm: Perm, scope: Scope, ctx: Context) -> bool:
         return False
     if _is_plain_elementwise(node):
         return all(_fits(v, rank, ctx) for v in node.inputs if v is not None)
+    if node.op_type not in kinds:
+        return False
     opset = scope.opsets.get("", 0)
     first = ctx.shapes.dims(node.inputs[0]) if node.inputs and node.inputs[0] is not None else None
     if first is None or len(first) != rank:
@@ -161,7 +178,7 @@ def _is_movable(node: ir.Node, perm: Perm, scope: Scope, ctx: Context) -> bool:
         return can_permute(node, rank, opset)
     if node.op_type == "MatMul":
         return _is_by_matrix(node, perm, ctx)
-    return node.op_type in _REDUCTIONS and _reduced_axes(node, opset) is not None
+    return _reduced_axes(node, opset) is not None
 
 
 def _is_by_matrix(node: ir.Node, perm: Perm, ctx: Context) -> bool:
