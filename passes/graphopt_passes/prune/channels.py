@@ -457,7 +457,7 @@ def importances(
         made[Importance.ACTIVATION] = lambda: output_change(groups, energies)
     if shares is not None:
         made[Importance.FISHER] = lambda: information(groups, shares)
-    wanted = [which] if which in made else list(made)
-    if which is Importance.AUTO and energies is None:
-        wanted = [Importance.L2]
+    wanted = list(made) if energies is not None else [Importance.L2]
+    if which is not Importance.AUTO:
+        wanted = [which] if which in made else []
     return {each: made[each]() for each in wanted}

@@ -28,7 +28,8 @@ _FINE_COLUMNS = 256
 _WIDE_COLUMNS = 640
 _ADMM_STEPS, _ADMM_STEPS_WIDE, _ADMM_RHO = 100, 40, 0.3
 _ADMM_RAMP = 0.7
-_REFIT_STEPS, _REFIT_STEPS_WIDE = 30, 10
+_REFIT_STEPS, _REFIT_STEPS_WIDE, _REFIT_STEPS_HUGE = 30, 10, 6
+_HUGE_COLUMNS = 2048
 _DAMPINGS = (0.01, 0.1, 1.0, 10.0)
 
 
@@ -110,7 +111,7 @@ def refit(mask: Mask, start: Wide, weight: Wide, moment: Wide, cross: Wide) -> W
     eased = rest / scale
     step = eased.copy()
     energy = np.sum(rest * eased, axis=1, keepdims=True)
-    for _ in range(_REFIT_STEPS_WIDE if len(moment) > _WIDE_COLUMNS else _REFIT_STEPS):
+    for _ in range(_refit_steps(len(moment))):
         image = apply(step)
         curve = np.sum(step * image, axis=1, keepdims=True)
         rate = np.divide(energy, curve, out=np.zeros_like(energy), where=curve > 0)
@@ -123,6 +124,13 @@ def refit(mask: Mask, start: Wide, weight: Wide, moment: Wide, cross: Wide) -> W
         )
         energy = renewed
     return found
+
+
+def _refit_steps(columns: int) -> int:
+    """Each step takes time in the square of the columns, and the first few bring most."""
+    if columns > _HUGE_COLUMNS:
+        return _REFIT_STEPS_HUGE
+    return _REFIT_STEPS_WIDE if columns > _WIDE_COLUMNS else _REFIT_STEPS
 
 
 def solve(
