@@ -14,16 +14,20 @@ from graphopt.errors import OptionError
 
 MAX = "max"
 _RATIOS = ("0.5", "0.6", "0.7", "0.75", "0.8", "0.85", "0.9", "0.93", "0.95", "0.97", "0.98")
+_ERRORS = tuple(
+    f"lowrank:{error}" for error in ("0.01", "0.02", "0.03", "0.05", "0.08", "0.12", "0.2")
+)
 _CHANNELS = tuple(f"channels:0.{digit}" for digit in range(1, 10))
 
 
 def ladder(sparsity: str | None) -> tuple[str, ...]:
     """The amounts to choose from, least first; empty where an amount, or none, is given.
 
-    `max` and `channels:max` may be followed by options, as any amount.
+    `max`, `channels:max` and `lowrank:max` may be followed by options, as any amount.
     """
     word, comma, rest = (sparsity or "").partition(",")
-    rungs = {MAX: _RATIOS, f"channels:{MAX}": _CHANNELS}.get(word.strip(), ())
+    known = {MAX: _RATIOS, f"channels:{MAX}": _CHANNELS, f"lowrank:{MAX}": _ERRORS}
+    rungs = known.get(word.strip(), ())
     return tuple(rung + comma + rest for rung in rungs)
 
 

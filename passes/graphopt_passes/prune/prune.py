@@ -12,6 +12,7 @@ from graphopt.ir import fingerprint
 from graphopt.numerics import Numerics
 from graphopt.rewrite import Context, RemarkKind
 from graphopt_passes.prune.layers import Layer, find_layers
+from graphopt_passes.prune.lowrank import factorize
 from graphopt_passes.prune.narrow import remove_channels
 from graphopt_passes.prune.request import Method, SparsityRequest, parse_sparsity
 from graphopt_passes.prune.samples import Feeds, read_feeds
@@ -63,6 +64,8 @@ class Prune:
         request = parse_sparsity(text)
         if request.channels is not None:
             return remove_channels(model, ctx, request, text)
+        if request.low_rank is not None:
+            return factorize(model, ctx, request, text)
         layers = find_layers(model.graph, request.dense)
         wanted = goals(layers, request)
         _tell_dense(ctx, layers, wanted, request)

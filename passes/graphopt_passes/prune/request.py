@@ -11,8 +11,9 @@ from graphopt.errors import OptionError
 MAX_ROUNDS = 16
 
 _REMEDY = (
-    "write 0.8 (share of zeros), 2:4 (zeros in each four), channels:0.5 (share of the arithmetic to remove) or "
-    "threshold:0.01, and after it, if need be, method=…, allocation=…, refit=no, dense=REGEX"
+    "write 0.8 (share of zeros), 2:4 (zeros in each four), channels:0.5 (share of the arithmetic to remove), "
+    "lowrank:0.05 (error up to which a matrix becomes two) or threshold:0.01, and after it, if need be, "
+    "method=…, allocation=…, refit=no, dense=REGEX"
 )
 
 
@@ -59,7 +60,7 @@ class Measure(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class SparsityRequest:
-    """One `--sparsity`, in parts; exactly one of the first four says how much.
+    """One `--sparsity`, in parts; exactly one of ratio, pattern, threshold, channels and low_rank says how much.
 
     Attributes:
         ratio: share of the weights of Conv, Gemm and MatMul that shall be zero.
@@ -72,6 +73,7 @@ class SparsityRequest:
         importance: how channels are chosen.
         refit: whether the weights that stay are fitted to the outputs of the dense model.
         dense: names of weights that stay dense, as a regular expression.
+        low_rank: error of the outputs, RMS over RMS, up to which a large matrix becomes a product of two.
         rounds: in how many the channels go, each fitted before the next is chosen; 0 for as many as the share asks for.
     """
 
@@ -86,6 +88,7 @@ class SparsityRequest:
     refit: bool = True
     dense: str = ""
     rounds: int = 0
+    low_rank: float | None = None
 
 
 def parse_sparsity(text: str) -> SparsityRequest:
@@ -113,6 +116,8 @@ def _amount(word: str, text: str) -> SparsityRequest:
     value = _number(number, text)
     if kind == "threshold" and value > 0:
         return SparsityRequest(threshold=value)
+    if kind == "lowrank" and 0 < value < 1:
+        return SparsityRequest(low_rank=value)
     if kind not in ("", "channels") or not 0 < value < 1 or (colon and not kind):
         raise OptionError(f"--sparsity {text!r}: {word!r} is no amount; {_REMEDY}")
     return SparsityRequest(channels=value) if kind else SparsityRequest(ratio=value)

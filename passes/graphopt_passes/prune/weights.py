@@ -121,7 +121,7 @@ def prune_fitted(
     Layers that read the same value in the same way share their moments.  Memory: the moments of one such group, and
     the values that later layers read.
     """
-    groups = _groups(model, wanted)
+    groups = grouped_by_source(model, list(wanted))
     stops = [group[0].source for group in groups]
     pieces = cut(model.graph, stops)
     feeds = _that_fit(model, pieces, stops, feeds)
@@ -129,8 +129,8 @@ def prune_fitted(
     new: dict[str, ir.TensorProtocol] = {}
     found: list[Pruned] = []
     for index, (piece, group) in enumerate(zip(pieces, groups, strict=True)):
-        streams.run(piece, _alive(pieces, stops, index), new)
-        for layers in _by_window(group):
+        streams.run(piece, needed_after(pieces, stops, index), new)
+        for layers in by_window(group):
             moments, lost = _seen(layers[0], streams, len(feeds), seed)
             for layer in layers:
                 if not wanted[layer].removes and not lost:
@@ -165,7 +165,7 @@ def release(model: ir.Model) -> None:
         file.advise("MADV_DONTNEED")
 
 
-def _alive(pieces: Sequence[Piece], stops: Sequence[ir.Value], index: int) -> frozenset[str]:
+def needed_after(pieces: Sequence[Piece], stops: Sequence[ir.Value], index: int) -> frozenset[str]:
     """The values that something reads after piece `index` has run."""
     later = {name for each in pieces[index + 1 :] for name in each.reads}
     return frozenset(later.union(stop.name or "" for stop in stops[index:]))
@@ -178,17 +178,17 @@ def _that_fit(
     probe = Streams(model, feeds[:1])
     most = 1
     for index, piece in enumerate(pieces):
-        probe.run(piece, _alive(pieces, stops, index), {})
+        probe.run(piece, needed_after(pieces, stops, index), {})
         most = max(most, probe.bytes_held)
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
     return feeds[: max(int(max(MIN_HELD_BYTES, HELD_SHARE * weights)) // (2 * most), 1)]
 
 
-def _groups(model: ir.Model, wanted: dict[Layer, Goal]) -> list[list[Layer]]:
+def grouped_by_source(model: ir.Model, layers: Sequence[Layer]) -> list[list[Layer]]:
     """Layers by the value that they read, in the order in which the graph makes those values."""
     place = {node: index for index, node in enumerate(model.graph)}
     by_source: defaultdict[ir.Value, list[Layer]] = defaultdict(list)
-    for layer in wanted:
+    for layer in layers:
         by_source[layer.source].append(layer)
 
     def when(group: list[Layer]) -> int:
@@ -198,7 +198,8 @@ def _groups(model: ir.Model, wanted: dict[Layer, Goal]) -> list[list[Layer]]:
     return sorted(by_source.values(), key=when)
 
 
-def _by_window(group: list[Layer]) -> list[list[Layer]]:
+def by_window(group: list[Layer]) -> list[list[Layer]]:
+    """Layers that read one value in the same way, and so share their moments."""
     found: defaultdict[Window | None, list[Layer]] = defaultdict(list)
     for layer in group:
         found[layer.window].append(layer)
