@@ -20,6 +20,7 @@ from graphopt.ir import values
 from graphopt.ir.build import Builder
 from graphopt.ir.shapes import Dim
 from graphopt.rewrite import Either, Lit, Match, Op, Rule, Skip, Var, rule
+from graphopt_passes.bands import Band, visible
 from graphopt_passes.constants import live_uses, no_operator
 from graphopt_passes.masks import HARMLESS, Reach, lowest, reach_of
 
@@ -175,10 +176,11 @@ def _added_mask(m: Match, g: Builder, value: ir.Value) -> ir.Value:
         value = _cast_mask(m, g, value)
     if even:  # beside such a number every score vanishes, as beside the lowest, and a row of it is spread evenly
         value = g.op("Max", value, g.const(np.asarray(ABSORBING, np.float32)))
-    elif reach is None or not _is_kept(m, reach):
-        value = _steady(m, g, m[mask], value)
-    else:
-        _refuse_masked_rows(m, value, reach)
+    elif not _sees_itself(m, value):
+        if reach is None or not _is_kept(m, reach):
+            value = _steady(m, g, m[mask], value)
+        else:
+            _refuse_masked_rows(m, value, reach)
     return value if dims[-2] == whole[-2] else _over_queries(m, g, value, whole[-2])
 
 
@@ -186,6 +188,12 @@ def _may_be_even(m: Match, reach: Reach) -> bool:
     """Whether rows may hold one low number throughout, which Softmax spreads evenly: in float32, that can be kept."""
     single = m.dtype(q) == ir.DataType.FLOAT
     return single and not reach.masked and reach.floor <= lowest(m.dtype(q))
+
+
+def _sees_itself(m: Match, hidden: ir.Value) -> bool:
+    """Whether each query sees the key at its own place, so that no row is masked throughout."""
+    band, square = visible(m, hidden), m.known_dims(q)[-2] == m.known_dims(k_t)[-1]
+    return square and band is not None and band.within(Band(0, 0)) == Band(0, 0)
 
 
 def _is_kept(m: Match, reach: Reach) -> bool:

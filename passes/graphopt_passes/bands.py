@@ -137,8 +137,11 @@ def _chosen(m: Match, node: ir.Node, depth: int) -> Band | None:
         (node.inputs[1], node.inputs[2], None if kept is None else kept.outside()),
     ):
         number = values.fill(low)
-        if number is not None and number <= LOW:
-            return _both(band, _unmasked(m, other, depth))
+        if number is None or number > LOW:
+            continue
+        if band is not None and _true(m, other, depth) == band:
+            return band  # one wherever a key is seen, which Softmax does not notice
+        return _both(band, _unmasked(m, other, depth))
     return None
 
 

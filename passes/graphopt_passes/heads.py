@@ -256,7 +256,8 @@ def take_packed_heads(m: Match, g: Builder) -> ir.Value | None:
 
 
 packed = Var()
-apart = Op("Reshape", packed, ..., shared=True)
+divided = Op("Reshape", packed, ..., shared=True)
+apart = Either(Op("Unsqueeze", divided, ..., shared=True), divided)
 in_front = Op("Transpose", apart, shared=True)
 part = Op("Gather", Either(Op("Squeeze", in_front, ..., shared=True), in_front), index)
 

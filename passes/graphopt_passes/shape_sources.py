@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar, TypeAlias
 
 import numpy as np
@@ -18,6 +18,7 @@ from graphopt.rewrite import Context, is_dead, name_of, remove
 from graphopt.rewrite.relink import mark, place_constant
 
 RULE = "rebuild-shape"
+_OF_SCORES = frozenset({"Add", "Cast", "Div", "MatMul", "Mul", "Sub", "Where"})
 _RANK_LIMIT = 8  # tensors of higher rank are no source: their stretches are many and never needed
 
 
@@ -165,6 +166,7 @@ class Survey:
         )
 
     def _collect(self) -> None:
+        passing = _scores(self.nodes)
         for value in self.graph.inputs:
             self._add_source(value, -1)
         for position, node in enumerate(self.nodes):
@@ -174,8 +176,9 @@ class Survey:
                 continue
             for inner in operators.subgraphs(node):
                 self.positions.update(dict.fromkeys(all_nodes(inner), position))
-            for value in node.outputs:
-                self._add_source(value, position)
+            if node not in passing:
+                for value in node.outputs:
+                    self._add_source(value, position)
 
     def _add_source(self, value: ir.Value, position: int) -> None:
         """Notes every stretch of a tensor's dims that holds an unknown one, if it is the first of its kind."""
@@ -218,6 +221,21 @@ class Survey:
         return tuple(
             Dim.of(1) if i >= lead and before[i - lead] == e else e for i, e in enumerate(elements)
         )
+
+
+def _scores(nodes: Iterable[ir.Node]) -> set[ir.Node]:
+    """What leads from a product to a Softmax: fused attention has no such tensor, whose Shape would keep it apart."""
+    found: set[ir.Node] = set()
+    waiting = [node for node in nodes if node.op_type == "Softmax"]
+    while waiting:
+        node = waiting.pop()
+        if node in found:
+            continue
+        found.add(node)
+        if node.op_type != "MatMul":
+            makers = (value.producer() for value in node.inputs if value is not None)
+            waiting.extend(m for m in makers if m is not None and m.op_type in _OF_SCORES)
+    return found
 
 
 def make_plan(survey: Survey, *, runs: bool) -> Plan:

@@ -169,6 +169,19 @@ def test_bias_of_relative_positions(known: bool) -> None:
     assert ("ReduceMax" in kinds) is not known
 
 
+def test_a_causal_mask_masks_no_row_throughout() -> None:
+    """Written out by the exporter for any length: each query sees itself."""
+    before = (
+        f"g (float[B,2,S,4] q, float[B,2,S,4] k, float[B,2,S,4] v) => (float[B,2,S,4] y)"
+        " <float[1] one = {1.0}, float zero = {0.0}, float low = {-3.4e38}> { d = Shape<start=2, end=3>(q)"
+        " s = Concat<axis=0>(d, d) o = Expand(one, s) u = Trilu<upper=0>(o) e = Equal(u, zero)"
+        f" m = Where(e, low, u) {KT} a = MatMul(q, t) z = Add(a, m) p = Softmax(z) y = MatMul(p, v) }}"
+    )
+    kinds = {node.op_type for node in _rewritten(before)}
+    assert "Attention" in kinds
+    assert "ReduceMax" not in kinds
+
+
 TWICE = f"{KT} a = MatMul(q, t) z = Add(a, m) x = Add(z, n) p = Softmax(x) y = MatMul(p, v)"
 
 

@@ -97,6 +97,12 @@ NUMBERS = (
         ("f = Cast<to=1>(i) h = Cast<to=1>(j) m = LessOrEqual(h, f)", None),
         ("c = LessOrEqual(j, i) m = Where(c, none, low)", None),
         ("c = Greater(j, i) m = Where(c, low, none)", None),
+        # as torch's TorchScript exporter spells is_causal
+        (
+            "s = Concat<axis=0>(n, n) o = Expand(flag, s) t = Trilu<upper=0>(o) e = Equal(t, none)"
+            " m = Where(e, low, t)",
+            None,
+        ),
         ("c = Greater(j, i) f = Cast<to=1>(c) m = Mul(f, low)", None),
         ("s = Concat<axis=0>(n, n) o = Expand(true, s) m = Trilu<upper=0>(o)", None),
         ("s = Concat<axis=0>(n, n) o = Expand(low1, s) m = Trilu<upper=1>(o, oner)", None),

@@ -127,6 +127,16 @@ def test_a_part_of_a_packed_product_is_a_slice(index: str) -> None:
     )
 
 
+def test_a_part_of_a_product_that_is_divided_in_two_steps() -> None:
+    _check(
+        "g (float[S,B,12] x) => (float[S,B,4] y) <int64[4] four = {0, 0, 3, 4}, int64 i = {2}, int64[1] z = {3},"
+        " int64[1] f = {0}> { r = Reshape(x, four) u = Unsqueeze(r, f) t = Transpose<perm=[3,1,2,0,4]>(u)"
+        " s = Squeeze(t, z) y = Gather<axis=0>(s, i) }",
+        "g (float[S,B,12] x) => (float[S,B,4] y) <int64[1] a = {8}, int64[1] b = {12}, int64[1] c = {2}>"
+        " { y = Slice(x, a, b, c) }",
+    )
+
+
 FIVE = "r = Reshape(x, five) t = Transpose<perm=[3,1,2,0,4]>(r) s = Squeeze(t, z)"
 
 
