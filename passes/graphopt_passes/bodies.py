@@ -52,7 +52,7 @@ def expand_function(m: Match, g: Builder) -> tuple[ir.Value | None, ...] | None:
         )
     if body.opset_imports.get("") != m.opset():
         raise Skip(f"its function is of opset {body.opset_imports.get('')}", node)
-    given = {v.name: v for v in node.inputs if v is not None}
+    given = _operands(m, node)
     _fix(body, given)
     left = [
         f for f in check_legality(body, m.facts.target).refused if f.op not in LOWERED and f.node
@@ -60,6 +60,16 @@ def expand_function(m: Match, g: Builder) -> tuple[ir.Value | None, ...] | None:
     if left:
         raise Skip(f"the body of its function is refused too: {left[0].reason}", node)
     return _copied(body, node, given, g)
+
+
+def _operands(m: Match, node: ir.Node) -> dict[str | None, ir.Value]:
+    """The node's operands as its body calls them: by their names, or by the schema's where some are left out."""
+    if all(v is not None for v in node.inputs):
+        return {v.name: v for v in node.inputs if v is not None}
+    schema = operators.find_schema(node.op_type, m.opset(), "")
+    formals = [] if schema is None else [formal.name for formal in schema.inputs]
+    pairs = zip(formals, node.inputs, strict=False)
+    return {name: value for name, value in pairs if value is not None}
 
 
 def _fix(body: ir.Model, given: dict[str | None, ir.Value]) -> None:

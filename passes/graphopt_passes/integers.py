@@ -61,23 +61,41 @@ def _axis(m: Match, root: Op) -> int:
 
 
 def along(m: Match, g: Builder, value: ir.Value, parameter: ir.Value, axis: int) -> ir.Value:
-    """A scale or zero point in the shape that broadcasts along `axis` of `value`.
+    """A scale or zero point in the shape that broadcasts along `axis` of `value`, which the graph holds.
 
     Raises:
         Skip: a rank is unknown, or the parameter is of blocks.
     """
-    held = m.dims(parameter)
-    if held is not None and (not held or (all(d.value == 1 for d in held) and len(held) == 1)):
-        return parameter if not held else g.op("Reshape", parameter, g.ints([]))
-    dims = m.dims(value)
-    if held is None or dims is None or len(held) != 1:
-        raise Skip("scales of unknown rank, or in blocks", parameter)
+    held, dims = m.dims(parameter), m.dims(value)
+    if held is None or len(held) > 1:
+        raise Skip("scales or zero points of unknown rank, or in blocks", parameter)
+    if not held:
+        return parameter
+    if held[0].value == 1:
+        return g.op("Reshape", parameter, g.ints([]))
+    if dims is None:
+        raise Skip("unknown rank", value)
     shape = [1] * len(dims)
     shape[axis] = -1
     data = values.array(parameter)
-    if data is not None:
-        return g.const(data.reshape(shape))
-    return g.op("Reshape", parameter, g.ints(shape))
+    return (
+        g.op("Reshape", parameter, g.ints(shape)) if data is None else g.const(data.reshape(shape))
+    )
+
+
+def point_of(
+    m: Match, g: Builder, value: ir.Value, point: ir.Value | None, axis: int
+) -> ir.Value | None:
+    """A zero point as float32 along `axis` of `value`; None for zero."""
+    data = None if point is None else values.array(point)
+    if point is None or (data is not None and not np.any(data.astype(np.int64))):
+        return None
+    if data is None:
+        return g.op("Cast", along(m, g, value, point, axis), to=int(FLOAT))
+    dims = m.dims(value)
+    if data.size > 1 and dims is None:
+        raise Skip("unknown rank", value)
+    return g.const(_wide(data, len(dims or ()), axis))
 
 
 def whole(m: Match, g: Builder, value: ir.Value, point: ir.Value | None, axis: int) -> ir.Value:
@@ -88,16 +106,8 @@ def whole(m: Match, g: Builder, value: ir.Value, point: ir.Value | None, axis: i
         wide = data.astype(np.float32)
         return g.const(wide if points is None else wide - _wide(points, wide.ndim, axis))
     wide_value = g.op("Cast", value, to=int(FLOAT))
-    if point is None or (points is not None and not np.any(points.astype(np.int64))):
-        return wide_value
-    if points is not None:
-        shaped = (
-            along(m, g, value, g.const(points.astype(np.float32)), axis)
-            if points.size > 1
-            else None
-        )
-        return g.op("Sub", wide_value, shaped or g.const(np.float32(points.reshape(-1)[0])))
-    return g.op("Sub", wide_value, g.op("Cast", along(m, g, value, point, axis), to=int(FLOAT)))
+    less = point_of(m, g, value, point, axis)
+    return wide_value if less is None else g.op("Sub", wide_value, less)
 
 
 def _wide(numbers: npt.NDArray[np.generic], rank: int, axis: int) -> npt.NDArray[np.float32]:
@@ -105,7 +115,7 @@ def _wide(numbers: npt.NDArray[np.generic], rank: int, axis: int) -> npt.NDArray
     if numbers.size == 1 or rank == 0:
         return numbers.reshape(-1)[:1].reshape(()).astype(np.float32)
     if numbers.ndim != 1:
-        raise Skip("zero points in blocks")
+        raise Skip("scales or zero points in blocks")
     shape = [1] * rank
     shape[axis] = -1
     return numbers.reshape(shape).astype(np.float32)
@@ -117,37 +127,10 @@ def clipped(g: Builder, value: ir.Value, dtype: ir.DataType) -> ir.Value:
     return g.op("Cast", g.op("Clip", value, low, high), to=int(dtype))
 
 
-def rounded_to(
-    m: Match, g: Builder, value: ir.Value, point: ir.Value | None, dtype: ir.DataType, axis: int
-) -> ir.Value:
-    """Cast(Clip(Round(value) + zero point)); value: in steps."""
-    out = g.op("Round", value)
-    points = None if point is None else values.array(point)
-    if point is not None and (points is None or np.any(points.astype(np.int64))):
-        wide = (
-            g.op("Cast", point, to=int(FLOAT))
-            if points is None
-            else g.const(points.astype(np.float32))
-        )
-        out = g.op("Add", out, along_known(m, g, value, wide, point, axis))
-    return clipped(g, out, dtype)
-
-
-def along_known(
-    m: Match, g: Builder, value: ir.Value, made: ir.Value, like: ir.Value, axis: int
-) -> ir.Value:
-    """`made`, of the shape of `like`, in the shape that broadcasts along `axis` of `value`."""
-    held = m.dims(like)
-    if held is None or len(held) > 1:
-        raise Skip("zero points of unknown rank, or in blocks", like)
-    if not held or held[0].value == 1:
-        return g.op("Reshape", made, g.ints([])) if held else made
-    dims = m.dims(value) or m.dims(x)
-    if dims is None:
-        raise Skip("unknown rank", value)
-    shape = [1] * len(dims)
-    shape[axis] = -1
-    return g.op("Reshape", made, g.ints(shape))
+def rounded_to(g: Builder, steps: ir.Value, point: ir.Value | None, dtype: ir.DataType) -> ir.Value:
+    """Cast(Clip(Round(steps) + zero point)); the zero point is of `point_of`."""
+    out = g.op("Round", steps)
+    return clipped(g, out if point is None else g.op("Add", out, point), dtype)
 
 
 @exact(centred, benefit=3, opset=(10, 10_000))
@@ -161,13 +144,25 @@ def centre_bytes(m: Match, g: Builder) -> ir.Value | None:
     style = m.facts.target.qdq
     if maker is None or style is None or style.zero_points or not refused(m, centred):
         return None
-    for point in (maker.inputs[2], node.inputs[2]):
-        data = values.array(point)
-        if data is None or data.dtype != np.uint8 or not np.all(data == CENTRE):
-            return None
+    if not (_is_centre(maker) and _is_centre(node)):
+        return None
     first = g.const(np.zeros(m.array(centre).shape, np.int8))
     bytes_ = g.op("QuantizeLinear", m[x], m[s], first, like=maker)
     return g.op("DequantizeLinear", bytes_, m[t], first, like=node)
+
+
+def _is_centre(node: ir.Node) -> bool:
+    data = values.array(node.inputs[2]) if len(node.inputs) > 2 else None
+    return data is not None and data.dtype == np.uint8 and bool(np.all(data == CENTRE))
+
+
+def _will_be_centred(m: Match, node: ir.Node) -> bool:
+    """Whether `centre_bytes` takes every reader of the bytes."""
+    style = m.facts.target.qdq
+    readers = [use.node for use in node.outputs[0].uses()]
+    paired = readers and all(r.op_type == "DequantizeLinear" and _is_centre(r) for r in readers)
+    fits = style is not None and not style.zero_points and _is_centre(node)
+    return fits and bool(paired) and not node.outputs[0].is_graph_output()
 
 
 @exact(dequantize, opset=OPSETS)
@@ -233,7 +228,7 @@ def write_out_quantize(m: Match, g: Builder) -> ir.Value | None:
     Source: ONNX QuantizeLinear-21.
     """
     node = m[quantize]
-    if not refused(m, quantize):
+    if not refused(m, quantize) or _will_be_centred(m, node):
         return None
     dtype = m.dtype(node.outputs[0])
     if dtype not in LIMITS or m.attr(quantize, "block_size", 0) or m.opset() < 11:
@@ -243,7 +238,8 @@ def write_out_quantize(m: Match, g: Builder) -> ir.Value | None:
     scale = along(m, g, m[x], m[s], axis)
     if m.dtype(s) != FLOAT:
         scale = g.op("Cast", scale, to=int(FLOAT))
-    return rounded_to(m, g, g.op("Div", source, scale), m.get(zero), dtype, axis)
+    point = point_of(m, g, m[x], m.get(zero), axis)
+    return rounded_to(g, g.op("Div", source, scale), point, dtype)
 
 
 @exact(widened, benefit=2)
@@ -387,7 +383,8 @@ def _requantized(m: Match, g: Builder, total: ir.Value, root: Op, channel: int) 
         number = factor.reshape(-1, *[1] * (len(m.known_dims(x)) - 2))
     else:
         number = factor
-    return rounded_to(m, g, g.op("Mul", total, g.const(number)), m[oz], dtype, 0)
+    point = point_of(m, g, m[x], m[oz], 0)
+    return rounded_to(g, g.op("Mul", total, g.const(number)), point, dtype)
 
 
 def _optional(node: ir.Node, index: int) -> ir.Value | None:

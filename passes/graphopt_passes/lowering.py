@@ -118,6 +118,8 @@ def write_affine_grid(m: Match, g: Builder) -> ir.Value | None:
     if dtype is None or np.prod(spatial, dtype=np.int64) > MAX_POSITIONS:
         raise Skip("an unknown type, or a grid too large for a constant", node)
     aligned = m.attr(affine, "align_corners", 0)
+    if aligned and 1 in spatial:
+        raise Skip("corners of a single position, which runtimes put at different places", node)
     lines = [_positions(size, bool(aligned)) for size in spatial]
     mesh = np.meshgrid(*lines, indexing="ij")[::-1]  # x first, then y, then z
     base = np.stack([*(each.reshape(-1) for each in mesh), np.ones(mesh[0].size)], axis=-1)
@@ -132,7 +134,7 @@ def write_affine_grid(m: Match, g: Builder) -> ir.Value | None:
 def _positions(size: int, aligned: bool) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """Where samples lie along one dimension, from -1 to 1."""
     if aligned:
-        return np.linspace(-1.0, 1.0, size) if size > 1 else np.zeros(1)
+        return np.linspace(-1.0, 1.0, size)
     return (2 * np.arange(size) + 1) / size - 1
 
 

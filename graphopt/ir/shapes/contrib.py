@@ -68,20 +68,29 @@ def _embed_layer_norm(q: Query) -> Sequence[Facts]:
 
 
 def _attention(q: Query) -> Sequence[Facts]:
+    return _attended(q, q.dtype(0), past_index=4)
+
+
+def _integer_attention(q: Query) -> Sequence[Facts]:
+    return _attended(q, q.dtype(3), past_index=8)  # of the type of the scale
+
+
+def _attended(q: Query, dtype: ir.DataType | None, *, past_index: int) -> Sequence[Facts]:
     given, weights, bias = q.dims(0), q.dims(1), q.dims(2)
     if given is None or len(given) != 3:
-        return [facts.tensor(q.dtype(0), None)]
+        return [facts.tensor(dtype, None)]
     sizes: tuple[int, ...] = q.attr("qkv_hidden_sizes", ())
     columns = weights[-1] if weights else bias[0] if bias else None
     hidden = Dim.of(sizes[2]) if sizes else q.fresh(0, 2) if columns is None else columns // 3
-    output = facts.tensor(q.dtype(0), (*given[:2], hidden))
+    output = facts.tensor(dtype, (*given[:2], hidden))
     if len(q.node.outputs) < 2:
         return [output]
     heads = Dim.of(q.attr("num_heads", 1))
-    past = q.dims(4)
-    total = given[1] if not q.has(4) else given[1] + past[3] if past else q.fresh(1, 3)
+    past = q.dims(past_index)
+    total = given[1] if not q.has(past_index) else given[1] + past[3] if past else q.fresh(1, 3)
     present = (2, given[0], heads, total, hidden // heads)
-    return [output, facts.tensor(q.dtype(0), q.unknown_dims(5, 1) if q.has(6) else present)]
+    shared = past_index == 4 and q.has(6)  # a cache that is written in place has its own length
+    return [output, facts.tensor(dtype, q.unknown_dims(5, 1) if shared else present)]
 
 
 def _multi_head_attention(q: Query) -> Sequence[Facts]:
@@ -205,7 +214,7 @@ RULES: Rules = {
     "SkipSimplifiedLayerNormalization": _skip_layer_norm,
     "EmbedLayerNormalization": _embed_layer_norm,
     "Attention": _attention,
-    "QAttention": _attention,
+    "QAttention": _integer_attention,
     "MultiHeadAttention": _multi_head_attention,
     "GroupQueryAttention": _group_query_attention,
     "MatMulNBits": _matmul_nbits,
