@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.ir.build import Names
@@ -105,13 +106,13 @@ def _decide(model: ir.Model, ctx: Context) -> Findings:
     layers = find_layers(model.graph)
     groups = find_groups(layers, labels)
     blocked = contracted(model.graph, labels) | tables(layers, labels)
-    draft = _Draft()
+    draft, full = _Draft(), _Full()
     dropped: set[int] = set()
     for group in groups:
         if blocked.intersection(group.classes) or _is_bound(group):
             continue
-        unread = [root for root in group.classes if _is_unread(group, root)]
-        still = _constant(group, unread, draft)
+        unread = [root for root in group.classes if _is_unread(group, root, full)]
+        still = _constant(group, unread, draft, full)
         again = _repeated(group, {*unread, *still}, draft)
         dead = [*unread, *still, *again]
         count = len(dead)
@@ -137,21 +138,38 @@ def _column(layer: Layer, at: Ids, array: Array) -> Array:
     return np.moveaxis(array, column_axis(layer), 0)[at]
 
 
-def _is_unread(group: Group, root: int) -> bool:
-    return all(
-        not _column(layer, at, layer.tensor.numpy()).any() for layer, at in group.columns[root]
-    )
+class _Full:
+    """Which rows and columns of weights hold anything but zeros, looked up once a weight."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, int], npt.NDArray[np.bool_]] = {}
+
+    def rows(self, layer: Layer, at: Ids) -> bool:
+        """Whether one of some outputs has a weight."""
+        return bool(self._of(layer, row_axis(layer))[at].any())
+
+    def columns(self, layer: Layer, at: Ids) -> bool:
+        """Whether one of some inputs has a weight."""
+        return bool(self._of(layer, column_axis(layer))[at].any())
+
+    def _of(self, layer: Layer, axis: int) -> npt.NDArray[np.bool_]:
+        key = (layer.name, axis)
+        if key not in self._known:
+            array = layer.tensor.numpy()
+            others = tuple(i for i in range(array.ndim) if i != axis)
+            self._known[key] = (array != 0).any(axis=others)
+        return self._known[key]
 
 
-def _rows_of(layer: Layer, at: Ids) -> Array:
-    return np.take(layer.tensor.numpy(), at, axis=row_axis(layer))
+def _is_unread(group: Group, root: int, full: _Full) -> bool:
+    return not any(full.columns(layer, at) for layer, at in group.columns[root])
 
 
-def _constant(group: Group, known: Sequence[int], draft: _Draft) -> list[int]:
+def _constant(group: Group, known: Sequence[int], draft: _Draft, full: _Full) -> list[int]:
     """Classes that are made of zeros: what they are for every input goes into the biases of those who read them."""
-    found = []
+    found, gone = [], set(known)
     for root in group.classes:
-        if root in known or any(_rows_of(layer, at).any() for layer, at in group.rows[root]):
+        if root in gone or any(full.rows(layer, at) for layer, at in group.rows[root]):
             continue
         ways = [_way(group, root, reader, at) for reader, at in group.columns[root]]
         if any(way is None for way in ways):
@@ -235,11 +253,11 @@ def _repeated(group: Group, gone: set[int], draft: _Draft) -> list[int]:
 
 
 def _filters(maker: Layer, group: Group, roots: Sequence[int]) -> Wide:
-    bias = maker.bias_vector()
+    bias, array = maker.bias_vector(), np.moveaxis(maker.tensor.numpy(), row_axis(maker), 0)
     rows = []
     for root in roots:
         (_, at) = group.rows[root][0]
-        weights = np.moveaxis(_rows_of(maker, at).astype(np.float64), row_axis(maker), 0)
+        weights = array[at].astype(np.float64)
         own = np.zeros(0) if bias is None else bias[at]
         rows.append(np.concatenate([weights.reshape(-1), own]))
     return np.stack(rows) if rows else np.zeros((0, 1))
