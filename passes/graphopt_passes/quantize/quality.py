@@ -16,7 +16,7 @@ SQNR_DB, CLASSES_SQNR_DB = 30.0, 20.0
 LEAST_SQNR_DB = 20.0
 """The same where activations are quantised as they come, and no layer can be left out."""
 
-FLIPS = 0.02
+FLIPS = 0.03
 """Expected share of samples whose class changes that a classifier may have: each may be for better or for worse."""
 
 LOSS = 0.003
@@ -90,9 +90,10 @@ def is_distribution(array: Wide) -> bool:
 def expected_change(expected: Wide, found: Wide, more: Wide | None = None) -> Change | None:
     """What noise like the one seen does to classes; None where rows name no class.
 
-    Differences of the greatest score and the next few are off by the standard deviation s; a row whose greatest score
-    leads the k-th by m_k turns to it with probability Phi(-m_k / s), and loses p_1 - p_k of being right, by what the
-    model itself takes for probable.  Counting changes instead would need thousands of samples.
+    Differences of the greatest score and the next few are off by s, another for each row that was seen in both; a row
+    whose greatest score leads the k-th by m_k turns to it with probability Phi(-m_k / s), over all s, and loses
+    p_1 - p_k of being right, by what the model itself takes for probable.  Counting changes instead would need
+    thousands of samples.
 
     Args:
         expected: scores in float [rows, classes].
@@ -107,16 +108,31 @@ def expected_change(expected: Wide, found: Wide, more: Wide | None = None) -> Ch
     leaders = _leaders(expected)
     scores = np.take_along_axis(expected, leaders, axis=1)
     error = np.take_along_axis(found, leaders, axis=1) - scores
-    deviation = float(np.sqrt(((error[:, :1] - error[:, 1:]) ** 2).mean()))
-    if deviation == 0:
+    deviations = np.sqrt(((error[:, :1] - error[:, 1:]) ** 2).mean(axis=1))
+    if not deviations.any():
         return Change(0.0, 0.0)
     leaders = _leaders(rows)
-    scores = np.take_along_axis(rows, leaders, axis=1)
-    tails = _upper_tail((scores[:, :1] - scores[:, 1:]) / deviation)
-    tails /= np.maximum(tails.sum(axis=1, keepdims=True), 1)  # a row turns once
     shares = np.take_along_axis(_shares(rows), leaders, axis=1)
-    lost = (tails * (shares[:, :1] - shares[:, 1:])).sum(axis=1)
-    return Change(float(tails.sum(axis=1).mean()), float(lost.mean()))
+    scores = np.take_along_axis(rows, leaders, axis=1)
+    margins, lead = scores[:, :1] - scores[:, 1:], shares[:, :1] - shares[:, 1:]
+    found, scale = _turned(margins, lead, deviations), 1.0
+    while found.flips * len(rows) < min(FEW, len(rows) / 4) and scale < FAR:
+        scale *= 2
+        found = _turned(margins, lead, deviations * scale)
+    return Change(found.flips / scale, found.loss / scale**2)
+
+
+FEW, FAR = 5, 1 << 10
+"""Rows that must be expected to turn for the rest to be left out of account: where fewer would, no row seen may be near
+a tie, and more noise is taken, up to so much; changes grow with it, losses with its square."""
+
+
+def _turned(margins: Wide, lead: Wide, deviations: Wide) -> Change:
+    """What noise of these deviations does to rows that lead by these margins, in score and in probability."""
+    floor = deviations.max() * 1e-6
+    tails = np.mean([_upper_tail(margins / max(each, floor)) for each in deviations], axis=0)
+    tails /= np.maximum(tails.sum(axis=1, keepdims=True), 1)  # a row turns once
+    return Change(float(tails.sum(axis=1).mean()), float((tails * lead).sum(axis=1).mean()))
 
 
 def _shares(scores: Wide) -> Wide:

@@ -147,7 +147,7 @@ class Trials:
 
     def _run(self, model: ir.Model, names: tuple[str, ...], feeds: Iterator[Feed]) -> Collected:
         """One pass, where the user wants it; workers elsewhere read the model from a file, not with each task."""
-        axes, calibration = _axes(model.graph), self.ctx.options.calibration
+        axes, calibration = axes_of(model.graph), self.ctx.options.calibration
         executor = None if calibration is None else calibration.executor
         if executor is None:
             return collect(model_to_bytes(model), names, feeds, axes=axes)
@@ -276,7 +276,7 @@ class Trials:
         self.ctx.remark(RemarkKind.WARNING, RULE, "", text)
 
 
-def _axes(graph: ir.Graph) -> dict[str, tuple[int, ...]]:
+def axes_of(graph: ir.Graph) -> dict[str, tuple[int, ...]]:
     """Along which axis the channels of each value lie, by who reads it."""
     found: dict[str, tuple[int, ...]] = {}
     for node in graph:

@@ -208,8 +208,7 @@ def _run(
     write: Write,
     tables: frozenset[str] = frozenset(),
 ) -> bool:
-    products = frozenset(name_of(node) for node in model.graph if _is_matrix_product(node, least))
-    sites = products | tables
+    sites = products_of(model.graph, least) | tables
     if not sites:
         return _decline(
             ctx,
@@ -228,6 +227,11 @@ def _run(
         write(model, permitted, ctx.names)
         ctx.refresh()
     return bool(permitted)
+
+
+def products_of(graph: ir.Graph, least: int) -> frozenset[str]:
+    """Names of the matrix products with a constant weight of `least` elements or more."""
+    return frozenset(name_of(node) for node in graph if _is_matrix_product(node, least))
 
 
 def _decline(ctx: Context, text: str) -> bool:
