@@ -242,6 +242,9 @@ def fuse_divided_hard_swish(m: Match, g: Builder) -> ir.Value | None:
     return g.op("Mul", m[x], g.op("HardSigmoid", m[x], alpha=1 / 6, beta=0.5))
 
 
+ENOUGH = 17.0
+"""Where log(1 + exp(x)) is x in float32: the difference is below half a unit in its last place."""
+
 softened = Op("Log", Op("Add", Op("Exp", x), one))
 
 
@@ -251,6 +254,23 @@ def fuse_softplus(m: Match, g: Builder) -> ir.Value:
     _refuse_broader(m, softened)
     if not m.emits("Softplus", dtype=m.dtype(x)):
         raise Skip(f"the target has no Softplus for {m.dtype(x)} that pays", m[x])
+    return g.op("Softplus", m[x])
+
+
+limit = Var(const=True)
+held_softplus = Op("Where", Op("Greater", x, limit), x, Op("Softplus", x))
+
+
+@rule(held_softplus, opset=OPSETS)
+def drop_limit_of_softplus(m: Match, g: Builder) -> ir.Value | None:
+    """`Where(x > 20, x, Softplus(x))` -> `Softplus(x)`, which is x there to the last place, and has no limit to guard.
+
+    As torch.export spells nn.Softplus.  Source: Softplus-1.
+    """
+    if m.scalar(limit) < ENOUGH or m.dims(held_softplus) != m.dims(x):
+        return None
+    if m.dtype(x) == ir.DataType.DOUBLE:
+        raise Skip("in float64, 20 is not enough", m[limit])
     return g.op("Softplus", m[x])
 
 
@@ -420,6 +440,7 @@ RULES: tuple[Rule, ...] = (
     fuse_hard_swish,
     fuse_divided_hard_swish,
     fuse_softplus,
+    drop_limit_of_softplus,
     fuse_mish,
     fuse_leaky_relu,
     fuse_uniform_prelu,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 from graphopt_passes import activation
@@ -452,3 +453,33 @@ def test_swish_where_it_has_no_kernel(alpha: str) -> None:
         tolerance=1e-5,
     )
     check(activation.RULES, text.format("", f"Swish{alpha}"), target="portable")
+
+
+HELD = "g (float[4,8] x) => (float[4,8] y) <float t = {20.0}> { s = Softplus(x) c = Greater(x, t)"
+
+
+def test_a_limit_of_softplus_goes() -> None:
+    wide = np.linspace(-40, 40, 32, dtype=np.float32).reshape(4, 8)
+    check(
+        activation.RULES,
+        f"{HELD} y = Where(c, x, s) }}",
+        "g (float[4,8] x) => (float[4,8] y) { y = Softplus(x) }",
+        feeds=[{"x": wide}],
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{HELD} y = Where(c, x, s) }}".replace("20.0", "10.0"),
+        f"{HELD} y = Where(c, s, x) }}",
+        f"{HELD} y = Where(c, x, s) }}".replace("float[4,8]", "double[4,8]").replace(
+            "float t", "double t"
+        ),
+        f"{HELD} y = Where(c, x, s) }}".replace("=> (float[4,8] y)", "=> (float[1,4,8] y)").replace(
+            "float t = {20.0}", "float[1,1,1] t = {20.0}"
+        ),
+    ],
+)
+def test_other_limits_of_softplus_stay(text: str) -> None:
+    check(activation.RULES, text)
