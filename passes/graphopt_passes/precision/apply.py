@@ -15,7 +15,8 @@ from graphopt.rewrite import Context
 from graphopt.rewrite.relink import mark
 from graphopt_passes.precision.flow import SENTINEL
 from graphopt_passes.precision.legality import is_float
-from graphopt_passes.precision.plan import LIMITS, Decision, Kind
+from graphopt_passes.precision.limits import LIMITS
+from graphopt_passes.precision.plan import Decision, Kind
 from graphopt_passes.precision.rescale import scaled_inputs
 
 RULE = "cast"
@@ -110,24 +111,37 @@ class Emission:
     def _scale_back(self, node: ir.Node, shift: int) -> None:
         """Lets all readers of a scaled product read the product, in float32."""
         made = node.outputs[0]
-        uses, graph = made.uses(), self._home(made)
-        name = made.name or ""
+        uses, name = made.uses(), made.name or ""
         made.name = self._ctx.names.fresh(f"{name}_scaled")
-        wide = self._get(made, _FLOAT)
-        maker = wide.producer()
-        assert maker is not None
-        back = self._constant(graph, np.array(2.0**-shift, np.float32), f"{name}_scale")
-        scale = ir.Node("", "Mul", [wide, back], name=self._ctx.names.fresh(f"{name}_unscaled"))
-        out = scale.outputs[0]
-        out.name, out.type, out.shape = name, ir.TensorType(_FLOAT), made.shape
-        mark(scale, RULE, name, self._ctx)
-        graph.insert_after(maker, scale)
+        out = self._scaled(self._get(made, _FLOAT), -shift)
+        out.name = name
         for use in uses:
             use.node.replace_input_with(use.idx, out)
         for scope in all_graphs(self._model):
             for index, value in enumerate(scope.graph.outputs):
                 if value is made:
                     scope.graph.outputs[index] = out
+
+    def _scaled(self, value: ir.Value, shift: int) -> ir.Value:
+        """A float32 value times a power of two, computed where it is made."""
+        graph, name = self._home(value), self._ctx.names.fresh(f"{value.name}_scaled")
+        factor = self._constant(graph, np.array(2.0**shift, np.float32), f"{name}_scale")
+        node = ir.Node("", "Mul", [value, factor], name=name)
+        out = node.outputs[0]
+        out.name, out.type, out.shape = name, ir.TensorType(_FLOAT), value.shape
+        mark(node, RULE, value.name or "", self._ctx)
+        self._insert(node, value)
+        return out
+
+    def _insert(self, node: ir.Node, value: ir.Value) -> None:
+        """Puts a node right behind the value that it reads."""
+        producer, graph = value.producer(), self._home(value)
+        if producer is not None:
+            graph.insert_after(producer, node)
+        elif (first := next(iter(graph), None)) is not None:
+            graph.insert_before(first, node)
+        else:
+            graph.append(node)
 
     def _constant(self, graph: ir.Graph, array: np.ndarray[Any, Any], hint: str) -> ir.Value:
         tensor = ir.Tensor(array)
@@ -214,14 +228,7 @@ class Emission:
         out = node.outputs[0]
         out.name, out.type, out.shape = name, ir.TensorType(wanted), value.shape
         mark(node, RULE, value.name or "", self._ctx)
-        producer = value.producer()
-        graph = self._home(value)
-        if producer is not None:
-            graph.insert_after(producer, node)
-        elif (first := next(iter(graph), None)) is not None:
-            graph.insert_before(first, node)
-        else:
-            graph.append(node)
+        self._insert(node, value)
         return out
 
     def _home(self, value: ir.Value) -> ir.Graph:

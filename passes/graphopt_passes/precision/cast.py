@@ -22,7 +22,8 @@ from graphopt_passes.precision.flow import flow_of, sentinels
 from graphopt_passes.precision.gates import gated_nodes
 from graphopt_passes.precision.islands import drop_islands
 from graphopt_passes.precision.legality import Legality
-from graphopt_passes.precision.plan import LIMITS, Decision, Facts, Kind, decide_all, gather
+from graphopt_passes.precision.limits import LIMITS
+from graphopt_passes.precision.plan import Decision, Facts, Kind, decide_all, gather
 from graphopt_passes.precision.plan_file import read_plan, write_plan
 from graphopt_passes.precision.ranges import GENERATED, Feeds, observe
 from graphopt_passes.precision.refine import Refinement
@@ -75,6 +76,7 @@ class CastToHalf:
         legality = Legality(ctx.target, half, model.opset_imports)
         facts = gather(model, legality, seen.spreads, flow)
         facts.forced = self._forced(model)
+        facts.generated = seen.source == GENERATED
         decisions = drop_islands(decide_all(model, facts))
         decisions = self._refined(model, decisions, facts, seen.usual, ctx)
         if self.write_plan:

@@ -193,15 +193,15 @@ def _is_outer_product(node: ir.Node) -> bool:
 _DENOMINATORS = {"Div": 1, "Mod": 1, "Reciprocal": 0, "Log": 0}
 
 
-def fragile(
-    model: ir.Model, flushes: Callable[[ir.Value], bool], step: float
-) -> dict[ir.Value, str]:
+_QUANTIZERS = ("QuantizeLinear", "DynamicQuantizeLinear")
+
+
+def fragile(model: ir.Model, flushes: Callable[[ir.Value], bool]) -> dict[ir.Value, str]:
     """Values of which zeros or steps matter more than their size, and why.
 
     Args:
         model: the model.
         flushes: whether a half makes zeros of elements that are none.
-        step: between the smallest numbers of the half.
     """
     found: dict[ir.Value, str] = {}
     for scope in all_graphs(model):
@@ -214,10 +214,8 @@ def fragile(
                 found[value] = (
                     "a half would make zeros of what is divided by, or has its logarithm taken"
                 )
-            if node.op_type == "QuantizeLinear" and node.inputs[0] is not None:
-                scales = values.array(node.inputs[1])
-                if scales is not None and scales.size and float(np.abs(scales).min()) < 4 * step:
-                    found[node.inputs[0]] = "quantised next, in steps smaller than a half has"
+            if node.op_type in _QUANTIZERS and node.inputs[0] is not None:
+                found[node.inputs[0]] = "quantised next: rounding it before could take another step"
     return found
 
 
@@ -279,3 +277,47 @@ def _ends_in_softmax(value: ir.Value, reached: set[ir.Value]) -> bool:
         if not _passes_on(use.node, value) or not reached.issuperset(use.node.outputs[:1]):
             return False
     return True
+
+
+_UNITS = (8.0, 1e6)
+"""From which size on an input is another than generated ones, and beyond which a constant is no unit."""
+
+
+def units(model: ir.Model) -> dict[str, float]:
+    """The size that float inputs of the model are made for, by name, where constants that they meet first tell it.
+
+    Who divides an input by 50000, or takes 30000 from it, expects numbers of that size.
+    """
+    found: dict[str, float] = {}
+    for value in model.graph.inputs:
+        if value.dtype != ir.DataType.FLOAT or value.is_initializer():
+            continue
+        size = max((_unit(node, place) for node, place in _first_readers(value)), default=0.0)
+        if _UNITS[0] <= size <= _UNITS[1]:
+            found[value.name or ""] = size
+    return found
+
+
+def _first_readers(value: ir.Value) -> list[tuple[ir.Node, int]]:
+    """Who computes with elements of the value first, moved perhaps, and as which operand."""
+    found, pending = list[tuple[ir.Node, int]](), [value]
+    while pending:
+        for use in pending.pop().uses():
+            if use.node.op_type in MOVEMENT and not use.node.domain:
+                pending += use.node.outputs
+            else:
+                found.append((use.node, use.idx))
+    return found
+
+
+def _unit(node: ir.Node, place: int) -> float:
+    """The size of an operand that a constant beside it tells; 0 where none does."""
+    if node.domain or node.op_type not in ("Add", "Sub", "Mul", "Div"):
+        return 0.0
+    array = values.array(node.inputs[1 - place])
+    if array is None or not array.size or array.dtype.kind != "f":
+        return 0.0
+    size = float(np.abs(array).max())
+    if node.op_type == "Mul":
+        return 1 / size if size else 0.0
+    return 0.0 if node.op_type == "Div" and place == 1 else size

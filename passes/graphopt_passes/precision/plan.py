@@ -14,6 +14,7 @@ from graphopt.ir import operators, values
 from graphopt.ir.scopes import all_graphs
 from graphopt_passes.precision import flow as flows
 from graphopt_passes.precision.legality import Legality, Slots, is_float
+from graphopt_passes.precision.limits import LIMITS, Limits
 from graphopt_passes.precision.ranges import Spread, spread_of
 from graphopt_passes.precision.rescale import scaled_inputs, shift_for
 
@@ -51,28 +52,6 @@ class Decision:
     shift: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """The numbers of a half dtype that decide.
-
-    Attributes:
-        greatest: finite magnitude.
-        error: relative rounding error of a value or weight that is accepted; a sound one makes 2^-12 (2^-9 in bf16).
-        integer: up to which integers are exact.
-        step: between the smallest numbers.
-    """
-
-    greatest: float
-    error: float
-    integer: int
-    step: float
-
-
-LIMITS = {
-    ir.DataType.FLOAT16: Limits(65504.0, 2.0**-9, 2048, 2.0**-24),
-    ir.DataType.BFLOAT16: Limits(3.3895313892515355e38, 2.0**-6, 256, 2.0**-133),
-}
-
 # fmt: off
 _RANDOM = frozenset((
     "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial",
@@ -86,6 +65,22 @@ _RISKY = _REDUCTIONS | frozenset((
     "LpPool", "GlobalLpPool", "Det", "MeanVarianceNormalization",
 ))
 # fmt: on
+
+_GROWING = frozenset(
+    (
+        "ReduceSum",
+        "ReduceL1",
+        "ReduceL2",
+        "ReduceSumSquare",
+        "ReduceProd",
+        "CumSum",
+        "Pow",
+        "Sinh",
+        "Cosh",
+    )
+)
+SLACK = 64.0
+"""How much further results of these, and squares, are taken to go than seen, where nobody gave real inputs."""
 
 QUANTIZATION = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
 _CONTROL = frozenset({"If", "Loop", "Scan", "SequenceMap"})
@@ -104,6 +99,7 @@ class Facts:
         masked: values that carry such masks.
         fragile: values of which zeros or steps matter, with the reason.
         forced: the user's own words, by node name or output name: "float32" or "half".
+        generated: whether the spreads are of generated inputs, which real ones may exceed.
     """
 
     legality: Legality
@@ -113,6 +109,7 @@ class Facts:
     masked: set[ir.Value]
     fragile: Mapping[ir.Value, str] = dataclasses.field(default_factory=dict)
     forced: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    generated: bool = False
     _weights: dict[ir.Value, Spread] = dataclasses.field(default_factory=dict)
 
     @property
@@ -165,7 +162,7 @@ def gather(
         seen = spreads.get(value.name or "")
         return seen is not None and seen.flushed
 
-    fragile = flows.fragile(model, flushes, LIMITS[legality.half].step)
+    fragile = flows.fragile(model, flushes)
     return Facts(legality, spreads, exact, masks, masked, fragile)
 
 
@@ -210,13 +207,13 @@ def _decide_arithmetic(
 def _rescaled(node: ir.Node, slots: Slots, facts: Facts) -> Decision | None:
     """Half all the same, where what is wrong with a product is the size of its weights or of its result."""
     scaled, made = scaled_inputs(node), node.outputs[0]
-    if not scaled or not slots.outputs[0] or made in facts.masked:
+    if not scaled or not slots.outputs[0] or made in facts.masked or made in facts.fragile:
         return None
     kept = [place for place in range(len(node.inputs)) if place not in scaled]
     if any(_operand_reason(node.inputs[place], facts) for place in kept if slots.inputs[place]):
         return None
     seen = facts.spread(made)
-    shift = shift_for(node, seen, facts.half, facts.limits.greatest, facts.limits.error)
+    shift = shift_for(node, seen, facts.half, facts.limits)
     if shift is None:
         return None
     return Decision(Kind.LOW, f"rescaled: constants times 2^{shift}", slots, shift)
@@ -253,7 +250,8 @@ def _protected(node: ir.Node, facts: Facts) -> str:
             ends = node.op_type in ("Cast", "Sin", "Cos")
             if value in node.outputs or ends or node.op_type not in flows.MOVEMENT:
                 return facts.exact[value]
-    if any(_is_dequantized(value) for value in node.inputs):
+    factors = [_is_dequantized(value) for value in node.inputs[:2] if is_float(value)]
+    if factors and all(factors):  # with one in float32 there is no such kernel
         return "quantised operands: the runtime's integer kernel expects float32 around it"
     return ""
 
@@ -300,9 +298,22 @@ def _range_reason(node: ir.Node, slots: Slots, facts: Facts) -> str:
         unseen = unseen or facts.spread(value) is None
     if unseen and node.op_type in _RISKY:
         return "without data its range is not known"
+    if not unseen and not node.domain and node.op_type in ("Add", "Sub"):
+        return _cancellation_reason(node, facts)
     if not unseen and node.op_type in _REDUCTIONS:
         return _reduction_reason(node, facts)
     return ""
+
+
+def _grows(value: ir.Value | None, depth: int = 4) -> bool:
+    """Whether the value grew faster than what it comes from, or with the number of elements."""
+    node = None if value is None else value.producer()
+    if node is None or node.domain or not depth:
+        return False
+    if node.op_type in _GROWING or (node.op_type == "Mul" and node.inputs[0] is node.inputs[1]):
+        return True
+    carries = node.op_type in flows.MOVEMENT or node.op_type in ("Add", "ReduceMean")
+    return carries and any(_grows(each, depth - 1) for each in node.inputs)
 
 
 def _spread_reason(value: ir.Value, spread: Spread, facts: Facts) -> str:
@@ -313,12 +324,25 @@ def _spread_reason(value: ir.Value, spread: Spread, facts: Facts) -> str:
     margin = 1.0 if constant else MARGIN
     if spread.absmax > limits.greatest * margin:
         return f"range: |{name}| reaches {spread.absmax:.3g}"
+    if facts.generated and spread.absmax * SLACK > limits.greatest * MARGIN and _grows(value):
+        return f"range: |{name}| reaches {spread.absmax:.3g} on generated inputs, and grows fast"
     if not constant and spread.integers and spread.absmax > limits.integer and not spread.exact:
         return f"range: {name} holds integers up to {spread.absmax:.6g}"
     if spread.error > limits.error:
         what = "weight error" if constant else "rounding error"
         return f"{what}: rounding {name} costs {spread.error:.2g} of its size"
     return ""
+
+
+def _cancellation_reason(node: ir.Node, facts: Facts) -> str:
+    """Whether large numbers meet that differ by less than a half tells apart."""
+    made = node.outputs[0]
+    spreads = [facts.spread(value) for value in (*node.inputs, made) if value is not None]
+    seen = [0.0 if each is None else each.absmax for each in spreads]
+    masks = any(value in facts.masked for value in node.inputs)
+    if masks or not seen[-1] or max(seen) <= facts.limits.integer * seen[-1]:
+        return ""
+    return f"cancellation: numbers up to {max(seen):.3g} leave {seen[-1]:.3g}"
 
 
 def _reduction_reason(node: ir.Node, facts: Facts) -> str:

@@ -20,6 +20,7 @@ from graphopt.runtime.session import Session, SessionOptions
 from graphopt.runtime.specs import input_specs
 from graphopt.verify.feeds import find_feeds, read_feeds
 from graphopt_passes.precision.bodies import Bodies, wanted_of
+from graphopt_passes.precision.flow import units
 from graphopt_passes.precision.legality import is_float
 
 Array = np.ndarray[Any, Any]
@@ -160,11 +161,22 @@ def samples(model: ir.Model, session: Session, ctx: Context) -> tuple[Feeds, Fee
 
     found = find_feeds(model, refuses, seed=ctx.options.seed, specs=session.inputs)
     usual = [feed.values for feed in found.feeds if feed.name.split(",")[0] not in _UNJUDGED]
+    hinted = _in_their_units(usual[0], units(model)) if usual else []
     return (
-        [feed.values for feed in found.feeds[:_MAX_FEEDS]],
-        usual[:_MAX_USUAL],
+        [*(feed.values for feed in found.feeds[:_MAX_FEEDS]), *hinted],
+        [*usual[: _MAX_USUAL - len(hinted)], *hinted],
         GENERATED,
     )
+
+
+def _in_their_units(feed: Mapping[str, Any], known: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The feed with inputs as large as the constants say that they are divided by; none where none are."""
+    scaled = {
+        name: (feed[name] * np.float32(unit)).astype(np.float32)
+        for name, unit in known.items()
+        if name in feed and feed[name].dtype == np.float32
+    }
+    return [{**feed, **scaled}] if scaled else []
 
 
 def _measure(
@@ -194,6 +206,8 @@ def _add(
     if not _is_tensor(array) or array.dtype != np.float32:
         return
     spread, norm = spread_of(array, half, floor=floors.get(name, 0.0), masked=name in masked)
+    if np.isposinf(array).any():  # beyond float32 already: where a half overflows, nobody saw
+        spread = dataclasses.replace(spread, absmax=math.inf)
     floors.setdefault(name, norm * FLOOR)
     found[name] = found.get(name, Spread()).merged(spread)
 

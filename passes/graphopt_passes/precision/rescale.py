@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.ir import values
+from graphopt_passes.precision.limits import Limits
 from graphopt_passes.precision.ranges import Spread, spread_of
 
 Array = np.ndarray[Any, Any]
@@ -51,17 +52,14 @@ def scaled_inputs(node: ir.Node) -> tuple[int, ...]:
     return tuple(places)
 
 
-def shift_for(
-    node: ir.Node, made: Spread | None, half: ir.DataType, greatest: float, error: float
-) -> int | None:
+def shift_for(node: ir.Node, made: Spread | None, half: ir.DataType, limits: Limits) -> int | None:
     """The exponent of two by which to scale the constants of a product; None where none helps.
 
     Args:
         node: the product.
         made: what it was seen to give; None where nobody knows.
         half: the dtype.
-        greatest: finite half.
-        error: of rounding, that is accepted.
+        limits: of that dtype.
     """
     places = scaled_inputs(node)
     if not places:
@@ -73,7 +71,7 @@ def shift_for(
     reach = largest if made is None else max(made.absmax, largest)
     if not 0 < reach < math.inf:
         return None
-    room = math.floor(math.log2(greatest * ROOM / reach))
+    room = math.floor(math.log2(limits.greatest * ROOM / reach))
     if room < 0:
         wanted = [room]
     else:
@@ -82,17 +80,17 @@ def shift_for(
         middle = (least + room) // 2
         wanted = list(range(middle, min(room, middle + STEPS) + 1)) if least <= room else []
     for shift in wanted:
-        if abs(shift) <= GREATEST_SHIFT and _holds(arrays, shift, half, greatest, error / 2):
+        if abs(shift) <= GREATEST_SHIFT and _holds(arrays, shift, half, limits):
             return shift
     return None
 
 
-def _holds(
-    arrays: Sequence[Array], shift: int, half: ir.DataType, greatest: float, error: float
-) -> bool:
+def _holds(arrays: Sequence[Array], shift: int, half: ir.DataType, limits: Limits) -> bool:
     """Whether constants fit a half when they are scaled."""
     spreads = [spread_of(np.ldexp(array, shift), half)[0] for array in arrays]
-    return all(each.error <= error and each.absmax <= greatest for each in spreads)
+    return all(
+        each.error <= limits.error / 2 and each.absmax <= limits.greatest for each in spreads
+    )
 
 
 def _array(value: ir.Value | None) -> Array:

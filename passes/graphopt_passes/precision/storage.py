@@ -19,7 +19,8 @@ from graphopt.verify.budget import budget_for
 from graphopt_passes.precision.apply import narrowed
 from graphopt_passes.precision.gates import Gates, gated_nodes
 from graphopt_passes.precision.legality import Slots, is_float
-from graphopt_passes.precision.plan import LIMITS, Decision, Kind
+from graphopt_passes.precision.limits import LIMITS
+from graphopt_passes.precision.plan import Decision, Kind
 from graphopt_passes.precision.ranges import observe, spread_of
 from graphopt_passes.precision.refine import Refinement, refine
 

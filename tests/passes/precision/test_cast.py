@@ -348,16 +348,39 @@ def test_shared_weights_are_duplicated_where_one_reader_stays() -> None:
 def test_quantised_arithmetic_stays_as_written() -> None:
     text = (
         "g (float[4,16] x) => (float[4,16] y) <float[16,16] w>"
-        "{ q = QuantizeLinear(x, s, p) d = DequantizeLinear(q, s, p) h = MatMul(d, w) y = MatMul(h, w) }"
+        "{ q = QuantizeLinear(x, s, p) d = DequantizeLinear(q, s, p) e = DequantizeLinear(v, s, p)"
+        " h = MatMul(d, e) y = MatMul(h, w) }"
     )
     constants: dict[str, Array] = {
-        "s": np.array(1e-3, np.float32),
+        "s": np.array(1e-2, np.float32),
+        "v": np.eye(16, dtype=np.int8),
         "p": np.array(0, np.int8),
     }
     model, ctx, _ = cast(text, constants=constants)
     assert "scales stay float32" in reasons(ctx)["q"]
     assert "quantised operands" in reasons(ctx)["h"]
     assert halves(model) == ["MatMul"]
+
+
+def test_a_product_of_dequantised_values_and_float_weights_is_no_integer_kernel() -> None:
+    text = (
+        "g (float[4,16] x) => (float[4,16] y) <float[16,16] w>"
+        "{ q = QuantizeLinear(x, s, p) d = DequantizeLinear(q, s, p) y = MatMul(d, w) }"
+    )
+    constants: dict[str, Array] = {"s": np.array(0.1, np.float32), "p": np.array(0, np.int8)}
+    model, _, _ = cast(text, constants=constants)
+    assert halves(model) == ["MatMul"]
+
+
+def test_what_is_quantised_next_keeps_its_steps() -> None:
+    text = (
+        "g (float[4,16] x) => (int8[4,16] q) <float[16,16] w>"
+        "{ h = MatMul(x, w) q = QuantizeLinear(h, s, p) }"
+    )
+    constants: dict[str, Array] = {"s": np.array(0.1, np.float32), "p": np.array(0, np.int8)}
+    model, ctx, _ = cast(text, constants=constants)
+    assert halves(model) == []
+    assert "quantised next" in reasons(ctx)["h"]
 
 
 def test_cheap_islands_are_not_worth_their_casts() -> None:

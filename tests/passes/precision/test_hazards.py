@@ -27,6 +27,7 @@ STAY = {
     "softmax_written_out",
     "a_sum_of_many",
     "a_table_of_large_embeddings",
+    "qdq_with_a_small_scale",
 }
 """What a half cannot hold on inputs as large as those generated, or gains nothing."""
 

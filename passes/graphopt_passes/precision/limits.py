@@ -1,0 +1,28 @@
+"""The numbers of a half dtype that decide."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import onnx_ir as ir
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """The numbers of a half dtype that decide.
+
+    Attributes:
+        greatest: finite magnitude.
+        error: relative rounding error of a value or weight that is accepted; a sound one makes 2^-12 (2^-9 in bf16).
+        integer: up to which integers are exact.
+    """
+
+    greatest: float
+    error: float
+    integer: int
+
+
+LIMITS = {
+    ir.DataType.FLOAT16: Limits(65504.0, 2.0**-9, 2048),
+    ir.DataType.BFLOAT16: Limits(3.3895313892515355e38, 2.0**-6, 256),
+}
