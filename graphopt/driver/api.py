@@ -23,13 +23,13 @@ from graphopt.driver.request import (
     resolve_target,
 )
 from graphopt.driver.result import Result
-from graphopt.emit.profiles import Range
+from graphopt.emit.profiles import Range, parse_profile
 from graphopt.pipeline import Pass, Step
 from graphopt.pipeline.recipe import Recipe
 from graphopt.pipeline.registry import load_pass, pipeline_for
 from graphopt.rewrite import Calibration, Options
 from graphopt.runtime.autotune import KEPT
-from graphopt.specialize import Specialization
+from graphopt.specialize import Specialization, from_table, over
 from graphopt.targets import Precision, Target
 from graphopt.verify.criteria import Criteria, Metric, load_metric, parse_gates
 from graphopt.verify.kept import user_folder
@@ -148,14 +148,21 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
         external=parse_external(external),
         repro=None if repro is None else Path(repro),
         kept=_cached(cache),
-        profiles={name: Range(*sizes) for name, sizes in (profiles or {}).items()},
-        extras=tuple(parse_extra(each, output) for each in extras),
+        profiles=_ranges({**held.profiles, **(profiles or {})}),
+        extras=tuple(parse_extra(each, output) for each in (*held.extras, *extras)),
         sparse=parse_sparse(sparse),
-        specialization=specialize or Specialization(),
+        specialization=over(
+            from_table(held.specialize, held.source, held.folder), specialize or Specialization()
+        ),
         progress=progress or (lambda _stage, _part: None),
         recipe=str(recipe) if isinstance(recipe, str | os.PathLike) else None,
     )
     return run(request, progress or (lambda _stage, _part: None))
+
+
+def _ranges(given: Mapping[str, tuple[int, int, int]]) -> dict[str, Range]:
+    texts = {name: ",".join(map(str, sizes)) for name, sizes in given.items()}
+    return dict(parse_profile(f"{name}={sizes}") for name, sizes in texts.items())
 
 
 def _criteria(gates: Mapping[str, str] | None, metric: str | Metric | None) -> Criteria:

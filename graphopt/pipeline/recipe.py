@@ -5,6 +5,12 @@ pipeline = "default"               # or a list of specs, or [[pass]] tables
 prepend = ["my_module:my_pass"]
 append = ["drop-dead-code", "gs:scripts/strip.py:strip{numerics=exact}"]
 
+[specialize]                       # one use of the model: graphopt.specialize says what it may hold
+dims = {batch = 1}
+
+[profiles]                         # of a bundle: least, usual and largest size
+seq = [1, 128, 512]
+
 [options.fold-constants]           # for passes of the pipeline, wherever they are in it
 limit_bytes = 1_000_000
 
@@ -45,6 +51,9 @@ _KEYS = (
     OptionInfo("append", tuple[str, ...], ()),
     OptionInfo("pass", list[Table], ()),
     OptionInfo("options", dict[str, Table], {}),
+    OptionInfo("specialize", Table, {}),
+    OptionInfo("profiles", dict[str, tuple[int, int, int]], {}),
+    OptionInfo("extras", tuple[str, ...], ()),
 )
 
 
@@ -63,6 +72,10 @@ class Recipe:
         prepend: passes before the pipeline.
         append: passes after it.
         options: pass -> option -> value, for passes of the pipeline.
+        specialize: what to make of the model first, as the table says it.
+        profiles: of a bundle: least, usual and largest size of dynamic dimensions.
+        extras: of a bundle: triton, ort.
+        folder: where the recipe lies, for files that it names; None where it is no file.
         source: where the recipe comes from, for messages.
     """
 
@@ -76,6 +89,10 @@ class Recipe:
     prepend: tuple[Step, ...] = ()
     append: tuple[Step, ...] = ()
     options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    specialize: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    profiles: Mapping[str, tuple[int, int, int]] = dataclasses.field(default_factory=dict)
+    extras: tuple[str, ...] = ()
+    folder: Path | None = None
     source: str = "recipe"
 
     @classmethod
@@ -87,7 +104,8 @@ class Recipe:
         """
         try:
             with Path(path).open("rb") as file:
-                return cls.from_table(tomllib.load(file), f"recipe {path}")
+                held = cls.from_table(tomllib.load(file), f"recipe {path}")
+                return dataclasses.replace(held, folder=Path(path).parent)
         except OSError as error:
             raise OptionError(f"recipe {path} cannot be read: {error.strerror or error}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -118,6 +136,9 @@ class Recipe:
             prepend=_steps(said.get("prepend", ()), f"{source}, prepend"),
             append=_steps(said.get("append", ()), f"{source}, append"),
             options=said.get("options", {}),
+            specialize=said.get("specialize", {}),
+            profiles=said.get("profiles", {}),
+            extras=said.get("extras", ()),
             source=source,
         )
 

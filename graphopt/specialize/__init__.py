@@ -4,6 +4,16 @@ from __future__ import annotations
 
 from graphopt.specialize.plan import InputPort, OutputPort, Plan
 from graphopt.specialize.surgery import specialize
+from graphopt.specialize.table import from_table, over
 from graphopt.specialize.wanted import Image, Specialization
 
-__all__ = ["Image", "InputPort", "OutputPort", "Plan", "Specialization", "specialize"]
+__all__ = [
+    "Image",
+    "InputPort",
+    "OutputPort",
+    "Plan",
+    "Specialization",
+    "from_table",
+    "over",
+    "specialize",
+]

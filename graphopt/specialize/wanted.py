@@ -164,7 +164,7 @@ def _value(name: str, text: str) -> Any:  # noqa: ANN401  an array, or what JSON
     """A number, a list or a text in JSON, or the array in a file."""
     path = Path(text)
     if path.suffix in (".npy", ".pb"):
-        return _array(name, path)
+        return read_array(name, path)
     try:
         return json.loads(text)
     except ValueError as error:
@@ -174,7 +174,12 @@ def _value(name: str, text: str) -> Any:  # noqa: ANN401  an array, or what JSON
         ) from error
 
 
-def _array(name: str, path: Path) -> Any:  # noqa: ANN401
+def read_array(name: str, path: Path) -> Any:  # noqa: ANN401
+    """The array in a file .npy or .pb.
+
+    Raises:
+        OptionError: it cannot be read.
+    """
     try:
         if path.suffix == ".npy":
             with path.open("rb") as file:
