@@ -127,10 +127,14 @@ def recipe_text(target: str | None, recipe: Path | None) -> str:
         return f'target = "{get_target(target).name}"\n'
     if recipe is None:
         return ""
-    from graphopt.pipeline.recipe import Recipe
+    from graphopt.driver.golden import read_recipe
 
-    Recipe.load(recipe)  # refuses it now, not when the case is checked
-    return recipe.read_text(encoding="utf-8")
+    try:
+        text = recipe.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"the recipe {recipe} cannot be read: {error}") from error
+    read_recipe(text, str(recipe))  # refuses it now, not when the case is checked
+    return text
 
 
 def _require_folder(folder: Path) -> None:

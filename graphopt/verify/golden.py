@@ -22,6 +22,7 @@ from graphopt.numerics import Numerics
 from graphopt.verify.compare import OutputReport
 from graphopt.verify.golden_case import (
     Optimize,
+    compare_result,
     fingerprints,
     make_case,
     runtime_facts,
@@ -205,7 +206,7 @@ def check_case(case: Path, optimize: Optimize, name: str = "") -> CaseReport:
             result = Path(scratch) / "optimised.onnx"
             numerics = optimize(source, result, manifest["recipe"])
             run = ReferenceRun(source, stored_feeds(case, manifest))
-            found = run.verify(result, VerifyOptions(numerics))
+            found = compare_result(run, result, manifest["recipe"], numerics, Path(scratch))
             failures = _structure_failures(case, manifest, result)
     except GraphoptError as error:
         return CaseReport(name, (f"{type(error).__name__}: {error}",))

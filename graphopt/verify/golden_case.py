@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from graphopt.errors import DataError, VerifyError
+import msgspec
+
+from graphopt.errors import DataError, OptionError, VerifyError
 from graphopt.ir import fingerprint
-from graphopt.ir.model_file import load_model
+from graphopt.ir.model_file import load_model, save_model
 from graphopt.numerics import Numerics
 from graphopt.runtime import onnxruntime_api
+from graphopt.runtime.emulate import emulate, has_halves
 from graphopt.runtime.session import SessionOptions
 from graphopt.runtime.specs import Kind, TensorSpec, input_specs
+from graphopt.targets import Precision
 from graphopt.verify import draws
+from graphopt.verify.budget import budget_for
 from graphopt.verify.feeds import Feed, find_feeds
 from graphopt.verify.golden_files import (
     MANIFEST,
@@ -37,6 +43,58 @@ if TYPE_CHECKING:
 
 Optimize: TypeAlias = Callable[[Path, Path, str], Numerics]
 """Optimises a source file into another file by a recipe; returns what that may do to the numbers."""
+
+
+TABLE = "golden"
+"""The table of a case's recipe that recipes of runs do not have."""
+
+
+class CaseOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """What a case says of itself, in `[golden]`.
+
+    Attributes:
+        force: emit what the target is known to run slower.
+        calibration: samples for passes that decide by data, relative to the folder of the source.
+        budget: the error that the result may make, such as "sqnr>=30"; None for what the precision promises.
+    """
+
+    force: bool = False
+    calibration: str | None = None
+    budget: str | None = None
+
+
+def case_options(recipe: str) -> CaseOptions:
+    """What the recipe of a case says in `[golden]`.
+
+    Raises:
+        OptionError: something that is no option.
+    """
+    try:
+        return msgspec.convert(tomllib.loads(recipe).get(TABLE, {}), CaseOptions)
+    except msgspec.ValidationError as error:
+        told = "force (true or false), calibration (a path) and budget (a text)"
+        raise OptionError(f"[{TABLE}] of the recipe: {error}; it takes {told}") from error
+
+
+def compare_result(
+    run: ReferenceRun, result: Path, recipe: str, numerics: Numerics, scratch: Path
+) -> Verification:
+    """How an optimised file compares with its source, by the gate of the precision that the recipe asks for.
+
+    bfloat16 runs in true half precision, by emulation: the runtime has no such kernels on the CPU.
+    """
+    file = result
+    if _precision(recipe) is Precision.BF16 and has_halves(model := load_model(result)):
+        file = save_model(emulate(model), scratch / "emulated.onnx")[0]
+    return run.verify(file, _gate(recipe, numerics))
+
+
+def _gate(recipe: str, numerics: Numerics) -> VerifyOptions:
+    return VerifyOptions(numerics, budget_for(_precision(recipe), case_options(recipe).budget))
+
+
+def _precision(recipe: str) -> Precision:
+    return Precision(tomllib.loads(recipe).get("precision", Precision.FP32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +128,7 @@ def make_case(  # noqa: PLR0913, PLR0917  what a case is made of
     run = ReferenceRun(model, feeds, seed=seed)
     if numerics is Numerics.LOSSY and feeds is None:
         run.keep_usual()
-    verification = run.verify(result, VerifyOptions(numerics=numerics))
+    verification = compare_result(run, result, recipe, numerics, scratch)
     if verification.passed is not True:
         raise VerifyError(
             f"'{model}' cannot be recorded, it is {verification.status}: {verification.reason}"
@@ -88,7 +146,7 @@ def make_case(  # noqa: PLR0913, PLR0917  what a case is made of
         "runtime": runtime_facts(),
         "data_sets": _write_data_sets(folder, run, generated=feeds is None),
         "profile": verification.profile,
-        "tolerance": run.profile(VerifyOptions(numerics=numerics)).tolerance,
+        "tolerance": run.profile(_gate(recipe, numerics)).tolerance,
         "errors": errors,
         "forgiven": [report.name for report in verification.outputs if report.why],
         "excluded": dict(verification.excluded),

@@ -42,7 +42,7 @@ def test_the_matrix_is_whole() -> None:
     targets = {recipe.get("target", "cpu") for recipe in recipes.values()}
     precisions = {recipe.get("precision", "fp32") for recipe in recipes.values()}
     assert targets >= {"cpu", "cuda", "tensorrt", "portable"}
-    assert precisions >= {"fp32", "fp16", "int8-dynamic", "int4-weights"}
+    assert precisions >= {"fp32", "fp16", "bf16", "int8", "int8-dynamic", "int4-weights"}
     kinds = {
         "mnist_cntk",
         "encoder",
@@ -56,6 +56,20 @@ def test_the_matrix_is_whole() -> None:
         "functions",
     }
     assert set(recipes) >= kinds
+
+
+IN_BITS = {
+    "int8": "QuantizeLinear",
+    "int8-dynamic": "DynamicQuantizeLinear",
+    "int4-weights": "com.microsoft::MatMulNBits",
+}
+
+
+def test_cases_in_few_bits_hold_what_they_are_called_after() -> None:
+    for case in CASES:
+        manifest = read_manifest(case)
+        wanted = IN_BITS.get(tomllib.loads(manifest["recipe"]).get("precision", ""))
+        assert wanted is None or wanted in manifest["ops"], case.name
 
 
 def test_a_check_does_not_depend_on_the_number_of_threads() -> None:
