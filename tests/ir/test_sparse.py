@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -10,7 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from graphopt.errors import ModelError
-from graphopt.ir.sparse import CooTensor
+from graphopt.ir.sparse import CooTensor, MaskedTensor
 
 
 def coo(
@@ -101,3 +102,25 @@ def test_parts_that_do_not_fit_are_refused(
 def test_float_indices_are_refused() -> None:
     with pytest.raises(ModelError, match="indices are FLOAT, not INT64"):
         CooTensor(ir.Tensor(np.ones(1)), ir.Tensor(np.ones(1, np.float32)), [2])
+
+
+class TestMasked:
+    @pytest.mark.parametrize(
+        "dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.float64, np.int8]
+    )
+    def test_keeps_every_bit(self, dtype: type) -> None:
+        array: np.ndarray[Any, Any] = np.zeros((5, 7), dtype)
+        array[1, 2], array[4, 6] = 3, -2
+        if np.dtype(dtype).kind != "i":
+            array[0, 0], array[2, 2] = -0.0, np.nan
+        tensor = MaskedTensor(array, ir.DataType.from_numpy(np.dtype(dtype)), "w")
+        assert tensor.tobytes() == array.tobytes()
+        assert (tensor.name, tensor.dims, tensor.nbytes) == ("w", (5, 7), array.nbytes)
+        assert tensor.held_bytes == 5 + (4 if np.dtype(dtype).kind != "i" else 2) * array.itemsize
+
+    def test_the_dense_form_is_shared_while_held(self) -> None:
+        tensor = MaskedTensor(np.eye(3, dtype=np.float32), ir.DataType.FLOAT, "w")
+        dense = tensor.numpy()
+        assert tensor.numpy() is dense
+        with pytest.raises(ValueError, match="read-only"):
+            dense[0] = 2

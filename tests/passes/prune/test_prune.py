@@ -8,12 +8,13 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from graphopt_passes.prune import Prune
+from graphopt_passes.prune import Prune, weights
 from graphopt_passes.prune.layers import find_layers
 
 import graphopt
 from graphopt.ir.check import violations
 from graphopt.ir.model_file import load_model, model_to_bytes
+from graphopt.ir.sparse import MaskedTensor
 from graphopt.rewrite import Calibration, Context, Gate, Options, RemarkKind
 from graphopt.targets import get_target
 from tests.rewriting import parse
@@ -217,3 +218,20 @@ def test_whole_run_leaves_pruning_out_that_breaks_the_budget() -> None:
         network(), sparsity="0.95", calibration=samples(), budget="sqnr>=200"
     )
     assert [each.pass_name for each in result.report.rolled_back] == ["prune"]
+
+
+def test_large_weights_are_held_as_masks_to_the_same_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, held = network(), network()
+    assert Prune().run(plain, context(plain, "0.9"))
+    monkeypatch.setattr(weights, "MASKED_BYTES", 1)
+    assert Prune().run(held, context(held, "0.9"))
+    kinds = [type(value.const_value) for value in held.graph.initializers.values()]
+    assert MaskedTensor in kinds
+    assert model_to_bytes(held) == model_to_bytes(plain)
+
+
+def test_few_samples_are_held_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "MIN_HELD_BYTES", 1)
+    model = network()
+    assert Prune().run(model, context(model, "0.5"))
+    assert abs(zeros(model) - 0.5) < 0.006
