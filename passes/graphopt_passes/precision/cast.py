@@ -27,6 +27,7 @@ from graphopt_passes.precision.plan import Decision, Facts, Kind, decide_all, ga
 from graphopt_passes.precision.plan_file import read_plan, write_plan
 from graphopt_passes.precision.ranges import GENERATED, Feeds, observe
 from graphopt_passes.precision.refine import Refinement
+from graphopt_passes.precision.rescale import fold_factors
 from graphopt_passes.precision.settle import settle, without
 
 _DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -70,6 +71,7 @@ class CastToHalf:
             return False
         sort(model.graph)
         _ = ctx.shapes  # infers the type of every value
+        fold_factors(model, half, ctx)
         flow = flow_of(model)
         _, masked = sentinels(model, flow, LIMITS[half].greatest)
         seen = observe(model, ctx, half, {value.name or "" for value in masked})

@@ -16,7 +16,7 @@ from graphopt_passes.precision import flow as flows
 from graphopt_passes.precision.legality import Legality, Slots, is_float
 from graphopt_passes.precision.limits import LIMITS, Limits
 from graphopt_passes.precision.ranges import Spread, spread_of
-from graphopt_passes.precision.rescale import scaled_inputs, shift_for
+from graphopt_passes.precision.rescale import scaled_inputs, shift_for, unheld_factor
 
 MARGIN = 0.5
 """Of the greatest half: how far observed values may go, because others will be seen later."""
@@ -245,6 +245,8 @@ def _protected(node: ir.Node, facts: Facts) -> str:
             if node.op_type == "Range"
             else "creates a constant"
         )
+    if factor := unheld_factor(node, facts.half):
+        return f"range: a half does not hold the factor {factor}"
     for value in (*node.outputs, *node.inputs):
         if value is not None and value in facts.exact and is_float(value):
             ends = node.op_type in ("Cast", "Sin", "Cos")
@@ -340,7 +342,7 @@ def _cancellation_reason(node: ir.Node, facts: Facts) -> str:
     spreads = [facts.spread(value) for value in (*node.inputs, made) if value is not None]
     seen = [0.0 if each is None else each.absmax for each in spreads]
     masks = any(value in facts.masked for value in node.inputs)
-    if masks or not seen[-1] or max(seen) <= facts.limits.integer * seen[-1]:
+    if masks or max(seen) <= facts.limits.integer * (seen[-1] or 1.0):
         return ""
     return f"cancellation: numbers up to {max(seen):.3g} leave {seen[-1]:.3g}"
 

@@ -19,6 +19,11 @@ from graphopt_passes.precision.plan import Decision, Kind
 
 SCHEMA = 1
 DTYPES = frozenset({*(kind.value for kind in Kind), "float8"})
+_REASONS = {
+    Kind.LOW: "nothing speaks against it",
+    Kind.FOLLOW: "takes the dtype that comes",
+    Kind.BODY: "control flow: float32 at its boundary, its bodies are decided node by node",
+}
 _SCALARS = (
     ir.AttributeType.INT,
     ir.AttributeType.INTS,
@@ -76,7 +81,7 @@ def write_plan(path: Path, model: ir.Model, decisions: Mapping[ir.Node, Decision
             "node": name_of(node),
             "operator": node.op_type,
             "dtype": decision.kind.value,
-            "reason": decision.reason,
+            "reason": decision.reason or _REASONS.get(decision.kind, ""),
         }
         for node, decision in decisions.items()
         if decision.kind is not Kind.FIXED

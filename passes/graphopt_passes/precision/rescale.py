@@ -13,7 +13,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.ir import values
+from graphopt.ir import operators, values
+from graphopt.ir.scopes import all_graphs
+from graphopt.numerics import Numerics
+from graphopt.rewrite import Context
 from graphopt_passes.precision.limits import Limits
 from graphopt_passes.precision.ranges import Spread, spread_of
 
@@ -26,6 +29,11 @@ PRODUCTS: Mapping[str, tuple[int, ...]] = {
     "ConvTranspose": (1, 2),
 }
 """Operators that are linear in a constant, and which inputs of theirs may be constants that are scaled together."""
+
+RULE = "fold-factor"
+_FACTORS = (("alpha", 1), ("beta", 2))
+_FACTOR_ERROR = {ir.DataType.FLOAT16: 2.0**-11, ir.DataType.BFLOAT16: 2.0**-8}
+"""Half of a unit in the last place: more is lost only outside the normal range."""
 
 ROOM = 2.0**-4
 """Of the greatest half: how large the scaled product may be seen."""
@@ -97,3 +105,46 @@ def _array(value: ir.Value | None) -> Array:
     tensor = values.constant(value)
     assert tensor is not None
     return np.asarray(tensor.numpy(), np.float32)
+
+
+def fold_factors(model: ir.Model, half: ir.DataType, ctx: Context) -> None:
+    """Multiplies factors of Gemm into its constants where a half does not hold them: kernels take them as halves.
+
+    Before:  y = Gemm<alpha=1e7>(x, w, b)
+    After:   y = Gemm(x, 1e7 w, b)
+    """
+    for scope in all_graphs(model):
+        for node in scope.graph:
+            for name, place in _FACTORS:
+                value = node.inputs[place] if place < len(node.inputs) else None
+                if value is None or unheld_factor(node, half) != name:
+                    continue
+                if values.is_constant(value) and ctx.permit(RULE, node, Numerics.REORDERED):
+                    wide = np.asarray(_array(value), np.float64) * node.attributes[name].as_float()
+                    node.replace_input_with(place, _constant(scope.graph, wide, value, ctx))
+                    del node.attributes[name]
+
+
+def unheld_factor(node: ir.Node, half: ir.DataType) -> str:
+    """The attribute of a Gemm that a half does not hold: `alpha`, `beta` or ""."""
+    if node.domain or node.op_type != "Gemm":
+        return ""
+    for name, _ in _FACTORS:
+        factor = np.float32(operators.attribute(node, name, 1.0))
+        with np.errstate(over="ignore"):
+            error = abs(float(factor.astype(half.numpy())) - float(factor))
+        if error > _FACTOR_ERROR[half] * abs(float(factor)):
+            return name
+    return ""
+
+
+def _constant(graph: ir.Graph, array: Array, like: ir.Value, ctx: Context) -> ir.Value:
+    tensor = ir.Tensor(array.astype(np.float32))
+    value = ir.Value(
+        name=ctx.names.fresh(f"{like.name}_times"),
+        type=ir.TensorType(tensor.dtype),
+        shape=ir.Shape(array.shape),
+        const_value=tensor,
+    )
+    graph.register_initializer(value)
+    return value
