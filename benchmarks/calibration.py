@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -114,6 +113,15 @@ KINDS: dict[str, Callable[[Path, list[Feed]], float]] = {
 }
 
 
+def peak_mb() -> float:
+    """Greatest resident memory of this process since it was started; getrusage would count its parent's, too."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return (
+        float(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+        / 1e3
+    )
+
+
 def child(kind: str, model: Path, count: int, tokens: int) -> dict[str, float]:
     """One measurement in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.calibration", str(model)]
@@ -167,7 +175,7 @@ def main() -> None:
         reads = given.child in ("plain", "statistics")
         samples = list(feeds(model, given.samples, given.tokens)) if reads else []
         cpu = KINDS[given.child](model, samples)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+        peak = peak_mb()
         print(json.dumps({"cpu": cpu, "peak": peak}))
         return
     print("| model | what | CPU s | peak MB |\n|---|---|--:|--:|", flush=True)

@@ -29,10 +29,10 @@ KEYS = 1 << 16
 SENTINEL = 1e9
 """Magnitude from which on a value is a mask or a sentinel, not a signal: they are counted, not measured."""
 
-DENSE = 1 << 16
-"""Elements of one tensor and sample that are all counted; of larger ones, every n-th."""
+DENSE = 1 << 14
+"""Elements of one tensor and sample that are all counted; of larger ones, about so many, evenly spread."""
 
-STRIDES = (1, 2, 3, 5, 7, 11, 13, 17, 31)
+STRIDES = (1, 2, 3, 5, 7, 11, 13, 17, 23, 31, 41, 53, 61, 89, 127, 257)
 """Steps through a large tensor: primes, so that no step falls in with its rows or channels."""
 
 _HIGH, _LOW = 2.0**12, 2.0**50
@@ -47,6 +47,8 @@ class Channels:
         sums: in two integers: int64 [2, channels].
         squares: sums of squares in two integers: int64 [2, channels].
         ends: the least and the greatest element: float64 [2, channels].
+
+    Of large tensors, of the elements that are counted.
     """
 
     sums: Array
@@ -98,7 +100,10 @@ class Statistics:
         return float(_joined(self.low_sum)) / count, float(_joined(self.high_sum)) / count
 
     def channel_means(self, axis: int) -> Array | None:
-        """Mean of each index of axis 1 or -1, float64; None where its size varied or something was excluded."""
+        """Mean of each index of axis 1 or -1, float64; None where its size varied or something was excluded.
+
+        Of large tensors from a part of the elements.
+        """
         return self._mean(self.by_axis(axis).sums)
 
     def channel_powers(self, axis: int) -> Array | None:
@@ -106,7 +111,7 @@ class Statistics:
         return self._mean(self.by_axis(axis).squares)
 
     def channel_ranges(self, axis: int) -> tuple[Array, Array] | None:
-        """Exact extremes of each index of axis 1 or -1, float64; None where the mean is."""
+        """Extremes of each index of axis 1 or -1, float64; None where the mean is; of large tensors from a part."""
         low, high = self.by_axis(axis).ends
         return None if low.size == 0 or self.excluded else (low, high)
 
@@ -141,35 +146,81 @@ def empty() -> Statistics:
     return Statistics(np.zeros(KEYS, np.int64))
 
 
+_UNCOUNTED = Statistics(np.zeros(0, np.int64))
+"""The same without histogram."""
+
+
 def observe(array: Array, axes: Sequence[int] = (1, -1)) -> Statistics:
     """Statistics of one value in one sample, of floats of any width; by index of those of axis 1 and -1 in `axes`."""
-    flat = np.ascontiguousarray(array, np.float32)
+    tally = Tally()
+    tally.add(array, axes)
+    return tally.total()
+
+
+class Tally:
+    """Adds samples of one value up; elements wait to be counted until there are many, which costs the least."""
+
+    def __init__(self) -> None:
+        self._histogram = np.zeros(KEYS, np.int64)
+        self._waiting: list[Array] = []
+        self._rest = _UNCOUNTED
+
+    def add(self, array: Array, axes: Sequence[int] = (1, -1)) -> None:
+        """Takes one sample into account."""
+        found, counted = _observed(np.ascontiguousarray(array, np.float32), axes)
+        self._rest = self._rest.merged(found)
+        self._waiting.append(counted)
+        if sum(each.size for each in self._waiting) > 4 * DENSE:
+            self._count()
+
+    def _count(self) -> None:
+        if self._waiting:
+            keys = np.concatenate(self._waiting).view(np.uint32) >> 16
+            self._histogram += np.bincount(keys, minlength=KEYS)
+        self._waiting = []
+
+    def total(self) -> Statistics:
+        """What was seen so far."""
+        self._count()
+        return dataclasses.replace(self._rest, histogram=self._histogram.copy())
+
+
+def _observed(flat: Array, axes: Sequence[int]) -> tuple[Statistics, Array]:
+    """Statistics without histogram, and the elements to count: float32, contiguous."""
     if flat.size == 0:
-        return empty()
-    channels = _by_axis(flat, 1 if 1 in axes else 0)
-    last = _by_axis(flat, flat.ndim - 1 if -1 in axes and flat.ndim <= 3 else 0)
-    known = channels if channels.ends.size else last
-    ends = known.ends if known.ends.size else np.array([[flat.min()], [flat.max()]])
-    low, high = float(ends[0].min()), float(ends[1].max())
-    excluded = 0
-    kept = flat.reshape(-1)
+        return _UNCOUNTED, flat.reshape(-1)
+    low, high = float(flat.min()), float(flat.max())
     if not -SENTINEL < low <= high < SENTINEL:
-        channels = last = NO_CHANNELS
-        kept = kept[np.abs(kept) < SENTINEL]  # NaN compares false
-        excluded = flat.size - kept.size
-        if kept.size == 0:
-            return dataclasses.replace(empty(), elements=flat.size, excluded=excluded)
-        low, high = float(kept.min()), float(kept.max())
-    counted = kept[:: _stride(kept.size)]
-    keys = np.ascontiguousarray(counted).view(np.uint32) >> 16
+        return _observed_partly(flat)
+    channels, part = _by_axis(flat, 1 if 1 in axes else 0)
+    last, other = _by_axis(flat, flat.ndim - 1 if -1 in axes and flat.ndim <= 3 else 0)
+    part = part if part.size else other
+    counted = part if part.size else np.ascontiguousarray(flat.reshape(-1)[:: _stride(flat.size)])
+    return _seen(low, high, flat.size, 0, channels, last), counted.reshape(-1)
+
+
+def _observed_partly(flat: Array) -> tuple[Statistics, Array]:
+    """The same where something is no signal: it is left out, and with it what is known of channels."""
+    kept = flat[np.abs(flat) < SENTINEL]  # NaN compares false
+    excluded = flat.size - kept.size
+    if kept.size == 0:
+        return dataclasses.replace(_UNCOUNTED, elements=flat.size, excluded=excluded), kept
+    low, high = float(kept.min()), float(kept.max())
+    counted = np.ascontiguousarray(kept[:: _stride(kept.size)])
+    return _seen(low, high, flat.size, excluded, NO_CHANNELS, NO_CHANNELS), counted
+
+
+def _seen(
+    low: float, high: float, elements: int, excluded: int, channels: Channels, last: Channels
+) -> Statistics:
     return Statistics(
-        histogram=np.bincount(keys, minlength=KEYS),
+        _UNCOUNTED.histogram,
         minimum=low,
         maximum=high,
         low_sum=_split(np.float64(low)),
         high_sum=_split(np.float64(high)),
         samples=1,
-        elements=flat.size,
+        elements=elements,
         excluded=excluded,
         channels=channels,
         last=last,
@@ -181,30 +232,28 @@ def _stride(size: int) -> int:
     return next((step for step in STRIDES if step >= wanted), STRIDES[-1])
 
 
-def _by_axis(array: Array, axis: int) -> Channels:
-    """Sums and extremes by index of an axis other than the first; NaN and infinities show in the extremes."""
+def _by_axis(array: Array, axis: int) -> tuple[Channels, Array]:
+    """Sums and extremes by index of an axis other than the first, and the elements that they are of."""
     if not 1 <= axis < array.ndim:
-        return NO_CHANNELS
+        return NO_CHANNELS, array.reshape(-1)[:0]
     outer, inner = math.prod(array.shape[:axis]), math.prod(array.shape[axis + 1 :])
     rows = array.reshape(outer, array.shape[axis], inner)
-    if inner < _WIDE:  # a short inner axis costs more than turning the array
-        rows = rows.transpose(0, 2, 1).reshape(1, -1, array.shape[axis]).transpose(0, 2, 1)
-    over = (0, 2) if inner > 1 or outer > 1 else 2
-    ends = np.stack([rows.min(axis=over), rows.max(axis=over)]).astype(np.float64)
-    ends = ends.reshape(2, -1)
-    if not np.isfinite(ends).all() or np.abs(ends).max() >= SENTINEL:
-        return Channels(NO_CHANNELS.sums, NO_CHANNELS.squares, ends)
     step = _stride(array.size)
-    part = rows[:, :, ::step]
-    squares = np.einsum("ocs,ocs->c", part, part).astype(np.float64) * (array.size / part.size)
-    return Channels(_split(_sums(rows)), _split(squares), ends)
-
-
-def _sums(rows: Array) -> Array:
-    """By channel, in float64; NumPy adds a contiguous row pairwise, so that float32 serves within one."""
-    if rows.strides[2] == rows.itemsize:
-        return np.asarray(rows.sum(axis=2).sum(axis=0, dtype=np.float64))
-    return np.asarray(rows.sum(axis=(0, 2), dtype=np.float64))
+    part = rows[:, :, ::step] if inner > step else rows[::step]
+    if part.shape[2] < _WIDE:  # a short inner axis costs more than turning the array
+        part = part.transpose(0, 2, 1).reshape(-1, array.shape[axis])
+        ends, sums = np.stack([part.min(axis=0), part.max(axis=0)]), part.sum(axis=0, dtype=float)
+        squares = np.einsum("sc,sc->c", part, part)
+    else:
+        part = np.ascontiguousarray(part)
+        ends = np.stack([part.min(axis=(0, 2)), part.max(axis=(0, 2))])
+        sums = part.sum(axis=2).sum(
+            axis=0, dtype=np.float64
+        )  # NumPy adds a contiguous row pairwise
+        squares = np.einsum("ocs,ocs->c", part, part)
+    weight = array.size / part.size
+    found = (_split(sums * weight), _split(squares.astype(np.float64) * weight))
+    return Channels(*found, ends.astype(np.float64)), np.ascontiguousarray(part)
 
 
 _WIDE = 128
@@ -390,7 +439,7 @@ def _collect_here(
     session = Session(model, level=OptimizationLevel.ALL, options=options)
     inputs = {spec.name for spec in session.inputs}
     tapped = [name for name in names if name not in inputs]
-    found: dict[str, Statistics] = {name: empty() for name in names}
+    found = {name: Tally() for name in names}
     count = 0
     for feed in feeds:
         results = session.run(feed.values, tapped) if tapped else {}
@@ -400,8 +449,8 @@ def _collect_here(
             array = results.get(name, feed.values.get(name))
             if array is not None:
                 for row in _rows(array, batch):
-                    found[name] = found[name].merged(observe(row, axes.get(name, (1, -1))))
-    return Collected(found, count)
+                    found[name].add(row, axes.get(name, (1, -1)))
+    return Collected({name: tally.total() for name, tally in found.items()}, count)
 
 
 def _rows(array: Array, batch: int) -> Iterable[Array]:

@@ -115,11 +115,11 @@ def expected_change(expected: Wide, found: Wide, more: Wide | None = None) -> Ch
     shares = np.take_along_axis(_shares(rows), leaders, axis=1)
     scores = np.take_along_axis(rows, leaders, axis=1)
     margins, lead = scores[:, :1] - scores[:, 1:], shares[:, :1] - shares[:, 1:]
-    found, scale = _turned(margins, lead, deviations), 1.0
-    while found.flips * len(rows) < min(FEW, len(rows) / 4) and scale < FAR:
+    turned, scale = _turned(margins, lead, deviations), 1.0
+    while turned.flips * len(rows) < min(FEW, len(rows) / 4) and scale < FAR:
         scale *= 2
-        found = _turned(margins, lead, deviations * scale)
-    return Change(found.flips / scale, found.loss / scale**2)
+        turned = _turned(margins, lead, deviations * scale)
+    return Change(turned.flips / scale, turned.loss / scale**2)
 
 
 FEW, FAR = 5, 1 << 10

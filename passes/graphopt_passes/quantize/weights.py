@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -54,13 +55,12 @@ def pack(
     A row saturates in the worst case when its two largest weights of one sign, times the largest activation, pass
     32767; then its scale is raised to the least that avoids it.  A row of zeros gets the scale 1.
     """
-    wide = rows.astype(np.float64)
-    peak = np.abs(wide).max(axis=1, initial=0.0)
+    peak = _peaks(rows)
     scales = peak / 127
     raised = 0
     if top_code is not None and rows.shape[1] > 1:
         room = PAIR_LIMIT // max(top_code, 1) - 1  # rounding may lift the pair by one in all
-        needed = _largest_pair(wide) / room
+        needed = _largest_pair(rows.astype(np.float64)) / room
         raised = int((needed > scales).sum())
         scales = np.maximum(scales, needed)
     if least is not None:
@@ -68,11 +68,42 @@ def pack(
     if shared:
         scales = np.full_like(scales, scales.max(initial=0.0))
     stored = np.where(scales > 0, np.maximum(scales, 2.0**-100), 1.0).astype(np.float32)
-    codes = np.clip(np.rint(wide / stored[:, None].astype(np.float64)), -127, 127)
-    error = codes * stored[:, None] - wide
-    power = float((wide**2).sum())
-    noise = float((error**2).sum()) / power if power > 0 else 0.0
-    return Packed(codes.astype(np.int8), stored, noise, raised)
+    codes, noise = _rounded(rows, stored)
+    return Packed(codes, stored, noise, raised)
+
+
+CHUNK = 1 << 16
+"""Weights that are worked on at once: they stay in the cache."""
+
+
+def _chunks(rows: Array) -> Iterator[slice]:
+    step = max(CHUNK // max(rows.shape[1], 1), 1)
+    return (slice(start, start + step) for start in range(0, len(rows), step))
+
+
+def _peaks(rows: Array) -> Wide:
+    """The largest magnitude of each row."""
+    if rows.size == 0:
+        return np.zeros(len(rows))
+    return np.asarray(np.maximum(rows.max(axis=1), -rows.min(axis=1)), np.float64)
+
+
+def _rounded(rows: Array, scales: Array) -> tuple[Array, float]:
+    """The nearest codes, and their squared error over squared weights."""
+    codes = np.empty(rows.shape, np.int8)
+    lost = power = 0.0
+    for part in _chunks(rows):
+        weights = np.ascontiguousarray(rows[part], np.float32)
+        steps = scales[part, None]
+        found = weights / steps
+        np.rint(found, out=found)
+        np.clip(found, -127, 127, out=found)
+        codes[part] = found
+        found *= steps
+        found -= weights
+        lost += float(np.vdot(found, found))
+        power += float(np.vdot(weights, weights))
+    return codes, lost / power if power > 0 else 0.0
 
 
 def refined(rows: Array, packed: Packed, moments: Wide) -> Packed:
