@@ -87,12 +87,14 @@ class Replacement:
         at: a value that they compute, in the first model, or in the second where nothing was removed.
         removed: operators, in order.
         added: operators, in order.
+        stands: a value that the second computes there; "" where nothing was added.
     """
 
     graph: str
     at: str
     removed: tuple[str, ...]
     added: tuple[str, ...]
+    stands: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,6 +237,7 @@ def _diff_graphs(path: str, a: Side, b: Side) -> _GraphDiff:
             name_of((region.removed or region.added)[-1]),
             tuple(operator_name(node) for node in region.removed),
             tuple(operator_name(node) for node in region.added),
+            name_of(region.added[-1]) if region.added else "",
         )
         for region in replacements(a, b, pairs)
     ]

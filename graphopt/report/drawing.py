@@ -1,19 +1,20 @@
-"""Changed neighbourhoods of a graph as SVG: the nodes that went, the nodes that came, and how they are wired."""
+"""Changed neighbourhoods of a graph as SVG: the nodes that went, those that came, and what they lie between."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from xml.sax.saxutils import escape
 
 import onnx_ir as ir
 
-from graphopt.report.diff import ModelDiff
+from graphopt.report.diff import ModelDiff, Replacement
 from graphopt.report.facts import operator_name
 
 MAX_DRAWINGS = 12
 MAX_NODES = 24
+MAX_NEIGHBOURS = 4
 _WIDTH, _HEIGHT, _GAP_X, _GAP_Y = 150, 26, 18, 26
 
 
@@ -25,8 +26,8 @@ class Drawing:
         title: what became what, in words.
         count: at how many places.
         at: the value that is computed, at the place that is drawn.
-        before: SVG of the nodes that went.
-        after: SVG of the nodes that came.
+        before: SVG of the nodes that went, and of their neighbours.
+        after: SVG of the nodes that came, and of theirs.
     """
 
     title: str
@@ -39,21 +40,42 @@ class Drawing:
 def drawings(before: ir.Model, after: ir.Model, diff: ModelDiff) -> tuple[Drawing, ...]:
     """Each kind of change once, the most frequent first; at most a dozen."""
     kinds = Counter((each.removed, each.added) for each in diff.replacements)
-    places: dict[tuple[tuple[str, ...], tuple[str, ...]], str] = {}
+    places: dict[tuple[tuple[str, ...], tuple[str, ...]], Replacement] = {}
     for each in diff.replacements:
-        places.setdefault((each.removed, each.added), each.at)
+        places.setdefault((each.removed, each.added), each)
     found = []
     for (removed, added), count in kinds.most_common(MAX_DRAWINGS):
-        at = places[removed, added]
+        place = places[removed, added]
         title = f"{_words(removed)} → {_words(added)}"
-        one = draw(_region(before.graph, at, removed), "gone")
-        other = draw(_region(after.graph, at, added), "new")
-        found.append(Drawing(title, count, at, one, other))
+        one = _drawn(before.graph, place.at, removed, "gone")
+        other = _drawn(after.graph, place.stands, added, "new")
+        found.append(Drawing(title, count, place.at, one, other))
     return tuple(found)
 
 
-def draw(nodes: Sequence[ir.Node], style: str) -> str:
-    """Nodes in rows by their longest way from an input; an empty drawing where there are none."""
+def _drawn(graph: ir.Graph, at: str, operators: Sequence[str], style: str) -> str:
+    """The nodes behind a value that are of the given operators, and the nodes next to them."""
+    inside = _region(graph, at, operators)
+    around = _neighbours(inside)
+    return draw([node for node in graph if node in inside or node in around], style, around)
+
+
+def _neighbours(inside: Sequence[ir.Node]) -> set[ir.Node]:
+    """What feeds some nodes and what reads them, constants aside; a few of each."""
+    feeds = [p for node in inside for p in _producers(node) if p.op_type != "Constant"]
+    reads = [use.node for node in inside for v in node.outputs for use in v.uses()]
+    sides = (dict.fromkeys(n for n in side if n not in inside) for side in (feeds, reads))
+    return {node for side in sides for node in list(side)[:MAX_NEIGHBOURS]}
+
+
+def draw(nodes: Sequence[ir.Node], style: str, around: Collection[ir.Node] = ()) -> str:
+    """Nodes in rows by their longest way from an input; an empty drawing where there are none.
+
+    Args:
+        nodes: in the order of their graph.
+        style: of the nodes.
+        around: those among them that are there for orientation.
+    """
     if not nodes:
         return ""
     rows: dict[int, list[ir.Node]] = {}
@@ -70,7 +92,7 @@ def draw(nodes: Sequence[ir.Node], style: str) -> str:
     width = max(x for x, _ in place.values()) + _WIDTH + 2
     height = max(y for _, y in place.values()) + _HEIGHT + 2
     lines = [_edge(place[p], place[node]) for node in nodes for p in _producers(node) if p in place]
-    boxes = [_box(node, *place[node], style) for node in nodes]
+    boxes = [_box(node, *place[node], "kept" if node in around else style) for node in nodes]
     return (
         f'<svg viewBox="-1 -1 {width} {height}" width="{width}" height="{height}" role="img">'
         f"{''.join(lines)}{''.join(boxes)}</svg>"

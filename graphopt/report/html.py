@@ -8,11 +8,14 @@ from typing import Any
 from graphopt.report.curves import loss_plot
 from graphopt.report.examine import Examined, Point
 from graphopt.report.plain import graphopt_version
-from graphopt.report.run import RunReport
+from graphopt.report.run import RunReport, VerificationFacts
 from graphopt.report.stages import Stage
 from graphopt.rewrite.context import RemarkKind
 
 _PLOT_WIDTH, _PLOT_HEIGHT = 720, 150
+
+OFF = 1.0
+"""A value that is off by more than its RMS, in front of outputs that are right, is another quantity by now."""
 
 
 def run_html(report: RunReport, examined: Examined | None = None) -> str:
@@ -47,7 +50,8 @@ def run_html(report: RunReport, examined: Examined | None = None) -> str:
         stages=_stages(report),
         sizes=_sizes(report.stages),
         errors={p.value: p.error for p in examined.along} if examined else {},
-        plot=_plot(examined.along) if examined else "",
+        plot=_plot(examined.along, report.verification) if examined else "",
+        off=_off(examined.along) if examined and report.verification.passed else [],
         losses=loss_plot(report.distilled) if report.distilled else "",
         operators=_operators(report),
     )
@@ -110,8 +114,11 @@ def _of(counts: Any, name: str) -> int:  # noqa: ANN401
     return int(counts.get(name, 0))
 
 
-def _plot(points: tuple[Point, ...]) -> str:
-    """Errors along the graph, on a scale of powers of ten; values that are bit-equal lie on the ground."""
+def _plot(points: tuple[Point, ...], found: VerificationFacts) -> str:
+    """Errors along the graph, on a scale of powers of ten; values that are bit-equal lie on the ground.
+
+    Where the run may lose precision, no gate says of a value in the middle whether it is good or bad.
+    """
     known = [(index, point) for index, point in enumerate(points) if point.error is not None]
     if not known:
         return ""
@@ -130,7 +137,7 @@ def _plot(points: tuple[Point, ...]) -> str:
         for p in range(low + 1, high + 1)
     )
     dots = "".join(
-        f'<circle class="{"ok" if p.passed else "bad"}" cx="{round(index * step + step / 2, 1)}" '
+        f'<circle class="{_judged(p, found)}" cx="{round(index * step + step / 2, 1)}" '
         f'cy="{y(p.error or 0.0)}" r="2.5"><title>{_escaped(p)}</title></circle>'
         for index, p in known
     )
@@ -138,6 +145,18 @@ def _plot(points: tuple[Point, ...]) -> str:
         f'<svg class="plot" viewBox="-4 -8 {_PLOT_WIDTH + 48} {_PLOT_HEIGHT + 16}" role="img">'
         f"{grid}{dots}</svg>"
     )
+
+
+def _off(points: tuple[Point, ...]) -> list[Point]:
+    """Values that are another quantity than the original's, in a result whose outputs are right."""
+    return [point for point in points if point.error is not None and point.error > OFF]
+
+
+def _judged(point: Point, found: VerificationFacts) -> str:
+    if point.passed:
+        return "ok"
+    other = bool(found.passed) and (point.error or 0) > OFF
+    return "some" if found.profile == "lossy" or other else "bad"
 
 
 def _escaped(point: Point) -> str:

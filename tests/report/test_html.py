@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 import subprocess
@@ -12,8 +13,9 @@ import onnx_ir as ir
 import pytest
 
 from graphopt import optimize
-from graphopt.report.drawing import draw
-from graphopt.report.examine import examine
+from graphopt.report.diff import diff_models
+from graphopt.report.drawing import draw, drawings
+from graphopt.report.examine import Examined, Point, examine
 from graphopt.report.html import run_html
 from tests.cli.conftest import save
 from tests.rewriting import parse
@@ -102,6 +104,38 @@ def test_a_drawing_connects_what_is_connected() -> None:
     drawn = draw(list(ir.from_proto(proto).graph), "gone")
     assert (drawn.count("<rect"), drawn.count("<path")) == (3, 2)
     assert draw([], "gone") == ""
+
+
+def test_both_sides_of_a_change_are_drawn_with_what_lies_next_to_them() -> None:
+    before = parse("g (float[4] x) => (float[4] y) { a = Neg(x) b = Relu(a) y = Sin(b) }")
+    after = parse("g (float[4] x) => (float[4] y) { a = Neg(x) other = Abs(a) y = Sin(other) }")
+    models = [ir.from_proto(proto) for proto in (before, after)]
+    found = diff_models(models[0], models[1])
+    (change,) = drawings(models[0], models[1], found)
+    assert change.title == "Relu → Abs"
+    for side, style, name in (
+        (change.before, "gone", "Relu b"),
+        (change.after, "new", "Abs other"),
+    ):
+        assert side.count('class="kept"') == 2
+        assert side.count(f'class="{style}"') == 1
+        assert f"<title>{name}</title>" in side
+
+
+@pytest.mark.parametrize(
+    ("profile", "error", "style"),
+    [("reordered", 1e-3, "bad"), ("reordered", 30.0, "some"), ("lossy", 1e-3, "some")],
+)
+def test_what_no_gate_judges_is_not_called_bad(profile: str, error: float, style: str) -> None:
+    made = optimize(parse(MODEL)).report
+    report = dataclasses.replace(
+        made, verification=dataclasses.replace(made.verification, profile=profile)
+    )
+    point = Point("v", "Relu", error, passed=False)
+    nothing = diff_models(ir.from_proto(parse(MODEL)), ir.from_proto(parse(MODEL)))
+    text = run_html(report, Examined(nothing, (), along=(point,), feed="normal"))
+    assert f'<circle class="{style}"' in text
+    assert ("another quantity" in text) == (error > 1)
 
 
 def test_a_browser_shows_and_sorts_the_page(page: Path, tmp_path: Path) -> None:
