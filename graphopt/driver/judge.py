@@ -124,7 +124,7 @@ class Judge:
         return found
 
     def watch(self, run: PassRun, model: ir.Model, ctx: Context) -> None:
-        """Compares after a pass that changed something.
+        """Compares after a pass that changed something; the longest inputs are left to the end.
 
         Raises:
             EachFailure: the pass broke the numbers.
@@ -133,7 +133,9 @@ class Judge:
             return
         snapshot = load_model(model)
         finalize(snapshot, self._request.target)
-        options = VerifyOptions(ctx.numerics, fail_fast=True, allow_constant_defaults=True)
+        options = VerifyOptions(
+            ctx.numerics, fail_fast=True, allow_constant_defaults=True, brief=True
+        )
         found = self._noted(self._verify_each(snapshot, options))
         if found.passed is False:
             file = save_model(snapshot, self._folder / "each.onnx")[0]

@@ -69,6 +69,8 @@ _LENGTHS = (
 _SIDES = (32, 96, 128, 224, 256, 320, 416, 512, 299, 28, 8, 1)
 _LONG, _LONG_PAST, _LONGER = 37, 17, 131
 EMPTY = "empty"
+LONG, LONGER = "long", "longer"
+"""Labels of what costs more than all other sets together."""
 
 _PRIMES: Mapping[Sort, int] = {Sort.BATCH: 3, Sort.PAST: 5, Sort.LENGTH: 13, Sort.SIDE: 67}
 
@@ -166,9 +168,9 @@ class Dims:
             for name, size in base.items()
         }
         return (
-            *self._variants(base, "long", *tries),
-            *self._variants(twice, "long", {Sort.BATCH: 5}),
-            *self._variants(base, "long", {Sort.BATCH: 5}),
+            *self._variants(base, LONG, *tries),
+            *self._variants(twice, LONG, {Sort.BATCH: 5}),
+            *self._variants(base, LONG, {Sort.BATCH: 5}),
         )
 
     def longer(self, typical: DimSet) -> tuple[DimSet, ...]:
@@ -179,13 +181,13 @@ class Dims:
         known = [size for name, size in base.items() if self.sorts[name] is counted]
         if not known or max(known) > _LONG:
             return ()
-        return self._variants(base, "longer", {Sort.BATCH: 1, counted: _LONGER})
+        return self._variants(base, LONGER, {Sort.BATCH: 1, counted: _LONGER})
 
     def crowds(self, typical: DimSet) -> tuple[DimSet, ...]:
         """Many samples at once, where samples have no length that multiplies with them."""
         if set(self.sorts.values()) - {Sort.BATCH, Sort.SIDE}:
             return ()
-        return self._variants(dict(typical.sizes), "long", {Sort.BATCH: _LONG})
+        return self._variants(dict(typical.sizes), LONG, {Sort.BATCH: _LONG})
 
     def empty(self, typical: DimSet) -> tuple[DimSet, ...]:
         """No sample at all; no steps where there is no batch."""

@@ -11,7 +11,7 @@ from graphopt.errors import GraphoptError, ModelError
 from graphopt.verify.compare import Hint, compare
 from graphopt.verify.criteria import MetricReport, measured
 from graphopt.verify.declared import broken_promises
-from graphopt.verify.dims import EMPTY
+from graphopt.verify.dims import EMPTY, LONG, LONGER
 from graphopt.verify.feeds import STRESS
 from graphopt.verify.origins import OutputOrigin, scale_floor
 
@@ -67,6 +67,8 @@ class Trial:
         reports: dict[str, list[OutputReport]] = {name: [] for name in names}
         for index, feed in enumerate(run.feeds):
             if self.options.feed not in (None, feed.name):
+                continue
+            if self.options.brief and any(f", {label} (" in feed.name for label in (LONG, LONGER)):
                 continue
             if not takes.issuperset(feed.values):
                 continue  # overrides a default that is a constant now, which the options accept

@@ -95,6 +95,7 @@ class VerifyOptions:
         allow_constant_defaults: accept that overridable defaults became constants.
         deployed: a level to run the candidate at as well, for information.
         feed: name of the only feed to compare on; None for all.
+        brief: leave out the longest feeds: somebody else compares on those.
         criteria: limits for single outputs, and metrics, that the user asks for.
     """
 
@@ -104,6 +105,7 @@ class VerifyOptions:
     allow_constant_defaults: bool = False
     deployed: OptimizationLevel | None = None
     feed: str | None = None
+    brief: bool = False
     criteria: Criteria = dataclasses.field(default_factory=Criteria)
 
 
