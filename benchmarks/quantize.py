@@ -1,8 +1,9 @@
 """INT8 on labelled data: the drop of the task metric and the speed, graphopt beside onnxruntime.quantization.
 
-    python -m benchmarks.quantize ../shared/zoo [MODEL …] [--samples 48] [--limit 300]
+    python -m benchmarks.quantize ../shared/zoo [MODEL …] [--samples 48] [--limit 300] [--peers PYTHON [--torch FOLDER]]
 
-Calibrates on what the zoo's own scoring feeds first, scores with it, times interleaved on one thread.
+Calibrates on what the zoo's own scoring feeds first, scores with it, times interleaved on one thread.  With `--peers`,
+also neural-compressor's ONNX package and ModelOpt, as installed for that Python (FOLDER: where torch is, if elsewhere).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,8 @@ from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import numpy as np
+import onnx
+import onnx.version_converter
 from onnxruntime import quantization as peer
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -105,11 +109,34 @@ def theirs(model: Path, output: Path, feeds: Feeds, *, expert: bool) -> str:
     options: dict[str, Any] = {}
     prepared = output.with_suffix(".prepared.onnx")
     if expert:
-        quant_pre_process(str(model), str(prepared), skip_symbolic_shape=True)
+        lifted = output.with_suffix(".lifted.onnx")
+        onnx.save(lift(onnx.load(model)), lifted)
+        quant_pre_process(str(lifted), str(prepared), skip_symbolic_shape=True)
         options = {"per_channel": True, "activation_type": peer.QuantType.QUInt8}
     else:
         prepared.write_bytes(model.read_bytes())
     peer.quantize_static(str(prepared), str(output), Reader(), **options)
+    return ""
+
+
+def lift(model: onnx.ModelProto) -> onnx.ModelProto:
+    """At opset 13 or later: below, scales by channel have no axis, and the peer writes models that nothing loads."""
+    versions = {each.domain: each.version for each in model.opset_import}
+    return model if versions[""] >= 13 else onnx.version_converter.convert_version(model, 17)
+
+
+def elsewhere(tool: str, model: Path, output: Path, feeds: Feeds, given: argparse.Namespace) -> str:
+    """A peer in an environment of its own."""
+    rows = output.with_suffix(".npz")
+    stacked: dict[str, Any] = {n: np.stack([feed[n] for feed in feeds]) for n in feeds[0]}
+    np.savez(rows, **stacked)
+    script = Path(__file__).with_name("quantize_peers.py")
+    command = [given.peers, str(script), tool, str(model), str(rows), str(output)]
+    folders = [given.torch] if given.torch else []
+    done = subprocess.run([*command, *folders], check=False, capture_output=True, text=True)
+    if done.returncode or not output.exists():
+        lines = done.stderr.strip().splitlines() or ["no output"]
+        raise RuntimeError(lines[-1])
     return ""
 
 
@@ -119,29 +146,33 @@ def speed(reference: Path, candidate: Path, feed: dict[str, Any]) -> float:
     return measure(sessions, [feed, feed], seconds=1.5)[1].cpu_ratio
 
 
-def row(score: Scorer, zoo: Path, name: str, samples: int, limit: int) -> str:
+def row(score: Scorer, zoo: Path, name: str, given: argparse.Namespace) -> str:
     """One line of the table."""
     recipe = json.loads((zoo / "models" / f"{name}.json").read_text(encoding="utf-8"))
     model = zoo / recipe["file"]
-    feeds = record(score, zoo, recipe, samples)
-    plain = metric(score, zoo, recipe, model, limit)
+    feeds = record(score, zoo, recipe, given.samples)
+    plain = metric(score, zoo, recipe, model, given.limit)
     makers: list[Callable[[Path], str]] = [
         lambda out: ours(model, out, feeds),
         lambda out: theirs(model, out, feeds, expert=False),
         lambda out: theirs(model, out, feeds, expert=True),
     ]
+    if given.peers:
+        makers.append(lambda out: elsewhere("inc", model, out, feeds, given))
+        makers.append(lambda out: elsewhere("modelopt", model, out, feeds, given))
     cells, notes = [f"{plain:.4f}"], ""
     for make in makers:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "model.onnx"
             try:
                 notes = make(out) or notes
-                drop = metric(score, zoo, recipe, out, limit) - plain
+                drop = metric(score, zoo, recipe, out, given.limit) - plain
                 cells.append(f"{drop:+.4f} {speed(model, out, feeds[0]):.2f}x")
             except GraphoptError as error:
                 cells.append(f"{type(error).__name__}: {error}"[:60])
             except Exception as error:  # noqa: BLE001  a peer may fail in any way; that is a result
                 cells.append(f"fails: {type(error).__name__}")
+                print(f"<!-- {name}: {str(error)[:300]!r} -->", flush=True)
     return f"| {name} | " + " | ".join(cells) + f" | {notes[:70]} |"
 
 
@@ -151,12 +182,15 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=MODELS)
     parser.add_argument("--samples", type=int, default=48)
     parser.add_argument("--limit", type=int, default=300)
+    parser.add_argument("--peers", default="")
+    parser.add_argument("--torch", default="")
     given = parser.parse_intermixed_args()
     score = scoring(given.zoo.resolve())
-    print("| model | float | graphopt | ORT quantization, defaults | ORT, expert U8S8 | remark |")
-    print("|---|---|---|---|---|---|")
+    heads = ["model", "float", "graphopt", "ORT quantization, defaults", "ORT, expert U8S8"]
+    heads += ["neural-compressor", "ModelOpt"] if given.peers else []
+    print("| " + " | ".join([*heads, "remark"]) + " |\n|" + "---|" * (len(heads) + 1))
     for name in given.models:
-        print(row(score, given.zoo.resolve(), name, given.samples, given.limit), flush=True)
+        print(row(score, given.zoo.resolve(), name, given), flush=True)
 
 
 if __name__ == "__main__":
