@@ -10,7 +10,7 @@ from graphopt.emit.findings import Finding, Verdict
 from graphopt.emit.rules import broken
 from graphopt.emit.sites import Site
 from graphopt.targets import Target
-from graphopt.targets.operators import Operator, OperatorTable, operator_table
+from graphopt.targets.operators import Operator, OperatorTable, Rule, operator_table
 
 # Which pass mends a broken rule; the rest is for the export to change.
 FIXES = {
@@ -22,34 +22,35 @@ _QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
 _BYTES = "symmetrize-quantization"
 DECOMPOSED = frozenset(
     {
-        *(
-            "AffineGrid",
-            "Attention",
-            "Bernoulli",
-            "CenterCropPad",
-            "Compress",
-            "Det",
-            "Equal",
-            "Gelu",
-        ),
-        *(
-            "LayerNormalization",
-            "MeanVarianceNormalization",
-            "NegativeLogLikelihoodLoss",
-            "Pad",
-            "RMSNormalization",
-        ),
-        *(
-            "Resize",
-            "RotaryEmbedding",
-            "SoftmaxCrossEntropyLoss",
-            "Swish",
-            "TopK",
-            "Transpose",
-            "Reshape",
-            "Slice",
-        ),
-        *("Concat", "Gather", "Squeeze", "Unsqueeze", "Where", "Expand", "MaxPool"),
+        "AffineGrid",
+        "Attention",
+        "Bernoulli",
+        "CenterCropPad",
+        "Compress",
+        "Concat",
+        "Det",
+        "Equal",
+        "Expand",
+        "Gather",
+        "Gelu",
+        "LayerNormalization",
+        "LpPool",
+        "MaxPool",
+        "MeanVarianceNormalization",
+        "NegativeLogLikelihoodLoss",
+        "Pad",
+        "RMSNormalization",
+        "Reshape",
+        "Resize",
+        "RotaryEmbedding",
+        "Slice",
+        "SoftmaxCrossEntropyLoss",
+        "Squeeze",
+        "Swish",
+        "TopK",
+        "Transpose",
+        "Unsqueeze",
+        "Where",
     }
 )
 """Operators that the pass `decompose` writes in other ones, in some of their forms."""
@@ -64,7 +65,7 @@ REMEDIES = {
     "dtype-in": "cast the operand around the node",
     "dtype-not-in": "cast the operand around the node",
     "attr-in": "export with another setting of the attribute",
-    "all-zero": "quantise symmetrically: zero point 0, int8",
+    "all-zero": "quantise symmetrically: zero point 0, int8; or compute the bytes in floats (write-out-integers)",
     "all-positive": "calibrate anew with a floor under the scales",
     "per-tensor-activation": "quantise activations with one scale a tensor",
     "scale-opset": "convert the model to opset 19 or newer",
@@ -104,7 +105,7 @@ def parser_findings(
                 verdict,
                 f"{site.op}: {fault}{note}",
                 rule.source,
-                REMEDIES.get(rule.check, "export it in another form"),
+                _remedy(site, rule),
                 _fix(site, rule.check),
             )
 
@@ -158,6 +159,14 @@ def _types(site: Site, table: OperatorTable, entry: Operator, target: Target) ->
     )
 
 
+def _remedy(site: Site, rule: Rule) -> str:
+    """What to do about a broken rule; an operand that is fed can be bound."""
+    held = site.input(rule.input or 0) if rule.check == "constant" else None
+    if held is not None and held.is_graph_input():
+        return f"fix it: graphopt optimize --bind {held.name}=VALUE"
+    return REMEDIES.get(rule.check, "export it in another form")
+
+
 def _fix(site: Site, check: str) -> str:
     """The pass that mends a broken rule; "" for none."""
     if site.node.op_type in _QUANTIZING and check.startswith("dtype"):
@@ -171,7 +180,9 @@ def _rewriting(site: Site) -> str:
         return "write-out-integers"
     if site.node.outputs and site.is_foldable(site.node.outputs[0]):
         return "fold-constants"
-    return "decompose" if site.node.op_type in DECOMPOSED else ""
+    if site.node.op_type in DECOMPOSED:
+        return "decompose"
+    return "tidy" if "Sequence" in site.node.op_type or "Optional" in site.node.op_type else ""
 
 
 def _foreign(site: Site, table: OperatorTable) -> Finding:

@@ -8,6 +8,8 @@ Leaves alone: everything that the target takes.  Source: ONNX operator documenta
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx_ir as ir
 
@@ -35,11 +37,8 @@ top_k = Op("TopK", x, k)
 layer_norm = Op("LayerNormalization", x, y, ...)
 affine = Op("AffineGrid", x, grid_size)
 compress = Op("Compress", x, y)
-bit_not = Op("BitwiseNot", x)
-shift = Op("BitShift", x, Var(const=True))
-dilated = Op("MaxPool", x)
+power_pool = Op("LpPool", x)
 resize = Op("Resize", x, Var(optional=True), scales)
-upsample = Op("Upsample", x, scales)
 det = Op("Det", x)
 
 
@@ -162,8 +161,45 @@ def gather_what_is_kept(m: Match, g: Builder) -> ir.Value | None:
         return None
     axis = m.attr(compress, "axis")
     data = m[x] if axis is not None else g.op("Reshape", m[x], g.ints([-1]))
-    found = g.op("Reshape", g.op("NonZero", m[y]), g.ints([-1]))
+    kept = g.op("Cast", m[y], to=int(FLOAT))  # parsers count numbers, not truth values
+    found = g.op("Reshape", g.op("NonZero", kept), g.ints([-1]))
     return g.op("Gather", data, found, axis=0 if axis is None else axis)
+
+
+@rule(power_pool, opset=(7, 10_000))
+def write_power_pool(m: Match, g: Builder) -> ir.Value | None:
+    """LpPool(x) -> (AveragePool(|x|^p) * n)^(1/p), n: the size of the window.
+
+    Source: ONNX LpPool-18.
+    """
+    node = m[power_pool]
+    if not refused(m, power_pool):
+        return None
+    if any(d != 1 for d in m.attr(power_pool, "dilations", ())) or m.attr(
+        power_pool, "ceil_mode", 0
+    ):
+        raise Skip("dilations, or a size that is rounded up", node)
+    dtype = m.dtype(x)
+    if dtype is None:
+        raise Skip("unknown element type", m[x])
+    power = m.attr(power_pool, "p", 2)
+    size = math.prod(m.attr(power_pool, "kernel_shape"))
+
+    def number(value: float) -> ir.Value:
+        return g.const(np.asarray(value, np.float64).astype(dtype.numpy()))
+
+    raised = g.op("Pow", g.op("Abs", m[x]), number(power))
+    mean = g.op(
+        "AveragePool",
+        raised,
+        like=node,
+        p=None,
+        dilations=None,
+        ceil_mode=None,
+        count_include_pad=1,
+    )
+    total = g.op("Mul", mean, number(size))
+    return g.op("Pow", total, number(1 / power))
 
 
 @exact(resize, opset=(11, 10_000))
@@ -280,6 +316,7 @@ RULES: tuple[Rule, ...] = (
     move_wider_elements,
     drop_statistics,
     write_affine_grid,
+    write_power_pool,
     gather_what_is_kept,
     resize_to_sizes,
     write_small_determinant,

@@ -163,6 +163,24 @@ def test_resize_rounds_as_float32_does() -> None:
     assert dims_of(half, "float[N, H] x") == "N, (H // 2) + H"
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("", "N, (L // 4) - 1, 5, 2"), ("<onesided = 0>", "N, (L // 4) - 1, 8, 2")],
+)
+def test_one_side_of_a_spectrum_is_the_default(given: str, expected: str) -> None:
+    body = (
+        "s = Constant<value_int = 4>() n = Constant<value_int = 8>() w = Constant<value_floats = "
+        f"[1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]>() y = STFT{given}(x, s, w, n)"
+    )
+    assert dims_of(body, "float[N, L, 1] x") == expected
+
+
+def test_a_spectrum_of_a_window_alone() -> None:
+    body = "y = STFT(x, s, w)"
+    assert dims_of(body, "float[N, L, 1] x, int64 s, float[6] w").endswith(", 4, 2")
+    assert dims_of("y = STFT(x, s)", "float[N, L, 1] x, int64 s") == "unknown"
+
+
 def test_ranges_of_floats_are_counted_as_runtimes_count() -> None:
     body = """a = Constant<value_float = 0.0>()  b = Constant<value_float = 0.7>()
         d = Constant<value_float = 0.1>()  y = Range(a, b, d)"""

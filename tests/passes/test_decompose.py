@@ -65,6 +65,13 @@ SAME = {
         "g (float[1,3,4] x) => (y) <int64[5] n = {1, 1, 2, 4, 3}> { y = AffineGrid<align_corners = 1>(x, n) }",
         20,
     ),
+    "a pool of cubes": (
+        "g (float[1,2,6,6] x) => (y) { y = LpPool<kernel_shape = [2, 3], strides = [2, 1], pads = [1, 1, 0, 1], p = 3>"
+        "(x) }",
+        18,
+    ),
+    "what is kept": ("g (float[4,2] x, bool[4] c) => (y) { y = Compress<axis = 0>(x, c) }", 18),
+    "what is kept of all": ("g (float[2,2] x, bool[3] c) => (y) { y = Compress(x, c) }", 18),
     "statistics that nobody reads": (
         "g (float[2,8] x) => (y) <float[8] w> { y, m = LayerNormalization(x, w) }",
         18,
@@ -180,6 +187,11 @@ KEPT = {
         "g (float[1,2,3] x) => (y) <int64[4] n = {1, 1, 4000, 4000}> { y = AffineGrid(x, n) }",
         20,
         "too large",
+    ),
+    "a pool that is rounded up": (
+        "g (float[1,2,6,6] x) => (y) { y = LpPool<kernel_shape = [2, 2], p = 3, ceil_mode = 1>(x) }",
+        18,
+        "rounded up",
     ),
     "corners of one position": (
         "g (float[1,2,3] x) => (y) <int64[4] n = {1, 1, 1, 4}> { y = AffineGrid<align_corners = 1>(x, n) }",

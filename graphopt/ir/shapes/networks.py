@@ -71,7 +71,20 @@ def _dynamic_quantize(q: Query) -> Sequence[Facts]:
     return [facts.tensor(_UINT8, q.dims(0)), facts.tensor(_FLOAT, ()), facts.tensor(_UINT8, ())]
 
 
+def _stft(q: Query) -> Sequence[Facts]:
+    """[batch, frames, bins, 2]; onnx 1.23 infers two sides where the attribute is absent, the standard says one."""
+    signal, window, length, step = q.dims(0), q.dims(2), q.elements(3), q.elements(1)
+    size = length[0] if length else window[0] if window else None
+    if signal is None or len(signal) != 3 or size is None:
+        return [facts.tensor(q.dtype(0), None)]
+    bins = size // 2 + 1 if q.attr("onesided", 1) else size
+    known = step is not None and step[0].is_static
+    frames = (signal[1] - size) // int(step[0].value or 1) + 1 if step and known else q.fresh(0, 1)
+    return [facts.tensor(q.dtype(0), (signal[0], frames, bins, 2))]
+
+
 RULES: Rules = {
+    "STFT": _stft,
     "BatchNormalization": _batch_normalization,
     "InstanceNormalization": _same,
     "GroupNormalization": _same,
