@@ -232,6 +232,12 @@ CUDA = Target(
         FusedOp("QuickGelu", _TABLE, domain=_MS),
         FusedOp("BiasGelu", _TABLE, domain=_MS),
         FusedOp("SkipLayerNormalization", _TABLE, domain=_MS, dtypes=_STATISTICS),
+        FusedOp(
+            "EmbedLayerNormalization",
+            f"{_TABLE}; what ONNX Runtime's own EmbedLayerNormFusion makes of int32 ids; not measured",
+            domain=_MS,
+            dtypes=frozenset({"FLOAT", "FLOAT16"}),
+        ),
         FusedOp("SkipSimplifiedLayerNormalization", _TABLE, domain=_MS, dtypes=_STATISTICS),
         FusedOp("FusedMatMul", _TABLE, domain=_MS),
     ),

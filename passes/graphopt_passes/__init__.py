@@ -26,6 +26,7 @@ from graphopt_passes import (
     contrib_transformers,
     conv,
     einsum,
+    embedding,
     evasion,
     gemm,
     groupnorm,
@@ -103,7 +104,7 @@ LIFT_FOR_HALF: Mapping[str, LiftOpset] = {
     for precision, dtype in (("fp16", ir.DataType.FLOAT16), ("bf16", ir.DataType.BFLOAT16))
 }
 LIFT_FOR_FP8 = LiftOpset("lift-opset-fp8", wishes=lambda _model, _ctx: (19,), use="compute in fp8")
-FUSE_RESIDUALS = RewritePass("fuse-residuals", residuals.RULES)
+FUSE_RESIDUALS = RewritePass("fuse-residuals", (*embedding.RULES, *residuals.RULES))
 # Last of all, where everything that knows Add is done.
 EVADE = RewritePass("evade-runtime-fusions", evasion.RULES)
 EXPAND_CONTRIB = RewritePass(

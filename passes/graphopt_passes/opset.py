@@ -93,6 +93,10 @@ def _numerics(plan: Iterable[Spelling], opset: int, wanted: int) -> Numerics:
     return Numerics.REORDERED if pools and opset < 19 <= wanted else Numerics.EXACT
 
 
+UNLISTED = {"LayerNormalization": 17, "SimplifiedLayerNormalization": 1}
+"""What ONNX Runtime takes below the opset that defines it, or at any, and means the same by."""
+
+
 def spell(node: ir.Node, opset: int, wanted: int, shapes: Shapes, target: Target) -> Spelling:
     """`node` as it is written at opset `wanted`.
 
@@ -103,6 +107,8 @@ def spell(node: ir.Node, opset: int, wanted: int, shapes: Shapes, target: Target
     reached = 0
     while reached < wanted:
         schema = operators.find_schema(spelling.op_type, version, "")
+        if schema is None and wanted >= UNLISTED.get(spelling.op_type, wanted + 1):
+            break
         if schema is None:
             raise Skip("the standard does not define it", node)
         reached = _next_version(spelling.op_type, version, wanted)

@@ -12,6 +12,7 @@ from graphopt_passes import LIFT_OPSET, attention, norm
 from graphopt_passes.opset import LiftOpset, _apply, spell
 from graphopt_passes.opset_changes import CHANGES, NEUTRAL
 
+import graphopt
 from graphopt.ir import operators
 from graphopt.ir.shapes import Shapes
 from graphopt.numerics import Numerics
@@ -285,3 +286,14 @@ def test_what_cannot_be_written_without_types(body: str, reason: str) -> None:
     model = ir.from_proto(parse(text))
     with pytest.raises(Skip, match=reason):
         spell(model.graph[1], 8, 22, Shapes(model), get_target("portable"))
+
+
+def test_an_operator_that_the_runtime_takes_at_any_opset_does_not_stop_it() -> None:
+    """ONNX Runtime has LayerNormalization in the default domain before opset 17, which defines it."""
+    text = """<ir_version: 8, opset_import: ["" : 11]>
+        g (float[2,3,4,8] q, float[2,3,4,8] k, float[2,3,4,8] v) => (float[2,3,4,8] y) <float[8] s, float[8] b> {
+        n = LayerNormalization<axis=-1>(q, s, b) t = Transpose<perm=[0,1,3,2]>(k) z = MatMul(n, t)
+        p = Softmax<axis=-1>(z) y = MatMul(p, v) }"""
+    made = graphopt.optimize(parse(text), verify="final")
+    assert "Attention" in {node.op_type for node in made.model.graph}
+    assert not made.report.rolled_back
