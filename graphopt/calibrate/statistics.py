@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -460,7 +461,7 @@ def _rows(array: Array, batch: int) -> Iterable[Array]:
     return (array,)
 
 
-def by_row(model: Callable[[], bytes], samples: Samples) -> Samples:
+def by_row(model: Callable[[], AbstractContextManager[Path]], samples: Samples) -> Samples:
     """The samples with each batch as those that it holds, where the model treats them one by one.
 
     So any split into batches gives the same bits: kernels for several rows may round otherwise.  Asked of the first
@@ -469,7 +470,8 @@ def by_row(model: Callable[[], bytes], samples: Samples) -> Samples:
     first = next((feed for feed in samples.first(_LOOKED_AT) if batch_size(feed) > 1), None)
     if first is None:
         return samples
-    session = Session(model())
+    with model() as path:
+        session = Session(path)
     try:
         alone = [session.run(row.values) for row in islice(rows_of(first), _COMPARED)]
         together = session.run(first.values)

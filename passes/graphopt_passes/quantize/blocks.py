@@ -19,8 +19,8 @@ Wide: TypeAlias = npt.NDArray[np.float64]
 CLIPS = (1.0, 0.925, 0.85, 0.775)
 """Shares of the range of a block that are tried; the one of least squared error is taken."""
 
-CHUNK = 1 << 22
-"""Elements that are worked on at once: what bounds the memory beside the weight."""
+CHUNK = 1 << 15
+"""Elements that are worked on at once: they stay in the cache."""
 
 
 def encode(rows: Array, block: int, bits: int, moments: Wide | None = None) -> tuple[Array, Array]:
@@ -50,19 +50,30 @@ def _nearest(rows: Array, block: int, count: int, bits: int) -> tuple[Array, Arr
     padded = np.zeros((len(rows), count * block), np.float32)
     padded[:, : rows.shape[1]] = rows
     blocks = padded.reshape(-1, block)
-    low, high = limits(bits)
-    peak = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1)[:, None], axis=1)
+    low, _ = limits(bits)
+    ends = blocks.min(axis=1, keepdims=True), blocks.max(axis=1, keepdims=True)
+    peak = np.where(-ends[0] > ends[1], *ends)
     best = np.full((len(blocks), 1), np.inf, np.float32)
-    scales = np.ones_like(best)
+    scales, held = np.ones_like(best), np.empty_like(blocks)
     for clip in CLIPS if bits == 4 else CLIPS[:1]:
         tried = peak * np.float32(clip / low)
         tried[np.abs(tried) < np.finfo(np.float32).tiny] = 1
-        codes = np.clip(np.rint(blocks / tried), low, high)
-        error = ((codes * tried - blocks) ** 2).sum(axis=1, keepdims=True)
+        lost = _codes(blocks, tried, bits, held)
+        lost *= tried
+        lost -= blocks
+        error = np.einsum("bk,bk->b", lost, lost)[:, None]
         better = error < best
-        best, scales = np.where(better, error, best), np.where(better, tried, scales)
-    codes = np.clip(np.rint(blocks / scales), low, high).astype(np.int8)
+        np.copyto(best, error, where=better)
+        np.copyto(scales, tried, where=better)
+    codes = _codes(blocks, scales, bits, held).astype(np.int8)
     return codes.reshape(len(rows), -1), scales.reshape(len(rows), count)
+
+
+def _codes(blocks: Array, scales: Array, bits: int, held: Array) -> Array:
+    """The nearest codes, as floats, in `held`."""
+    np.divide(blocks, scales, out=held)
+    np.rint(held, out=held)
+    return np.clip(held, *limits(bits), out=held)
 
 
 def _by_moments(rows: Array, codes: Array, scales: Array, moments: Wide, bits: int) -> Array:

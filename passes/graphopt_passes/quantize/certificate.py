@@ -19,6 +19,7 @@ from graphopt.runtime.session import OptimizationLevel, Session, SessionOptions
 from graphopt.verify import compare as comparison
 from graphopt.verify.compare import Budget
 from graphopt.verify.feed_files import Feed
+from graphopt_passes.quantize.files import on_disk
 from graphopt_passes.quantize.quality import (
     Change,
     Quality,
@@ -115,8 +116,6 @@ class Judgement:
     ) -> None:
         self.feeds = tuple(feeds)
         self.threads = threads
-        self._folder = tempfile.TemporaryDirectory(prefix="graphopt-")
-        self._count = 0
         self.session = self._session(model)
         self.outputs = [self.session.run(feed.values) for feed in self.feeds]
         classes = bool(self.outputs) and all(
@@ -124,19 +123,11 @@ class Judgement:
         )
         self.further = [self.session.run(feed.values) for feed in further] if classes else []
 
-    def close(self) -> None:
-        """Removes the working files."""
-        self._folder.cleanup()
-
     def _session(
         self, model: ir.Model, level: OptimizationLevel = OptimizationLevel.ALL
     ) -> Session:
-        self._count += 1
-        path = Path(self._folder.name) / f"{self._count}.onnx"
-        save_model(model, path)
-        session = Session(path, level=level, threads=self.threads)
-        path.unlink()
-        return session
+        with on_disk(model) as path:
+            return Session(path, level=level, threads=self.threads)
 
     def accuracy(self, model: ir.Model, budget: Budget) -> Quality:
         """How far `model`, as deployed, is from float on the samples."""

@@ -13,13 +13,14 @@ import numpy as np
 from graphopt.calibrate.moments import collect_moments
 from graphopt.calibrate.ranges import Method
 from graphopt.ir.build import Names
-from graphopt.ir.model_file import load_model, model_to_bytes
+from graphopt.ir.model_file import load_model
 from graphopt.rewrite import RemarkKind, name_of
 from graphopt_passes.quantize import equalize
 from graphopt_passes.quantize.certificate import host_saturates
 from graphopt_passes.quantize.cost import Costs, rates_of
 from graphopt_passes.quantize.emission import Facts, quantize
 from graphopt_passes.quantize.equalize import Measure
+from graphopt_passes.quantize.files import on_disk
 from graphopt_passes.quantize.trials import RULE, Trials
 from graphopt_passes.quantize.windows import windows
 
@@ -172,7 +173,8 @@ def _moments(trials: Trials, fused: frozenset[str]) -> Mapping[str, np.ndarray]:
     key = f"moments:{trials.key}"
     if wanted and key not in trials.ctx.cache:
         inputs = list(dict.fromkeys(wanted.values()))
-        found = collect_moments(model_to_bytes(trials.model), inputs, trials.parts[0])
+        with on_disk(trials.model) as path:
+            found = collect_moments(path, inputs, trials.parts[0])
         trials.ctx.cache[key] = {
             name: found[each] for name, each in wanted.items() if each in found
         }

@@ -77,11 +77,7 @@ class QuantizeStatic:
             return False
         samples = read_samples(ctx.options.calibration, input_specs(model))
         trials = Trials(model, style, samples, ctx, overrides, self._file())
-        try:
-            best = Search(trials).best(allowed)
-        finally:
-            trials.close()
-        return _apply(model, best, trials, ctx)
+        return _apply(model, Search(trials).best(allowed), trials, ctx)
 
     def _file(self) -> Path | None:
         return Path(self.statistics) if self.statistics else None

@@ -6,7 +6,6 @@ Everything dear is kept in the cache of the run under what it depends on, so tha
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from graphopt.calibrate.samples import Samples
 from graphopt.calibrate.statistics import Collected, Statistics, by_row, collect
 from graphopt.ir import fingerprint, values
 from graphopt.ir.build import Names
-from graphopt.ir.model_file import load_model, model_to_bytes, save_model
+from graphopt.ir.model_file import load_model
 from graphopt.rewrite import Context, RemarkKind, name_of
 from graphopt.targets import Precision
 from graphopt.verify.budget import budget_for
@@ -25,6 +24,7 @@ from graphopt_passes.quantize.certificate import Judgement, read_fusion
 from graphopt_passes.quantize.cost import Costs, rates_of
 from graphopt_passes.quantize.emission import Facts, Layer, candidates, quantize
 from graphopt_passes.quantize.equalize import Scaling
+from graphopt_passes.quantize.files import on_disk
 from graphopt_passes.quantize.overrides import Overrides
 from graphopt_passes.quantize.placement import Site, is_product, place
 from graphopt_passes.quantize.quality import Quality
@@ -92,7 +92,7 @@ class Trials:
         self.original = model
         self.scalings: tuple[Scaling, ...] = ()
         self.key = f"{fingerprint.structural(model)}:{fingerprint.weights(model)}:{style.name}"
-        samples = by_row(lambda: model_to_bytes(model), samples)
+        samples = by_row(lambda: on_disk(model), samples)
         # Judged on what ranges were not taken from, where there is enough: what fits the samples only is no gain.
         enough = len(samples.first(ENOUGH)) == ENOUGH
         parted = enough and self.on_host and file is None
@@ -111,11 +111,6 @@ class Trials:
     def on_host(self) -> bool:
         """Whether the target's runtime is the one that runs here."""
         return self.ctx.target.provider == "CPUExecutionProvider"
-
-    def close(self) -> None:
-        """Removes working files."""
-        if self.judge is not None:
-            self.judge.close()
 
     def statistics(self, model: ir.Model, key: str, part: int) -> Mapping[str, Statistics]:
         """What one part of the samples shows of every value that may be quantised."""
@@ -146,15 +141,11 @@ class Trials:
         return found
 
     def _run(self, model: ir.Model, names: tuple[str, ...], feeds: Iterator[Feed]) -> Collected:
-        """One pass, where the user wants it; workers elsewhere read the model from a file, not with each task."""
-        axes, calibration = axes_of(model.graph), self.ctx.options.calibration
+        """One pass, where the user wants it."""
+        calibration = self.ctx.options.calibration
         executor = None if calibration is None else calibration.executor
-        if executor is None:
-            return collect(model_to_bytes(model), names, feeds, axes=axes)
-        with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
-            path = Path(folder) / "model.onnx"
-            save_model(model, path)
-            return collect(path, names, feeds, axes=axes, executor=executor)
+        with on_disk(model) as path:
+            return collect(path, names, feeds, axes=axes_of(model.graph), executor=executor)
 
     def _told(self, samples: Iterable[Feed]) -> Iterator[Feed]:
         for count, feed in enumerate(samples, 1):

@@ -19,7 +19,7 @@ from graphopt.emit import finalize
 from graphopt.errors import GraphoptError, OptionError
 from graphopt.ir import fingerprint, operators, values
 from graphopt.ir.build import Names
-from graphopt.ir.model_file import load_model, model_to_bytes
+from graphopt.ir.model_file import load_model
 from graphopt.numerics import Numerics
 from graphopt.rewrite import Context, RemarkKind, name_of
 from graphopt.runtime.session import Session
@@ -30,6 +30,7 @@ from graphopt.verify.feed_files import Feed
 from graphopt.verify.feeds import find_feeds
 from graphopt_passes.quantize import blocks, weights
 from graphopt_passes.quantize.certificate import Judgement
+from graphopt_passes.quantize.files import on_disk
 from graphopt_passes.quantize.quality import LEAST_SQNR_DB
 
 MICROSOFT = "com.microsoft"
@@ -150,7 +151,8 @@ class QuantizeWeights:
         if wanted and key not in ctx.cache:
             samples = read_samples(ctx.options.calibration, input_specs(model))
             each = list(dict.fromkeys(wanted.values()))
-            ctx.cache[key] = collect_moments(model_to_bytes(model), each, samples)
+            with on_disk(model) as path:
+                ctx.cache[key] = collect_moments(path, each, samples)
         found = ctx.cache.get(key, {})
         return {name: found[each] for name, each in wanted.items() if each in found}
 
@@ -293,20 +295,18 @@ def _measured(
     budget = budget_for(precision, ctx.options.budget)
     assert budget is not None
     judge = Judgement(model, _feeds(model, ctx))
-    try:
-        found = judge.accuracy(clone, budget)
-        stated = ctx.options.budget is not None or precision is not Precision.INT8_DYNAMIC
-        passed = found.passed and (stated or found.sqnr_db >= LEAST_SQNR_DB)
-        return judge.speed(clone), passed, found.sqnr_db
-    finally:
-        judge.close()
+    found = judge.accuracy(clone, budget)
+    stated = ctx.options.budget is not None or precision is not Precision.INT8_DYNAMIC
+    passed = found.passed and (stated or found.sqnr_db >= LEAST_SQNR_DB)
+    return judge.speed(clone), passed, found.sqnr_db
 
 
 def _feeds(model: ir.Model, ctx: Context) -> list[Feed]:
     """Samples if the user gave some, else generated inputs."""
     if ctx.options.calibration is not None:
         return read_samples(ctx.options.calibration, input_specs(model)).first(JUDGED)
-    session = Session(model_to_bytes(model))
+    with on_disk(model) as path:
+        session = Session(path)
 
     def refuses(feed: Feed) -> str | None:
         try:

@@ -60,7 +60,7 @@ def pack(
     raised = 0
     if top_code is not None and rows.shape[1] > 1:
         room = PAIR_LIMIT // max(top_code, 1) - 1  # rounding may lift the pair by one in all
-        needed = _largest_pair(rows.astype(np.float64)) / room
+        needed = _largest_pair(rows) / room
         raised = int((needed > scales).sum())
         scales = np.maximum(scales, needed)
     if least is not None:
@@ -117,12 +117,23 @@ def refined(rows: Array, packed: Packed, moments: Wide) -> Packed:
     return dataclasses.replace(packed, codes=codes.astype(np.int8), noise=noise, refined=True)
 
 
-def _largest_pair(wide: Wide) -> Wide:
+def _largest_pair(rows: Array) -> Wide:
     """Per row, the largest sum of two weights of one sign, in magnitude."""
-    upper = np.partition(wide, wide.shape[1] - 2, axis=1)[:, -2:]
-    lower = np.partition(-wide, wide.shape[1] - 2, axis=1)[:, -2:]
-    pairs = [np.maximum(part, 0).sum(axis=1) for part in (upper, lower)]
-    return np.asarray(np.maximum(*pairs))
+    found = np.empty(len(rows), np.float64)
+    for part in _chunks(rows):
+        weights = np.array(rows[part], np.float32, order="C")
+        found[part] = np.maximum(_two_largest(weights), _two_largest(-weights))
+    return found
+
+
+def _two_largest(weights: Array) -> Array:
+    """Per row, the sum of the two largest of what is positive."""
+    index = np.arange(len(weights)), weights.argmax(axis=1)
+    first = weights[index]
+    weights[index] = -np.inf
+    second = weights.max(axis=1)
+    weights[index] = first
+    return np.asarray(np.maximum(first, 0) + np.maximum(second, 0))
 
 
 def least_scales(bias: Array | None, input_scale: float, columns: int) -> Array | None:

@@ -330,7 +330,6 @@ def test_saturation_that_bites_is_removed_and_told() -> None:
     assert QuantizeStatic(style="x86-avx2").run(model, ctx)
     judge = Judgement(load_model(proto), [Feed("x", {"x": x})])
     assert judge.agreement(model) > 60
-    judge.close()
     conv = next(node for node in model.graph if node.op_type == "Conv")
     makers = [value.producer() for value in conv.inputs[:2] if value is not None]
     scales = [float(np.max(values.array(m.inputs[1]))) for m in makers if m is not None]  # type: ignore[arg-type]
