@@ -12,7 +12,14 @@ import onnx_ir as ir
 
 from graphopt.ir import operators
 from graphopt.report.facts import ModelFacts, model_facts, operator_counts, operator_name
-from graphopt.report.matching import Side, attribute_texts, content_key, match, stored
+from graphopt.report.matching import (
+    Side,
+    attribute_default,
+    attribute_texts,
+    content_key,
+    match,
+    stored,
+)
 from graphopt.report.plain import graphopt_version, plain
 from graphopt.report.regions import replacements
 from graphopt.rewrite.context import name_of
@@ -288,7 +295,15 @@ def _attribute_changes(
     before, after = attribute_texts(one, a.opsets), attribute_texts(other, b.opsets)
     for name in sorted({*before, *after}):
         if before.get(name) != after.get(name):
-            yield _node_change("attribute", path, one, name, before.get(name), after.get(name))
+            was = before.get(name) or _by_default(one, a, name)
+            now = after.get(name) or _by_default(other, b, name)
+            yield _node_change("attribute", path, one, name, was, now)
+
+
+def _by_default(node: ir.Node, side: Side, name: str) -> str | None:
+    """What an attribute that is not there stands for, in words; None where the operator has no default."""
+    text = attribute_default(node, side.opsets, name)
+    return None if text is None else f"{text} (default)"
 
 
 def _type_changes(path: str, one: ir.Node, other: ir.Node) -> Iterator[NodeChange]:

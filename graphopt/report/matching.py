@@ -280,6 +280,14 @@ def attribute_texts(node: ir.Node, opsets: operators.Opsets) -> dict[str, str]:
     return texts
 
 
+def attribute_default(node: ir.Node, opsets: operators.Opsets, name: str) -> str | None:
+    """What the schema says that an attribute is where it is absent, in words; None where it says nothing."""
+    schema = operators.schema(node, opsets)
+    if schema is None:
+        return None
+    return _default_text(schema.name, schema.since_version, schema.domain, name)
+
+
 def _attribute_text(held: ir.Attr) -> str:
     if held.is_ref():
         return f"@{held.ref_attr_name}"

@@ -261,3 +261,12 @@ RELU = "g (float[2] x) => (float[2] y) { y = Relu(x) }"
 def test_the_outline_says_what_changed_where(before: str, after: str, lines: list[str]) -> None:
     told = [line for _, part in diff_outline(diff(before, after)) for line in part]
     assert [line for line in told if line in lines] == lines
+
+
+def test_an_attribute_that_is_absent_is_shown_as_its_default() -> None:
+    text = "g (float[2, 4] x) => (float[2, 4] y) { y = Softmax{}(x) }"
+    models = [load(text.replace("{}", how)) for how in ("", "<axis = 0>")]
+    (change,) = diff_models(*models).nodes
+    assert (change.what, change.before, change.after) == ("axis", "-1 (default)", "0")
+    (back,) = diff_models(*reversed(models)).nodes
+    assert (back.before, back.after) == ("0", "-1 (default)")
