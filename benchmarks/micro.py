@@ -45,6 +45,7 @@ class Case:
         body: the nodes.
         constants: constants beside the numbers that all share; without data, they are drawn.
         opset: what the exporter that spells it so writes.
+        causal: the size of the constant `m`, which masks what comes after each token; 0 for none.
     """
 
     name: str
@@ -52,12 +53,16 @@ class Case:
     body: str
     constants: str = ""
     opset: int = 17
+    causal: int = 0
 
     def model(self) -> onnx.ModelProto:
         """The model, with drawn constants."""
         held = ", ".join(part for part in (NUMBERS, self.constants) if part)
         text = f'<ir_version: 8, opset_import: ["": {self.opset}]> g {self.io} <{held}> {{ {self.body} }}'
         proto = onnx.parser.parse_model(text)
+        if self.causal:
+            after = np.triu(np.full((1, 1, self.causal, self.causal), -1e30, np.float32), 1)
+            proto.graph.initializer.append(onnx.numpy_helper.from_array(after, "m"))
         _draw_constants(proto)
         used = {name for node in proto.graph.node for name in node.input}
         kept = [t for t in proto.graph.initializer if t.name in used]
@@ -215,6 +220,41 @@ def _more_attention() -> Iterator[Case]:
     yield Case("SDPA with past", io, step, "float d = {8.0}")
 
 
+def _attention_blocks() -> Iterator[Case]:
+    """Attention between its projections' heads, with the masks of exporters."""
+    packed, square = "float[1,{0},768]", "float[1,1,{0},{0}]"
+    heads = " ".join(
+        f"{n}4 = Reshape({n}, apart) {n}t = Transpose<perm=[0,2,1,3]>({n}4)" for n in "qkv"
+    )
+    tail = "p = Softmax(z) o = MatMul(p, vt) u = Transpose<perm=[0,2,1,3]>(o) y = Reshape(u, flat)"
+    sizes = "float d = {8.0}, int64[4] apart = {0, 0, 12, 64}, int64[3] flat = {0, 0, 768}"
+    body = f"{heads} t = Transpose<perm=[0,1,3,2]>(kt) a = MatMul(qt, t) s = Div(a, d) z = Add(s, m) {tail}"
+    for size in (128, 512):
+        row, mask = packed.format(size), square.format(size)
+        io = f"({row} q, {row} k, {row} v) => ({row} y)"
+        yield Case(f"SDPA causal, {size} tokens", io, body, f"{sizes}, {mask} m", causal=size)
+        given = io.replace(" v)", f" v, {mask} m)")
+        yield Case(f"SDPA, mask from outside, {size} tokens", given, body, sizes)
+    row = "float[1,128,768]"
+    parts = (
+        "h = Transpose<perm=[1,0,2]>(x) w3 = MatMul(h, w) c3 = Add(w3, c) r = Reshape(c3, five)"
+        " f = Transpose<perm=[3,1,2,0,4]>(r) g3 = Squeeze(f, three1) q = Gather(g3, i0) k = Gather(g3, i1)"
+        " v = Gather(g3, i2) q1 = Reshape(q, rows) k1 = Reshape(k, rows) v1 = Reshape(v, rows)"
+        " q2 = Transpose<perm=[1,0,2]>(q1) k2 = Transpose<perm=[1,0,2]>(k1) v2 = Transpose<perm=[1,0,2]>(v1)"
+        " q4 = Reshape(q2, four) k4 = Reshape(k2, four) v4 = Reshape(v2, four)"
+        " t = Transpose<perm=[0,1,3,2]>(k4) a = MatMul(q4, t) z = Div(a, d) p = Softmax(z) o = MatMul(p, v4)"
+        " u = Transpose<perm=[2,0,1,3]>(o) s = Reshape(u, matrix) e = Gemm(s, w2, b2) l = Reshape(e, back)"
+        " y = Transpose<perm=[1,0,2]>(l)"
+    )
+    held = (
+        "int64[5] five = {1, 128, 1, 3, 768}, int64[1] three1 = {3}, int64 i0 = {0}, int64 i1 = {1}, int64 i2 = {2},"
+        " int64[3] rows = {128, 12, 64}, int64[4] four = {1, 12, 128, 64}, int64[2] matrix = {128, 768},"
+        " int64[3] back = {128, 1, 768}, float d = {8.0}, float[768,2304] w, float[2304] c, float[768,768] w2,"
+        " float[768] b2"
+    )
+    yield Case("nn.MultiheadAttention", f"({row} x) => ({row} y)", parts, held)
+
+
 def _powers() -> Iterator[Case]:
     io = f"({ROWS} x) => ({ROWS} y)"
     yield Case("Pow(x, 2)", io, "y = Pow(x, two)")
@@ -306,6 +346,7 @@ def cases() -> Iterator[Case]:
         _powers,
         _attention,
         _more_attention,
+        _attention_blocks,
         _convolutions,
     ):
         yield from family()

@@ -35,6 +35,7 @@ class SessionOptions:
 
     Attributes:
         threads: inside one operator; one thread gives the same bits on every run.
+        spinning: idle threads wait awake, which takes the processor from other sessions.
         providers: execution providers in order of preference.
         prepack: let kernels repack constant weights. Packed and unpacked weights may meet different
             GEMM kernels, so a reference is run without.
@@ -47,6 +48,7 @@ class SessionOptions:
     """
 
     threads: int = 1
+    spinning: bool = True
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
     prepack: bool = True
     external_folder: Path | None = None
@@ -247,6 +249,8 @@ def _create(
     settings.inter_op_num_threads = 1
     # 4 is FATAL: what the runtime would print arrives as an exception. Set per session, never globally.
     settings.log_severity_level = 4
+    if not options.spinning:
+        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not options.prepack:
         settings.add_session_config_entry("session.disable_prepacking", "1")
     if options.external_folder is not None:
