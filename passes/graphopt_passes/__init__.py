@@ -38,6 +38,7 @@ from graphopt_passes import (
     norm,
     padding,
     powers,
+    quantized,
     reductions,
     remnants,
     residuals,
@@ -87,7 +88,14 @@ SHAPES = RewritePass(
 )
 ALGEBRA = RewritePass(
     "simplify-algebra",
-    (*algebra.RULES, *bounds.RULES, *powers.RULES, *reductions.RULES, *einsum.RULES),
+    (
+        *algebra.RULES,
+        *bounds.RULES,
+        *powers.RULES,
+        *reductions.RULES,
+        *einsum.RULES,
+        *quantized.RULES,
+    ),
 )
 FUSE_CONV = RewritePass("fuse-conv", (*conv.RULES, *padding.RULES))
 FUSE_ATTENTION = RewritePass(
