@@ -21,10 +21,12 @@ from typing import Any
 
 import numpy as np
 from graphopt_passes.quantize.emission import candidates
+from graphopt_passes.quantize.files import on_disk
 from graphopt_passes.quantize.styles import style_named
 from graphopt_passes.quantize.trials import axes_of
-from graphopt_passes.quantize.weight_only import Blocks, products_of, write_blocks, write_dynamic
+from graphopt_passes.quantize.weight_only import products_of
 from graphopt_passes.quantize.weights import pack
+from graphopt_passes.quantize.writers import Blocks, write_blocks, write_dynamic
 
 import graphopt
 from benchmarks.vision import MODELS, images
@@ -64,7 +66,8 @@ def statistics(model: Path, samples: list[Feed]) -> float:
     started = time.process_time()
     graph = load_model(model).graph
     names = candidates(graph, style_named("x86-vnni"), lambda _node: True)
-    collect(model, names, samples, axes=axes_of(graph))
+    with on_disk(load_model(model)) as path:
+        collect(path, names, samples, axes=axes_of(graph))
     return time.process_time() - started
 
 

@@ -6,10 +6,10 @@ Source: com.microsoft MatMulIntegerToFloat, MatMulNBits, GatherBlockQuantized, O
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -28,12 +28,11 @@ from graphopt.targets import Precision
 from graphopt.verify.budget import budget_for
 from graphopt.verify.feed_files import Feed
 from graphopt.verify.feeds import find_feeds
-from graphopt_passes.quantize import blocks, weights
 from graphopt_passes.quantize.certificate import Judgement
 from graphopt_passes.quantize.files import on_disk
 from graphopt_passes.quantize.quality import LEAST_SQNR_DB
+from graphopt_passes.quantize.writers import Blocks, write_blocks, write_dynamic
 
-MICROSOFT = "com.microsoft"
 GAIN = 1.02
 JUDGED = 8
 Write = Callable[[ir.Model, frozenset[str], Names], None]
@@ -157,23 +156,6 @@ class QuantizeWeights:
         return {name: found[each] for name, each in wanted.items() if each in found}
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Blocks:
-    """How weights are written in blocks.
-
-    Attributes:
-        block: elements that share a scale.
-        bits: of each, 4 or 8.
-        form: contrib or qdq.
-        moments: second moments of the input of a product, by name of its output; of none, rounding is to nearest.
-    """
-
-    block: int
-    bits: int = 4
-    form: str = "contrib"
-    moments: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
-
-
 CUDA = (
     "ONNX Runtime on CUDA has no integer kernels for Q and DQ: weights of matrix products are stored in 8 bits, "
     "activations and convolutions stay float"
@@ -210,7 +192,7 @@ def _run(
     write: Write,
     tables: frozenset[str] = frozenset(),
 ) -> bool:
-    sites = products_of(model.graph, least) | tables
+    sites = products_of(everywhere(model), least) | tables
     if not sites:
         return _decline(
             ctx,
@@ -222,7 +204,7 @@ def _run(
         return False
     permitted = frozenset(
         name_of(node)
-        for node in model.graph
+        for node in everywhere(model)
         if name_of(node) in sites and ctx.permit("quantize", node, Numerics.LOSSY)
     )
     if permitted:
@@ -231,9 +213,20 @@ def _run(
     return bool(permitted)
 
 
-def products_of(graph: ir.Graph, least: int) -> frozenset[str]:
-    """Names of the matrix products with a constant weight of `least` elements or more."""
-    return frozenset(name_of(node) for node in graph if _is_matrix_product(node, least))
+def everywhere(model: ir.Model) -> Iterator[ir.Node]:
+    """Nodes of the main graph and of the bodies of If, Loop and Scan."""
+    return (node for graph in model.graphs() for node in graph)
+
+
+def products_of(nodes: Iterable[ir.Node], least: int) -> frozenset[str]:
+    """Names of the matrix products with a constant weight of `least` elements or more.
+
+    Branches may use one name twice; what a name does not tell apart is left alone.
+    """
+    known = list(nodes)
+    counts = Counter(name_of(node) for node in known)
+    found = (name_of(node) for node in known if _is_matrix_product(node, least))
+    return frozenset(name for name in found if counts[name] == 1)
 
 
 def _decline(ctx: Context, text: str) -> bool:
@@ -317,190 +310,3 @@ def _feeds(model: ir.Model, ctx: Context) -> list[Feed]:
 
     found = find_feeds(model, refuses, seed=ctx.options.seed, specs=session.inputs)
     return list(found.feeds[:1])
-
-
-def write_dynamic(model: ir.Model, sites: frozenset[str], names: Names) -> None:
-    """Replaces the products named by integer ones; each input is quantised once, however many read it."""
-    encoded: dict[ir.Value, ir.Node] = {}
-    for node in [n for n in model.graph if name_of(n) in sites]:
-        source = node.inputs[0]
-        assert source is not None
-        if source not in encoded:
-            encoder = ir.Node("", "DynamicQuantizeLinear", [source], num_outputs=3)
-            encoder.name = names.fresh(f"{source.name}_quantize")
-            for value, part in zip(encoder.outputs, ("q", "scale", "zero"), strict=True):
-                value.name = names.fresh(f"{source.name}_{part}")
-            model.graph.insert_before(node, encoder)
-            encoded[source] = encoder
-        _integer_product(node, encoded[source], names)
-    model.opset_imports.setdefault(MICROSOFT, 1)
-
-
-def _integer_product(node: ir.Node, encoder: ir.Node, names: Names) -> None:
-    array = _matrix(node)
-    # 255: the whole range of bytes is in use, and pairs of products must not saturate 16 bits.
-    packed = weights.pack(array.T, top_code=255)
-    base = node.inputs[1].name if node.inputs[1] is not None else "weight"
-    graph = node.graph
-    assert graph is not None
-    codes = _held(graph, names.fresh(f"{base}_q"), np.ascontiguousarray(packed.codes.T))
-    scales = _held(graph, names.fresh(f"{base}_scale"), packed.scales)
-    values_in = [encoder.outputs[0], codes, encoder.outputs[1], scales, encoder.outputs[2], None]
-    _replace(node, "MatMulIntegerToFloat", [*values_in, _bias(node, names)], {}, names)
-
-
-def write_blocks(model: ir.Model, sites: frozenset[str], names: Names, how: Blocks) -> None:
-    """Replaces the products and look-ups named by ones with weights in blocks."""
-    for node in [n for n in model.graph if name_of(n) in sites]:
-        if node.op_type == "Gather":
-            _block_gather(node, names, how)
-        elif how.form == "qdq":
-            _block_decoded(node, names, how)
-        else:
-            _block_product(node, names, how)
-    if how.form != "qdq":
-        model.opset_imports.setdefault(MICROSOFT, 1)
-
-
-def _block_product(node: ir.Node, names: Names, how: Blocks) -> None:
-    array, graph = _matrix(node), node.graph
-    assert isinstance(graph, ir.Graph)
-    codes, scales = blocks.pack_blocks(array, how.block, how.bits, how.moments.get(name_of(node)))
-    base = _weight_name(node, 1)
-    held = [
-        _held(graph, names.fresh(f"{base}_q{how.bits}"), codes),
-        _held(graph, names.fresh(f"{base}_scales"), scales),
-    ]
-    attributes = {
-        "K": array.shape[0],
-        "N": array.shape[1],
-        "bits": how.bits,
-        "block_size": how.block,
-        "accuracy_level": 4,
-    }
-    inputs = [node.inputs[0], *held, None, None, _bias(node, names)]
-    _replace(node, "MatMulNBits", inputs, attributes, names)
-
-
-def _block_gather(node: ir.Node, names: Names, how: Blocks) -> None:
-    table, graph = values.array(node.inputs[0]), node.graph
-    assert table is not None
-    assert isinstance(graph, ir.Graph)
-    codes, scales = blocks.encode(table, how.block, how.bits)
-    base = _weight_name(node, 0)
-    if how.form == "qdq":
-        decoded = _decoded(graph, base, codes, scales, 1, node, names, how)
-        node.replace_input_with(0, decoded)
-        return
-    held = _held(graph, names.fresh(f"{base}_q{how.bits}"), blocks.packed(codes, how.bits))
-    held_scales = _held(graph, names.fresh(f"{base}_scales"), scales)
-    attributes = {
-        "gather_axis": 0,
-        "quantize_axis": 1,
-        "block_size": how.block,
-        "bits": how.bits,
-    }
-    _replace(node, "GatherBlockQuantized", [held, node.inputs[1], held_scales], attributes, names)
-
-
-def _block_decoded(node: ir.Node, names: Names, how: Blocks) -> None:
-    """A DequantizeLinear with blocks in front of the product, as ai.onnx 21 has it."""
-    array, graph = _matrix(node), node.graph
-    assert isinstance(graph, ir.Graph)
-    rows = np.ascontiguousarray(array.T)
-    codes, scales = blocks.encode(rows, how.block, how.bits, how.moments.get(name_of(node)))
-    turned = node.op_type == "Gemm" and operators.attribute(node, "transB", 0)
-    axis = 1 if turned else 0
-    codes = codes[:, : array.shape[0]]
-    laid = (codes, scales) if turned else (codes.T, scales.T)
-    decoded = _decoded(graph, _weight_name(node, 1), *laid, axis, node, names, how)
-    node.replace_input_with(1, decoded)
-
-
-def _decoded(  # noqa: PLR0913, PLR0917  the parts of one node
-    graph: ir.Graph,
-    base: str,
-    codes: np.ndarray,
-    scales: np.ndarray,
-    axis: int,
-    before: ir.Node,
-    names: Names,
-    how: Blocks,
-) -> ir.Value:
-    dtype = ml_dtypes.int4 if how.bits == 4 else np.int8
-    held = [
-        _held(graph, names.fresh(f"{base}_q{how.bits}"), codes.astype(dtype)),
-        _held(graph, names.fresh(f"{base}_scales"), scales),
-    ]
-    given = [ir.AttrInt64("axis", axis), ir.AttrInt64("block_size", how.block)]
-    decode = ir.Node("", "DequantizeLinear", held, given, num_outputs=1)
-    decode.name = names.fresh(f"{base}_decode")
-    value = decode.outputs[0]
-    value.name = names.fresh(f"{base}_decoded")
-    value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(codes.shape)
-    graph.insert_before(before, decode)
-    return value
-
-
-def _weight_name(node: ir.Node, index: int) -> str:
-    value = node.inputs[index]
-    return (value.name if value is not None else None) or "weight"
-
-
-def _matrix(node: ir.Node) -> np.ndarray:
-    """The weight as [K, N]."""
-    array = values.array(node.inputs[1])
-    assert array is not None
-    turned = node.op_type == "Gemm" and operators.attribute(node, "transB", 0)
-    return array.T if turned else array
-
-
-def _bias(node: ir.Node, names: Names) -> ir.Value | None:
-    """The bias of a Gemm as a vector."""
-    value = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
-    array = values.array(value)
-    if array is None or value is None or array.ndim == 1:
-        return value
-    assert node.graph is not None
-    return _held(node.graph, names.fresh(f"{value.name}_flat"), array.reshape(-1))
-
-
-def _held(graph: ir.Graph | ir.Function, name: str, array: np.ndarray) -> ir.Value:
-    tensor = ir.tensor(np.ascontiguousarray(array))
-    value = ir.Value(
-        name=name,
-        type=ir.TensorType(tensor.dtype),
-        shape=ir.Shape(tensor.shape.numpy()),
-        const_value=tensor,
-    )
-    assert isinstance(graph, ir.Graph)
-    graph.register_initializer(value)
-    return value
-
-
-def _replace(
-    node: ir.Node,
-    op_type: str,
-    inputs: list[ir.Value | None],
-    attributes: dict[str, int],
-    names: Names,
-) -> None:
-    """Puts another operator in the place of a node; its output keeps name, type and shape."""
-    while inputs[-1] is None:
-        inputs.pop()
-    given = [ir.AttrInt64(name, number) for name, number in attributes.items()]
-    made = ir.Node(MICROSOFT, op_type, inputs, given, num_outputs=1)
-    made.name = names.fresh(f"{name_of(node)}_{op_type}")
-    old, new = node.outputs[0], made.outputs[0]
-    graph = node.graph
-    assert isinstance(graph, ir.Graph)
-    new.type, new.shape = old.type, old.shape
-    graph.insert_before(node, made)
-    for user, index in old.uses():
-        user.replace_input_with(index, new)
-    for position, output in enumerate(graph.outputs):
-        if output is old:
-            graph.outputs[position] = new
-    name, old.name = old.name, None
-    graph.remove(node, safe=True)
-    new.name = name

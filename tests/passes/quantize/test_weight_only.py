@@ -174,3 +174,43 @@ def test_a_table_that_others_read_stays() -> None:
     )
     after = changed(varied(text), QuantizeWeights(least=1))
     assert "GatherBlockQuantized" not in {node.op_type for node in after.graph.node}
+
+
+BRANCHES = """g (bool c, float[n,6,96] x) => (float[n,6,160] y) <float[96,160] w, float[96,160] v> {
+ y = If (c) <then_branch = t () => (float[n,6,160] a) { a = MatMul(x, w) },
+             else_branch = e () => (float[n,6,160] b) { m = MatMul(x, v)  b = Neg(m) }> }"""
+LOOP = """g (float[n,6,96] x) => (float[n,6,96] y) <float[96,96] w, int64 count = {2}> {
+ y = Loop (count, , x) <body = t (int64 i, bool k, float[n,6,96] s) => (bool l, float[n,6,96] r)
+  { l = Identity(k)  m = MatMul(s, w)  r = Tanh(m) }> }"""
+
+
+@pytest.mark.parametrize(
+    ("each", "kind", "least"),
+    [
+        (QuantizeDynamic(least=1), "MatMulIntegerToFloat", 20),
+        (QuantizeWeights(least=1), "MatMulNBits", 10),
+    ],
+)
+@pytest.mark.parametrize(("text", "bodies"), [(BRANCHES, 2), (LOOP, 1)])
+def test_products_in_bodies_are_integers_too(
+    text: str, bodies: int, each: QuantizeDynamic | QuantizeWeights, kind: str, least: float
+) -> None:
+    proto = varied(text) if text == BRANCHES else parse(text)
+    drawn = np.random.default_rng(1).normal(size=(96, 96)).astype(np.float32) / 10
+    if text == LOOP:
+        weight = next(each for each in proto.graph.initializer if each.name == "w")
+        weight.CopyFrom(onnx.numpy_helper.from_array(drawn, "w"))
+    after = changed(proto, each)
+    held = [a.g for node in after.graph.node for a in node.attribute if a.HasField("g")]
+    assert [kind in {node.op_type for node in body.node} for body in held] == [True] * bodies
+    for taken in (True, False) if text == BRANCHES else (None,):
+        feed = {"x": X} if taken is None else {"x": X, "c": np.array(taken)}
+        assert sqnr(run(proto, feed)[0], run(after, feed)[0]) > least
+
+
+def test_names_that_two_branches_share_are_left_alone() -> None:
+    text = BRANCHES.replace("m = MatMul(x, v)  b = Neg(m)", "b = MatMul(x, v)")
+    proto = varied(text)
+    model = load_model(proto)
+    model.graph[0].attributes["else_branch"].as_graph().outputs[0].name = "a"
+    assert not QuantizeDynamic(least=1).run(model, context(model))
