@@ -36,6 +36,19 @@ class Experiment(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class Trait:
+    """What is known of a gate before any experiment.
+
+    Attributes:
+        gain: what it saves in half, in any unit.
+        kind: its operator: gates of one kind often err alike, and are measured together first.
+    """
+
+    gain: float = 1.0
+    kind: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Refinement:
     """What experiments said.
 
@@ -58,7 +71,7 @@ class Refinement:
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
-    """Gates next to one another, and how bad they are when they alone are in half."""
+    """Gates that are measured together, and how bad they are when they alone are in half."""
 
     error: float
     places: tuple[int, ...]
@@ -76,7 +89,7 @@ def refine(
     *,
     limit: int = MAX_RUNS,
     raised: Mapping[int, str] | None = None,
-    gains: Sequence[float] = (),
+    traits: Sequence[Trait] = (),
     target: float = TARGET,
 ) -> Refinement:
     """The gates to raise among `count`: those that err most for what they gain, and few.
@@ -91,11 +104,11 @@ def refine(
         experiment: what they do.
         limit: of experiments, those made before included.
         raised: gates that are in float32 from the start.
-        gains: what each gate in half saves, in any unit; all the same without.
+        traits: of each gate; all the same without.
         target: of the budget, what the rest may take.
     """
     given = dict(raised or {})
-    search = _Search(count, given, experiment, limit, gains or [1.0] * count, len(given), target)
+    search = _Search(count, given, experiment, limit, traits or [Trait()] * count, target)
     before = search.survey()
     accepting = experiment.words()
     after = search.run(before)
@@ -111,9 +124,13 @@ class _Search:
     raised: dict[int, str]
     experiment: Experiment
     limit: int
-    gains: Sequence[float]
-    start: int
+    traits: Sequence[Trait]
     target: float
+    start: int = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        """Remembers how many gates are raised from the start."""
+        self.start = len(self.raised)
 
     @property
     def low(self) -> list[bool]:
@@ -206,7 +223,7 @@ class _Search:
         """
         start = self.experiment.runs
         last = start + (self.limit - start) * 4 // 5  # leaves some to check the choice
-        blocks = self._halved([self._block(self.places, error)], start + (last - start) // 4)
+        blocks = self._halved(self._by_kind(error), start + (last - start) // 3)
         wide = [block for block in blocks if len(block.places) > 1]
         if not any(block in wide for block in _choice(blocks, self.target)):
             return blocks
@@ -217,6 +234,15 @@ class _Search:
                 blocks.remove(block)
                 blocks += [self._alone(part) for part in _split(block.places, pieces)]
         return blocks
+
+    def _by_kind(self, error: float) -> list[_Block]:
+        """A block for each kind of gate; they need not be neighbours."""
+        groups: dict[str, list[int]] = {}
+        for place in self.places:
+            groups.setdefault(self.traits[place].kind, []).append(place)
+        if len(groups) == 1:
+            return [self._block(self.places, error)]
+        return [self._alone(group) for group in groups.values()]
 
     def _halved(self, blocks: list[_Block], last: int) -> list[_Block]:
         """The blocks, those halved again and again that have to be raised and err most."""
@@ -233,7 +259,7 @@ class _Search:
         return self._block(places, self.alone(places))
 
     def _block(self, places: Sequence[int], error: float) -> _Block:
-        return _Block(error, tuple(places), sum(self.gains[place] for place in places))
+        return _Block(error, tuple(places), sum(self.traits[place].gain for place in places))
 
     def _raise_worst(self) -> None:
         """Raises the quarter of what is left that most of the error comes from."""
@@ -273,7 +299,7 @@ def _raised(blocks: Sequence[_Block]) -> dict[int, str]:
 
 def _reason(block: _Block) -> str:
     mates = len(block.places) - 1
-    who = f"with {mates} neighbours" if mates else "alone"
+    who = f"with {mates} others" if mates else "alone"
     return f"sensitivity: {who} it takes {block.error:.2g} of the budget"
 
 

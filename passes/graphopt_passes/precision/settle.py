@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -18,7 +19,7 @@ from graphopt_passes.precision.gates import Gates, is_small
 from graphopt_passes.precision.islands import drop_islands, gain, runs_allowed
 from graphopt_passes.precision.plan import Decision, Facts, Kind
 from graphopt_passes.precision.ranges import Feeds
-from graphopt_passes.precision.refine import Refinement, refine
+from graphopt_passes.precision.refine import Refinement, Trait, refine
 
 MAX_ROUNDS = 3
 """How often islands are left out and what is left is tried again."""
@@ -52,20 +53,20 @@ def settle(
         ModelError: ONNX Runtime refuses the model with gates.
     """
     gates = Gates.of(model, decisions, facts.half, facts.masks, feeds, budget)
-    gains = [gain(node, facts) for node in gates.nodes]
     limit = runs_allowed(model, facts)
-    found = refine(len(gates.nodes), gates, limit=limit, gains=gains)
-    found = _without_islands(found, decisions, gates, limit, gains)
+    search = functools.partial(
+        refine,
+        len(gates.nodes),
+        gates,
+        traits=[Trait(gain(node, facts), node.op_type) for node in gates.nodes],
+    )
+    found = _without_islands(search(limit=limit), decisions, gates, limit, search)
     for target in STRICTER if is_small(model) else ():
         kept = without(decisions, gates.nodes, found.raised)
         if gates.judge(_emitted(model, kept, facts, ctx)) <= EMITTED:
             break
-        more = gates.runs + limit // 2
-        again = refine(
-            len(gates.nodes), gates, limit=more, raised=found.raised, gains=gains, target=target
-        )
-        found = _continued(found, again)
-        found = _without_islands(found, decisions, gates, limit, gains)
+        again = search(limit=gates.runs + limit // 2, raised=found.raised, target=target)
+        found = _without_islands(_continued(found, again), decisions, gates, limit, search)
     return found
 
 
@@ -84,7 +85,7 @@ def _without_islands(
     decisions: Mapping[ir.Node, Decision],
     gates: Gates,
     limit: int,
-    gains: Sequence[float],
+    search: Callable[..., Refinement],
 ) -> Refinement:
     """What experiments say, islands that do not pay left out: leaving out a rounding is no smaller error always."""
     for _ in range(MAX_ROUNDS):
@@ -97,8 +98,7 @@ def _without_islands(
         found = dataclasses.replace(found, raised={**found.raised, **dropped})
         if not dropped or len(found.raised) == len(gates.nodes):
             break
-        more = gates.runs + limit // 2
-        again = refine(len(gates.nodes), gates, limit=more, raised=found.raised, gains=gains)
+        again = search(limit=gates.runs + limit // 2, raised=found.raised)
         found = _continued(found, again)
         if again.before <= 1:
             break

@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from graphopt_passes.precision import CastToHalf
-from graphopt_passes.precision.refine import MAX_PRUNED, MAX_RUNS, TARGET, refine
+from graphopt_passes.precision.refine import MAX_PRUNED, MAX_RUNS, TARGET, Trait, refine
 
 from graphopt.pipeline import run_pipeline
 from graphopt.rewrite import Calibration, Context, Options
@@ -72,6 +72,19 @@ def test_the_nodes_that_err_most_are_raised_and_no_others() -> None:
     assert set(found.raised) == {17, 150}
     assert found.after <= TARGET
     assert "sensitivity" in found.raised[17]
+
+
+def test_a_kind_that_errs_is_found_at_once() -> None:
+    """Twelve of one kind, spread over a model of 149: fewer experiments than places."""
+    errors = [0.02] * 149
+    errors[5::12] = [5.0] * 12
+    kinds = [
+        "Attention" if error > 1 else ("MatMul", "Add")[i % 2] for i, error in enumerate(errors)
+    ]
+    experiment = Errors(errors)
+    found = refine(149, experiment, traits=[Trait(1.0, kind) for kind in kinds])
+    assert set(found.raised) == set(range(5, 149, 12))
+    assert experiment.runs <= MAX_RUNS
 
 
 def test_raising_what_did_not_matter_is_taken_back() -> None:
