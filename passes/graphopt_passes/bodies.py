@@ -27,8 +27,10 @@ DEFINED = (
 )
 """Operators with a function that holds no graphs."""
 
-LOWERED = frozenset({"QuantizeLinear", "DequantizeLinear", "Equal", "TopK"})
-"""Operators that `lowering` and `integers` write otherwise where they are refused: a body may hold them."""
+LOWERED = frozenset(
+    {"QuantizeLinear", "DequantizeLinear", "Equal", "TopK", "NegativeLogLikelihoodLoss"}
+)
+"""Operators that other rules write otherwise where they are refused: a body may hold them."""
 
 SMALL = 1 << 12
 """Elements of an operand that the judgement of a body may read."""

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx
+import pytest
+
 from tests.cli.conftest import Run, save
+from tests.rewriting import parse
 
 REFUSED = """<ir_version: 9, opset_import: ["" : 18]>
 g (float[N, 4] x) => (float[K] y) { a = Relu(x)  y = Unique(a) }"""
@@ -122,3 +126,73 @@ def test_reasons_that_differ_in_numbers_alone_are_told_once(run: Run, tmp_path: 
     ran = run("check", save(tmp_path / "m.onnx", text), "-t", "tensorrt")
     assert ran.out.count("zero point") == 2  # the reason and the remedy
     assert "y (main), w (main)" in ran.out
+
+
+ODD = {
+    "bytes with zero points": (
+        "float[2,4] x",
+        "<float s = {0.11}, uint8 z = {121}> "
+        "{ q = QuantizeLinear(x, s, z)  r = DequantizeLinear(q, s, z)  y = Relu(r) }",
+        18,
+        {"symmetrize-quantization"},
+    ),
+    "an integer convolution": (
+        "uint8[1,2,5,5] x",
+        "<float s = {0.11}, uint8 z = {121}, int8[3,2,3,3] w, int8 o = {0}> "
+        "{ y = QLinearConv(x, s, z, w, s, o, s, z) }",
+        18,
+        {"write-out-integers"},
+    ),
+    "words of 16 bits": (
+        "float[2,4] x",
+        "<float s = {0.001}, uint16 z = {30000}> { q = QuantizeLinear(x, s, z)  y = DequantizeLinear(q, s, z) }",
+        21,
+        {"write-out-integers"},
+    ),
+    "a loss": (
+        "float[3,5] x, int64[3] t",
+        "{ y = SoftmaxCrossEntropyLoss(x, t) }",
+        17,
+        {"decompose"},
+    ),
+    "a constant that folds": (
+        "float[5,4] x",
+        "<int64 n = {4}, int64 d = {6}, int64 r = {8000}, float a = {0}, float b = {4000}> "
+        "{ m = MelWeightMatrix(n, d, r, a, b)  y = MatMul(x, m) }",
+        17,
+        {"fold-constants"},
+    ),
+    "a sequence": (
+        "float[2,4] x",
+        "<int64 i = {1}> { s = SequenceConstruct(x, x)  y = SequenceAt(s, i) }",
+        18,
+        {"tidy"},
+    ),
+    "an old branch": (
+        "float[1,1,2,2] x, bool c",
+        "{ y = If(c) <then_branch = t () => (float[1,1,4,4] a) { a = Upsample<scales = [1.0, 1.0, 2.0, 2.0]>(x) }, "
+        "else_branch = e () => (float[1,1,4,4] b) { d = Concat<axis = 3>(x, x)  b = Concat<axis = 2>(d, d) }> }",
+        8,
+        {"convert-opset"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(ODD))
+def test_fix_mends_odd_models(run: Run, tmp_path: Path, out: Path, case: str) -> None:
+    inputs, body, opset, passes = ODD[case]
+    text = f'<ir_version: {10 if opset > 19 else 8}, opset_import: ["" : {opset}]> g ({inputs}) => (y) {body}'
+    path = tmp_path / "m.onnx"
+    onnx.save(parse(text), path)
+    ran = run("check", path, "-t", "tensorrt", "--fix", "-o", out, "--json")
+    assert ran.status == 0, ran.out
+    assert set(ran.json["fixed"]) >= passes
+    assert run("check", out, "-t", "tensorrt").status == 0
+
+
+def test_what_is_fed_is_to_be_bound(run: Run, tmp_path: Path) -> None:
+    text = """<ir_version: 8, opset_import: ["" : 18]>
+    g (float[1,1,4,4] x, float[4] s) => (float[1,1,A,B] y) { y = Resize(x, , s) }"""
+    ran = run("check", save(tmp_path / "m.onnx", text), "-t", "tensorrt")
+    assert ran.status == 3
+    assert "--bind s=VALUE" in ran.out
