@@ -1,12 +1,13 @@
 """Half precision side by side: which tool gives a valid model that is right in true float16.
 
-    python -m benchmarks.precision [--peer-python PYTHON] [--precision fp16|bf16] [--target NAME] FOLDER
+    python -m benchmarks.precision [--peer-python PYTHON] [--precision fp16|bf16] [--target NAME] [--tools NAME…] FOLDER
 
-FOLDER holds one folder a hazard model: model.onnx and test_data_set_0, as ONNX's backend tests do.  Every tool runs in
-a fresh process with its defaults; ModelOpt's AutoCast also with the inputs of the case as calibration data.  A result is good if it passes the full checker (order of nodes aside), keeps the
-dtypes of inputs and outputs, and lies within 1 % of the RMS of each output (6 % in bfloat16), with the same non-finite
-elements, when every half is rounded as a half (`graphopt.runtime.emulate`).  "CPU says fine" counts wrong results that
-ONNX Runtime on the CPU, which computes them in float32, lets pass.
+FOLDER holds one folder a hazard model: model.onnx and test_data_set_0, as ONNX's backend tests do.  graphopt runs from
+the command line, every peer in a process of its own, with its defaults; ModelOpt's AutoCast also with the inputs of the
+case as calibration data.  A result is good if it passes the full checker (order of nodes aside), keeps the dtypes of
+inputs and outputs, and lies within 1 % of the RMS of each output (6 % in bfloat16), with the same non-finite elements,
+when every half is rounded as a half (`graphopt.runtime.emulate`).  "CPU says fine" counts wrong results that ONNX
+Runtime on the CPU, which computes them in float32, lets pass.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,45 +36,69 @@ from graphopt.runtime.session import Session
 
 Arrays = Mapping[str, Any]
 OURS = "graphopt"
+DATA = "test_data_set_0"
 TOLERANCE = {"fp16": 0.01, "bf16": 0.06}
+_FEEDS = (
+    "files = sorted(glob.glob(data + '/input_*.pb')); model = onnx.load(path)\n"
+    "    feeds = {i.name: numpy_helper.to_array(onnx.load_tensor(f)) for i, f in zip(model.graph.input, files)}\n"
+)
 PEERS = {
     "onnxconverter-common": (
-        "import sys, onnx; from onnxconverter_common import float16\n"
-        "model = float16.convert_float_to_float16(onnx.load(sys.argv[1]), keep_io_types=True)\n"
-        "onnx.save(model, sys.argv[2])"
+        "from onnxconverter_common import float16",
+        "made = float16.convert_float_to_float16(onnx.load(path), keep_io_types=True)",
     ),
     "ort-transformers": (
-        "import sys, onnx; from onnxruntime.transformers import float16\n"
-        "model = float16.convert_float_to_float16(onnx.load(sys.argv[1]), keep_io_types=True)\n"
-        "onnx.save(model, sys.argv[2])"
+        "from onnxruntime.transformers import float16",
+        "made = float16.convert_float_to_float16(onnx.load(path), keep_io_types=True)",
     ),
     "auto-mixed-precision": (
-        "import sys, glob, onnx; from onnx import numpy_helper; from onnxconverter_common import auto_mixed_precision\n"
-        "model = onnx.load(sys.argv[1]); files = sorted(glob.glob(sys.argv[3] + '/input_*.pb'))\n"
-        "feeds = {i.name: numpy_helper.to_array(onnx.load_tensor(f)) for i, f in zip(model.graph.input, files)}\n"
-        "convert = auto_mixed_precision.auto_convert_mixed_precision\n"
-        "onnx.save(convert(model, feeds, rtol=.02, atol=.02, keep_io_types=True), sys.argv[2])"
+        "from onnxconverter_common.auto_mixed_precision import auto_convert_mixed_precision as convert",
+        f"{_FEEDS}    made = convert(model, feeds, rtol=.02, atol=.02, keep_io_types=True)",
     ),
     "modelopt-autocast": (
-        "import sys, onnx; from modelopt.onnx.autocast import convert_to_mixed_precision\n"
-        "made = convert_to_mixed_precision(sys.argv[1], sys.argv[4], keep_io_types=True)\n"
-        "onnx.save(made, sys.argv[2])"
+        "from modelopt.onnx.autocast import convert_to_mixed_precision as convert",
+        "made = convert(path, kind, keep_io_types=True)",
     ),
     "modelopt-autocast-data": (
-        "import sys, glob, numpy, onnx; from onnx import numpy_helper\n"
-        "from modelopt.onnx.autocast import convert_to_mixed_precision\n"
-        "model = onnx.load(sys.argv[1]); files = sorted(glob.glob(sys.argv[3] + '/input_*.pb'))\n"
-        "feeds = {i.name: numpy_helper.to_array(onnx.load_tensor(f)) for i, f in zip(model.graph.input, files)}\n"
-        "data = sys.argv[2] + '.npz'; numpy.savez(data, **feeds)\n"
-        "made = convert_to_mixed_precision(sys.argv[1], sys.argv[4], keep_io_types=True, calibration_data=data)\n"
-        "onnx.save(made, sys.argv[2])"
+        "from modelopt.onnx.autocast import convert_to_mixed_precision as convert",
+        f"{_FEEDS}    numpy.savez(out + '.npz', **feeds)\n"
+        "    made = convert(path, kind, keep_io_types=True, calibration_data=out + '.npz')",
     ),
     "modelopt-f16": (
-        "import sys, onnx; from modelopt.onnx.autocast import convert_to_f16\n"
-        "onnx.save(convert_to_f16(onnx.load(sys.argv[1]), sys.argv[4], keep_io_types=True), sys.argv[2])"
+        "from modelopt.onnx.autocast import convert_to_f16",
+        "made = convert_to_f16(onnx.load(path), kind, keep_io_types=True)",
     ),
 }
+"""How each peer is imported, and what turns `path` into `made`."""
+
+_HARNESS = """import glob, sys, numpy, onnx
+from onnx import numpy_helper
+{imported}
+def convert_one(path, out, data, kind):
+    {converted}
+    onnx.save(made, out)
+for line in sys.stdin:
+    path, out, data, kind = line.rstrip().split(chr(9))
+    try:
+        convert_one(path, out, data, kind)
+        fault = ''
+    except BaseException as error:
+        fault = repr(error)[:300].replace(chr(10), ' ')
+    print('RESULT' + chr(9) + out + chr(9) + fault, flush=True)
+"""
 KNOW_BF16 = tuple(name for name in PEERS if name.startswith("modelopt"))
+
+
+WORDS = (
+    "good",
+    "crash",
+    "invalid",
+    "io",
+    "wrong",
+    "CPU says fine",
+    "unsorted",
+    "good with halves",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,46 +123,46 @@ class Verdict:
 def main() -> int:
     """Prints a row a model and tool, and the totals."""
     options = _arguments()
-    tools: dict[str, Callable[[Path, Path], str]] = {
-        OURS: lambda case, out: _ours(case, out, options.target, options.precision)
-    }
-    if options.peer_python:
-        for name in PEERS if options.precision == "fp16" else KNOW_BF16:
-            tools[name] = lambda case, out, script=PEERS[name]: _peer(  # type: ignore[misc]
-                case, out, script, options
-            )
-    totals: dict[str, Counter[str]] = {name: Counter() for name in tools}
+    totals: dict[str, Counter[str]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for case in sorted(path for path in options.folder.iterdir() if path.is_dir()):
-            for name, convert in tools.items():
-                out = Path(scratch) / "out.onnx"
-                out.unlink(missing_ok=True)
-                fault = convert(case, out)
-                found = (
-                    Verdict("crash", fault)
-                    if fault
-                    else judge(case, out, TOLERANCE[options.precision])
-                )
-                totals[name][found.word] += 1
-                totals[name]["CPU says fine"] += found.cpu_fine
-                totals[name]["unsorted"] += found.unsorted
-                totals[name]["good with halves"] += found.word == "good" and found.halves > 0
-                told = f"{found.word:8} {found.halves:3} halves {found.detail[:90]}"
-                print(f"{case.name:28} {name:22} {told}", flush=True)
-    words = (
-        "good",
-        "crash",
-        "invalid",
-        "io",
-        "wrong",
-        "CPU says fine",
-        "unsorted",
-        "good with halves",
-    )
-    print("\n" + " | ".join(["tool", *words]))
+        cases = {
+            case: Path(scratch) / f"{case.name}.onnx"
+            for case in sorted(path for path in options.folder.iterdir() if path.is_dir())
+        }
+        for name in _tools(options):
+            faults = (
+                {case: _ours(case, out, options) for case, out in cases.items()}
+                if name == OURS
+                else _peer(name, cases, options)
+            )
+            totals[name] = _judged_all(name, cases, faults, TOLERANCE[options.precision])
+    print("\n" + " | ".join(["tool", *WORDS]))
     for name, counts in totals.items():
-        print(" | ".join([name, *(str(counts[word]) for word in words)]))
-    return 0 if totals[OURS]["good"] == sum(totals[OURS][w] for w in words[:5]) else 1
+        print(" | ".join([name, *(str(counts[word]) for word in WORDS)]))
+    ours = totals.get(OURS, Counter())
+    return 0 if ours["good"] == sum(ours[word] for word in WORDS[:5]) else 1
+
+
+def _tools(options: argparse.Namespace) -> list[str]:
+    known = PEERS if options.precision == "fp16" else KNOW_BF16
+    return options.tools or [OURS, *(known if options.peer_python else ())]
+
+
+def _judged_all(
+    name: str, cases: Mapping[Path, Path], faults: Mapping[Path, str], tolerance: float
+) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for case, out in cases.items():
+        fault = faults[case]
+        found = Verdict("crash", fault) if fault else judge(case, out, tolerance)
+        counts[found.word] += 1
+        counts["CPU says fine"] += found.cpu_fine
+        counts["unsorted"] += found.unsorted
+        counts["good with halves"] += found.word == "good" and found.halves > 0
+        told = f"{found.word:8} {found.halves:3} halves {found.detail[:90]}"
+        print(f"{case.name:28} {name:22} {told}", flush=True)
+        out.unlink(missing_ok=True)
+    return counts
 
 
 def judge(case: Path, out: Path, tolerance: float) -> Verdict:
@@ -221,37 +246,40 @@ def _contract(proto: onnx.ModelProto) -> list[tuple[str, int]]:
 
 
 def _arrays(case: Path, kind: str, values: Any) -> Arrays:  # noqa: ANN401
-    folder = case / "test_data_set_0"
+    folder = case / DATA
     return {
         value.name: numpy_helper.to_array(onnx.load_tensor(str(folder / f"{kind}_{index}.pb")))
         for index, value in enumerate(values)
     }
 
 
-def _ours(case: Path, out: Path, target: str, precision: str) -> str:
-    command = [
-        sys.executable,
-        "-m",
-        "graphopt",
-        "optimize",
-        str(case / "model.onnx"),
-        "-o",
-        str(out),
-    ]
-    command += ["--target", target, "--precision", precision, "--quiet"]
-    return _fault(command)
-
-
-def _peer(case: Path, out: Path, script: str, options: argparse.Namespace) -> str:
-    data = str(case / "test_data_set_0")
+def _ours(case: Path, out: Path, options: argparse.Namespace) -> str:
     model = str(case / "model.onnx")
-    return _fault([options.peer_python, "-c", script, model, str(out), data, options.precision])
-
-
-def _fault(command: list[str]) -> str:
+    command = [sys.executable, "-m", "graphopt", "optimize", model, "-o", str(out), "--quiet"]
+    command += ["--target", options.target, "--precision", options.precision]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     lines = done.stderr.strip().splitlines()
     return "" if done.returncode == 0 else (lines[-1] if lines else f"status {done.returncode}")
+
+
+def _peer(name: str, cases: Mapping[Path, Path], options: argparse.Namespace) -> dict[Path, str]:
+    """Converts all cases with a peer, in one process of its own; why it did not, by case."""
+    imported, converted = PEERS[name]
+    script = _HARNESS.format(imported=imported, converted=converted)
+    asked = [
+        "\t".join([str(case / "model.onnx"), str(out), str(case / DATA), options.precision])
+        for case, out in cases.items()
+    ]
+    done = subprocess.run(
+        [options.peer_python, "-c", script],
+        input="\n".join(asked) + "\n",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    told = [line.split("\t") for line in done.stdout.splitlines() if line.startswith("RESULT\t")]
+    found = {Path(out): fault for _, out, fault in told}
+    return {case: found.get(out, f"status {done.returncode}") for case, out in cases.items()}
 
 
 def _arguments() -> argparse.Namespace:
@@ -260,6 +288,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--peer-python")
     parser.add_argument("--precision", choices=TOLERANCE, default="fp16")
     parser.add_argument("--target", default="cuda")
+    parser.add_argument("--tools", nargs="*", help="only these")
     return parser.parse_args()
 
 
