@@ -164,7 +164,7 @@ ODD = {
     ),
     "a sequence": (
         "float[2,4] x",
-        "<int64 i = {1}> { s = SequenceConstruct(x, x)  y = SequenceAt(s, i) }",
+        "<int64 i = {1}> { s = SequenceConstruct(x, x)  e = SequenceAt(s, i)  y = Relu(e) }",
         18,
         {"tidy"},
     ),
