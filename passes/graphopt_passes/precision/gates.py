@@ -17,19 +17,16 @@ from graphopt.ir.build import Names
 from graphopt.ir.model_file import ExternalData, load_model, save_model
 from graphopt.ir.scopes import all_graphs
 from graphopt.numerics import Numerics
-from graphopt.runtime.session import Session
+from graphopt.runtime.session import Session, SessionOptions
 from graphopt.verify import metrics
 from graphopt.verify.compare import Budget, Hint, compare, profile_for
 from graphopt_passes.precision.apply import narrowed
 from graphopt_passes.precision.legality import is_float
 from graphopt_passes.precision.plan import Decision, Kind
-from graphopt_passes.precision.ranges import FLOOR
+from graphopt_passes.precision.ranges import FLOOR, is_small
 from graphopt_passes.precision.rescale import scaled_inputs
 
 MASK = "graphopt_half_mask"
-_WEIGHTS = 1 << 28
-"""Bytes of weights up to which their rounding is gated too; beyond, memory counts for more than their share."""
-
 _FOCUS = 2
 """Feeds that experiments run on: those on which a survey of all was worst."""
 
@@ -87,7 +84,7 @@ class Gates:
             file = save_model(copy, Path(folder) / "gated.onnx", external=ExternalData.SINGLE_FILE)[
                 0
             ]
-            session = Session(file)
+            session = Session(file, options=SessionOptions(prepack=is_small(model)))
         gates = cls(gated, 0, session, feeds, (), budget)
         gates._reference = [gates._run(feed, np.zeros(len(gated), np.bool_)) for feed in feeds]
         return gates
@@ -186,13 +183,6 @@ def gated_nodes(
         if decisions[node].kind is Kind.LOW
         or (decisions[node].kind is Kind.FOLLOW and any(v in masks for v in node.inputs))
     )
-
-
-def is_small(model: ir.Model) -> bool:
-    """Whether the weights are few enough to be held in memory several times."""
-    graphs = [scope.graph for scope in all_graphs(model)]
-    held = [v.const_value for graph in graphs for v in graph.initializers.values()]
-    return sum(tensor.nbytes for tensor in held if tensor is not None) <= _WEIGHTS
 
 
 def _nodes(model: ir.Model) -> Iterator[ir.Node]:

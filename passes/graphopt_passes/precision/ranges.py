@@ -15,6 +15,7 @@ import onnx_ir as ir
 from graphopt.errors import GraphoptError
 from graphopt.ir import fingerprint, operators
 from graphopt.ir.model_file import ExternalData, save_model
+from graphopt.ir.scopes import all_graphs
 from graphopt.rewrite import Context
 from graphopt.runtime.session import Session, SessionOptions
 from graphopt.runtime.specs import input_specs
@@ -34,6 +35,9 @@ GENERATED = "generated inputs"
 
 FLOOR = 2.0**-10
 """Scale below which a value is noise, over its scale on the first, plain input; the verifier's own."""
+
+_WEIGHTS = 1 << 28
+"""Bytes of weights up to which they may be held several times: packed for kernels, rounded for gates."""
 
 _FIRST_CHUNK = 24
 _CHUNK_BYTES = 1 << 28
@@ -95,6 +99,13 @@ class Observed:
     why: str = ""
 
 
+def is_small(model: ir.Model) -> bool:
+    """Whether the weights are few enough to be held in memory several times."""
+    graphs = [scope.graph for scope in all_graphs(model)]
+    held = [v.const_value for graph in graphs for v in graph.initializers.values()]
+    return sum(tensor.nbytes for tensor in held if tensor is not None) <= _WEIGHTS
+
+
 def observe(model: ir.Model, ctx: Context, half: ir.DataType, masked: set[str]) -> Observed:
     """The spread of every float value, bodies of control flow included, on calibration samples or on generated inputs.
 
@@ -122,14 +133,14 @@ def _observe(
     model: ir.Model, file: Path, names: list[str], ctx: Context, half: ir.DataType, masked: set[str]
 ) -> Observed:
     try:
-        feeds, usual, source = samples(model, Session(file), ctx)
+        feeds, usual, source = samples(model, _session(model, file), ctx)
         if not feeds:
             return Observed({}, why="no input could be generated that the model runs with")
         spreads = _of_inputs(model, feeds, half)
         start, count = 0, _FIRST_CHUNK
         while start < len(names):
             chunk = names[start : start + count]
-            session = Session(file, options=SessionOptions(extra_outputs=tuple(chunk)))
+            session = _session(model, file, chunk)
             found, size = _measure(session, chunk, feeds, half, masked)
             spreads |= found
             start += len(chunk)
@@ -139,6 +150,11 @@ def _observe(
     except GraphoptError as error:
         return Observed({}, why=str(error))
     return Observed(spreads, usual, source)
+
+
+def _session(model: ir.Model, file: Path, taps: Sequence[str] = ()) -> Session:
+    """Large weights stay where they are mapped: packing would copy them."""
+    return Session(file, options=SessionOptions(prepack=is_small(model), extra_outputs=tuple(taps)))
 
 
 def samples(model: ir.Model, session: Session, ctx: Context) -> tuple[Feeds, Feeds, str]:
@@ -220,7 +236,7 @@ def _of_bodies(
     if not any(operators.has_subgraph(node) for node in model.graph):
         return found
     outer = wanted_of(model.graph)
-    session = Session(file, options=SessionOptions(extra_outputs=outer))
+    session = _session(model, file, outer)
     bodies, floors = Bodies(model), dict[str, float]()
     for feed in feeds:
         known = {**feed, **session.run(feed)}

@@ -15,10 +15,10 @@ from graphopt.runtime.emulate import emulate
 from graphopt.runtime.session import Session
 from graphopt.verify.compare import Budget
 from graphopt_passes.precision.apply import Emission
-from graphopt_passes.precision.gates import Gates, is_small
+from graphopt_passes.precision.gates import Gates
 from graphopt_passes.precision.islands import drop_islands, gain, runs_allowed
 from graphopt_passes.precision.plan import Decision, Facts, Kind
-from graphopt_passes.precision.ranges import Feeds
+from graphopt_passes.precision.ranges import Feeds, is_small
 from graphopt_passes.precision.refine import Refinement, Trait, refine
 
 MAX_ROUNDS = 3
