@@ -85,6 +85,15 @@ def stale(at: int) -> Spoil:
     return spoil
 
 
+def stale_within(_: Planter, node: ir.Node) -> bool:
+    """A free dimension within the graph is declared as what one sample made it."""
+    out = node.outputs[0]
+    if out.is_graph_output() or out.shape is None or out.shape.is_static():
+        return False
+    out.shape = ir.Shape([d if isinstance(d, int) else 1 for d in out.shape])
+    return True
+
+
 def small_addend_dropped(_: Planter, node: ir.Node) -> bool:
     """An addition of a small constant goes: a bias that somebody took for nothing."""
     for index in (0, 1):
@@ -131,6 +140,7 @@ RARE = (
     Kind("ids-through-int32", ("*",), through(ir.DataType.INT32)),
     Kind("position-off-by-one", ("ArgMax", "ArgMin"), at_output(next_position)),
     Kind("stale-output-shape", ("*",), stale(1)),
+    Kind("stale-shape-within", ("MatMul", "Conv", "Relu", "Add"), stale_within),
     Kind("small-addend-dropped", ("Add",), small_addend_dropped),
     Kind("one-bias-lost", ("Conv", "Gemm"), constant_input(2, floats(one_bias))),
     Kind("epsilon-a-hundredfold", NORMS, attribute("epsilon", lambda n: 100 * _epsilon(n))),

@@ -26,6 +26,7 @@ from graphopt.verify import contract, metrics, noise, origins
 from graphopt.verify.branches import Conditions, Seen, conditions
 from graphopt.verify.compare import Hint, Origin, OutputReport, compare, merge, profile_for
 from graphopt.verify.criteria import Criteria, MetricReport, worst
+from graphopt.verify.declared import stale_shape, stated_shapes
 from graphopt.verify.empties import takes_empty
 from graphopt.verify.feeds import HUGE, STRESS, Dropped, Feed, find_feeds
 from graphopt.verify.origins import scale_floor
@@ -153,7 +154,7 @@ class ReferenceRun:
         self._noises: dict[int, dict[str, float]] = {}
         self._origins = origins.output_origins(graph)
         self.hidden = origins.hidden_scores(graph)
-        self._broken: set[tuple[str, int]] = set()
+        self._stated = stated_shapes(graph)
         if fatal := fatal_constants(graph):
             self.unverifiable = f"running the reference would end the process: {fatal}"
             return
@@ -255,6 +256,10 @@ class ReferenceRun:
             raise  # of a metric: the candidate is not to blame
         except GraphoptError as error:
             return self._failed(about, f"the candidate cannot be run: {error}")
+        right = all(report.passed for found in reports.values() for report in found)
+        # Where the numbers are wrong nobody asks for shapes; of a model on its way nobody reads them.
+        if right and not options.brief and (stale := stale_shape(graph, self._stated, self.feeds)):
+            return self._failed(about, stale)
         deployed = self._deployed(candidate, options)
         notes += trial.notes
         about |= {"excluded": dict(self.excluded)}

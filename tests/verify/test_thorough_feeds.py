@@ -218,3 +218,30 @@ def test_each_feed_costs_one_run_of_the_reference_and_two_at_most(
     own = runs.count(runs[0])
     assert own <= 2 * len(run.feeds) + len(run.dropped)
     assert len(runs) - own == len(run.feeds)
+
+
+INNER = "g (float[n,4] x, float[m,4] w) => (float[n,4] y) <float[{}] a> { a = Neg(x) y = Relu(a) }"
+
+
+def test_a_stale_shape_of_a_value_within_is_refused() -> None:
+    run = ReferenceRun(proto(INNER.replace("{}", "n,4")))
+    found = run.verify(proto(INNER.replace("{}", "2,4")))
+    assert found.passed is False
+    assert "'a' has size 1 on axis 0" in found.reason
+    assert "declared 2: the declared shape is wrong" in found.reason
+    assert run.verify(proto(INNER.replace("{}", "k,4"))).passed, "names say nothing"
+    brief = VerifyOptions(brief=True)
+    assert run.verify(proto(INNER.replace("{}", "2,4")), brief).passed, "left to the end"
+
+
+def test_a_stale_shape_within_the_original_is_its_own_affair() -> None:
+    stale = proto(INNER.replace("{}", "2,4"))
+    assert ReferenceRun(stale).verify(stale).passed
+
+
+def test_sizes_that_nothing_follows_from_are_not_judged() -> None:
+    text = """g (float[n,4] x) => (float[k] y) <int64[2,2] where>
+      { where = NonZero(x) p = Cast<to = 1>(where) q = Neg(p) y = ReduceMax<keepdims = 0>(q, axes) }"""
+    text = text.replace("<int64[2,2] where>", "<int64[1] axes = {0}{}>")
+    run = ReferenceRun(proto(text.replace("{}", "")))
+    assert run.verify(proto(text.replace("{}", ", int64[2,8] where"))).passed
