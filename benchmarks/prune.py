@@ -5,12 +5,14 @@
 SAMPLES.npz holds unlabelled inputs by name, their leading axis the samples; TEST.npz inputs that are not among them and
 the labels.  One row an amount: accuracy of the written file in ONNX Runtime, zeros among the weights, bytes of the file
 and of the file deflated, CPU seconds of the run (verification off), latency of one sample (least CPU time of 50 runs,
-one thread).  `blind:AMOUNT` prunes without samples.
+one thread).  `blind:AMOUNT` prunes without samples.  With `--peer PYTHON`, which has onnxsim, a second row
+shows what onnxsim makes of the same amount (see `benchmarks/prune_peer.py`).
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import tempfile
 import time
@@ -51,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=Path, required=True)
     parser.add_argument("--test", type=Path, required=True)
     parser.add_argument("--labels", default="y")
+    parser.add_argument("--peer", type=Path)
     parser.add_argument("amounts", nargs="*", default=AMOUNTS)
     given = parser.parse_args(argv)
     inputs = dict(np.load(given.test))
@@ -59,25 +62,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stdout.write("{:20}{:>10}{:>8}{:>10}{:>10}{:>8}{:>8}\n".format(*header))
     with tempfile.TemporaryDirectory() as folder:
         for amount in ("", *given.amounts):
-            row = measure(
-                given.model, given.samples, inputs, labels, amount, Path(folder) / "m.onnx"
-            )
-            sys.stdout.write(
-                "{:20}{:10.2%}{:8.1%}{:10}{:10}{:8.1f}{:8.3f}\n".format(amount or "(none)", *row)
-            )
-            sys.stdout.flush()
+            out = Path(folder) / "m.onnx"
+            spent = ours(given.model, given.samples, out, amount)
+            show(amount or "(none)", facts(out, inputs, labels, spent))
+            if given.peer and amount and not amount.startswith("blind:"):
+                theirs(given.peer, given.model, given.samples, out, amount)
+            if given.peer and amount and out.exists() and not amount.startswith("blind:"):
+                show("  onnxsim", facts(out, inputs, labels, 0.0))
     return 0
 
 
-def measure(
-    model: Path,
-    samples: Path,
-    inputs: Mapping[str, Any],
-    labels: Labels,
-    amount: str,
-    out: Path,
-) -> tuple[float, float, int, int, float, float]:
-    """One row of the table."""
+def show(name: str, row: tuple[float, float, int, int, float, float]) -> None:
+    """Prints one row."""
+    sys.stdout.write("{:20}{:10.2%}{:8.1%}{:10}{:10}{:8.1f}{:8.3f}\n".format(name, *row))
+    sys.stdout.flush()
+
+
+def ours(model: Path, samples: Path, out: Path, amount: str) -> float:
+    """Prunes; returns the CPU seconds."""
     started = time.process_time()
     graphopt.optimize(
         model,
@@ -86,7 +88,25 @@ def measure(
         calibration=None if amount.startswith("blind:") else samples,
         verify="off",
     )
-    spent = time.process_time() - started
+    return time.process_time() - started
+
+
+def theirs(python: Path, model: Path, samples: Path, out: Path, amount: str) -> None:
+    """Prunes with onnxsim; there is no file afterwards where it fails."""
+    out.unlink()
+    script = Path(__file__).with_name("prune_peer.py")
+    done = subprocess.run(
+        [python, script, model, samples, out, amount], check=False, capture_output=True, text=True
+    )
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        sys.stdout.write(f"  onnxsim           failed: {last[0][:100]}\n")
+
+
+def facts(
+    out: Path, inputs: Mapping[str, Any], labels: Labels, spent: float
+) -> tuple[float, float, int, int, float, float]:
+    """Accuracy, share of zeros, bytes, bytes deflated, seconds and latency of a file."""
     data = out.read_bytes()
     weights = [t.numpy() for _, t in stored_tensors(load_model(out)) if t.dtype.is_floating_point()]
     zeros = sum(int((w == 0).sum()) for w in weights) / sum(w.size for w in weights)

@@ -32,7 +32,7 @@ Training: TypeAlias = Annotated[
     typer.Option(
         "--settings",
         metavar="TEXT",
-        help="steps=300,lr=0.002,schedule=cosine|linear|step|constant,temperature=2,mode=whole|blocks,transfer=yes,...",
+        help="steps=300,lr=0.004,schedule=cosine|linear|step|constant,temperature=1,mode=whole|blocks,transfer=yes,...",
     ),
 ]
 

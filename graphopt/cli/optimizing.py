@@ -68,7 +68,7 @@ Distill: TypeAlias = Annotated[
     typer.Option(
         "--distill",
         metavar="SETTINGS",
-        help="Train what is left towards the original, without labels: yes, or steps=300,lr=0.002,... Needs PyTorch "
+        help="Train what is left towards the original, without labels: yes, or steps=300,lr=0.004,... Needs PyTorch "
         "and --calibration.",
     ),
 ]

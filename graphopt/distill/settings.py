@@ -9,8 +9,8 @@ from typing import Any
 from graphopt.errors import OptionError
 
 _REMEDY = (
-    "write yes, or settings with commas: steps=300, lr=0.002, schedule=cosine|linear|constant|step, temperature=2, "
-    "batch=64, noise=0.15, mix=0.3, held-out=0.2, patience=12, mode=whole|blocks, features=0, transfer=yes|no"
+    "write yes, or settings with commas: steps=300, lr=0.004, schedule=cosine|linear|constant|step, temperature=1, "
+    "batch=64, noise=0.2, mix=0.1, held-out=0.1, patience=16, mode=whole|blocks, features=0, transfer=yes|no"
 )
 
 
@@ -59,14 +59,14 @@ class Settings:
     """
 
     steps: int = 300
-    rate: float = 2e-3
+    rate: float = 4e-3
     schedule: Schedule = Schedule.COSINE
-    temperature: float = 2.0
+    temperature: float = 1.0
     batch: int = 64
-    noise: float = 0.15
-    mix: float = 0.3
-    held_out: float = 0.2
-    patience: int = 12
+    noise: float = 0.2
+    mix: float = 0.1
+    held_out: float = 0.1
+    patience: int = 16
     mode: Mode = Mode.WHOLE
     features: float = 0.0
     transfer: bool = False

@@ -244,6 +244,8 @@ _SPARSE = (
     FUSE,
     FuseCache(),  # after fusing, which makes the attention that keeps it
     SweepChannels(),  # this and Prune do nothing without --sparsity; after fusing, which makes the matrices that stay
+    Prune(early=True),  # nothing unless training follows and few weights stay
+    Distill(early=True),
     Prune(),
     SweepChannels(),  # zeros leave channels behind that nobody reads
 )

@@ -23,6 +23,10 @@ FINDING = "distill"
 """Under which name the pass leaves its `History` in `Context.findings`."""
 
 
+PRUNE = "prune"
+"""The name of the pass whose work is recovered."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Distill:
     """Trains the weights that are left to compute what the original computes, where that is asked for.
@@ -40,6 +44,9 @@ class Distill:
     settings: str = ""
     """How to train, as `--distill` says it; empty for what the run asks for."""
 
+    early: bool = False
+    """Whether to train only what `prune` has just pruned a part of the way, before the rest goes."""
+
     def run(self, model: ir.Model, ctx: Context) -> bool:
         """Rewrites `model`; returns whether anything changed.
 
@@ -49,7 +56,7 @@ class Distill:
             ModelError: the model has an operator that the interpreter does not know.
         """
         text = self.settings or ctx.options.distill
-        if not text:
+        if not text or (self.early and not _is_part_pruned(ctx)):
             return False
         settings = parse_settings(text)
         require_torch()
@@ -82,6 +89,10 @@ class Distill:
         for said in history.sentences():
             ctx.remark(RemarkKind.NOTE, RULE, site, said)
         return history.kept > 0
+
+
+def _is_part_pruned(ctx: Context) -> bool:
+    return any(rewrite.pass_name == PRUNE for rewrite in ctx.rewrites)
 
 
 def _weights(model: ir.Model) -> dict[str, ir.TensorProtocol]:

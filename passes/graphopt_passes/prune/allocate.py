@@ -45,7 +45,9 @@ def allocate_large(
     lies gives the same share of each layer.
     """
     score = lamp_scores if how is Allocation.LAMP else np.abs
-    counts = np.stack([_classes(np.asarray(score(w.reshape(-1)))) for w in weights])
+    counts = np.stack(
+        [_classes(np.asarray(score(w.reshape(-1).astype(np.float32)))) for w in weights]
+    )
     below = np.cumsum(counts.sum(0))
     limit = int(np.searchsorted(below, zeros))
     whole = counts[:, :limit].sum(1)
@@ -66,7 +68,7 @@ def lamp_scores(weights: Wide) -> Wide:
     squares = np.square(weights)
     order = np.argsort(squares, kind="stable")
     ascending = squares[order]
-    rest = np.cumsum(ascending[::-1])[::-1]
+    rest = np.cumsum(ascending[::-1], dtype=np.float64)[::-1]
     scores = np.empty_like(squares)
     scores[order] = ascending / np.where(rest > 0, rest, 1.0)
     return scores

@@ -17,12 +17,10 @@ from graphopt.rewrite import Context, RemarkKind
 from graphopt.runtime.measure import measure
 from graphopt.runtime.session import OptimizationLevel, Session, SessionOptions
 from graphopt_passes.prune.layers import Array, Layer, Wide, find_layers
-from graphopt_passes.prune.moments import Moments
 from graphopt_passes.prune.request import SparsityRequest
 from graphopt_passes.prune.samples import Feeds, read_feeds
 from graphopt_passes.prune.solve import ridge
-from graphopt_passes.prune.streams import Streams, cut
-from graphopt_passes.prune.weights import by_window, grouped_by_source, needed_after
+from graphopt_passes.prune.weights import dense_moments
 
 RULE = "low-rank"
 
@@ -122,7 +120,8 @@ def _found(
     found = {}
     for layer in layers:
         matrix = layer.matrix()[0].T
-        made = factors(matrix, moments.get(layer.name), error)
+        seen = moments.get(layer.name)
+        made = factors(matrix, None if seen is None else seen[0, :-1, :-1], error)
         if made.size > WORTH * matrix.size:
             ctx.missed(
                 RULE,
@@ -136,25 +135,6 @@ def _found(
             ctx.missed(RULE, layer.node, f"rank {made.rank} is only {ratio:.2f} times as fast here")
             continue
         found[layer.name] = made
-    return found
-
-
-def dense_moments(
-    model: ir.Model, layers: Sequence[Layer], feeds: Feeds, seed: int = 0
-) -> dict[str, Wide]:
-    """[columns, columns] of each layer: the sum of x x^T over the samples."""
-    groups = grouped_by_source(model, layers)
-    stops = [group[0].source for group in groups]
-    pieces = cut(model.graph, stops)
-    streams = Streams(model, feeds)
-    found: dict[str, Wide] = {}
-    for index, (piece, group) in enumerate(zip(pieces, groups, strict=True)):
-        streams.run(piece, needed_after(pieces, stops, index), {})
-        for alike in by_window(group):
-            moments = Moments(alike[0], len(feeds), seed)
-            for dense, pruned in streams.pairs(alike[0].source.name or ""):
-                moments.add(dense, pruned)
-            found |= {layer.name: moments.moment[0][:-1, :-1] for layer in alike}
     return found
 
 

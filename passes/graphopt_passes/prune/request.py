@@ -33,6 +33,9 @@ class Allocation(enum.StrEnum):
     """How the share of zeros is spread over the layers."""
 
     LAMP = "lamp"
+    SENSITIVITY = "sensitivity"
+    """Half way between LAMP and LAMP over what removing each weight would cost; LAMP without samples."""
+
     ERK = "erk"
     GLOBAL = "global"
     UNIFORM = "uniform"

@@ -197,7 +197,9 @@ def _inverse_root(moment: Wide) -> Wide:
     for damping in _DAMPINGS:
         try:
             inverse = np.linalg.inv(_damped(moment, damping * mean))
-            return np.asarray(np.linalg.cholesky((inverse + inverse.T) / 2).T)
+            inverse += inverse.T
+            inverse *= 0.5
+            return np.asarray(np.linalg.cholesky(inverse).T)
         except np.linalg.LinAlgError:
             continue
     return np.asarray(np.eye(len(moment)) / np.sqrt(mean), moment.dtype)

@@ -11,12 +11,13 @@ import onnx_ir as ir
 
 from graphopt.ir.mapped import MappedTensor
 from graphopt.ir.sparse import MaskedTensor
+from graphopt.runtime.footprint import trim
 from graphopt_passes.prune.allocate import allocate, allocate_large
 from graphopt_passes.prune.layers import Array, Layer, Wide, Window
 from graphopt_passes.prune.moments import Moments
 from graphopt_passes.prune.request import Allocation, Method, SparsityRequest
 from graphopt_passes.prune.samples import Feeds
-from graphopt_passes.prune.solve import Goal, Mask, solve
+from graphopt_passes.prune.solve import Goal, Mask, ridge, solve
 from graphopt_passes.prune.streams import Piece, Streams, cut
 
 ADMM_FROM = 0.9
@@ -49,10 +50,19 @@ class Pruned:
     zeros: float
 
 
-def goals(layers: Sequence[Layer], request: SparsityRequest) -> dict[Layer, Goal]:
+def goals(
+    layers: Sequence[Layer],
+    request: SparsityRequest,
+    moments: Mapping[str, Wide] | None = None,
+) -> dict[Layer, Goal]:
     """How many zeros each layer that may be pruned shall have; layers that stay dense are left out.
 
     A ratio counts all layers, also those that stay dense, so that the file has as many zeros as the user asked for.
+
+    Args:
+        layers: of the model.
+        request: what is asked for.
+        moments: second moments of what each layer reads, for allocation by sensitivity.
     """
     free = [layer for layer in layers if not layer.dense]
     if request.pattern is not None:
@@ -68,12 +78,51 @@ def goals(layers: Sequence[Layer], request: SparsityRequest) -> dict[Layer, Goal
     total = sum({layer.weight: layer.size for layer in layers}.values())
     zeros = min(round(request.ratio * total), sum(layer.size for layer in free))
     sizes = [layer.size for layer in free]
-    if sum(sizes) > LARGE and request.allocation in (Allocation.LAMP, Allocation.GLOBAL):
-        one_by_one = (layer.matrix() for layer in free)
-        counts = allocate_large(one_by_one, sizes, zeros, request.allocation)
+    how = request.allocation
+    if how is Allocation.SENSITIVITY:
+        how = Allocation.LAMP
+    if sum(sizes) > LARGE and how in (Allocation.LAMP, Allocation.GLOBAL):
+        counts = allocate_large((layer.matrix() for layer in free), sizes, zeros, how)
     else:
-        counts = allocate([layer.matrix() for layer in free], zeros, request.allocation)
+        counts = allocate([layer.matrix() for layer in free], zeros, how)
+        if request.allocation is Allocation.SENSITIVITY and moments is not None:
+            costs = [removal_costs(layer.matrix(), moments[layer.name]) for layer in free]
+            other = allocate(costs, zeros, how)
+            counts = [(one + two) // 2 for one, two in zip(counts, other, strict=True)]
     return {layer: Goal(count) for layer, count in zip(free, counts, strict=True)}
+
+
+def removal_costs(matrix: Wide, moment: Wide) -> Wide:
+    """The root of what removing each weight alone costs, the others made up: |w| / sqrt of the diagonal of 1 / H.
+
+    Source: Hassibi and Stork 1993 (Optimal Brain Surgeon).
+
+    Args:
+        matrix: [blocks, rows, columns].
+        moment: [blocks, columns + 1, columns + 1]; the last is that of the bias.
+    """
+    costs = []
+    for block, known in zip(matrix, moment[:, :-1, :-1].astype(np.float64), strict=True):
+        inverse = np.linalg.inv(known + ridge(known) * np.eye(len(known)))
+        costs.append(np.abs(block) / np.sqrt(np.diag(inverse)))
+    return np.stack(costs)
+
+
+def dense_moments(
+    model: ir.Model, layers: Sequence[Layer], feeds: Feeds, seed: int = 0
+) -> dict[str, Wide]:
+    """Of each layer as it is, [blocks, columns + 1, columns + 1]: the sum of x x^T over the samples, x with a 1."""
+    groups = grouped_by_source(model, layers)
+    stops = [group[0].source for group in groups]
+    pieces = cut(model.graph, stops)
+    streams = Streams(model, feeds)
+    found: dict[str, Wide] = {}
+    for index, (piece, group) in enumerate(zip(pieces, groups, strict=True)):
+        streams.run(piece, needed_after(pieces, stops, index), {})
+        for alike in by_window(group):
+            moments, _ = _seen(alike[0], streams, len(feeds), seed)
+            found |= {layer.name: moments.moment for layer in alike}
+    return found
 
 
 def fitted(layers: Sequence[Layer], wanted: Mapping[Layer, Goal]) -> dict[Layer, Goal]:
@@ -163,6 +212,7 @@ def release(model: ir.Model) -> None:
     }
     for file in files:
         file.advise("MADV_DONTNEED")
+    trim()
 
 
 def needed_after(pieces: Sequence[Piece], stops: Sequence[ir.Value], index: int) -> frozenset[str]:
@@ -213,9 +263,9 @@ def _fit(layer: Layer, goal: Goal, moments: Moments, method: Method, *, fit: boo
     parts = []
     for block in range(blocks):
         moment, cross = moments.moment[block][:used, :used], moments.cross[block][:used, :used]
-        weight = matrix[block]
+        weight = matrix[block].astype(moment.dtype)
         if bias is not None:
-            column = bias.reshape(blocks, -1)[block][:, None]
+            column = bias.reshape(blocks, -1)[block][:, None].astype(moment.dtype)
             weight = np.concatenate([weight, column], axis=1)
         aim = dataclasses.replace(goal, zeros=goal.zeros // blocks, fixed=int(bias is not None))
         parts.append(_cleaned(*solve(weight, moment, cross, aim, method, fit=fit)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -235,3 +236,48 @@ def test_few_samples_are_held_where_memory_is_short(monkeypatch: pytest.MonkeyPa
     model = network()
     assert Prune().run(model, context(model, "0.5"))
     assert abs(zeros(model) - 0.5) < 0.006
+
+
+class TestEarly:
+    def run(self, sparsity: str, *, distill: str | None, blind: bool = False) -> float:
+        model = network()
+        ctx = context(model, sparsity, blind=blind)
+        ctx.options = dataclasses.replace(ctx.options, distill=distill)
+        assert Prune(early=True).run(model, ctx) == bool(zeros(model))
+        return zeros(model)
+
+    def test_a_part_goes_first_where_training_follows(self) -> None:
+        assert abs(self.run("0.95", distill="yes") - 0.88) < 0.006
+
+    def test_nothing_goes_where_one_step_is_enough(self) -> None:
+        assert self.run("0.95", distill=None) == 0
+        assert self.run("0.8", distill="yes") == 0
+        assert self.run("2:4", distill="yes") == 0
+        assert self.run("0.95", distill="yes", blind=True) == 0
+
+
+def test_sensitivity_spreads_otherwise_than_magnitude() -> None:
+    by_cost, lamp = network(), network()
+    assert Prune().run(by_cost, context(by_cost, "0.8,allocation=sensitivity"))
+    assert Prune().run(lamp, context(lamp, "0.8"))
+    assert abs(zeros(by_cost) - 0.8) < 0.006
+    shares = [
+        [float((layer.tensor.numpy() == 0).mean()) for layer in find_layers(model.graph)]
+        for model in (by_cost, lamp)
+    ]
+    assert shares[0] != shares[1]
+
+
+def test_removal_costs_are_those_of_the_least_squares_left() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((200, 4)) + 0.3 * rng.standard_normal((200, 1))
+    moment = np.zeros((1, 5, 5))
+    moment[0, :4, :4] = x.T @ x
+    matrix = rng.standard_normal((1, 1, 4))
+    cost = weights.removal_costs(matrix, moment)[0, 0]
+    for column in range(4):
+        kept = [i for i in range(4) if i != column]
+        target = x @ matrix[0, 0]
+        left = np.linalg.lstsq(x[:, kept], target, rcond=None)[0]
+        error = float(np.linalg.norm(x[:, kept] @ left - target))
+        assert abs(cost[column] - error) < 0.3 * error
