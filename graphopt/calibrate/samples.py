@@ -20,6 +20,10 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 Reader: TypeAlias = Callable[[], Iterator[Feed]]
 
 
+JUDGED = 24
+"""Samples on which numbers are compared, and on which metrics of users' are asked."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Samples:
     """Samples that can be gone through any number of times; one is in memory at a time.

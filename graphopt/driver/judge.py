@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from graphopt.calibrate.samples import read_samples
-from graphopt.driver import half
+from graphopt.driver import half, metric
 from graphopt.driver.attempt import Attempt
 from graphopt.driver.request import Progress, Request, VerifyMode
 from graphopt.driver.result import model_name
@@ -208,7 +208,9 @@ class Judge:
         options = VerifyOptions(
             made.numerics, fail_fast=not whole, allow_constant_defaults=self._frozen
         )
-        return self._noted(self._verify(made.files[0], options))
+        found = self._noted(self._verify(made.files[0], options))
+        asked = self._request
+        return metric.held(found, made.files[0], asked.target, asked.precision, asked.options)
 
     def _original(self) -> Path:
         """The original as a file that ONNX Runtime reads by itself."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from graphopt.calibrate.samples import Samples
+from graphopt.calibrate.samples import JUDGED, Samples
 from graphopt.calibrate.statistics import Collected, Statistics, by_row, collect
 from graphopt.ir import fingerprint, values
 from graphopt.ir.build import Names
@@ -31,9 +31,6 @@ from graphopt_passes.quantize.quality import Quality
 from graphopt_passes.quantize.styles import Style
 
 RULE = "quantize"
-JUDGED = 24
-"""Samples on which numbers are compared while searching."""
-
 MARGINS = 64
 """Further samples of which is known by how much a class leads the next."""
 
@@ -103,7 +100,8 @@ class Trials:
         self.judge: Judgement | None = None
         if self.on_host:
             further = self.parts[0].first(MARGINS) if enough else []
-            self.judge = Judgement(model, self.parts[-1].first(JUDGED), further=further)
+            judged = samples if self._has_metric else self.parts[-1]
+            self.judge = Judgement(model, judged.first(JUDGED), further=further)
         self.costs = Costs(self.facts.statistics, rates_of(style.name))
         self.whole: dict[ir.Node, Site] = {}
 
@@ -111,6 +109,11 @@ class Trials:
     def on_host(self) -> bool:
         """Whether the target's runtime is the one that runs here."""
         return self.ctx.target.provider == "CPUExecutionProvider"
+
+    @property
+    def _has_metric(self) -> bool:
+        """Whether a function of the user's decides: it is asked of the same samples in the end."""
+        return self.budget is not None and self.budget.metric is not None
 
     def statistics(self, model: ir.Model, key: str, part: int) -> Mapping[str, Statistics]:
         """What one part of the samples shows of every value that may be quantised."""

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.calibrate.moments import Wanted, collect_moments
-from graphopt.calibrate.samples import read_samples
+from graphopt.calibrate.samples import JUDGED, read_samples
 from graphopt.emit import finalize
 from graphopt.errors import GraphoptError, OptionError
 from graphopt.ir import fingerprint, operators, values
@@ -34,7 +34,6 @@ from graphopt_passes.quantize.quality import LEAST_SQNR_DB
 from graphopt_passes.quantize.writers import Blocks, write_blocks, write_dynamic
 
 GAIN = 1.02
-JUDGED = 8
 Write = Callable[[ir.Model, frozenset[str], Names], None]
 
 
