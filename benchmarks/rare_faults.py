@@ -18,6 +18,7 @@ from benchmarks.planting import (
     attribute,
     beyond,
     constant_input,
+    integer,
     when_size,
 )
 from graphopt.ir import values
@@ -53,14 +54,20 @@ def through(dtype: ir.DataType) -> Spoil:
         held = next((v for v in fed if v.dtype is ir.DataType.INT64), None)
         if held is None or held.is_initializer():
             return False
-        if node.op_type == "Gather" and dtype is ir.DataType.INT32:
-            return False  # no table has so many rows: nothing would be wrong
+        if node.op_type == "Gather" and _rows(node) < 1 << (dtype.bitwidth - 1):
+            return False  # the table has no such row: nothing would be wrong
         narrow = planter.op(node, "Cast", [held], to=int(dtype))
         wide = planter.op(node, "Cast", [narrow], to=int(ir.DataType.INT64))
         node.replace_input_with(list(node.inputs).index(held), wide)
         return True
 
     return spoil
+
+
+def _rows(node: ir.Node) -> int:
+    shape = node.inputs[0].shape if node.inputs[0] is not None else None
+    rows = shape[integer(node, "axis", 0)] if shape is not None and len(shape) else 0
+    return rows if isinstance(rows, int) else 0
 
 
 def next_position(p: Planter, at: ir.Node, x: ir.Value) -> ir.Value | None:
