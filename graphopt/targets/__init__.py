@@ -37,8 +37,7 @@ def all_targets() -> dict[str, Target]:
 
     `cpu` is this machine's processor; the others of its kind are called `cpu-avx2`, `cpu-vnni`, `cpu-amx`, `cpu-arm64`.
     """
-    cpu = cpu_for(host_architecture())
-    found = {target.name: target for target in (cpu, CUDA, TENSORRT, PORTABLE, *VARIANTS)}
+    found = _builtin()
     for entry in entry_points(group="graphopt.targets"):
         target = entry.load()
         if not isinstance(target, Target):
@@ -50,12 +49,20 @@ def all_targets() -> dict[str, Target]:
     return found
 
 
+def _builtin() -> dict[str, Target]:
+    cpu = cpu_for(host_architecture())
+    return {target.name: target for target in (cpu, CUDA, TENSORRT, PORTABLE, *VARIANTS)}
+
+
 def get_target(name: str) -> Target:
     """The target called `name`.
 
     Raises:
         OptionError: no such target.
     """
+    ours = _builtin()
+    if name in ours:  # a package may ask for one of them while its own are being loaded
+        return ours[name]
     known = all_targets()
     if name not in known:
         close = difflib.get_close_matches(name, known, 1)
