@@ -1,10 +1,11 @@
 """What one rewrite costs, and whether the cost stays the same as graphs grow.
 
-    python -m benchmarks.rewrites [NODES …]
+    python -m benchmarks.rewrites [--write FOLDER] [NODES …]
 
 Two graphs of each size: a chain of Relu, every second of which one rule removes through the engine (matching, checks,
 shapes, provenance included), and blocks as exporters write them (MatMul and Add, shape arithmetic, a Transpose there
-and back, a Mul by one), which the whole default pipeline cleans.
+and back, a Mul by one), which the whole default pipeline cleans.  `--write` leaves those graphs in a folder, for
+`benchmarks.simplify` to race the simplifiers on.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from __future__ import annotations
 import argparse
 import gc
 import time
+from pathlib import Path
 
 import onnx_ir as ir
 
 import graphopt
 from graphopt.ir.build import Builder
+from graphopt.ir.model_file import save_model
 from graphopt.pipeline import RewritePass
 from graphopt.rewrite import Context, Match, Op, Var, rule
 from graphopt.targets import get_target
@@ -78,9 +81,15 @@ def main() -> None:
     """Prints a Markdown table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("nodes", nargs="*", type=int, default=[2_000, 10_000, 50_000])
+    parser.add_argument("--write", type=Path, help="folder for the graphs; nothing is measured")
+    args = parser.parse_args()
+    if args.write is not None:
+        for nodes in args.nodes:
+            save_model(exported(nodes // 14), args.write / f"exported_{nodes}.onnx")
+        return
     print("| graph | nodes | rewrites | CPU s | ms a rewrite | ms a node |")
     print("|---|--:|--:|--:|--:|--:|")
-    for nodes in parser.parse_args().nodes:
+    for nodes in args.nodes:
         for name, measure in (
             ("Relu chain, engine", of_engine),
             ("exported, pipeline", of_pipeline),

@@ -154,7 +154,7 @@ CPU = Target(
             "ONNX Runtime 1.31 CPU: the kernel takes softmax_precision",
             since=23,
             dtypes=frozenset({"FLOAT16"}),
-            form="softmax-float",
+            form="softmax-in-float",
         ),
         FusedOp(
             "GroupQueryAttention",
@@ -222,6 +222,13 @@ CUDA = Target(
             since=23,
             dtypes=_STATISTICS,
             form="causal",
+        ),
+        FusedOp(
+            "Attention",
+            "ONNX Runtime pull request 27542: the softmax of halves is in float32 always, and refuses to be told",
+            since=23,
+            dtypes=frozenset({"FLOAT16", "BFLOAT16"}),
+            form="always-in-float",
         ),
         FusedOp("RotaryEmbedding", _TABLE, since=23, dtypes=_STATISTICS, form="heads-in-place"),
         FusedOp("InstanceNormalization", _TABLE, since=6, dtypes=frozenset({"FLOAT", "FLOAT16"})),

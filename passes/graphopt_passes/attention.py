@@ -118,6 +118,10 @@ def _softmax_precision(m: Match) -> int | None:
         return None
     if m.dtype(plain_weights) != ir.DataType.FLOAT or m.dtype(weights) != m.dtype(q):
         raise Skip("the scores are cast to another type than float32 and back", m[q])
+    if m.emits("Attention", dtype=m.dtype(q), form="always-in-float"):
+        return None
+    if not m.emits("Attention", dtype=m.dtype(q), form="softmax-in-float"):
+        raise Skip("the target's Attention knows no softmax in float32 of halves", m[q])
     return int(ir.DataType.FLOAT)
 
 

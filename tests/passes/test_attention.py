@@ -689,3 +689,19 @@ def test_operator_with_a_past_and_repeated_heads_stays() -> None:
         opset=23,
         missed="repeated too",
     )
+
+
+@pytest.mark.parametrize(("target", "fuses"), [("cuda", True), ("tensorrt", False)])
+def test_softmax_in_single_precision_on_other_targets(target: str, fuses: bool) -> None:
+    """CUDA's kernels do so unasked, and refuse to be asked; TensorRT's parser refuses the attribute."""
+    proto = parse(
+        f"g ({HALVES}) => (float16[1,2,2,4] y) {{ {KT} a = MatMul(q, t) f = Cast<to=1>(a) p0 = Softmax(f)"
+        " p = Cast<to=10>(p0) y = MatMul(p, v) }",
+        opset=23,
+    )
+    model = ir.from_proto(proto)
+    ctx = apply(attention.RULES, model, target=target)
+    made = [node for node in model.graph if node.op_type == "Attention"]
+    assert bool(made) is fuses
+    assert all("softmax_precision" not in node.attributes for node in made)
+    assert fuses or any("softmax in float32" in remark.reason for remark in ctx.remarks)
