@@ -111,6 +111,9 @@ LIFT_FOR_HALF: Mapping[str, LiftOpset] = {
     )
     for precision, dtype in (("fp16", ir.DataType.FLOAT16), ("bf16", ir.DataType.BFLOAT16))
 }
+LIFT_FOR_INT8 = LiftOpset(
+    "lift-opset-int8", wishes=lambda _model, _ctx: (13,), use="run on integers"
+)
 LIFT_FOR_FP8 = LiftOpset("lift-opset-fp8", wishes=lambda _model, _ctx: (19,), use="compute in fp8")
 FUSE_RESIDUALS = RewritePass("fuse-residuals", (*embedding.RULES, *residuals.RULES))
 # Last of all, where everything that knows Add is done.
@@ -180,7 +183,7 @@ PASSES: Mapping[str, Maker] = {
         )
     },
     LIFT_OPSET.name: LIFT_OPSET,
-    **{each.name: each for each in (*LIFT_FOR_HALF.values(), LIFT_FOR_FP8)},
+    **{each.name: each for each in (*LIFT_FOR_HALF.values(), LIFT_FOR_INT8, LIFT_FOR_FP8)},
     FUSE_RESIDUALS.name: FUSE_RESIDUALS,
     EVADE.name: EVADE,
     LOWER_POWERS.name: LOWER_POWERS,
@@ -269,7 +272,7 @@ def _half(precision: Literal["fp16", "bf16"]) -> tuple[Step, ...]:
 
 def _quantized(step: Pass) -> tuple[Step, ...]:
     """The float32 pipeline, then integers: what is quantised is what will run."""
-    return (*_FP32, step, MergeDuplicateConstants(), RemoveDeadCode(), EVADE)
+    return (*_FP32, LIFT_FOR_INT8, step, MergeDuplicateConstants(), RemoveDeadCode(), EVADE)
 
 
 def _trained(step: Pass) -> tuple[Step, ...]:
@@ -277,6 +280,7 @@ def _trained(step: Pass) -> tuple[Step, ...]:
     return (
         *_SPARSE,
         LOWER_POWERS,
+        LIFT_FOR_INT8,
         step,
         MergeDuplicateConstants(),
         RemoveDeadCode(),

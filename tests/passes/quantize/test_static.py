@@ -16,6 +16,7 @@ from graphopt_passes.quantize.placement import Allow
 from graphopt_passes.quantize.static import QuantizeStatic
 from graphopt_passes.quantize.styles import style_named, style_of
 
+import graphopt
 from graphopt.calibrate.statistics import collect
 from graphopt.errors import OptionError
 from graphopt.ir import values
@@ -406,3 +407,11 @@ def test_batches_and_workers_do_not_show(size: int, workers: int) -> None:
         assert QuantizeStatic().run(model, ctx)
         made.append(to_proto(model).SerializeToString(deterministic=True))
     assert made[0] == made[1]
+
+
+def test_the_pipeline_raises_old_opsets() -> None:
+    proto = varied(RESIDUAL, opset=9)
+    result = graphopt.optimize(proto, precision="int8", calibration=IMAGES, force=True)
+    kinds = {node.op_type for node in result.model.graph}
+    assert "DequantizeLinear" in kinds
+    assert {node.domain for node in result.model.graph} == {""}
