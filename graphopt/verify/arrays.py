@@ -37,6 +37,7 @@ class Spread(enum.Enum):
     ANYWHERE = "N(0, 1), whatever consumers can take"
     UNIT = "uniform in [0, 1)"
     USUAL = "uniform where consumers expect them"
+    SPARSE = "N(0, 1) in one of five places, else zero"
     TURNING = "around the constants that they are compared with"
 
 
@@ -115,6 +116,9 @@ def _floats(request: Request, stream: Draws) -> Array:
         low, high = domain.usual or (0.0, 1.0)
         return low + (high - low) * stream.uniform(request.shape)
     normal = stream.normal(request.shape)
+    if spread is Spread.SPARSE:
+        held = domain.place(normal, request.variation.scale)
+        return np.where(stream.uniform(request.shape) < 0.2, held, 0.0)
     if spread is Spread.ANYWHERE:
         return normal * request.variation.scale
     if spread is Spread.TURNING and request.role.choices:

@@ -38,6 +38,8 @@ MAX_ATTEMPTS = 64
 
 _CROWD_ELEMENTS = 1 << 17  # of all inputs: so many samples at once are cheap
 
+_SAMPLES = 10  # streams from here on are further samples
+
 _OVERRIDE_BYTES = 1 << 26  # overriding larger defaults would only test the copying of weights
 
 
@@ -265,6 +267,15 @@ class _Maker:
         numbers = [spec for spec in self._specs if self._scales(spec)]
         yield from _SCALED if numbers else (Variation("other numbers", stream=1),)
         yield from self._thoroughly(numbers) if self._thorough else ()
+        if (
+            self._thorough
+            and numbers
+            and not self.dims.sorts
+            and self.elements(dims) <= _CROWD_ELEMENTS
+        ):
+            # One sample at a time, and no more of them: what is dead on one may be alive on another.
+            yield from (Variation(f"sample {n}", stream=_SAMPLES + n) for n in range(2, 6))
+            yield Variation("sparse", spread=Spread.SPARSE)
         if self.has_masks:
             yield Variation(Masks.TAILS.value, masks=Masks.TAILS)
             yield Variation(Masks.ONE_ROW.value, masks=Masks.ONE_ROW)

@@ -70,7 +70,7 @@ def case_options(recipe: str) -> CaseOptions:
         OptionError: something that is no option.
     """
     try:
-        return msgspec.convert(tomllib.loads(recipe).get(TABLE, {}), CaseOptions)
+        return msgspec.convert(_table(recipe).get(TABLE, {}), CaseOptions)
     except msgspec.ValidationError as error:
         told = "force (true or false), calibration (a path) and budget (a text)"
         raise OptionError(f"[{TABLE}] of the recipe: {error}; it takes {told}") from error
@@ -94,7 +94,15 @@ def _gate(recipe: str, numerics: Numerics) -> VerifyOptions:
 
 
 def _precision(recipe: str) -> Precision:
-    return Precision(tomllib.loads(recipe).get("precision", Precision.FP32))
+    return Precision(_table(recipe).get("precision", Precision.FP32))
+
+
+def _table(recipe: str) -> dict[str, Any]:
+    """What a recipe says in TOML; nothing where it is one of another kind, which its optimiser understands."""
+    try:
+        return tomllib.loads(recipe)
+    except tomllib.TOMLDecodeError:
+        return {}
 
 
 @dataclasses.dataclass(frozen=True)

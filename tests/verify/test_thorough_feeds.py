@@ -31,10 +31,31 @@ def thorough(text: str) -> dict[str, Any]:
 
 def test_numbers_are_huge_and_not_negative_once_each() -> None:
     made = thorough("g (float[4,5] x) => (float[4,5] y) { y = Relu(x) }")
-    assert list(made) == ["normal", "zeros", "large", "tiny", "huge", "small", "unit"]
+    samples = [f"sample {n}" for n in range(2, 6)]
+    assert list(made) == [
+        "normal",
+        "zeros",
+        "large",
+        "tiny",
+        "huge",
+        "small",
+        "unit",
+        *samples,
+        "sparse",
+    ]
     assert np.abs(made["huge"]["x"]).max() > 65504
     assert made["unit"]["x"].min() >= 0
     assert made["unit"]["x"].max() < 1
+
+
+def test_a_model_of_one_sample_gets_several() -> None:
+    made = thorough("g (float[1,50] x) => (float[1,50] y) { y = Relu(x) }")
+    drawn = {made[name]["x"].tobytes() for name in ("normal", "sample 2", "sample 5")}
+    assert len(drawn) == 3
+    zeros = float((made["sparse"]["x"] == 0).mean())
+    assert 0.6 < zeros < 0.95
+    batch = thorough("g (float[n,50] x) => (float[n,50] y) { y = Relu(x) }")
+    assert not any("sample" in name for name in batch), "a batch holds them"
 
 
 def test_halves_are_not_made_infinite() -> None:
