@@ -89,12 +89,14 @@ def _peaks(rows: Array) -> Wide:
 
 
 def _rounded(rows: Array, scales: Array) -> tuple[Array, float]:
-    """The nearest codes, and their squared error over squared weights."""
-    codes = np.empty(rows.shape, np.int8)
+    """The nearest codes, laid out as the weights are, and their squared error over squared weights."""
+    turned = rows.T.flags.c_contiguous
+    laid = rows.T if turned else rows
+    codes = np.empty(laid.shape, np.int8)
     lost = power = 0.0
-    for part in _chunks(rows):
-        weights = np.ascontiguousarray(rows[part], np.float32)
-        steps = scales[part, None]
+    for part in _chunks(laid):
+        weights = np.ascontiguousarray(laid[part], np.float32)
+        steps = scales[None, :] if turned else scales[part, None]
         found = weights / steps
         np.rint(found, out=found)
         np.clip(found, -127, 127, out=found)
@@ -103,7 +105,7 @@ def _rounded(rows: Array, scales: Array) -> tuple[Array, float]:
         found -= weights
         lost += float(np.vdot(found, found))
         power += float(np.vdot(weights, weights))
-    return codes, lost / power if power > 0 else 0.0
+    return codes.T if turned else codes, lost / power if power > 0 else 0.0
 
 
 def refined(rows: Array, packed: Packed, moments: Wide) -> Packed:
