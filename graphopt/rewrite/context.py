@@ -201,8 +201,9 @@ class Context:
     findings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     became: dict[str, str] = dataclasses.field(default_factory=dict)
-    tuner: Tuner | None = None
     """Values that are gone, and those of other names that were put in their place."""
+
+    tuner: Tuner | None = None
 
     _said: set[Remark] = dataclasses.field(default_factory=set, init=False, repr=False)
     _shapes: Shapes | None = dataclasses.field(default=None, init=False, repr=False)
