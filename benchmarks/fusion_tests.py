@@ -39,7 +39,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     "ConvBNFusion": ("fuse-conv",),
     "ConvMulFusion": ("fuse-conv",),
     "DivMulFusion": ("simplify-algebra",),
-    "DoubleQDQPairsRemover": (),
+    "DoubleQDQPairsRemover": ("tidy",),
     "DynamicQuantizeMatMulFusion": (),
     "EliminateDropout": ("tidy",),
     "EliminateIdentity": ("tidy",),
@@ -72,16 +72,16 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
 """Our passes that answer for one of ONNX Runtime's; none where there is none on purpose."""
 
 REASONS: Mapping[str, str] = {
-    "AttentionFusion": "com.microsoft Attention is no faster than its parts on the CPU (0.92-1.00), and TensorRT's "
-    "parser takes it for another operator; the models that stay mask rows from outside",
+    "AttentionFusion": "com.microsoft Attention is no faster than its parts on the CPU (0.92-1.00); the models that "
+    "stay have a causal choice and an added mask of finite numbers, or a mask cut from a longer one",
     "BiasDropoutFusion": "training: Dropout of inference is removed",
     "BiasSoftmaxDropoutFusion": "training",
     "BitmaskDropoutReplacement": "training",
     "ConvActivationFusion": "ONNX Runtime does it at load for its own layout; in a file it would fix the CPU kernel",
     "ConvAddActivationFusion": "as ConvActivationFusion",
-    "DoubleQDQPairsRemover": "quantised models keep their QuantizeLinear pairs: runtimes match them",
+    "DoubleQDQPairsRemover": "the models that stay have scales in half precision",
     "DynamicQuantizeMatMulFusion": "left to the runtime, which matches the standard operators",
-    "EmbedLayerNormFusion": "the sum stays in parts on the CPU; com.microsoft EmbedLayerNormalization wants int32 ids",
+    "EmbedLayerNormFusion": "com.microsoft EmbedLayerNormalization on CUDA alone",
     "GeluApproximation": "tanh for erf changes the numbers: only on request in ONNX Runtime, never here",
     "GemmActivationFusion": "FusedGemm is no faster, and CUDA has no kernel",
     "MatMulAddFusion": "matrices only: of higher rank a Reshape more, no faster; the runtime takes the bias at load",

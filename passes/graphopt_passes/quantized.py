@@ -1,10 +1,9 @@
-"""Arithmetic around QuantizeLinear that the rounding makes void.
+"""Limits before QuantizeLinear, which saturates and so has limits itself.
 
-    Before:  y = QuantizeLinear(DequantizeLinear(x, s, z), s, z)     y = QuantizeLinear(Relu(x), s, z), z the least
-    After:   y = x                                                   y = QuantizeLinear(x, s, z)
+    Before:  y = QuantizeLinear(Relu(x), s, z), z the least number of the type
+    After:   y = QuantizeLinear(x, s, z)
 
-QuantizeLinear saturates, so what is clipped no tighter than that needs no clipping before.  Changes numerics: exact;
-reordered for a NaN that is clipped.
+Changes numerics: reordered, for a NaN that is clipped.
 """
 
 from __future__ import annotations
@@ -14,43 +13,13 @@ import onnx_ir as ir
 
 from graphopt.ir import values
 from graphopt.ir.build import Builder
-from graphopt.rewrite import Match, Op, Rule, Skip, Var, exact, rule
+from graphopt.rewrite import Match, Op, Rule, Skip, Var, rule
 
 SMALL = (ir.DataType.UINT8, ir.DataType.INT8, ir.DataType.UINT16, ir.DataType.INT16)
-"""Types of which `(q - z) * s / s`, in float32, rounds to `q - z` again."""
+"""Types that saturate at bounds of their own."""
 
 x = Var()
 scale, zero = Var(const=True), Var(const=True, optional=True)
-scale_again, zero_again = Var(const=True), Var(const=True, optional=True)
-
-restored = Op("DequantizeLinear", x, scale, zero, shared=True)
-requantized = Op("QuantizeLinear", restored, scale_again, zero_again)
-
-
-@exact(requantized, opset=(10, 10_000))
-def drop_requantization(m: Match, g: Builder) -> ir.Value | None:
-    """`QuantizeLinear(DequantizeLinear(x, s, z), s, z)` -> `x`; a pair of pairs becomes one.
-
-    Source: QuantizeLinear-10 to -25, DequantizeLinear-10 to -25.
-    """
-    del g
-    dtype = m.dtype(x)
-    if dtype not in SMALL or m.dtype(requantized) != dtype:
-        return None
-    if m.dtype(restored) != ir.DataType.FLOAT or m.attr(restored, "axis", 1) != m.attr(
-        requantized, "axis", 1
-    ):
-        return None
-    if m.attr(restored, "block_size", 0) or m.attr(requantized, "block_size", 0):
-        return None
-    same = np.array_equal(m.array(scale), m.array(scale_again)) and np.array_equal(
-        m.array(zero, 0.0), m.array(zero_again, 0.0)
-    )
-    positive = bool((m.array(scale) > 0).all() and np.isfinite(m.array(scale)).all())
-    if not same or not positive:
-        raise Skip("the pairs differ in scale or zero point", m[requantized])
-    return m[x]
-
 
 limited = Op("Relu|Clip", x, ...)
 quantized = Op("QuantizeLinear", limited, scale, zero)
@@ -91,4 +60,4 @@ def _bounds(m: Match, node: ir.Node) -> tuple[float, float] | None:
     return found[0], found[1]
 
 
-RULES: tuple[Rule, ...] = (drop_requantization, drop_limit_before_quantization)
+RULES: tuple[Rule, ...] = (drop_limit_before_quantization,)

@@ -1,4 +1,4 @@
-"""Pairs of quantisation, and limits before it."""
+"""Limits before quantisation."""
 
 from __future__ import annotations
 
@@ -8,48 +8,7 @@ from graphopt_passes import quantized
 
 from tests.rewriting import check
 
-PAIR = "g (uint8[2,4] x) => (uint8[2,4] y) <float s = {0.1}, uint8 z = {7}, float r = {0.2}, uint8 o = {0}>"
 WIDE = {"x": np.linspace(-40, 60, 8, dtype=np.float32).reshape(2, 4)}
-
-
-def test_requantization_goes() -> None:
-    every = {"x": np.arange(8, dtype=np.uint8).reshape(2, 4) * 36}
-    check(
-        quantized.RULES,
-        f"{PAIR} {{ d = DequantizeLinear(x, s, z) q = QuantizeLinear(d, s, z) y = Identity(q) }}",
-        f"{PAIR} {{ y = Identity(x) }}",
-        feeds=[every],
-    )
-
-
-def test_requantization_by_channel_goes() -> None:
-    io = "g (int8[3,4] x) => (int8[3,4] y) <float[4] s, int8[4] z = {0,1,-2,3}>"
-    check(
-        quantized.RULES,
-        f"{io} {{ d = DequantizeLinear<axis=1>(x, s, z) q = QuantizeLinear<axis=1>(d, s, z) y = Identity(q) }}",
-        f"{io} {{ y = Identity(x) }}",
-    )
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        "d = DequantizeLinear(x, s, z) y = QuantizeLinear(d, r, z)",
-        "d = DequantizeLinear(x, s, z) y = QuantizeLinear(d, s, o)",
-        "d = DequantizeLinear(x, s, z) e = Neg(d) y = QuantizeLinear(e, s, z)",
-        "d = DequantizeLinear(x, m, z) y = QuantizeLinear(d, m, z)",
-    ],
-)
-def test_other_pairs_stay(body: str) -> None:
-    check(quantized.RULES, f"{PAIR[:-1]}, float m = {{-1.0}}> {{ {body} }}")
-
-
-def test_pairs_of_other_types_stay() -> None:
-    check(
-        quantized.RULES,
-        "g (uint8[2,4] x) => (int8[2,4] y) <float s = {0.1}, uint8 z = {0}, int8 o = {0}>"
-        " { d = DequantizeLinear(x, s, z) y = QuantizeLinear(d, s, o) }",
-    )
 
 
 HELD = "float s = {0.5}, uint8 z = {0}, uint8 o = {9}, float l = {-1}, float h = {200}"
