@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ from graphopt.targets import Artefact, Target
 from graphopt.verify import metrics
 
 REPORT = "report.md"
+
+_TEMPORARY = re.compile(r"[^\s'\"]*/\.graphopt-[^/\s'\"]+/")
 
 _FLOOR = {Numerics.EXACT: 1e-4, Numerics.REORDERED: 1e-4, Numerics.LOSSY: 0.05}
 """Of the tolerance of golden outputs: the runtime's own rewrites may reorder sums, and fuse Q/DQ pairs otherwise."""
@@ -100,11 +103,16 @@ def build(run: Finished, folder: Path) -> Path:
     unstable = set()
     if "ort" in run.request.extras and not write_ort(place / MODEL, place):
         unstable.add(ORT_FILE)
-    (place / REPORT).write_text(_report(run, place), encoding="utf-8")
+    (place / REPORT).write_text(placeless(_report(run, place)), encoding="utf-8")
     body = manifest(run, place, made, listing, unstable)
     text = json.dumps(body, indent=2, allow_nan=False) + "\n"
-    (place / MANIFEST).write_text(text, encoding="utf-8")
+    (place / MANIFEST).write_text(placeless(text), encoding="utf-8")
     return place
+
+
+def placeless(text: str) -> str:
+    """The text without the temporary folders that messages of the runtime name: they differ from run to run."""
+    return _TEMPORARY.sub("", text)
 
 
 def _golden(run: Finished, known: set[str]) -> GoldenSet | None:

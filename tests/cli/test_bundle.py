@@ -17,6 +17,7 @@ import onnxruntime as ort
 import pytest
 
 from graphopt import optimize
+from graphopt.driver.bundle import placeless
 from graphopt.errors import OptionError, TargetError
 from tests.cli.conftest import TIDY, Run, save
 
@@ -91,6 +92,12 @@ def test_two_runs_give_the_same_bytes(run: Run, model: Path, tmp_path: Path) -> 
     assert "**Verified**" in report
     assert str(tmp_path) not in text + report
     assert "seconds" not in text + report
+
+
+def test_messages_name_no_temporary_folder() -> None:
+    """ONNX Runtime names the file that it refuses, and the folder of a run is another each time."""
+    said = "'/tmp/a/.graphopt-1e68rrjp/model.onnx' fails, as does /x/.graphopt-0/other.onnx"
+    assert placeless(said) == "'model.onnx' fails, as does other.onnx"
 
 
 def test_a_bundle_is_replaced_by_a_bundle(run: Run, model: Path, tmp_path: Path) -> None:
