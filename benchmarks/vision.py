@@ -22,7 +22,7 @@ class Net:
         self.weights: list[onnx.TensorProto] = []
         self._rng = np.random.default_rng(0)
 
-    def op(self, op_type: str, *inputs: str, **attributes: Any) -> str:
+    def op(self, op_type: str, *inputs: str, **attributes: Any) -> str:  # noqa: ANN401
         """The output of one more node."""
         name = f"{op_type.lower()}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(op_type, list(inputs), [name], name=name, **attributes))
