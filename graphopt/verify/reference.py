@@ -121,9 +121,24 @@ class ReferenceSession:
         finally:
             self._slowest = max(self._slowest, time.monotonic() - started)
 
-    def patience(self, candidate: ir.Model) -> float | None:
-        """How many seconds a candidate may take for one feed; None where no loop could keep it from ending."""
-        return max(LOOP_SECONDS, PATIENCE * self._slowest) if holds_endless(candidate) else None
+    def beside(
+        self, candidate: Path | bytes | ir.Model, graph: ir.Model, taps: tuple[str, ...]
+    ) -> Session:
+        """A session of a candidate; where a loop could keep it from ending, it may take many times as long as this one.
+
+        Args:
+            candidate: what to run.
+            graph: the same, loaded.
+            taps: values to show besides the outputs.
+
+        Raises:
+            ModelError: the runtime refuses it.
+        """
+        patience = max(LOOP_SECONDS, PATIENCE * self._slowest)
+        seconds = patience if holds_endless(graph) else None
+        if isinstance(candidate, Path | bytes):
+            return open_session(candidate, taps, seconds)
+        return model_session(candidate, taps, seconds)
 
 
 def open_session(

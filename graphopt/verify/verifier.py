@@ -19,7 +19,6 @@ from graphopt.errors import GraphoptError, ModelError, OptionError
 from graphopt.ir.hazards import fatal_constants
 from graphopt.ir.model_file import load_model
 from graphopt.numerics import Numerics
-from graphopt.runtime.in_memory import model_session
 from graphopt.runtime.session import OptimizationLevel, Session
 from graphopt.runtime.specs import Kind, input_specs, output_specs
 from graphopt.verify import contract, metrics, noise, origins
@@ -30,7 +29,7 @@ from graphopt.verify.declared import stale_shape, stated_shapes
 from graphopt.verify.empties import takes_empty
 from graphopt.verify.feeds import HUGE, STRESS, Dropped, Feed, find_feeds
 from graphopt.verify.origins import scale_floor
-from graphopt.verify.reference import ReferenceSession, open_session
+from graphopt.verify.reference import ReferenceSession
 from graphopt.verify.trial import Trial, shared_taps
 
 if TYPE_CHECKING:
@@ -160,13 +159,10 @@ class ReferenceRun:
             return
         # Watching adds outputs to the graph that it is given.
         found = conditions(load_model(model)) if thorough and feeds is None else Conditions()
-        ranked = (o.scores for o in self._origins.values() if o.scores)
-        hidden = (name for names in self.hidden.values() for name in names)
-        taps = (*ranked, *hidden)
+        keep = None if self.excluded else kept  # what is random is not the same twice
         try:
-            keep = None if self.excluded else kept  # what is random is not the same twice
             self._session = ReferenceSession(
-                model, graph, found, taps, limited=feeds is None, kept=keep
+                model, graph, found, self._taps(), limited=feeds is None, kept=keep
             )
         except ModelError as error:
             self.unverifiable = f"the reference cannot be run: {error}"
@@ -178,6 +174,12 @@ class ReferenceRun:
         else:
             self._search(graph, seed, dims, thorough=thorough)
         self._examine("on the inputs given" if feeds is not None else "whatever the inputs")
+
+    def _taps(self) -> tuple[str, ...]:
+        """Inner values that comparing outputs takes: scores that are ranked, and what discrete outputs hide."""
+        ranked = (o.scores for o in self._origins.values() if o.scores)
+        hidden = (name for names in self.hidden.values() for name in names)
+        return (*ranked, *hidden)
 
     def _search(
         self, graph: ir.Model, seed: int, dims: Mapping[str, int] | None, *, thorough: bool
@@ -244,12 +246,7 @@ class ReferenceRun:
         try:
             shared = shared_taps(self.hidden, graph) if profile.budget is None else ()
             promised = (input_specs(graph), output_specs(graph))
-            seconds = self._session.patience(graph)
-            session = (
-                model_session(candidate, shared, seconds)
-                if isinstance(candidate, ir.Model)
-                else open_session(candidate, shared, seconds)
-            )
+            session = self._session.beside(candidate, graph, shared)
             trial = Trial(self, session, profile, options, promised, takes_empty(graph))
             reports = trial.reports()
         except OptionError:
