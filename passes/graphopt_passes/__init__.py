@@ -72,7 +72,7 @@ from graphopt_passes.legalize import (
 from graphopt_passes.naming import NameNodes
 from graphopt_passes.opset import LiftOpset
 from graphopt_passes.precision import CastToHalf, QuantizeFp8, StoreHalf, opsets_for
-from graphopt_passes.prune import Prune, SweepChannels
+from graphopt_passes.prune import DropTraces, Prune, SweepChannels
 from graphopt_passes.quantize.static import QuantizeStatic
 from graphopt_passes.quantize.weight_only import QuantizeDynamic, QuantizeWeights
 from graphopt_passes.requantize import SymmetrizeQuantization
@@ -168,6 +168,7 @@ PASSES: Mapping[str, Maker] = {
             Prune,
             Distill,
             SweepChannels,
+            DropTraces,
             CastToHalf,
             StoreHalf,
             QuantizeFp8,
@@ -251,6 +252,7 @@ _SPARSE = (
     Distill(early=True),
     Prune(),
     SweepChannels(),  # zeros leave channels behind that nobody reads
+    DropTraces(),
 )
 _FP32 = (*_SPARSE, Distill(), LOWER_POWERS)  # nothing without --distill
 

@@ -2,5 +2,6 @@
 
 from graphopt_passes.prune.prune import Prune
 from graphopt_passes.prune.sweep import SweepChannels
+from graphopt_passes.prune.traces import DropTraces
 
-__all__ = ["Prune", "SweepChannels"]
+__all__ = ["DropTraces", "Prune", "SweepChannels"]
