@@ -77,7 +77,6 @@ def build(run: Finished, folder: Path) -> Path:
     model = load_model(place / MODEL)
     specs = (*input_specs(model), *output_specs(model))
     golden = _golden(run, {spec.name for spec in output_specs(model)})
-    ranges = dict(run.request.profiles)
     feed = golden.inputs if golden is not None else {}
     # Kernels read such inputs when they run; engines are built for their values.
     is_built = run.request.target.operators == "tensorrt"
@@ -86,7 +85,7 @@ def build(run: Finished, folder: Path) -> Path:
         run.request.target,
         input_specs(model),
         output_specs(model),
-        input_profiles(input_specs(model), ranges, feed, decided),
+        input_profiles(input_specs(model), dict(run.request.profiles), feed, decided),
         golden,
         is_two_of_four(run.request.target.sparse, run.request.options.sparsity),
         decided,
@@ -94,10 +93,7 @@ def build(run: Finished, folder: Path) -> Path:
     listing = None if golden is None else golden.write(place, {s.name: s for s in specs})
     if golden is not None and Artefact.TRTEXEC in run.request.target.artefacts:
         golden.write_raw(place)
-    for name, text in artefacts(made).items():
-        (place / name).write_text(text, encoding="utf-8")
-        if name.endswith(".sh"):
-            (place / name).chmod(0o755)
+    _write_texts(artefacts(made), place)
     if "triton" in run.request.extras:
         write_repository(made, place / "triton", place / MODEL)
     unstable = set()
@@ -105,9 +101,15 @@ def build(run: Finished, folder: Path) -> Path:
         unstable.add(ORT_FILE)
     (place / REPORT).write_text(placeless(_report(run, place)), encoding="utf-8")
     body = manifest(run, place, made, listing, unstable)
-    text = json.dumps(body, indent=2, allow_nan=False) + "\n"
-    (place / MANIFEST).write_text(placeless(text), encoding="utf-8")
+    _write_texts({MANIFEST: placeless(json.dumps(body, indent=2, allow_nan=False)) + "\n"}, place)
     return place
+
+
+def _write_texts(texts: Mapping[str, str], place: Path) -> None:
+    for name, text in texts.items():
+        (place / name).write_text(text, encoding="utf-8")
+        if name.endswith(".sh"):
+            (place / name).chmod(0o755)
 
 
 def placeless(text: str) -> str:

@@ -61,10 +61,8 @@ def mend(
         names = (*names, *more)  # what was behind the first obstacle
         run, result, after = _attempt(source, target, names, inputs, budget)
     if output is not None and not after.refused:
-        if is_bundle(output):  # with all that belongs to it; a run is the same every time
-            run(output=output)
-        else:
-            result.save(output)
+        # A bundle with all that belongs to it: a run is the same every time.
+        run(output=output) if is_bundle(output) else result.save(output)
     changed = {each.name for each in result.report.passes if each.changed}
     return after, tuple(name for name in names if name in changed)
 

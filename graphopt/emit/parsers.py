@@ -126,20 +126,25 @@ def _types(site: Site, table: OperatorTable, entry: Operator, target: Target) ->
             _BYTES if site.node.op_type in _QUANTIZING else "",
         )
         return
+    if (said := _first_type(site, table, entry)) is not None:
+        yield said
+
+
+def _first_type(site: Site, table: OperatorTable, entry: Operator) -> Finding | None:
+    """What the operator's list of element types says against the first operand."""
     seen = site.dtype(0)
     if not entry.types or seen is None or seen in entry.types:
-        return
+        return None
     if seen in entry.observed:
-        yield _finding(
+        return _finding(
             site,
             Verdict.WARNING,
             f"{site.op}: input 0 is {seen}, which the documentation does not list and a parser took",
             "RTX 1.7.1 parser (observed)",
             "cast around the node to be sure",
         )
-        return
     if seen == "DOUBLE" and "FLOAT" in entry.types:
-        yield _finding(
+        return _finding(
             site,
             Verdict.WARNING,
             f"{site.op}: float64 is narrowed to float32",
@@ -147,9 +152,8 @@ def _types(site: Site, table: OperatorTable, entry: Operator, target: Target) ->
             "say so in the model",
             "cast-doubles",
         )
-        return
     soft = seen == "INT8"  # parsed, but arithmetic on it is for Q/DQ pairs
-    yield _finding(
+    return _finding(
         site,
         Verdict.WARNING if soft else Verdict.REFUSED,
         f"{site.op}: input 0 is {seen}, the operator takes {', '.join(sorted(entry.types))}",

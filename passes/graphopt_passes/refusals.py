@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import onnx_ir as ir
 
 from graphopt.emit.legality import refusal
@@ -22,12 +20,6 @@ def site_of(m: Match, node: ir.Node) -> Site:
 def refused(m: Match, root: Op) -> bool:
     """Whether the target of the run can do nothing with the node that `root` matched."""
     return refusal(_site(m.facts, m[root]), m.facts.target) is not None
-
-
-def takes(m: Match, root: Op, opset: int) -> bool:
-    """Whether the target would take the node as it is in a model of ai.onnx `opset`."""
-    site = dataclasses.replace(_site(m.facts, m[root]), opset=opset)
-    return refusal(site, m.facts.target) is None
 
 
 def _site(facts: Facts, node: ir.Node) -> Site:
