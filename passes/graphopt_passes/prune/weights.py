@@ -173,6 +173,7 @@ def prune_fitted(
     groups = grouped_by_source(model, list(wanted))
     stops = [group[0].source for group in groups]
     pieces = cut(model.graph, stops)
+    release(model)  # what was read to spread the zeros
     feeds = _that_fit(model, pieces, stops, feeds)
     streams = Streams(model, feeds)
     new: dict[str, ir.TensorProtocol] = {}
