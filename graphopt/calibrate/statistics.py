@@ -151,13 +151,6 @@ _UNCOUNTED = Statistics(np.zeros(0, np.int64))
 """The same without histogram."""
 
 
-def observe(array: Array, axes: Sequence[int] = (1, -1)) -> Statistics:
-    """Statistics of one value in one sample, of floats of any width; by index of those of axis 1 and -1 in `axes`."""
-    tally = Tally()
-    tally.add(array, axes)
-    return tally.total()
-
-
 class Tally:
     """Adds samples of one value up; elements wait to be counted until there are many, which costs the least."""
 

@@ -8,8 +8,9 @@ import pytest
 
 from graphopt.calibrate.formats import Format, parameters, round_trip
 from graphopt.calibrate.ranges import Method, bins_of, choose, percentile
-from graphopt.calibrate.statistics import empty, observe
+from graphopt.calibrate.statistics import empty
 from graphopt.errors import OptionError
+from tests.calibrate.test_statistics import observe
 
 U8 = Format(ir.DataType.UINT8)
 S8 = Format(ir.DataType.INT8, symmetric=True)

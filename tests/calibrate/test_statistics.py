@@ -14,10 +14,10 @@ from graphopt.calibrate.statistics import (
     Channels,
     Collected,
     Statistics,
+    Tally,
     by_row,
     collect,
     empty,
-    observe,
 )
 from graphopt.errors import DataError
 from graphopt.verify.feed_files import Feed
@@ -32,6 +32,12 @@ def same(a: object, b: object) -> bool:
     if isinstance(a, Statistics | Channels):
         return all(same(value, vars(b)[name]) for name, value in vars(a).items())
     return bool(np.array_equal(a, b))  # type: ignore[arg-type]
+
+
+def observe(array: np.ndarray, axes: tuple[int, ...] = (1, -1)) -> Statistics:
+    tally = Tally()
+    tally.add(array, axes)
+    return tally.total()
 
 
 def merged(order: list[int]) -> Statistics:

@@ -10,9 +10,10 @@ import pytest
 from graphopt_passes.quantize import equalize
 from graphopt_passes.quantize.lanes import trace
 
-from graphopt.calibrate.statistics import Statistics, observe
+from graphopt.calibrate.statistics import Statistics
 from graphopt.ir.build import Names
 from graphopt.ir.model_file import load_model, to_proto
+from tests.calibrate.test_statistics import observe
 from tests.passes.quantize.test_static import varied
 from tests.rewriting import parse, run
 
@@ -102,6 +103,17 @@ def test_quiet_channels_become_louder() -> None:
     assert before is not None
     assert ranges is not None
     assert np.ptp(np.log(ranges[1])) < np.ptp(np.log(before[1])) / 1.5
+
+
+def test_channels_are_compared_by_peak_or_by_power() -> None:
+    proto = varied(CHAIN)
+    feed = feed_of(proto)
+    feed["x"][..., :1, :1] *= 50  # few large elements: peaks say something else than powers
+    graph = load_model(onnx.shape_inference.infer_shapes(uneven(CHAIN))).graph
+    seen = statistics(uneven(CHAIN), feed)
+    plans = [equalize.plan(graph, seen, measure) for measure in equalize.Measure]
+    assert all(plans)
+    assert not np.allclose(plans[0][0].factors, plans[1][0].factors)
 
 
 def test_a_clip_lets_through_what_stays_below_its_bound() -> None:
