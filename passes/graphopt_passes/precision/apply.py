@@ -84,6 +84,12 @@ class Emission:
         )
         # A mask that is float32 here would become minus infinity, and a row of those NaN.
         cut = any(v in self._masked and v not in self._low for v in node.inputs)
+        if low and cut:
+            self._ctx.missed(
+                RULE,
+                node,
+                "a mask that it reads stays float32: a half of it would be minus infinity",
+            )
         low = low and not cut and self._ctx.permit(RULE, node, LOSSY)
         slots = decision.slots
         for index, value in enumerate(node.inputs):

@@ -203,8 +203,9 @@ def test_masks_hide_and_a_masked_row_stays_finite(low: float, precision: str) ->
 def test_a_mask_that_stays_float32_keeps_its_softmax_there() -> None:
     gate = Gate(sites=frozenset({("cast-to-half", "cast", "s")}))
     constants = {"low": np.array(np.finfo(np.float32).min, np.float32)}
-    model, _, proto = cast(MASKED, gate=gate, constants=constants)
+    model, ctx, proto = cast(MASKED, gate=gate, constants=constants)
     assert halves(model) == []
+    assert any("a mask that it reads stays float32" in remark.reason for remark in ctx.remarks)
     feeds = {"x": normal(4, 16), "m": np.zeros((4, 16), bool)}
     assert error(model, proto, feeds) < 1e-5
 
