@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -82,7 +82,7 @@ def goals(
     if how is Allocation.SENSITIVITY:
         how = Allocation.LAMP
     if sum(sizes) > LARGE and how in (Allocation.LAMP, Allocation.GLOBAL):
-        counts = allocate_large((layer.matrix() for layer in free), sizes, zeros, how)
+        counts = allocate_large(_one_by_one(free), sizes, zeros, how)
     else:
         counts = allocate([layer.matrix() for layer in free], zeros, how)
         if request.allocation is Allocation.SENSITIVITY and moments is not None:
@@ -90,6 +90,13 @@ def goals(
             other = allocate(costs, zeros, how)
             counts = [(one + two) // 2 for one, two in zip(counts, other, strict=True)]
     return {layer: Goal(count) for layer, count in zip(free, counts, strict=True)}
+
+
+def _one_by_one(layers: Sequence[Layer]) -> Iterator[Wide]:
+    """The matrices of large models, none of which stays in memory when the next is read."""
+    for layer in layers:
+        yield layer.matrix()
+        let_go([layer.tensor])
 
 
 def removal_costs(matrix: Wide, moment: Wide) -> Wide:
@@ -205,13 +212,13 @@ def _seen(layer: Layer, streams: Streams, batches: int, seed: int) -> tuple[Mome
 
 def release(model: ir.Model) -> None:
     """Lets go of the pages of mapped weights that were read; they are read again when they are needed."""
-    tensors = (value.const_value for value in model.graph.initializers.values())
-    files = {
-        tensor.mapping[0]
-        for tensor in tensors
-        if isinstance(tensor, MappedTensor) and tensor.mapping
-    }
-    for file in files:
+    let_go([v.const_value for v in model.graph.initializers.values() if v.const_value is not None])
+
+
+def let_go(tensors: Sequence[ir.TensorProtocol]) -> None:
+    """Lets go of the pages of the files that some tensors are mapped from, and of memory that was freed."""
+    mapped = [t.mapping for t in tensors if isinstance(t, MappedTensor) and t.mapping is not None]
+    for file in {mapping[0] for mapping in mapped}:
         file.advise("MADV_DONTNEED")
     trim()
 

@@ -281,3 +281,10 @@ def test_removal_costs_are_those_of_the_least_squares_left() -> None:
         left = np.linalg.lstsq(x[:, kept], target, rcond=None)[0]
         error = float(np.linalg.norm(x[:, kept] @ left - target))
         assert abs(cost[column] - error) < 0.3 * error
+
+
+def test_large_models_are_spread_over_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "LARGE", 1)
+    model = network()
+    assert Prune().run(model, context(model, "0.8"))
+    assert abs(zeros(model) - 0.8) < 0.006
