@@ -26,7 +26,7 @@ MIN_ELEMENTS = 4096
 LEAST_ELEMENTS = 512
 """What is smaller stays dense in any case."""
 
-MANY = 4
+MANY = 2
 MANY_SAVE = 0.02
 """So many tensors below `MIN_ELEMENTS` are stored sparse where they save this share of all bytes: narrow models hold
 hardly any others."""
