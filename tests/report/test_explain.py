@@ -9,7 +9,7 @@ from tests.rewriting import parse
 
 TEXT = (
     "g (float[N,16] x) => (float[N,8] y) <float[16,32] w, float[32,8] v>"
-    "{ a = MatMul(x, w) e = Exp(a) b = Identity(e) l = Log(b) y = MatMul(l, v) }"
+    "{ a = MatMul(x, w) e = Exp(a) b = Identity(e) l = Tanh(b) y = MatMul(l, v) }"
 )
 
 

@@ -87,7 +87,9 @@ class StoreHalf:
         self, model: ir.Model, wanted: Mapping[ir.Value, ir.Graph], ctx: Context
     ) -> dict[ir.Value, str]:
         """Weights whose rounding costs more than the budget allows, by experiment."""
-        decisions = {node: _decision(node, wanted) for node in model.graph}
+        decisions = {
+            node: _decision(node, wanted) for scope in all_graphs(model) for node in scope.graph
+        }
         low = gated_nodes(model, decisions, set())
         budget = budget_for(Precision.FP16_WEIGHTS, ctx.options.budget)
         if not low or budget is None:

@@ -53,6 +53,25 @@ def test_weights_are_stored_once_and_cast_once() -> None:
     assert 0 < float(np.abs(expected - found).max()) < 0.01 * float(np.sqrt(np.mean(expected**2)))
 
 
+def test_weights_that_bodies_of_control_flow_read_are_stored_too() -> None:
+    text = (
+        "g (float[32,32] x, bool c) => (float[32,32] y) { y = If(c) <then_branch = t () => (float[32,32] p)"
+        " { p = MatMul(x, w) }, else_branch = e () => (float[32,32] q) { q = Relu(x) }> }"
+    )
+    proto = parse(text)
+    proto.graph.initializer.append(
+        onnx.numpy_helper.from_array(normal(32, 32, scale=0.2), "w"),
+    )
+    model = ir.from_proto(proto)
+    feed = {"x": normal(32, 32), "c": np.array(True)}
+    ctx = Context(model, get_target("cpu"), Options(calibration=Calibration([feed])))
+    run_pipeline(model, (StoreHalf(),), ctx)
+    assert kinds(model) == {"w_float16": "FLOAT16"}
+    expected = Session(proto.SerializeToString()).run(feed)["y"]
+    found = Session(model_to_bytes(model)).run(feed)["y"]
+    assert 0 < float(np.abs(expected - found).max()) < 0.01 * float(np.sqrt(np.mean(expected**2)))
+
+
 def test_what_a_half_does_not_hold_stays() -> None:
     model, ctx, _ = stored(TEXT, {"w": normal(32, 32, scale=1e-8)})
     assert kinds(model) == {"v_float16": "FLOAT16", "w": "FLOAT"}
