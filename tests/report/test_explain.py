@@ -26,7 +26,7 @@ def told(pattern: str, result: Result) -> dict[str, tuple[str, ...]]:
 
 def test_a_node_in_float32_says_why() -> None:
     (sentence, *_) = told("e", made())["e"]
-    assert sentence.startswith("float32: Exp: a half would make zeros")
+    assert sentence.startswith("float32: Exp: range: |e| reaches inf")
 
 
 def test_a_node_in_half_says_how_far_it_is_from_the_limits() -> None:
