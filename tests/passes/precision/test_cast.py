@@ -11,79 +11,15 @@ import onnx_ir as ir
 import pytest
 from graphopt_passes import PREPARE
 from graphopt_passes.precision import CastToHalf
-from graphopt_passes.precision.flow import units
 
 from graphopt.driver import optimize
 from graphopt.errors import TargetError
-from graphopt.ir.check import violations
-from graphopt.ir.model_file import model_to_bytes
 from graphopt.pipeline import run_pipeline
 from graphopt.rewrite import Calibration, Context, Gate, Options
-from graphopt.runtime.emulate import emulate
-from graphopt.runtime.session import Session
 from graphopt.specialize import Specialization
 from graphopt.targets import get_target
+from tests.passes.precision.casting import Array, cast, casts, error, halves, normal, reasons
 from tests.rewriting import parse
-
-Array = np.ndarray[Any, Any]
-
-
-def cast(
-    text: str,
-    *,
-    precision: Any = "fp16",
-    target: str = "cuda",
-    opset: int = 18,
-    options: Options | None = None,
-    gate: Gate | None = None,
-    constants: dict[str, Array] | None = None,
-) -> tuple[ir.Model, Context, onnx.ModelProto]:
-    """The model cast, valid, with the inputs and outputs that it had; the run; the original."""
-    proto = parse(text, opset=opset)
-    for name, array in (constants or {}).items():
-        proto.graph.initializer.append(ir.to_proto(ir.tensor(array, name=name)))
-    onnx.checker.check_model(proto, full_check=True)
-    model = ir.from_proto(proto)
-    ctx = Context(model, get_target(target), options or Options(), gate or Gate())
-    run_pipeline(model, (*PREPARE, CastToHalf(precision)), ctx)
-    assert not list(violations(model))
-    made = ir.to_proto(model)
-    onnx.checker.check_model(made, full_check=True)
-    assert made.graph.input == proto.graph.input
-    assert made.graph.output == proto.graph.output
-    return model, ctx, proto
-
-
-def halves(model: ir.Model) -> list[str]:
-    """Operators of the main graph that give halves, casts aside."""
-    kinds = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-    return [n.op_type for n in model.graph if n.op_type != "Cast" and n.outputs[0].dtype in kinds]
-
-
-def casts(model: ir.Model) -> int:
-    return sum(node.op_type == "Cast" for node in model.graph)
-
-
-def reasons(ctx: Context) -> dict[str, str]:
-    return {r.node: r.reason for r in ctx.remarks if r.rule == "float32"}
-
-
-def error(model: ir.Model, proto: onnx.ModelProto, feeds: dict[str, Array]) -> float:
-    """Greatest difference over the RMS, in true half precision; non-finite elements must agree."""
-    reference = Session(proto.SerializeToString()).run(feeds)
-    got = Session(model_to_bytes(emulate(model))).run(feeds)
-    worst = 0.0
-    for name, expected in reference.items():
-        finite = np.isfinite(expected)
-        assert np.array_equal(finite, np.isfinite(got[name]))
-        scale = np.sqrt(np.mean(np.square(expected[finite], dtype=np.float64)))
-        worst = max(worst, float(np.abs(expected - got[name])[finite].max() / scale))
-    return worst
-
-
-def normal(*shape: int, scale: float = 1.0) -> Array:
-    return (np.random.default_rng(0).standard_normal(shape) * scale).astype(np.float32)
-
 
 MLP = (
     "g (float[N,16] x) => (float[N,8] y) <float[16,32] w, float[32,8] v>"
@@ -383,89 +319,6 @@ def test_what_is_quantised_next_keeps_its_steps() -> None:
     model, ctx, _ = cast(text, constants=constants)
     assert halves(model) == []
     assert "quantised next" in reasons(ctx)["h"]
-
-
-def test_inputs_are_tried_in_the_units_that_constants_tell() -> None:
-    text = (
-        "g (float[4,16] x) => (float[4,16] y) <float[16,16] w>"
-        "{ t = Tanh(x) d = Div(x, k) s = Add(d, t) y = MatMul(s, w) }"
-    )
-    model, ctx, proto = cast(text, constants={"k": np.array(5e4, np.float32)})
-    assert "|x| reaches" in reasons(ctx)["d"]
-    assert "MatMul" in halves(model)
-    assert error(model, proto, {"x": normal(4, 16, scale=5e4)}) < 0.01
-
-
-@pytest.mark.parametrize(
-    ("operator", "constant", "expected"),
-    [
-        ("Div(x, k)", 255.0, {"x": 255.0}),
-        ("Mul(x, k)", 1 / 64, {"x": 64.0}),
-        ("Sub(x, k)", 128.0, {"x": 128.0}),
-        ("Add(x, k)", 1e-6, {}),
-        ("Mul(x, k)", 300.0, {}),
-        ("Add(x, k)", -1e9, {}),
-        ("Div(k, x)", 255.0, {}),
-        ("Tanh(x)", 255.0, {}),
-    ],
-)
-def test_the_unit_of_an_input(operator: str, constant: float, expected: dict[str, float]) -> None:
-    proto = parse(f"g (float[4,16] x) => (float[4,16] y) {{ v = Identity(x) y = {operator} }}")
-    tensor = ir.tensor(np.array(constant, np.float32), name="k")
-    proto.graph.initializer.append(ir.to_proto(tensor))
-    assert units(ir.from_proto(proto)) == expected
-
-
-def test_sums_and_squares_may_grow_beyond_what_generated_inputs_show() -> None:
-    text = (
-        "g (float[4,64] x) => (float[4,64] y) {"
-        " h = MatMul(x, w) q = Mul(h, h) m = ReduceMean(q, axis) r = Sqrt(m) d = Div(h, r) y = MatMul(d, w) }"
-    )
-    constants: dict[str, Array] = {"w": normal(64, 64, scale=0.1), "axis": np.array([-1])}
-    model, ctx, proto = cast(text, constants=constants)
-    assert "grows fast" in reasons(ctx)["q"]
-    assert halves(model)[0] == "MatMul"
-    assert error(model, proto, {"x": normal(4, 64, scale=100)}) < 0.01
-    real = Options(calibration=Calibration([{"x": normal(4, 64)}]))
-    _, ctx, _ = cast(text, constants=constants, options=real)
-    assert "q" not in reasons(ctx)
-
-
-def test_what_float32_does_not_hold_a_half_does_not() -> None:
-    text = (
-        "g (float[4,16] x) => (float[4,1] y) {"
-        " h = MatMul(x, w) e = Exp(h) s = ReduceSum(e, axis) y = Log(s) }"
-    )
-    constants: dict[str, Array] = {"w": normal(16, 16, scale=2), "axis": np.array([-1])}
-    _, ctx, _ = cast(text, constants=constants)
-    assert "|s| reaches inf" in reasons(ctx)["y"]
-
-
-def test_numbers_that_cancel_stay_float32() -> None:
-    text = (
-        "g (float[4,16] x) => (float[4,16] y) <float[16,16] w>"
-        "{ h = MatMul(x, w) a = Add(h, k) b = Sub(a, k) c = Add(b, h) y = MatMul(c, w) }"
-    )
-    samples = [{"x": np.full((4, 16), 1 / 16, np.float32)}]
-    constants = {"k": np.array(3e4, np.float32)}
-    options = Options(calibration=Calibration(samples))
-    _, ctx, _ = cast(text, constants=constants, options=options)
-    assert "cancellation: numbers up to 3e+04 leave 1" in reasons(ctx)["b"]
-    assert "cancellation" not in reasons(ctx)["a"]
-
-
-def test_factors_of_gemm_that_a_half_does_not_hold_are_folded() -> None:
-    text = "g (float[4,16] x) => (float[4,16] y) { y = Gemm<alpha=1e7, beta=1e-9>(x, w, b) }"
-    constants: dict[str, Array] = {"w": normal(16, 16, scale=1e-7), "b": normal(16, scale=1e9)}
-    model, _, proto = cast(text, constants=constants)
-    assert halves(model) == ["Gemm"]
-    assert error(model, proto, {"x": normal(4, 16)}) < 0.01
-
-
-def test_factors_that_cannot_be_folded_keep_float32() -> None:
-    text = "g (float[4,16] x, float[16,8] w) => (float[4,8] y) { y = Gemm<alpha=1e7>(x, w) }"
-    _, ctx, _ = cast(text)
-    assert "the factor alpha" in reasons(ctx)["y"]
 
 
 def test_cheap_islands_are_not_worth_their_casts() -> None:

@@ -19,7 +19,7 @@ from graphopt_passes.precision.refine import refine
 from graphopt.rewrite import Context
 from graphopt.targets import get_target
 from graphopt.verify.compare import Budget
-from tests.passes.precision.test_cast import cast, normal, reasons
+from tests.passes.precision.casting import cast, normal, reasons
 from tests.rewriting import parse
 
 HALF = ir.DataType.FLOAT16
