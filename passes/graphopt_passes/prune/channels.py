@@ -42,19 +42,21 @@ class Group:
         classes: roots, in the order of their channels.
         rows: of each class, (layer, output indices) that make it.
         columns: of each class, (layer, input indices) that read it.
+        multiple: of what the channels of a convolution shall stay a multiple.
     """
 
     classes: tuple[int, ...]
     rows: Mapping[int, list[tuple[Layer, Ids]]]
     columns: Mapping[int, list[tuple[Layer, Ids]]]
+    multiple: int = ROUNDING
 
     @property
     def unit(self) -> int:
-        """How many classes make a multiple of `ROUNDING` channels; 1 where nothing is a convolution."""
+        """How many classes make `multiple` channels; 1 where nothing is a convolution."""
         makers = [pair for pairs in self.rows.values() for pair in pairs]
         if not any(layer.window is not None for layer, _ in makers):
             return 1
-        return ROUNDING // math.gcd(ROUNDING, len(makers[0][1]))
+        return self.multiple // math.gcd(self.multiple, len(makers[0][1]))
 
 
 def row_axis(layer: Layer) -> int:
@@ -67,7 +69,7 @@ def column_axis(layer: Layer) -> int:
     return 0 if layer.transposed else 1
 
 
-def find_groups(layers: Sequence[Layer], labels: Labels) -> list[Group]:
+def find_groups(layers: Sequence[Layer], labels: Labels, multiple: int = ROUNDING) -> list[Group]:
     """The groups of classes that can be removed: made by one layer at least, and read by one."""
     rows = _slices(layers, labels, row_axis)
     columns = _slices(layers, labels, column_axis)
@@ -80,7 +82,7 @@ def find_groups(layers: Sequence[Layer], labels: Labels) -> list[Group]:
             )
             by_signature[signature].append(root)
     return [
-        Group(tuple(roots), {r: rows[r] for r in roots}, {r: columns[r] for r in roots})
+        Group(tuple(roots), {r: rows[r] for r in roots}, {r: columns[r] for r in roots}, multiple)
         for roots in by_signature.values()
     ]
 

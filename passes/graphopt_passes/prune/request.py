@@ -9,11 +9,12 @@ import re
 from graphopt.errors import OptionError
 
 MAX_ROUNDS = 16
+MAX_MULTIPLE = 64
 
 _REMEDY = (
     "write 0.8 (share of zeros), 2:4 (zeros in each four), channels:0.5 (share of the arithmetic to remove), "
     "lowrank:0.05 (error up to which a matrix becomes two) or threshold:0.01, and after it, if need be, "
-    "method=…, allocation=…, refit=no, dense=REGEX"
+    "method=…, allocation=…, refit=no, multiple=16, dense=REGEX"
 )
 
 
@@ -78,6 +79,7 @@ class SparsityRequest:
         dense: names of weights that stay dense, as a regular expression.
         low_rank: error of the outputs, RMS over RMS, up to which a large matrix becomes a product of two.
         rounds: in how many the channels go, each fitted before the next is chosen; 0 for as many as the share asks for.
+        multiple: of what the channels of convolutions shall stay a multiple; 0 for 8.
     """
 
     ratio: float | None = None
@@ -91,6 +93,7 @@ class SparsityRequest:
     refit: bool = True
     dense: str = ""
     rounds: int = 0
+    multiple: int = 0
     low_rank: float | None = None
 
 
@@ -151,6 +154,8 @@ def _with_option(request: SparsityRequest, key: str, word: str, text: str) -> Sp
         return dataclasses.replace(request, refit=word == "yes")
     if key == "rounds" and word.isdecimal() and 1 <= int(word) <= MAX_ROUNDS:
         return dataclasses.replace(request, rounds=int(word))
+    if key == "multiple" and word.isdecimal() and 1 <= int(word) <= MAX_MULTIPLE:
+        return dataclasses.replace(request, multiple=int(word))
     if key == "dense" and word:
         return dataclasses.replace(request, dense=_regex(word, text))
     raise OptionError(f"--sparsity {text!r}: {key!r} is no option with value {word!r}; {_REMEDY}")

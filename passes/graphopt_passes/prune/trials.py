@@ -22,6 +22,7 @@ from graphopt.runtime.session import OptimizationLevel, Session, SessionOptions
 from graphopt.runtime.specs import input_specs
 from graphopt_passes.prune.channels import (
     HELD_OUT,
+    ROUNDING,
     Costs,
     Group,
     choose,
@@ -161,7 +162,8 @@ def _stage(job: _Job, model: ir.Model, shapes: Shapes, which: Importance) -> _St
     """A model with the scores of its channels; None where none can go."""
     labels = propagate(model, shapes)
     layers = [*find_layers(model.graph), *find_turned(model.graph)]
-    groups = [g for g in find_groups(layers, labels) if not _is_kept(g, job.request.dense)]
+    groups = find_groups(layers, labels, job.request.multiple or ROUNDING)
+    groups = [group for group in groups if not _is_kept(group, job.request.dense)]
     if not groups:
         return None
     energies = input_energies(model, layers, job.feeds) if job.feeds else None

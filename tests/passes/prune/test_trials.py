@@ -84,6 +84,28 @@ def test_rounds_are_among_what_is_tried_from_a_share_on(
     assert asked[-1] == 2
 
 
+CONVS = """g (float[N,4,6,6] x) => (float[N,5,6,6] y)
+    <float[64,4,3,3] w1, float[64] b1, float[64,64,3,3] w2, float[64] b2, float[5,64,1,1] w3> {
+    a = Conv<pads = [1,1,1,1]>(x, w1, b1)
+    r = Relu(a)
+    c = Conv<pads = [1,1,1,1]>(r, w2, b2)
+    s = Relu(c)
+    y = Conv(s, w3)
+}"""
+
+
+@pytest.mark.parametrize("multiple", [1, 8, 16, 32])
+def test_channels_stay_a_multiple_of_what_is_asked_for(multiple: int) -> None:
+    wish = "" if multiple == 8 else f",multiple={multiple}"
+    found = best(CONVS, f"channels:0.3,importance=l2{wish}", None)
+    assert found is not None
+    weights = found.model.graph.initializers
+    left = [weights[name].const_value.numpy().shape[0] for name in ("w1", "w2")]  # type: ignore[union-attr]
+    assert left != [64, 64]
+    assert all(count % multiple == 0 for count in left)
+    assert multiple != 1 or any(count % 8 for count in left)
+
+
 def test_latency_is_measured(samples: Calibration, monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([0.1, 0.5, 0.2, 0.3, 0.29, 0.33])
     monkeypatch.setattr(trials, "_saved_time", lambda *_: next(times))
