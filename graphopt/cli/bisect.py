@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
-from graphopt.cli import completion, options
+from graphopt.cli import optimizing, options
 from graphopt.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -15,15 +15,6 @@ if TYPE_CHECKING:
 
     from graphopt.report.run import RunReport
 
-Passes: TypeAlias = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--pass",
-        metavar="SPEC",
-        help="Run this pass too, after the others: name, name{option=value} or module:object. Repeatable.",
-        autocompletion=completion.pass_names,
-    ),
-]
 Repro: TypeAlias = Annotated[
     Path | None,
     typer.Option(
@@ -39,19 +30,10 @@ def command(
     model: options.Model,
     output: Repro = None,
     target: options.Target = None,
-    precision: Annotated[
-        str | None, typer.Option("--precision", metavar="NAME", help="As of `optimize`.")
-    ] = None,
-    recipe: Annotated[
-        Path | None, typer.Option("--recipe", metavar="FILE", help="Recipe in TOML.")
-    ] = None,
-    extra: Passes = None,
-    disable: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--disable", metavar="NAME", help="Leave out a pass or pass/rule. Repeatable."
-        ),
-    ] = None,
+    precision: optimizing.Precision = None,
+    recipe: optimizing.Recipe = None,
+    extra: optimizing.Passes = None,
+    disable: optimizing.Disable = None,
     inputs: options.Inputs = None,
     seed: options.Seed = 0,
     no_cache: options.NoCache = False,

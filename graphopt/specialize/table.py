@@ -38,14 +38,7 @@ class _ImageTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     model_layout: str = ""
 
     def image(self) -> Image:
-        return Image(
-            layout=self.layout,
-            scale=self.scale,
-            mean=self.mean,
-            std=self.std,
-            channels=self.channels,
-            model_layout=self.model_layout,
-        )
+        return Image(**msgspec.structs.asdict(self))
 
 
 class _Table(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
