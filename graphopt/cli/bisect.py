@@ -36,7 +36,7 @@ def command(
     disable: optimizing.Disable = None,
     inputs: options.Inputs = None,
     seed: options.Seed = 0,
-    no_cache: options.NoCache = False,
+    cache: options.Cache = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> int:
@@ -57,7 +57,7 @@ def command(
             disable=tuple(disable or ()),
             inputs=inputs,
             seed=seed,
-            cache=not no_cache,
+            cache=cache,
             repro=folder,
             progress=say,
         ).report

@@ -45,7 +45,7 @@ def command(
     gate: options.Gates = None,
     metric: options.Metric = None,
     seed: optimizing.Seed = None,
-    no_cache: options.NoCache = False,
+    cache: options.Cache = False,
     fold_limit: optimizing.FoldLimit = None,
     external: optimizing.External = "auto",
     remarks: optimizing.Remarks = False,
@@ -67,8 +67,8 @@ def command(
     """Make MODEL smaller and faster, and prove that the result computes the same.
 
     The result is compared with the original before it is written; a rewrite that changes the numbers is found, left
-    out and named. Nothing else than OUT (and what --no-cache leaves out) is written, and an existing OUT stays as it
-    is when something fails.
+    out and named. Nothing else than OUT is written, unless --cache, --autotune or --report ask for it, and an existing
+    OUT stays as it is when something fails.
     """
     limit = None if fold_limit is None else parse_bytes(fold_limit)
     one_of("place for weights", external, optimizing.EXTERNAL)
@@ -106,7 +106,7 @@ def command(
             gates=gates_of(gate),
             metric=metric,
             seed=seed,
-            cache=not no_cache,
+            cache=cache,
             fold_limit_bytes=limit,
             external=external,
             remarks=remarks,

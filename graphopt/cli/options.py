@@ -24,11 +24,11 @@ Inputs: TypeAlias = Annotated[
 Seed: TypeAlias = Annotated[
     int, typer.Option("--seed", metavar="N", help="Seed of everything random.")
 ]
-NoCache: TypeAlias = Annotated[
+Cache: TypeAlias = Annotated[
     bool,
     typer.Option(
-        "--no-cache",
-        help="Compute what the original gives anew, and do not keep it (~/.cache/graphopt/reference, at most 1 GiB).",
+        "--cache",
+        help="Keep what the original computes for the next run on it, in ~/.cache/graphopt/reference (at most 1 GiB).",
     ),
 ]
 Json: TypeAlias = Annotated[

@@ -64,7 +64,7 @@ def command(
     candidate: Candidate,
     inputs: options.Inputs = None,
     seed: options.Seed = 0,
-    no_cache: options.NoCache = False,
+    cache: options.Cache = False,
     dims: options.Dims = None,
     profile: Profile = "reordered",
     tolerance: Tolerance = None,
@@ -101,7 +101,7 @@ def command(
             seed=seed,
             dims=sizes,
             thorough=gate.numerics is not Numerics.LOSSY,
-            kept=None if no_cache else user_folder(),
+            kept=user_folder() if cache else None,
         )
         say("running the candidate", None)
         found = run.verify(second, gate)

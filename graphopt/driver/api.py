@@ -62,7 +62,7 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
     stages: bool = False,
     strict: bool = False,
     repro: str | os.PathLike[str] | None = None,
-    cache: bool | str | os.PathLike[str] = True,
+    cache: bool | str | os.PathLike[str] = False,
     profiles: Mapping[str, tuple[int, int, int]] | None = None,
     extras: Sequence[str] = (),
     specialize: Specialization | None = None,
@@ -97,8 +97,8 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
         remarks: search for near misses and report them.
         stages: count bytes and arithmetic after each pass, and the layers of the result, for a report.
         strict: raise where a pass or a rewrite fails, instead of leaving it out.
-        cache: keep what the original computes for the next run on it, where its weights take more than 8 MB: in the
-            user's cache (at most 1 GiB), in the folder given, or with False not at all.
+        cache: keep what the original computes for the next run on it, where its weights take more than 8 MB: with
+            True in the user's cache (at most 1 GiB), or in the folder given.
         profiles: of a bundle: least, usual and largest size of dynamic dimensions, by name or `INPUT:AXIS`.
         extras: of a bundle: triton (a model repository), ort (the .ort format).
         specialize: what to make of the model first: sizes, bound inputs, chosen outputs, names, types, layouts.

@@ -152,7 +152,17 @@ def test_optimize_keeps_where_it_is_told(tmp_path: Path, runs: list[Any]) -> Non
     again = len(runs) - before
     optimize(path, cache=tmp_path / "other")
     assert len(runs) - before - again > again
-    optimize(path, cache=False)
+
+
+@pytest.mark.usefixtures("runs")
+def test_nothing_is_kept_unless_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    path = tmp_path / "m.onnx"
+    path.write_bytes(model())
+    optimize(path)
+    assert not (tmp_path / "home").exists()
+    optimize(path, cache=True)
+    assert any((tmp_path / "home").rglob("*"))
 
 
 def test_the_user_folder_lies_below_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
