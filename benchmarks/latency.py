@@ -8,8 +8,9 @@ runs backwards, and half of the rounds after loading them all again in the other
 lie decides some hundredths.  Idle threads sleep (`session.intra_op.allow_spinning=0`): they would take the processor
 from the next model otherwise.  A ratio is taken within a round, and its median over rounds is printed: above 1,
 graphopt's model is the faster one.  CPU time is that of the process, all threads.  A result that differs from the
-export's is named and does not compete.  `best` is the fastest of export and simplifiers by CPU time.  With `--made`,
-what the tools made stays in that folder, and what is there already is not made again.
+export's, or no longer takes all inputs that ours takes, is named and does not compete.  `best` is the fastest of
+export and simplifiers by CPU time.  With `--made`, what the tools made stays in that folder, and what is there already
+is not made again.
 """
 
 from __future__ import annotations
@@ -159,13 +160,25 @@ def race(
             name,
             gain(timed, name, 0),
             gain(timed, name, 1),
-            "" if worst[name] <= TOLERANCE else f"differs by {worst[name]:.1e}",
+            unlike(worst[name], inputs_of(paths[OURS]) - inputs_of(paths[name])),
         )
         for name in timed
         if name != OURS
     ]
     rivals += [Rival(name, 0.0, 0.0, why) for name, why in faults.items()]
     return _row(model, made[OURS], threads, timed, worst[OURS], rivals)
+
+
+def unlike(worst: float, lost: set[str]) -> str:
+    """Why a result does not compete, or ""."""
+    if lost:
+        return f"no longer takes {len(lost)} of the inputs"
+    return "" if worst <= TOLERANCE else f"differs by {worst:.1e}"
+
+
+def inputs_of(path: Path) -> set[str]:
+    """Everything that a caller may feed, defaults too."""
+    return {str(value.name) for value in load_model(path).graph.inputs}
 
 
 def load(

@@ -114,6 +114,14 @@ Disable: TypeAlias = Annotated[
         autocompletion=completion.pass_names,
     ),
 ]
+FreezeDefaults: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--freeze-defaults",
+        help="Make constants of the inputs that have a default, as old exporters write every weight: what nobody "
+        "feeds can be folded and fused.",
+    ),
+]
 Verify: TypeAlias = Annotated[
     str | None,
     typer.Option(

@@ -34,6 +34,8 @@ from graphopt.targets import Precision, Target
 from graphopt.verify.criteria import Criteria, Metric, load_metric, parse_gates
 from graphopt.verify.kept import user_folder
 
+FREEZE_DEFAULTS = "freeze-defaults"
+
 
 def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
     source: Source,
@@ -44,6 +46,7 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
     recipe: str | os.PathLike[str] | Recipe | None = None,
     passes: Sequence[str | Pass] = (),
     disable: Sequence[str] = (),
+    freeze_defaults: bool = False,
     verify: str | None = None,
     inputs: str | os.PathLike[str] | Feeds | None = None,
     seed: int | None = None,
@@ -78,6 +81,7 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
         recipe: a recipe, or the path of one in TOML; options given here go before its own.
         passes: further passes, run after the pipeline: `module:object`, recipe specs, or passes.
         disable: passes (`fold-constants`) or rules (`tidy/drop-identity`) to leave out.
+        freeze_defaults: make constants of inputs that have a default: no caller of the result can feed them any more.
         verify: final (default), each (after every pass) or off.
         inputs: inputs to compare on: npz, a folder of npz, ONNX `test_data_set_*`, or feeds; generated if None.
         seed: of everything random.
@@ -118,8 +122,9 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
     )
     chosen = resolve_target(target or held.target or "cpu")
     level = parse_precision(precision or held.precision or Precision.FP32)
-    steps: tuple[Step, ...] = held.apply(pipeline_for(chosen, level))
-    steps += tuple(load_pass(each) if isinstance(each, str) else each for each in passes)
+    frozen = (load_pass(FREEZE_DEFAULTS),) if freeze_defaults else ()
+    added = (load_pass(each) if isinstance(each, str) else each for each in passes)
+    steps: tuple[Step, ...] = (*frozen, *held.apply(pipeline_for(chosen, level)), *added)
     request = Request(
         source=source,
         output=None if output is None else Path(output),

@@ -62,7 +62,7 @@ def _note_overridable(model: ir.Model, ctx: Context) -> None:
     if count:
         reason = (
             f"{count} initializers are graph inputs too, so a feed may override them and nothing folds or fuses them; "
-            'if no caller does, put `prepend = ["freeze-defaults"]` in a recipe'
+            "if no caller does, --freeze-defaults makes constants of them"
         )
         ctx.remark(RemarkKind.NOTE, "overridable-default", "", reason)
 
@@ -73,8 +73,8 @@ class FreezeDefaults:
 
     From IR version 4 on, an initializer that is a graph input too is a default: a feed may replace it, so nothing
     folds it or fuses it. Old exporters wrote every weight that way. Whoever knows that no caller feeds them puts this
-    pass in front of the pipeline (`prepend = ["freeze-defaults"]` in a recipe); it is in no pipeline by itself, because
-    the result takes fewer inputs than the original.
+    pass in front of the pipeline (`--freeze-defaults`, or `prepend = ["freeze-defaults"]` in a recipe); it is in no
+    pipeline by itself, because the result takes fewer inputs than the original.
 
     Before:  ir_version 6, inputs x, w, initializers w
     After:   ir_version 6, inputs x,    initializers w

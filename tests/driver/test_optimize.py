@@ -295,9 +295,8 @@ def test_frozen_defaults_are_agreed_to_and_reported(tmp_path: Path, out: Path) -
     source = put(tmp_path / "m.onnx", text)
     kept = optimize(source, output=out)
     assert [value.name for value in kept.model.graph.inputs] == ["x", "w"]
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text('prepend = ["freeze-defaults"]')
-    frozen = optimize(source, output=out, recipe=recipe)
+    assert "--freeze-defaults" in kept.report.remarks[0].reason
+    frozen = optimize(source, output=out, freeze_defaults=True)
     assert [info.name for info in onnx.load(out).graph.input] == ["x"]
     assert frozen.report.verification.passed is True
     assert "1 overridable defaults became constants: w" in frozen.report.verification.reason

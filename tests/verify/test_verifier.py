@@ -274,6 +274,8 @@ def test_noise_forgives_no_more_than_it_explains() -> None:
     assert noise.forgive(failed, 1e-3).passed
     assert "the reference itself moves by 0.001" in noise.forgive(failed, 1e-3).why
     assert not noise.forgive(failed, 1e-4).passed
+    assert noise.forgive(failed, 1e-4, stress=True).passed
+    assert not noise.forgive(failed, 3e-5, stress=True).passed
     assert not noise.forgive(failed, 0.1).passed
     broken = dataclasses.replace(failed, nonfinite_equal=False)
     assert not noise.forgive(broken, 1e-3).passed

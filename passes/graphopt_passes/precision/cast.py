@@ -181,7 +181,7 @@ def _tell_casts_of_weights(model: ir.Model, half: ir.DataType, ctx: Context) -> 
     if count:
         told = (
             f"{count} weights are inputs with defaults: they stay float32 in the file and are cast at every run; make "
-            "constants of them first: graphopt optimize --pass freeze-defaults, and convert the result"
+            "constants of them with --freeze-defaults"
         )
         ctx.remark(RemarkKind.WARNING, "weights", "", told)
 

@@ -91,7 +91,7 @@ class QuantizeStatic:
                 RULE,
                 "",
                 "nothing to quantise: no Conv, Gemm or MatMul of float32 with a constant weight in the main graph; "
-                "weights that are inputs too are no constants: --pass freeze-defaults makes them so",
+                "weights that are inputs too are no constants: --freeze-defaults makes them so",
             )
             return frozenset()
         return frozenset(name_of(node) for node in found)
