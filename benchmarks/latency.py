@@ -34,7 +34,7 @@ from benchmarks.simplify import OURS, TOOLS, nodes_of
 from graphopt.errors import GraphoptError
 from graphopt.ir.model_file import load_model
 from graphopt.runtime.session import OptimizationLevel, Session, SessionOptions
-from graphopt.verify.feeds import make_feeds
+from graphopt.verify.feeds import Feed, find_feeds
 
 RAW = "export"
 TOLERANCE = 1e-3
@@ -109,9 +109,16 @@ def feed_of(model: Path, dims: Mapping[str, int]) -> dict[str, Any]:
     }
     wanted = {name: size for name, size in dims.items() if name in named}
     session = Session(model)
-    for feed in make_feeds(loaded, dims=wanted):
-        with contextlib.suppress(GraphoptError):
+
+    def refuses(feed: Feed) -> str | None:
+        try:
             session.run(feed.values)
+        except GraphoptError as fault:
+            return str(fault)
+        return None
+
+    for dims_asked in (wanted, {}):  # some run in sizes of their own alone
+        for feed in find_feeds(loaded, refuses, dims=dims_asked).feeds:
             return dict(feed.values)
     raise SystemExit(f"{model}: none of the generated inputs runs")
 
