@@ -19,9 +19,9 @@ from graphopt_passes.prune.labels import Labels
 from graphopt_passes.prune.layers import Array, Layer, Wide, find_layers
 from graphopt_passes.prune.moments import Moments
 from graphopt_passes.prune.request import Importance, Measure
+from graphopt_passes.prune.roots import ridge
 from graphopt_passes.prune.samples import Feeds
 from graphopt_passes.prune.slim import Keep, kept_indices, slim
-from graphopt_passes.prune.solve import ridge
 from graphopt_passes.prune.streams import Streams, cut
 
 ROUNDING = 8

@@ -276,7 +276,10 @@ def _why_dense(layer: Layer, dense: str, *, closing: bool) -> str:
 
 
 def _closing(graph: ir.Graph, found: list[Layer]) -> set[ir.Node]:
-    """The layers from which a graph output follows with no other layer in between, where they are narrow."""
+    """The layers from which a graph output follows with no other layer in between, where they are narrow.
+
+    What is added to another activation ends a block, however near the output the sum is.
+    """
     by_node = {layer.node: layer for layer in found}
     closing: set[ir.Node] = set()
     seen: set[ir.Value] = set()
@@ -288,11 +291,20 @@ def _closing(graph: ir.Graph, found: list[Layer]) -> set[ir.Node]:
             continue
         seen.add(value)
         layer = by_node.get(node)
-        if layer is None:
+        if layer is None and not _is_residual(node):
             stack.extend(each for each in node.inputs if each is not None)
-        elif _is_narrow(layer):
+        elif layer is not None and _is_narrow(layer):
             closing.add(node)
     return closing
+
+
+def _is_residual(node: ir.Node) -> bool:
+    """Whether a node sums activations."""
+    moving = [v for v in node.inputs if v is not None and not values.is_constant(v)]
+    return node.op_type in _SUMS and len(moving) > 1
+
+
+_SUMS = ("Add", "Sum", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
 
 
 def _is_narrow(layer: Layer) -> bool:

@@ -18,8 +18,8 @@ from graphopt.runtime.measure import measure
 from graphopt.runtime.session import OptimizationLevel, Session, SessionOptions
 from graphopt_passes.prune.layers import Array, Layer, Wide, find_layers
 from graphopt_passes.prune.request import SparsityRequest
+from graphopt_passes.prune.roots import ridge
 from graphopt_passes.prune.samples import Feeds, read_feeds
-from graphopt_passes.prune.solve import ridge
 from graphopt_passes.prune.weights import dense_moments
 
 RULE = "low-rank"

@@ -53,6 +53,10 @@ class Moments:
             self.moment[block] += x[block].T @ x[block]  # two axes: half the work, by symmetry
             self.cross[block] += x_dense[block].T @ x[block]
 
+    def forget_cross(self) -> None:
+        """Lets go of G, which is as large as H, once what is needed of it is known."""
+        self.cross = np.zeros(0)
+
     def _positions(self, array: Array) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         total = math.prod(array.shape[:-1])
         if self._window is not None:

@@ -12,7 +12,12 @@ from graphopt.rewrite import Calibration
 from graphopt.runtime.specs import Kind, TensorSpec, input_specs
 from graphopt_passes.prune.layers import Array
 
-BATCH = 32
+BATCH, BATCH_OF_LARGE = 32, 8
+"""Samples that run together: what a runtime needs for them grows with the model."""
+
+LARGE_BYTES = 1 << 26
+"""Weights of a large model."""
+
 Feeds = list[dict[str, Array]]
 
 
@@ -23,7 +28,9 @@ def read_feeds(model: ir.Model, calibration: Calibration) -> Feeds:
         DataError: there are none, or one does not fit the model.
     """
     specs = input_specs(model)
-    return batched(read_singles(calibration, specs), specs)
+    held = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
+    most = BATCH if held < LARGE_BYTES else BATCH_OF_LARGE
+    return batched(read_singles(calibration, specs), specs, most=most)
 
 
 def read_singles(calibration: Calibration, specs: Sequence[TensorSpec]) -> Feeds:
@@ -36,7 +43,10 @@ def read_singles(calibration: Calibration, specs: Sequence[TensorSpec]) -> Feeds
 
 
 def batched(
-    singles: Sequence[Mapping[str, Array]], specs: Sequence[TensorSpec], batches: int = 1
+    singles: Sequence[Mapping[str, Array]],
+    specs: Sequence[TensorSpec],
+    batches: int = 1,
+    most: int = BATCH,
 ) -> Feeds:
     """Samples joined along the leading axis, where every input has an open one and all other dims agree.
 
@@ -44,10 +54,11 @@ def batched(
         singles: samples.
         specs: the inputs of the model.
         batches: how many to make at least, if there are as many samples.
+        most: samples in one.
     """
     if not _joinable(singles, specs):
         return [dict(single) for single in singles]
-    size = min(BATCH, max(len(singles) // batches, 1))
+    size = min(most, max(len(singles) // batches, 1))
     groups = [singles[i : i + size] for i in range(0, len(singles), size)]
     return [{n: np.concatenate([s[n] for s in group]) for n in group[0]} for group in groups]
 

@@ -17,11 +17,9 @@ import numpy.typing as npt
 from graphopt_passes.prune.allocate import smallest
 from graphopt_passes.prune.layers import Array, Wide
 from graphopt_passes.prune.request import Method
+from graphopt_passes.prune.roots import RIDGE, Root, inverse_root, ridge
 
 Mask = npt.NDArray[np.bool_]
-
-RIDGE = 0.01
-"""Over the mean of the diagonal of H."""
 
 _BLOCK = 128
 _FINE_COLUMNS = 256
@@ -30,7 +28,6 @@ _ADMM_STEPS, _ADMM_STEPS_WIDE, _ADMM_RHO = 100, 40, 0.3
 _ADMM_RAMP = 0.7
 _REFIT_STEPS, _REFIT_STEPS_WIDE, _REFIT_STEPS_HUGE = 30, 10, 6
 _HUGE_COLUMNS = 2048
-_DAMPINGS = (0.01, 0.1, 1.0, 10.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,26 +73,12 @@ def pattern_mask(scores: Wide, n: int, m: int) -> Mask:
     return (ranks < n).reshape(scores.shape)
 
 
-def ridge(moment: Wide) -> float:
-    """The ridge of a second moment, positive even where the moment is zero."""
-    return RIDGE * float(np.mean(np.diag(moment))) or 1e-8
-
-
-def dense_target(weight: Wide, moment: Wide, cross: Wide) -> Wide:
+def dense_target(weight: Wide, aim: Wide, root: Root) -> Wide:
     """The weight that fits the outputs of the dense layer best, given the inputs of the pruned model."""
-    damp = ridge(moment)
-    right = weight @ cross + damp * weight
-    return np.ascontiguousarray(np.linalg.solve(_damped(moment, damp), right.T).T)
+    return root.solve(aim + root.damp * weight)
 
 
-def _damped(moment: Wide, damp: float) -> Wide:
-    """The moment with a ridge."""
-    made = moment.copy()
-    made.reshape(-1)[:: len(made) + 1] += damp
-    return made
-
-
-def refit(mask: Mask, start: Wide, weight: Wide, moment: Wide, cross: Wide) -> Wide:
+def refit(mask: Mask, start: Wide, weight: Wide, moment: Wide, aim: Wide) -> Wide:
     """Least squares on the kept weights: conjugate gradients with a Jacobi preconditioner, all rows at once.
 
     Minimises ||W X - W0 X_dense||^2 + l ||W - W0||^2 over W that is zero outside `mask`, from `start`.
@@ -107,7 +90,7 @@ def refit(mask: Mask, start: Wide, weight: Wide, moment: Wide, cross: Wide) -> W
     def apply(direction: Wide) -> Wide:
         return np.where(mask, direction @ moment + damp * direction, 0.0)
 
-    rest = np.where(mask, weight @ cross + damp * weight, 0.0) - apply(found)
+    rest = np.where(mask, aim + damp * weight, 0.0) - apply(found)
     eased = rest / scale
     step = eased.copy()
     energy = np.sum(rest * eased, axis=1, keepdims=True)
@@ -134,34 +117,57 @@ def _refit_steps(columns: int) -> int:
 
 
 def solve(
-    weight: Wide, moment: Wide, cross: Wide, goal: Goal, method: Method, *, fit: bool
+    weight: Wide, moment: Wide, aim: Wide, goal: Goal, method: Method, *, fit: bool
 ) -> tuple[Wide, Mask]:
-    """The pruned matrix and its mask, computed in the precision of the moments."""
-    weight = weight.astype(moment.dtype)
+    """The pruned matrix and its mask, computed in the precision of the moments.
+
+    Args:
+        weight: W.
+        moment: H.
+        aim: W G.
+        goal: how many zeros.
+        method: how the weights that stay are chosen.
+        fit: whether they are fitted to the outputs of the dense layer.
+    """
+    weight = weight.astype(moment.dtype, copy=False)
     if not goal.removes:
         kept = np.ones(weight.shape, bool)
-        return (dense_target(weight, moment, cross) if fit else weight), kept
+        return (dense_target(weight, aim, inverse_root(moment)) if fit else weight), kept
     if method is Method.MAGNITUDE:
         start, mask = weight, goal.mask(np.abs(weight))
     elif method is Method.WANDA:
         start, mask = weight, goal.mask(np.abs(weight) * np.sqrt(np.diag(moment)))
-    elif method is Method.SPARSEGPT:
-        start, mask = sparse_gpt(dense_target(weight, moment, cross), moment, goal)
     else:
-        start, mask = admm(dense_target(weight, moment, cross), moment, goal)
+        start, mask = _chosen_by_target(weight, moment, aim, goal, method)
     if not fit:
         return np.where(mask, start, 0.0), mask
-    return refit(mask, start, weight, moment, cross), mask
+    return refit(mask, start, weight, moment, aim), mask
 
 
-def sparse_gpt(target: Wide, moment: Wide, goal: Goal) -> tuple[Wide, Mask]:
+def _chosen_by_target(
+    weight: Wide, moment: Wide, aim: Wide, goal: Goal, method: Method
+) -> tuple[Wide, Mask]:
+    """A start and a mask by what approximates the best dense fit; its factor is let go of on return."""
+    root = inverse_root(moment)
+    target = dense_target(weight, aim, root)
+    if method is Method.SPARSEGPT:
+        return sparse_gpt(target, root.upper, goal)
+    del root
+    return admm(target, moment, goal)
+
+
+def sparse_gpt(target: Wide, upper: Wide, goal: Goal) -> tuple[Wide, Mask]:
     """Column by column: each removed weight is made up for by those to its right.
 
     Source: Frantar and Alistarh 2023, SparseGPT; columns in blocks, the mask of a block chosen when it is reached.
+
+    Args:
+        target: the best dense fit; it is used up.
+        upper: U of U^T U = (H + damp I)^-1.
+        goal: how many zeros.
     """
     free = target.shape[1] - goal.fixed
-    upper = _inverse_root(moment)
-    work = target.copy()
+    work = target
     mask = np.ones(target.shape, bool)
     width = _block_width(goal)
     for begin in range(0, target.shape[1], width):
@@ -182,27 +188,14 @@ def sparse_gpt(target: Wide, moment: Wide, goal: Goal) -> tuple[Wide, Mask]:
             work[:, column] = kept
             errors[:, column - begin] = error
         work[:, end:] -= errors @ upper[begin:end, end:]
-    return np.where(mask, work, 0.0), mask
+    work[~mask] = 0
+    return work, mask
 
 
 def _block_width(goal: Goal) -> int:
     if goal.pattern is None:
         return _BLOCK
     return max(_BLOCK // goal.pattern[1], 1) * goal.pattern[1]
-
-
-def _inverse_root(moment: Wide) -> Wide:
-    """The upper factor U of the inverse, U^T U = (H + damping)^-1, damped until it exists."""
-    mean = float(np.mean(np.diag(moment))) or 1.0
-    for damping in _DAMPINGS:
-        try:
-            inverse = np.linalg.inv(_damped(moment, damping * mean))
-            inverse += inverse.T
-            inverse *= 0.5
-            return np.asarray(np.linalg.cholesky(inverse).T)
-        except np.linalg.LinAlgError:
-            continue
-    return np.asarray(np.eye(len(moment)) / np.sqrt(mean), moment.dtype)
 
 
 def admm(target: Wide, moment: Wide, goal: Goal) -> tuple[Wide, Mask]:
@@ -212,11 +205,14 @@ def admm(target: Wide, moment: Wide, goal: Goal) -> tuple[Wide, Mask]:
     """
     precision: Any = np.float32 if len(moment) > _FINE_COLUMNS else np.float64
     scale = np.sqrt(np.diag(moment) + ridge(moment))
-    normal: Array = (moment / scale[:, None] / scale[None, :]).astype(precision)
-    normal = normal + np.asarray(RIDGE * np.eye(len(normal)), precision)
+    normal: Array = (moment / scale[:, None]).astype(precision, copy=False)
+    normal /= scale
+    _add_to_diagonal(normal, RIDGE)
     wanted: Array = (target * scale).astype(precision)
     pull = wanted @ normal
-    solver: Array = np.linalg.inv(normal + np.asarray(_ADMM_RHO * np.eye(len(normal)), precision))
+    _add_to_diagonal(normal, _ADMM_RHO)
+    solver: Array = np.linalg.inv(normal)
+    del normal
     sparse, dual = wanted.copy(), np.zeros_like(wanted)
     mask = np.ones(wanted.shape, bool)
     steps = _ADMM_STEPS_WIDE if len(moment) > _WIDE_COLUMNS else _ADMM_STEPS
@@ -227,3 +223,7 @@ def admm(target: Wide, moment: Wide, goal: Goal) -> tuple[Wide, Mask]:
         sparse = np.where(mask, dense + dual, precision(0))
         dual += dense - sparse
     return np.asarray(sparse / scale, target.dtype), mask
+
+
+def _add_to_diagonal(matrix: Array, number: float) -> None:
+    matrix.reshape(-1)[:: len(matrix) + 1] += number

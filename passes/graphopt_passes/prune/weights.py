@@ -16,8 +16,9 @@ from graphopt_passes.prune.allocate import allocate, allocate_large
 from graphopt_passes.prune.layers import Array, Layer, Wide, Window
 from graphopt_passes.prune.moments import Moments
 from graphopt_passes.prune.request import Allocation, Method, SparsityRequest
+from graphopt_passes.prune.roots import ridge
 from graphopt_passes.prune.samples import Feeds
-from graphopt_passes.prune.solve import Goal, Mask, ridge, solve
+from graphopt_passes.prune.solve import Goal, Mask, solve
 from graphopt_passes.prune.streams import Piece, Streams, cut
 
 ADMM_FROM = 0.9
@@ -26,7 +27,7 @@ LARGE = 16_000_000
 """Weights from which on scores are not held for all layers at once."""
 
 MIN_HELD_BYTES = 1 << 27
-HELD_SHARE = 0.25
+HELD_SHARE = 0.33
 """Values of samples may take this much memory, or this share of what the weights of the model take."""
 
 MASKED_BYTES = 1 << 20
@@ -189,10 +190,11 @@ def prune_fitted(
         streams.run(piece, needed_after(pieces, stops, index), new)
         for layers in by_window(group):
             moments, lost = _seen(layers[0], streams, len(feeds), seed)
-            for layer in layers:
-                if not wanted[layer].removes and not lost:
-                    continue
-                done = _fit(layer, wanted[layer], moments, method, fit=fit)
+            chosen = [layer for layer in layers if wanted[layer].removes or lost]
+            aims = [_aims(layer, moments) for layer in chosen]
+            moments.forget_cross()
+            for layer, aim in zip(chosen, aims, strict=True):
+                done = _fit(layer, wanted[layer], moments, aim, method, fit=fit)
                 found.append(done)
                 new[layer.name] = done.weight
                 if done.bias is not None and layer.bias is not None:
@@ -238,6 +240,7 @@ def _that_fit(
     for index, piece in enumerate(pieces):
         probe.run(piece, needed_after(pieces, stops, index), {})
         most = max(most, probe.bytes_held)
+        release(model)
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
     return feeds[: max(int(max(MIN_HELD_BYTES, HELD_SHARE * weights)) // (2 * most), 1)]
 
@@ -264,21 +267,37 @@ def by_window(group: list[Layer]) -> list[list[Layer]]:
     return list(found.values())
 
 
-def _fit(layer: Layer, goal: Goal, moments: Moments, method: Method, *, fit: bool) -> Pruned:
-    matrix, bias = layer.matrix(), layer.bias_vector()
-    blocks = len(matrix)
-    used = matrix.shape[-1] + (bias is not None)
-    parts = []
-    for block in range(blocks):
-        moment, cross = moments.moment[block][:used, :used], moments.cross[block][:used, :used]
-        weight = matrix[block].astype(moment.dtype)
-        if bias is not None:
-            column = bias.reshape(blocks, -1)[block][:, None].astype(moment.dtype)
-            weight = np.concatenate([weight, column], axis=1)
-        aim = dataclasses.replace(goal, zeros=goal.zeros // blocks, fixed=int(bias is not None))
-        parts.append(_cleaned(*solve(weight, moment, cross, aim, method, fit=fit)))
-    solved = np.stack(parts)
+def _aims(layer: Layer, moments: Moments) -> list[Wide]:
+    """What the dense layer makes of its inputs, against those of the pruned one, W G: by block."""
+    return [
+        weight @ cross[: weight.shape[1], : weight.shape[1]]
+        for weight, cross in zip(_augmented(layer, moments), moments.cross, strict=True)
+    ]
+
+
+def _augmented(layer: Layer, moments: Moments) -> list[Wide]:
+    """The blocks of a matrix in the precision of the moments, the bias as their last column, where there is one."""
+    dtype, bias = moments.moment.dtype, layer.bias_vector()
+    blocks = [block.astype(dtype) for block in layer.matrix()]
     if bias is None:
+        return blocks
+    columns = bias.reshape(len(blocks), -1, 1).astype(dtype)
+    return [np.concatenate(pair, axis=1) for pair in zip(blocks, columns, strict=True)]
+
+
+def _fit(
+    layer: Layer, goal: Goal, moments: Moments, aims: list[Wide], method: Method, *, fit: bool
+) -> Pruned:
+    has_bias = layer.bias_vector() is not None
+    blocks = _augmented(layer, moments)
+    share = dataclasses.replace(goal, zeros=goal.zeros // len(blocks), fixed=int(has_bias))
+    parts = []
+    for weight, moment, aim in zip(blocks, moments.moment, aims, strict=True):
+        used = weight.shape[1]
+        found = solve(weight, moment[:used, :used], aim, share, method, fit=fit)
+        parts.append(_cleaned(*found))
+    solved = np.stack(parts)
+    if not has_bias:
         return _pruned(layer, solved, None)
     return _pruned(layer, solved[..., :-1], solved[..., -1].reshape(-1))
 

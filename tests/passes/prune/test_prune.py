@@ -11,6 +11,7 @@ import onnxruntime as ort
 import pytest
 from graphopt_passes.prune import Prune, weights
 from graphopt_passes.prune.layers import find_layers
+from graphopt_passes.prune.samples import read_feeds
 
 import graphopt
 from graphopt.ir.check import violations
@@ -117,6 +118,35 @@ def test_leaves_the_classifier_dense_and_says_so() -> None:
     missed = {r.node: r.reason for r in ctx.remarks if r.kind is RemarkKind.MISSED}
     assert "it has only 256 weights" in missed["y"]
     assert (model.graph.initializers["w4"].const_value.numpy() != 0).all()  # type: ignore[union-attr]
+
+
+BLOCKS = """g (float[N,16] x) => (float[N,16] y)
+    <float[16,64] up1, float[64,16] down1, float[16,64] up2, float[64,16] down2> {
+    a = MatMul(x, up1)  r = Relu(a)  b = MatMul(r, down1)  s = Add(b, x)
+    c = MatMul(s, up2)  t = Relu(c)  d = MatMul(t, down2)  y = Add(d, s)
+}"""
+
+
+def test_blocks_that_end_in_residual_sums_are_no_classifiers() -> None:
+    assert not any(layer.dense for layer in find_layers(network(BLOCKS).graph))
+
+
+def test_a_classifier_behind_residual_sums_is_one() -> None:
+    text = BLOCKS.replace("y = Add(d, s)", "u = Add(d, s)  y = MatMul(u, head)")
+    text = text.replace("float[N,16] y)", "float[N,4] y)").replace(
+        "<float", "<float[16,4] head, float", 1
+    )
+    found = {layer.name: layer.dense for layer in find_layers(network(text).graph)}
+    assert [name for name, dense in found.items() if dense] == ["head"]
+
+
+@pytest.mark.parametrize(("width", "count"), [(64, 2), (8192, 5)])
+def test_samples_of_large_models_run_few_at_a_time(width: int, count: int) -> None:
+    model = network(
+        f"g (float[N,2048] x) => (float[N,{width}] y) <float[2048,{width}] w> {{ y = MatMul(x, w) }}"
+    )
+    given = [{"x": np.zeros((1, 2048), np.float32)} for _ in range(40)]
+    assert len(read_feeds(model, Calibration(given))) == count
 
 
 def test_leaves_shared_and_named_weights_dense() -> None:

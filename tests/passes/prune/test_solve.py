@@ -13,7 +13,8 @@ from graphopt_passes.prune.allocate import allocate, allocate_large, lamp_scores
 from graphopt_passes.prune.layers import Wide, Window, find_layers
 from graphopt_passes.prune.moments import inputs, output_size, patches
 from graphopt_passes.prune.request import Allocation, Method
-from graphopt_passes.prune.solve import Goal, dense_target, pattern_mask, refit, ridge, solve
+from graphopt_passes.prune.roots import inverse_root, ridge
+from graphopt_passes.prune.solve import Goal, dense_target, pattern_mask, refit, solve
 
 from graphopt.ir.model_file import load_model
 
@@ -83,7 +84,7 @@ class TestSolving:
         weight, x = problem()
         moment = x @ x.T
         mask = Goal(800).mask(np.abs(weight))
-        found = refit(mask, weight, weight, moment, moment)
+        found = refit(mask, weight, weight, moment, weight @ moment)
         damp = ridge(moment)
         for row, keep in enumerate(mask):
             system = moment[np.ix_(keep, keep)] + damp * np.eye(keep.sum())
@@ -95,7 +96,7 @@ class TestSolving:
     def test_dense_target_makes_up_for_wrong_inputs(self) -> None:
         weight, x = problem()
         wrong = 0.5 * x
-        target = dense_target(weight, wrong @ wrong.T, x @ wrong.T)
+        target = dense_target(weight, weight @ x @ wrong.T, inverse_root(wrong @ wrong.T))
         assert np.linalg.norm(target @ wrong - weight @ x) < 0.1 * np.linalg.norm(weight @ x)
 
     def test_each_method_beats_the_one_before(self) -> None:
@@ -103,7 +104,9 @@ class TestSolving:
         moment, goal = x @ x.T, Goal(800)
 
         def made(method: Method, *, fit: bool) -> float:
-            return error(weight, solve(weight, moment, moment, goal, method, fit=fit)[0], x)
+            return error(
+                weight, solve(weight, moment, weight @ moment, goal, method, fit=fit)[0], x
+            )
 
         plain = made(Method.MAGNITUDE, fit=False)
         refitted = made(Method.MAGNITUDE, fit=True)
@@ -116,7 +119,7 @@ class TestSolving:
     @pytest.mark.parametrize("method", [m for m in Method if m is not Method.AUTO])
     def test_keeps_the_bias_and_the_number_of_zeros(self, method: Method) -> None:
         weight, x = problem()
-        found, mask = solve(weight, x @ x.T, x @ x.T, Goal(800, fixed=1), method, fit=True)
+        found, mask = solve(weight, x @ x.T, weight @ x @ x.T, Goal(800, fixed=1), method, fit=True)
         assert mask[:, -1].all()
         assert abs((found == 0).sum() - 800) <= 2
 
@@ -124,15 +127,42 @@ class TestSolving:
     def test_follows_a_pattern(self, method: Method) -> None:
         weight, x = problem(columns=49)
         goal = Goal(pattern=(2, 4), fixed=1)
-        found, _ = solve(weight, x @ x.T, x @ x.T, goal, method, fit=True)
+        found, _ = solve(weight, x @ x.T, weight @ x @ x.T, goal, method, fit=True)
         assert ((found[:, :48].reshape(24, 12, 4) != 0).sum(-1) <= 2).all()
 
     def test_survives_inputs_that_are_never_on(self) -> None:
         weight = problem()[0]
         zero = np.zeros((48, 48))
         for method in (Method.SPARSEGPT, Method.ADMM, Method.WANDA):
-            found, _ = solve(weight, zero, zero, Goal(800), method, fit=True)
+            found, _ = solve(weight, zero, weight @ zero, Goal(800), method, fit=True)
             assert np.isfinite(found).all()
+
+
+class TestRoots:
+    @pytest.mark.parametrize("size", [1, 40, 256, 300, 700])
+    def test_multiply_to_the_inverse(self, size: int) -> None:
+        x = np.random.default_rng(0).standard_normal((size, 2 * size))
+        moment = x @ x.T
+        root = inverse_root(moment)
+        assert not np.tril(root.upper, -1).any()
+        damped = moment + root.damp * np.eye(size)
+        np.testing.assert_allclose(root.upper.T @ root.upper @ damped, np.eye(size), atol=1e-9)
+        right = x[:, :3].T
+        np.testing.assert_allclose(root.solve(right) @ damped, right, atol=1e-9)
+
+    def test_leave_the_moment_as_it_is(self) -> None:
+        moment = np.eye(300)
+        inverse_root(moment)
+        np.testing.assert_array_equal(moment, np.eye(300))
+
+    def test_are_damped_until_they_exist(self) -> None:
+        moment = np.diag([1.0, -0.1])
+        root = inverse_root(moment)
+        assert root.damp > 0.1
+        assert np.isfinite(root.upper).all()
+
+    def test_exist_for_what_is_no_moment(self) -> None:
+        assert np.isfinite(inverse_root(np.diag([1.0, -3000.0])).upper).all()
 
 
 def convolve(
