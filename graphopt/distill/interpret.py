@@ -9,10 +9,12 @@ from typing import Any
 
 import onnx_ir as ir
 
-from graphopt.distill.operators import MICROSOFT, ONLY_MICROSOFT, OPERATORS, Call, Operator, Tensor
+from graphopt.distill.control_flow import CONTROL, Body
+from graphopt.distill.operators import Call, Operator, Tensor, operator_of
 from graphopt.distill.operators.elementwise import tensor_of
 from graphopt.errors import ModelError
-from graphopt.ir import operators, values
+from graphopt.ir import values
+from graphopt.ir.scopes import Scope, dependencies, nested
 
 Watch = Callable[[str, Tensor], Tensor]
 
@@ -23,25 +25,69 @@ class Step:
 
     Attributes:
         site: operator and name, for messages.
-        run: what it does.
+        kind: operator type.
+        run: what it does; None of what runs `bodies`.
         attributes: as Python values.
         reads: names of inputs, "" where one is left out.
         makes: names of outputs, "" where one is not used.
         opset: of its domain.
         dead: names that nothing reads after it.
+        bodies: graphs in its attributes.
     """
 
     site: str
-    run: Operator
+    kind: str
+    run: Operator | None
     attributes: Mapping[str, Any]
     reads: tuple[str, ...]
     makes: tuple[str, ...]
     opset: int
     dead: tuple[str, ...]
+    bodies: Mapping[str, Program]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One graph, ready to run.
+
+    Attributes:
+        inputs: names.
+        outputs: names.
+        constants: initializers by name.
+        steps: in order.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    constants: Mapping[str, Tensor]
+    steps: tuple[Step, ...]
+
+    def run(
+        self, around: Mapping[str, Tensor], given: Mapping[str, Tensor], watch: Watch | None = None
+    ) -> tuple[Tensor, ...]:
+        """The outputs.
+
+        Args:
+            around: values of the graphs that this one lies in.
+            given: inputs, and initializers that differ from those in the model.
+            watch: sees each value when it is made, and may give another to go on with.
+
+        Raises:
+            ModelError: a form of an operator is not known; the message names the node.
+        """
+        live: dict[str, Tensor] = {**around, **self.constants, **given}
+        for step in self.steps:
+            made = _made(step, live)
+            for name, tensor in zip(step.makes, made, strict=False):
+                if name:
+                    live[name] = tensor if watch is None else watch(name, tensor)
+            for name in step.dead:
+                live.pop(name, None)
+        return tuple(live[name] for name in self.outputs)
 
 
 class Interpreter:
-    """Runs the main graph of a model node by node.
+    """Runs a model node by node.
 
     Raises:
         ModelError: an operator, or an element type of a constant, is not known; the message lists them.
@@ -55,14 +101,7 @@ class Interpreter:
                 f"{model.graph.name or 'the model'} cannot be distilled: the interpreter does not know {listed}. "
                 "Distil before quantisation or fusion makes them, or leave --distill out"
             )
-        self.inputs = tuple(value.name or "" for value in model.graph.inputs)
-        self.outputs = tuple(value.name or "" for value in model.graph.outputs)
-        self._steps = _steps(model, frozenset(self.outputs))
-        self._constants = {
-            name: _tensor(name, value.const_value)
-            for name, value in model.graph.initializers.items()
-            if value.const_value is not None
-        }
+        self._program = _program(model, model.graph)
 
     def run(
         self,
@@ -75,30 +114,23 @@ class Interpreter:
         Args:
             feeds: inputs by name; those with a default may be left out.
             weights: initializers that differ from those in the model.
-            watch: sees each value when it is made, and may give another to go on with.
+            watch: sees each value of the main graph when it is made, and may give another to go on with.
 
         Raises:
             ModelError: a form of an operator is not known; the message names the node.
         """
-        live: dict[str, Tensor] = {**self._constants, **weights, **feeds}
-        for step in self._steps:
-            made = _made(step, live)
-            for name, tensor in zip(step.makes, made, strict=False):
-                if name:
-                    live[name] = tensor if watch is None else watch(name, tensor)
-            for name in step.dead:
-                live.pop(name, None)
-        return {name: live[name] for name in self.outputs}
+        made = self._program.run({}, {**weights, **feeds}, watch)
+        return dict(zip(self._program.outputs, made, strict=True))
 
 
 def unsupported(model: ir.Model) -> dict[str, int]:
-    """Operators of the main graph that the interpreter does not know, with their counts."""
+    """Operators that the interpreter does not know, with their counts; calls of local functions are not known."""
     found: Counter[str] = Counter()
-    for node in model.graph:
-        plain = not node.domain and node.op_type in OPERATORS and node.op_type not in ONLY_MICROSOFT
-        contrib = node.domain == operators.MICROSOFT and node.op_type in MICROSOFT
-        if not (plain or contrib) or operators.has_subgraph(node):
-            found[node.op_type] += 1
+    for scope in nested(Scope(model.graph, model.opset_imports)):
+        for node in scope.graph:
+            known = (node.domain == "" and node.op_type in CONTROL) or operator_of(node) is not None
+            if not known:
+                found[node.op_type] += 1
     return dict(found)
 
 
@@ -112,33 +144,44 @@ def _tensor(name: str, tensor: ir.TensorProtocol) -> Tensor:
         ) from error
 
 
-def _steps(model: ir.Model, outputs: frozenset[str]) -> tuple[Step, ...]:
-    nodes = list(model.graph)
-    last: dict[str, int] = {}
-    for index, node in enumerate(nodes):
-        for value in node.inputs:
-            if value is not None and value.name and not values.is_constant(value):
-                last[value.name] = index
+def _program(model: ir.Model, graph: ir.Graph) -> Program:
+    outputs = tuple(value.name or "" for value in graph.outputs)
+    constants = {
+        name: _tensor(name, value.const_value)
+        for name, value in graph.initializers.items()
+        if value.const_value is not None
+    }
+    inputs = tuple(value.name or "" for value in graph.inputs)
+    return Program(inputs, outputs, constants, _steps(model, graph, frozenset(outputs)))
+
+
+def _steps(model: ir.Model, graph: ir.Graph, outputs: frozenset[str]) -> tuple[Step, ...]:
+    nodes = list(graph)
+    reads = [
+        tuple(v.name for v in dependencies(node) if v.name and not values.is_constant(v))
+        for node in nodes
+    ]
+    last = {name: index for index, names in enumerate(reads) for name in names}
     made = []
     for index, node in enumerate(nodes):
-        dead = tuple(
-            name
-            for name in dict.fromkeys(v.name for v in node.inputs if v is not None and v.name)
-            if last.get(name) == index and name not in outputs
-        )
+        names = dict.fromkeys(reads[index])
+        dead = tuple(name for name in names if last[name] == index and name not in outputs)
         made.append(_step(model, node, dead))
     return tuple(made)
 
 
 def _step(model: ir.Model, node: ir.Node, dead: tuple[str, ...]) -> Step:
+    plain = {n: a for n, a in node.attributes.items() if a.type != ir.AttributeType.GRAPH}
     return Step(
         f"{node.op_type} {node.name or (node.outputs[0].name if node.outputs else '')!r}",
-        OPERATORS[node.op_type],
-        {name: _plain(attribute) for name, attribute in node.attributes.items()},
+        node.op_type,
+        operator_of(node),
+        {name: _plain(attribute) for name, attribute in plain.items()},
         tuple("" if value is None else value.name or "" for value in node.inputs),
         tuple(value.name or "" for value in node.outputs),
         model.opset_imports.get(node.domain, 1),
         dead,
+        {n: _program(model, a.as_graph()) for n, a in node.attributes.items() if n not in plain},
     )
 
 
@@ -159,9 +202,18 @@ def _made(step: Step, live: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         sum(1 for name in step.makes if name),
     )
     try:
-        made = step.run(call)
+        made = CONTROL[step.kind](call, _bodies(step, live)) if step.run is None else step.run(call)
     except (NotImplementedError, RuntimeError, KeyError, IndexError) as error:
         raise ModelError(
             f"{step.site}: the interpreter of distillation does not know this form of it ({error}); leave --distill out"
         ) from error
     return made if isinstance(made, tuple) else (made,)
+
+
+def _bodies(step: Step, live: Mapping[str, Tensor]) -> dict[str, Body]:
+    """The graphs of a node as functions, which see what is around them."""
+
+    def body(program: Program) -> Body:
+        return lambda given: program.run(live, dict(zip(program.inputs, given, strict=True)))
+
+    return {name: body(program) for name, program in step.bodies.items()}

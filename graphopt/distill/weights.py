@@ -42,6 +42,11 @@ _TRAINED: dict[str, tuple[int, ...]] = {
     "Gather": (0,),
     "BiasGelu": (1,),
     "FastGelu": (1,),
+    "FusedConv": (1, 2),
+    "MultiHeadAttention": (3,),
+    "RNN": (1, 2, 3),
+    "GRU": (1, 2, 3),
+    "LSTM": (1, 2, 3),
 }
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
 _INTEGERS = (ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT32)

@@ -150,6 +150,121 @@ def test_operators_on_images_compute_what_the_runtime_computes(node: str) -> Non
     agree(f"g (float[2,8,7,7] x) => (float y) <{IMAGE_CONSTANTS}> {{ {node} }}", {"x": x})
 
 
+RECURRENT = """float[6] h0, float[2,5,12] wr, float[2,5,5] rr, float[2,10] br, float[2,15,12] wg, float[2,15,5] rg,
+    float[2,30] bg, float[2,20,12] wl, float[2,20,5] rl, float[2,40] bl, float[2,15] pl, float[1,15,12] w1,
+    float[1,15,5] r1, float[2,3,5] s"""
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        'y, h = RNN<hidden_size=5, direction="bidirectional">(x, wr, rr, br)',
+        'y, h = RNN<hidden_size=5, direction="bidirectional", activations=["Relu", "Tanh"]>(x, wr, rr)',
+        'y, h = GRU<hidden_size=5, direction="bidirectional", linear_before_reset=1>(x, wg, rg, bg, , s)',
+        'y, h = GRU<hidden_size=5, direction="bidirectional">(x, wg, rg, bg)',
+        'y, h = GRU<hidden_size=5, direction="reverse">(x, w1, r1)',
+        'y, h, c = LSTM<hidden_size=5, direction="bidirectional">(x, wl, rl, bl, , s, s)',
+        'y, h, c = LSTM<hidden_size=5, direction="bidirectional">(x, wl, rl, bl, , s, s, pl)',
+    ],
+)
+def test_recurrent_operators_compute_what_the_runtime_computes(node: str) -> None:
+    x = np.random.default_rng(0).standard_normal((4, 3, 12)).astype(np.float32)
+    agree(f"g (float[4,3,12] x) => (float y, float h) <{RECURRENT}> {{ {node} }}", {"x": x})
+
+
+HEADS = "float[2,3,3,4] past, float[3,6] mask, bool[3,3] seen = {1,0,0,1,1,0,1,1,1}, float[3,3] add, float[8,2] cos, "
+HEADS += "float[8,2] sin, float[8,1] cos1, float[8,1] sin1, float[36] bias, int64[2,3] at = {3,1,0,7,2,5}, "
+HEADS += "int64[1] from = {2}"
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        "y = Attention<q_num_heads=3, kv_num_heads=3>(x, x, x)",
+        "y = Attention<q_num_heads=3, kv_num_heads=3, is_causal=1, softcap=2.0>(x, x, x)",
+        "y = Attention<q_num_heads=3, kv_num_heads=3>(x, x, x, seen)",
+        "y = Attention<q_num_heads=3, kv_num_heads=3, scale=0.3>(x, x, x, add)",
+        "y, k, v = Attention<q_num_heads=3, kv_num_heads=3, is_causal=1>(x, x, x, , past, past)",
+        "y = RotaryEmbedding<num_heads=3>(x, cos, sin, at)",
+        "y = RotaryEmbedding<num_heads=3, interleaved=1>(x, cos, sin, at)",
+        "y = RotaryEmbedding<num_heads=3, rotary_embedding_dim=2>(x, cos1, sin1, at)",
+        "y = com.microsoft.RotaryEmbedding(x, at, cos, sin)",
+        "y = com.microsoft.RotaryEmbedding<interleaved=1>(x, from, cos, sin)",
+        "y = com.microsoft.MultiHeadAttention<num_heads=3>(x, x, x, bias)",
+        "y = com.microsoft.MultiHeadAttention<num_heads=3, unidirectional=1, scale=0.3>(x, x, x)",
+        "c = CastLike(at, x) d = ReduceMean<keepdims=0>(c) y = Mul(x, d)",
+    ],
+)
+def test_attention_computes_what_the_runtime_computes(node: str) -> None:
+    x = np.random.default_rng(0).standard_normal((2, 3, 12)).astype(np.float32)
+    text = '<ir_version: 10, opset_import: ["" : 23, "com.microsoft" : 1]> g (float[2,3,12] x) => (float[2,3,12] y)'
+    agree(f"{text} <{HEADS}> {{ {node} }}", {"x": x})
+
+
+@pytest.mark.parametrize(
+    "activation", ['"Relu"', '"Sigmoid"', '"LeakyRelu", activation_params=[0.2]', '"Tanh"']
+)
+def test_fused_convolutions_compute_what_the_runtime_computes(activation: str) -> None:
+    node = f"y = com.microsoft.FusedConv<activation={activation}>(x, w, b4)"
+    x = np.random.default_rng(0).standard_normal((2, 8, 7, 7)).astype(np.float32)
+    text = '<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]> g (float[2,8,7,7] x) => (float y)'
+    agree(f"{text} <{IMAGE_CONSTANTS}> {{ {node} }}", {"x": x})
+
+
+CONTROL = {
+    "if": """z = ReduceSum<keepdims=0>(x)  zero = Constant<value_float=0.0>()  c = Greater(z, zero)
+        a = Mul(x, w)
+        y = If(c) <then_branch = t () => (p) { p = Add(a, x) }, else_branch = e () => (p) { p = Mul(a, x) }>""",
+    "loop": """n = Constant<value_int=3>()  go = Constant<value = bool {1}>()
+        y, rows = Loop(n, go, x) <body = b (int64 i, bool c, float[2,6] s) => (bool d, float[2,6] t, float[2,6] r) {
+            d = Identity(c)  t = Mul(s, w)  r = Add(t, x) }>""",
+    "while": """n = Constant<value_int=9>()  go = Constant<value = bool {1}>()  two = Constant<value_int=2>()
+        y = Loop(n, go, x) <body = b (int64 i, bool c, float[2,6] s) => (bool d, float[2,6] t) {
+            d = Less(i, two)  t = Mul(s, w) }>""",
+    "scan": """f = Constant<value_floats=[0.0,0.0]>()
+        q, y = Scan<num_scan_inputs=1, scan_input_axes=[1], scan_input_directions=[1], scan_output_axes=[1],
+            scan_output_directions=[1],
+            body = b (float[2] s, float[2] c) => (float[2] t, float[2] r) { t = Add(s, c)  r = Tanh(t) }>(f, x)""",
+}
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("kind", list(CONTROL))
+def test_control_flow_computes_what_the_runtime_computes(kind: str, sign: int) -> None:
+    x = sign * np.abs(np.random.default_rng(0).standard_normal((2, 6))).astype(np.float32)
+    agree(f"g (float[2,6] x) => (float[2,6] y) <float[6] w> {{ {CONTROL[kind]} }}", {"x": x})
+
+
+def test_gradients_pass_through_branches() -> None:
+    text = f"g (float[2,6] x) => (float[2,6] y) <float[6] w> {{ {CONTROL['if']} }}"
+    weight = torch.ones(6, requires_grad=True)
+    made = Interpreter(load_model(parse(text))).run({"x": torch.ones(2, 6)}, {"w": weight})
+    made["y"].sum().backward()
+    assert weight.grad is not None
+    assert bool((weight.grad == 2).all())
+
+
+def test_loops_that_make_no_turn_have_no_rows() -> None:
+    text = f"g (float[2,6] x) => (float[2,6] y) <float[6] w> {{ {CONTROL['loop']} }}"
+    model = load_model(parse(text.replace("value_int=3", "value_int=0")))
+    with pytest.raises(ModelError, match="does not know this form"):
+        Interpreter(model).run({"x": torch.ones(2, 6)}, {})
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        "y, h = GRU<hidden_size=5, clip=1.0>(x, w1, r1)",
+        'y, h = GRU<hidden_size=5, activations=["Sigmoid", "Softsign"]>(x, w1, r1)',
+        'y, h, c = LSTM<hidden_size=5, direction="bidirectional", input_forget=1>(x, wl, rl)',
+    ],
+)
+def test_refuses_forms_of_recurrent_operators(node: str) -> None:
+    text = f"g (float[4,3,12] x) => (float y, float h) <{RECURRENT}> {{ {node} }}"
+    with pytest.raises(ModelError, match="does not know this form"):
+        Interpreter(load_model(parse(text))).run({"x": torch.ones(4, 3, 12)}, {})
+
+
 def test_knows_sixty_operators() -> None:
     assert len(OPERATORS) >= 60
 

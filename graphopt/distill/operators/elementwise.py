@@ -112,10 +112,19 @@ def _hard_sigmoid(call: Call) -> Tensor:
 
 
 def _cast(call: Call) -> Tensor:
-    wanted = dtype_of(call.attributes["to"])
-    if call.x.is_floating_point() and not wanted.is_floating_point and wanted != torch.bool:
-        return torch.trunc(call.x).to(wanted)
-    return call.x.to(wanted)
+    return _cast_to(call.x, dtype_of(call.attributes["to"]))
+
+
+def _cast_to(x: Tensor, wanted: Any) -> Tensor:  # noqa: ANN401  torch.dtype
+    if x.is_floating_point() and not wanted.is_floating_point and wanted != torch.bool:
+        return torch.trunc(x).to(wanted)
+    return x.to(wanted)
+
+
+def _cast_like(call: Call) -> Tensor:
+    like = call.inputs[1]
+    assert like is not None
+    return _cast_to(call.x, like.dtype)
 
 
 def _mean(call: Call) -> Tensor:
@@ -198,6 +207,7 @@ OPERATORS: Mapping[str, Operator] = {
     "Mod": _mod,
     "Where": lambda call: torch.where(*call.inputs),
     "Cast": _cast,
+    "CastLike": _cast_like,
     "Clip": _clip,
     "PRelu": _prelu,
     "Gelu": _gelu,

@@ -62,6 +62,29 @@ def conv(call: Call) -> Tensor:
     return _CONV[rank](x, weight, call.at(2), strides, even, dilations, group)
 
 
+_AFTER = {
+    "Relu": torch.relu,
+    "Sigmoid": torch.sigmoid,
+    "Tanh": torch.tanh,
+}
+
+
+def _fused_conv(call: Call) -> Tensor:
+    """FusedConv of com.microsoft: a convolution, a sum, an activation."""
+    kind, bounds = call.get("activation", ""), call.get("activation_params", [])
+    made = conv(call)
+    made = made if call.at(3) is None else made + call.inputs[3]
+    if kind in _AFTER:
+        return _AFTER[kind](made)
+    if kind == "LeakyRelu":
+        return functional.leaky_relu(made, *bounds)
+    if kind == "Clip":
+        return made.clamp(*bounds)
+    if kind:
+        raise NotImplementedError(f"activation {kind}")
+    return made
+
+
 def _conv_transpose(call: Call) -> Tensor:
     weight = call.inputs[1]
     assert weight is not None
@@ -214,39 +237,13 @@ def _lrn(call: Call) -> Tensor:
     return call.x / scale.pow(call.get("beta", 0.75))
 
 
-def _attention(call: Call) -> Tensor:
-    """Attention of opset 23 without a cache, on split or unsplit heads."""
-    if any(call.at(index) is not None for index in (4, 5, 6)) or call.outputs > 1:
-        raise NotImplementedError("past keys and further outputs")
-    if call.get("softcap", 0.0) or call.get("is_causal", 0):
-        raise NotImplementedError("softcap and is_causal")
-    q, k, v = call.inputs[:3]
-    assert q is not None
-    assert k is not None
-    assert v is not None
-    flat = q.dim() == 3
-    if flat:
-        heads, kv = call.attributes["q_num_heads"], call.attributes["kv_num_heads"]
-        q, k, v = (
-            each.reshape(*each.shape[:2], count, -1).transpose(1, 2)
-            for each, count in ((q, heads), (k, kv), (v, kv))
-        )
-    if k.shape[1] != q.shape[1]:
-        k, v = (each.repeat_interleave(q.shape[1] // each.shape[1], 1) for each in (k, v))
-    scores = q @ k.transpose(-1, -2) * call.get("scale", q.shape[-1] ** -0.5)
-    mask = call.at(3)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    made = torch.softmax(scores, -1) @ v
-    return made.transpose(1, 2).flatten(2) if flat else made
-
-
 def _einsum(call: Call) -> Tensor:
     return torch.einsum(call.attributes["equation"].replace(" ", ""), *call.inputs)
 
 
 OPERATORS: Mapping[str, Operator] = {
     "Conv": conv,
+    "FusedConv": _fused_conv,
     "ConvTranspose": _conv_transpose,
     "Gemm": _gemm,
     "MatMul": lambda call: torch.matmul(call.inputs[0], call.inputs[1]),
@@ -265,5 +262,4 @@ OPERATORS: Mapping[str, Operator] = {
     "SkipLayerNormalization": lambda call: _skip_norm(call, center=True),
     "SkipSimplifiedLayerNormalization": lambda call: _skip_norm(call, center=False),
     "LRN": _lrn,
-    "Attention": _attention,
 }
