@@ -18,11 +18,12 @@ import onnx_ir as ir
 
 from graphopt.ir import values
 from graphopt.ir.build import Builder
-from graphopt.ir.shapes import Dim
+from graphopt.ir.shapes import Dim, is_cut_to
 from graphopt.rewrite import Either, Lit, Match, Op, Rule, Skip, Var, rule
 from graphopt_passes.bands import Band, visible
 from graphopt_passes.constants import live_uses, no_operator
 from graphopt_passes.masks import HARMLESS, Reach, lowest, reach_of
+from graphopt_passes.repeats import unrepeated
 
 OPSETS = (7, 10_000)
 """Opsets of multidirectional broadcasting; before 13, Softmax over the last axis alone is the same."""
@@ -161,9 +162,15 @@ def _mask(m: Match, g: Builder) -> ir.Value | None:
     which = m[keep] if m.has(kept) else m[drop]
     _refuse_shape(m, which)
     reach = _reach_of_choice(m, which)
-    if reach is None or _is_kept(m, reach):
+    if reach is None or not _sees_itself(m, which):
+        if reach is not None and not _is_kept(m, reach):
+            return _instead_of_choice(m, g, which, reach)
         _refuse_masked_rows(m, which, reach)
-        return which if m.has(kept) else g.op("Not", which)
+    return which if m.has(kept) else g.op("Not", which)
+
+
+def _instead_of_choice(m: Match, g: Builder, which: ir.Value, reach: Reach) -> ir.Value:
+    """An added mask that does what the choice does, also in rows of which nothing is kept."""
     low = ABSORBING if _may_be_even(m, reach) else -math.inf
     number, zero = (g.const(np.asarray(n, np.float32)) for n in (low, 0.0))
     added = g.op("Where", which, *((zero, number) if m.has(kept) else (number, zero)))
@@ -185,7 +192,8 @@ def _added_mask(m: Match, g: Builder, value: ir.Value) -> ir.Value:
             value = _steady(m, g, m[mask], value)
         else:
             _refuse_masked_rows(m, value, reach)
-    return value if dims[-2] == whole[-2] else _over_queries(m, g, value, whole[-2])
+    once = dims[-2] == 1 and whole[-2] != 1
+    return _over_queries(m, g, value, whole[-2]) if once else value
 
 
 def _may_be_even(m: Match, reach: Reach) -> bool:
@@ -197,6 +205,8 @@ def _may_be_even(m: Match, reach: Reach) -> bool:
 def _sees_itself(m: Match, hidden: ir.Value) -> bool:
     """Whether each query sees the key at its own place, so that no row is masked throughout."""
     band, square = visible(m, hidden), m.known_dims(q)[-2] == m.known_dims(k_t)[-1]
+    if band is not None and m.has(dropped):
+        band = band.outside()
     return square and band is not None and band.within(Band(0, 0)) == Band(0, 0)
 
 
@@ -304,7 +314,7 @@ def share_repeated_heads(m: Match, g: Builder) -> ir.Value | None:
     As torch.export writes grouped attention at opset 23.  Source: Attention-23.
     """
     node = m[given]
-    found = [_unrepeated(m, m[each]) for each in (all_keys, all_values)]
+    found = [unrepeated(m, m[each]) for each in (all_keys, all_values)]
     if found[0] is None or found[1] is None or m.attr(node, "q_num_heads", 0):
         return None
     if len(node.outputs) > 1 or any(v is not None for v in node.inputs[4:]):
@@ -329,63 +339,11 @@ def _shares(queries: tuple[Dim, ...], keys: tuple[Dim, ...]) -> bool:
 
 def _ungrouped(m: Match, key: ir.Value, value: ir.Value) -> tuple[ir.Value, ir.Value]:
     """Keys and values before their heads were repeated, where both were alike: `repeat_kv` of grouped attention."""
-    found = [_unrepeated(m, each) for each in (key, value)]
+    found = [unrepeated(m, each) for each in (key, value)]
     if None in found:
         return key, value
     keys, vals = (each for each in found if each is not None)
     return (keys, vals) if m.known_dims(keys)[:2] == m.known_dims(vals)[:2] else (key, value)
-
-
-def _unrepeated(m: Match, value: ir.Value) -> ir.Value | None:
-    """[B, G, L, D] before each head was repeated, however that is spelled; None where it was not."""
-    node = _maker(value)
-    if node is None or node.domain:
-        return None
-    if node.op_type == "Gather":
-        return _of_repeating_gather(m, node)
-    if node.op_type == "Expand" and node.inputs[0] is not None:
-        one, whole = m.dims(node.inputs[0]), m.dims(value)
-        single = one is not None and len(one) == 4 and one[1] == 1
-        if (
-            single
-            and whole is not None
-            and one is not None
-            and whole == (one[0], whole[1], *one[2:])
-        ):
-            return node.inputs[0]
-    return _of_repeated_axis(m, value)
-
-
-def _of_repeating_gather(m: Match, node: ir.Node) -> ir.Value | None:
-    """The source of `Gather(k, [0, 0, 1, 1, …], axis=1)`: `repeat_interleave` as torch.export spells it."""
-    source, data = node.inputs[0], values.array(node.inputs[1])
-    dims = None if source is None else m.dims(source)
-    if dims is None or data is None or len(dims) != 4 or dims[1].value is None or data.ndim != 1:
-        return None
-    few = dims[1].value
-    if int(m.attr(node, "axis", 0)) % 4 != 1 or few == 0 or data.size % few:
-        return None
-    return source if np.array_equal(data, np.arange(few).repeat(data.size // few)) else None
-
-
-def _of_repeated_axis(m: Match, value: ir.Value) -> ir.Value | None:
-    """[B, G, L, D] out of `Reshape(Expand(Unsqueeze(k, 2), [B, G, n, L, D]), [B, G n, L, D])`, Tile for Expand too."""
-    node = _maker(value)
-    inner = node.inputs[0] if node is not None and node.op_type == "Reshape" else value
-    spread = _maker(inner)
-    if inner is None or spread is None or spread.op_type not in ("Expand", "Tile"):
-        return None
-    lift = _maker(spread.inputs[0])
-    if lift is None or lift.op_type not in ("Unsqueeze", "Reshape") or lift.inputs[0] is None:
-        return None
-    wide, dims, whole = m.dims(inner), m.dims(lift.inputs[0]), m.dims(value)
-    if wide is None or dims is None or whole is None or len(wide) != 5 or len(dims) != 4:
-        return None
-    lifted = m.known_dims(lift.outputs[0])
-    if lifted != (*dims[:2], Dim.of(1), *dims[2:]) or wide != (*dims[:2], wide[2], *dims[2:]):
-        return None
-    repeated = (dims[0], dims[1] * wide[2], *dims[2:])
-    return lift.inputs[0] if value is inner or whole == repeated else None
 
 
 def _maker(value: ir.Value | None) -> ir.Node | None:
@@ -423,11 +381,14 @@ def _refuse_shape(m: Match, value: ir.Value, *, over_queries: bool = False) -> N
     queries, keys = m.known_dims(q), m.known_dims(k_t)
     whole = (*queries[:-1], keys[-1])
     # The operator's text lets the last two broadcast as well; ONNX Runtime 1.31 refuses that.
-    ends = len(shape) > 1 and shape[-1] == whole[-1]
-    ends = ends and (shape[-2] == whole[-2] or (over_queries and shape[-2] == 1 and _varies(m)))
+    ends = len(shape) > 1 and is_cut_to(shape[-1], whole[-1])
+    ends = ends and (
+        is_cut_to(shape[-2], whole[-2]) or (over_queries and shape[-2] == 1 and _varies(m))
+    )
     if not ends or len(shape) > 4:
         raise Skip(f"the mask {_text(shape)} does not end in [S, L] = {_text(whole[-2:])}", value)
-    if any(a not in (1, b) for a, b in zip(shape[-3::-1], whole[-3::-1], strict=False)):
+    pairs = zip(shape[-3::-1], whole[-3::-1], strict=False)
+    if any(a != 1 and not is_cut_to(a, b) for a, b in pairs):
         raise Skip("the mask broadens the scores", value)
     if len(shape) > len(whole):
         raise Skip("the mask broadens the scores", value)
@@ -488,7 +449,7 @@ def _of_folded_heads(m: Match, maker: ir.Node) -> ir.Value | None:
         return None
     if dims == wanted:
         return source
-    grouped = len(dims) == 5 and _unrepeated(m, source) is not None
+    grouped = len(dims) == 5 and unrepeated(m, source) is not None
     return source if grouped and (dims[0], dims[1] * dims[2]) == wanted[:2] else None
 
 

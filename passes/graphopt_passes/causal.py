@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.ir.build import Builder
-from graphopt.ir.shapes import Dim
+from graphopt.ir.shapes import Dim, is_cut_to
 from graphopt.rewrite import Match, Op, Rule, Skip, Var, rule
 from graphopt_passes.bands import ALL, CAUSAL, Band, visible
 
@@ -93,7 +93,7 @@ def _is_square(m: Match, node: ir.Node) -> bool:
     axis = 1 if len(m.known_dims(q)) == 3 else 2
     size = m.known_dims(q)[axis]
     given = node.inputs[3] if len(node.inputs) > 3 else None
-    whole = given is None or m.known_dims(given)[-2:] == (size, size)
+    whole = given is None or all(is_cut_to(dim, size) for dim in m.known_dims(given)[-2:])
     return whole and m.known_dims(k)[axis] == size
 
 

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from graphopt.ir import values
 from graphopt.ir.build import Builder
-from graphopt.ir.shapes import Dim
+from graphopt.ir.shapes import Dim, is_cut_to
 from graphopt.rewrite import Either, Match, Op, Rule, Skip, Var, rule
 from graphopt_passes.angles import single_angles
 from graphopt_passes.constants import no_operator
@@ -189,11 +189,17 @@ class _Layout:
         if len(dims) not in (3, 4) or width is None:
             raise Skip("not [B, H, S, D], [B, S, H, D] or [B, S, D]", source)
         fits = len(own) > 1 and own[-1] == (width if doubled else width // 2)
-        if fits and len(dims) == 3 and own[-2] == dims[1]:
+        if fits and len(dims) == 3 and is_cut_to(own[-2], dims[1]):
             return _Layout(dims[0], dims[1], Dim.of(1), 3, width, source)
-        if fits and len(dims) == 4 and own[-2] == dims[2] and (len(own) < 3 or own[-3] == 1):
+        if (
+            fits
+            and len(dims) == 4
+            and is_cut_to(own[-2], dims[2])
+            and (len(own) < 3 or own[-3] == 1)
+        ):
             return _Layout(dims[0], dims[2], None, 4, width, source)
-        apart = fits and len(dims) == 4 and len(own) > 2 and own[-2] == 1 and own[-3] == dims[1]
+        apart = fits and len(dims) == 4 and len(own) > 2 and own[-2] == 1
+        apart = apart and is_cut_to(own[-3], dims[1])
         if apart and dims[2].is_static:
             return _Layout(dims[0], dims[1], dims[2], 4, width, source)
         raise Skip("the angles are not one per position and pair", angles)

@@ -274,3 +274,45 @@ def test_softmax_in_single_precision_on_other_targets(target: str, fuses: bool) 
     assert bool(made) is fuses
     assert all("softmax_precision" not in node.attributes for node in made)
     assert fuses or any("softmax in float32" in remark.reason for remark in ctx.remarks)
+
+
+TRIANGLE = "bool[4,4] table = {1,0,0,0, 1,1,0,0, 1,1,1,0, 1,1,1,1}"
+CORNER = (
+    "size = Shape<start=2, end=3>(q) sizes = Concat<axis=0>(size, size) z2 = Identity(z)"
+    " m = Slice(table, z2, sizes, axes)"
+)
+SQUARE = "float[B,2,S,4] q, float[B,2,S,4] k, float[B,2,S,4] v"
+
+
+@pytest.mark.parametrize(
+    "choice", ["w = Where(m, a, low)", "h = Not(m) w = Where(h, low, a)"], ids=["kept", "dropped"]
+)
+@pytest.mark.parametrize("number", ["-3.4028234663852886e+38", "-inf"])
+def test_choice_by_a_causal_table_cut_to_the_length(choice: str, number: str) -> None:
+    """As GPT-2 cuts its triangle; a query sees itself, so that no row is masked throughout, and no guard is needed."""
+    proto = parse(
+        f"g ({SQUARE}) => (float[B,2,S,4] y) <{TRIANGLE}, int64[2] z = {{0, 0}}, int64[2] axes = {{0, 1}},"
+        f" float low = {{{number}}}> {{ {CORNER} {KT} a = MatMul(q, t) {choice} p = Softmax(w) y = MatMul(p, v) }}",
+        opset=23,
+    )
+    model = ir.from_proto(proto)
+    apply(attention.RULES, model)
+    kinds = [node.op_type for node in model.graph]
+    assert "Attention" in kinds
+    assert "ReduceMax" not in kinds
+    for size in (1, 3, 4):
+        feeds = make_feeds(proto, 0, dim=size)
+        np.testing.assert_allclose(
+            run(ir.to_proto(model), feeds)[0], run(proto, feeds)[0], rtol=1e-4, atol=1e-6
+        )
+
+
+def test_choice_by_a_table_of_one_stays() -> None:
+    """One flag for all broadcasts: it does not say that there is one query."""
+    _check(
+        f"g ({SQUARE}) => (float[B,2,S,4] y) <bool[1,1] table = {{1}}, int64[2] z = {{0, 0}},"
+        f" int64[2] axes = {{0, 1}}, float low = {{-1e30}}> {{ {CORNER} {KT} a = MatMul(q, t)"
+        " w = Where(m, a, low) p = Softmax(w) y = MatMul(p, v) }",
+        missed="does not end in [S, L]",
+        opset=23,
+    )

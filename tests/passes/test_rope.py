@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import onnx_ir as ir
 import pytest
 from graphopt_passes import rope
 
-from tests.rewriting import check
+from graphopt.numerics import Numerics
+from tests.rewriting import apply, check, compare, make_feeds, parse, run
 
 X = "float[B,2,S,4] x"
 HALVES = {
@@ -273,4 +275,33 @@ def test_partial_rotation_by_split() -> None:
         f"{PARTIAL} <int64[2] sizes = {{4, 2}}> {{ h, t = Split<axis=-1>(x, sizes) r = RotaryEmbedding(h, c, s)"
         " y = Concat<axis=-1>(r, t) }",
         f"{PARTIAL} {{ y = RotaryEmbedding<rotary_embedding_dim=4>(x, c, s) }}",
+    )
+
+
+CUT = (
+    "size = Shape<start=2, end=3>(x) c0 = Slice(table, zero, size, zero) c = Cos(c0) "
+    "s0 = Slice(table, zero, size, zero) s = Sin(s0)"
+)
+
+
+def test_angles_cut_out_of_a_table_by_the_length() -> None:
+    """Of a table of three, more than three positions have no angles: the product with S positions says S <= 3."""
+    proto = parse(
+        f"g ({X}) => (float[B,2,S,4] y) <{INTS}, {TABLE}> {{ {CUT} {HALVES['split']} {TURN} }}",
+        opset=23,
+    )
+    model = ir.from_proto(proto)
+    apply(rope.RULES, model)
+    assert "RotaryEmbedding" in [node.op_type for node in model.graph]
+    for positions in (1, 2, 3):
+        feeds = make_feeds(proto, 0, dim=positions)
+        compare(run(proto, feeds), run(ir.to_proto(model), feeds), Numerics.REORDERED, 1e-5)
+
+
+def test_angles_out_of_a_table_of_one_position_stay() -> None:
+    """One angle for any number of positions broadcasts: it is not one per position."""
+    _check(
+        f"g ({X}) => (float[B,2,S,4] y) <{INTS}, float[1,4] table = {{0.1, 0.2, 0.1, 0.2}}>"
+        f" {{ {CUT} {HALVES['split']} {TURN} }}",
+        missed="the angles are not one per position and pair",
     )

@@ -266,9 +266,9 @@ def broadcast(a: DimLike, b: DimLike) -> Dim:
         return a
     if b.is_static:
         return b
-    if _is_capped(a, b):
+    if is_cut_to(a, b):
         return b
-    if _is_capped(b, a):
+    if is_cut_to(b, a):
         return a
     # An operand that is itself a broadcast joins in: the order of additions does not matter.
     operands = frozenset((*_operands(a), *_operands(b)))
@@ -276,8 +276,10 @@ def broadcast(a: DimLike, b: DimLike) -> Dim:
     return min(big, key=str) if big else _atom(Call("broadcast", operands))
 
 
-def _is_capped(a: Dim, b: Dim) -> bool:
-    """Whether a = min(c, b), c > 1 (a table cut to b positions): where that broadcasts with b, both are equal."""
+def is_cut_to(a: Dim, b: Dim) -> bool:
+    """Whether a is b where they broadcast: a = b, or a = min(c, b), c > 1, the length of a table cut to b positions."""
+    if a == b:
+        return True
     atom = a._single_atom()  # noqa: SLF001 - this module is the class
     if not isinstance(atom, Call) or atom.op != "min" or b not in atom.args:
         return False
