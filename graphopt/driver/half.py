@@ -12,11 +12,11 @@ from graphopt.runtime.emulate import emulate, has_halves
 from graphopt.targets import Precision
 from graphopt.verify.budget import budget_for
 from graphopt.verify.compare import Budget
+from graphopt.verify.feeds import LARGE
 from graphopt.verify.verifier import ReferenceRun, Verification, VerifyOptions
 
 HALVES = (Precision.FP16, Precision.BF16)
 ROUNDED = (*HALVES, Precision.FP16_WEIGHTS)
-LARGE = "large"
 REPORTED = Budget(agreement=None)
 """Differences are measured and shown, and gate nothing."""
 UNJUDGED = (

@@ -46,7 +46,8 @@ _OVERRIDE_BYTES = 1 << 26  # overriding larger defaults would only test the copy
 MAX_SEEKS = 40
 """Feeds tried for the sake of a branch that no other feed takes."""
 
-_SCALED = (Variation("zeros", 0.0), Variation("large", 30.0), Variation("tiny", 1e-4))
+LARGE = "large"
+_SCALED = (Variation("zeros", 0.0), Variation(LARGE, 30.0), Variation("tiny", 1e-4))
 
 HUGE = "huge"
 _SMALL = Variation("small", 2e-3)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from graphopt.errors import GraphoptError
 from graphopt.ir.hazards import holds_endless
+from graphopt.ir.model_file import load_model
+from graphopt.runtime.emulate import emulate
 from graphopt.runtime.in_memory import model_session
 from graphopt.runtime.session import EndlessError, Session, SessionOptions
 from graphopt.verify.kept import kept_values
@@ -61,6 +63,7 @@ class ReferenceSession:
         self._shown = tuple(dict.fromkeys((*taps, *found.outer)))
         self.conditions = found
         self._session: Session | None = None
+        self._emulated: Session | None = None
         names = (*self._shown, found.ways)
         self._kept = kept_values(kept, found.model or graph, names)
         # What graphs within nodes decide can only be told where the runtime takes the model that says it.
@@ -120,6 +123,16 @@ class ReferenceSession:
             raise
         finally:
             self._slowest = max(self._slowest, time.monotonic() - started)
+
+    def rounded(self, feed: Feed) -> dict[str, Any]:
+        """The outputs in true half precision, by emulation: `run` computes in float32 and drops casts.
+
+        Raises:
+            GraphoptError: the emulation does not run.
+        """
+        if self._emulated is None:
+            self._emulated = model_session(emulate(load_model(self._model)), (), self._seconds)
+        return self._emulated.run(feed.values)
 
     def beside(
         self, candidate: Path | bytes | ir.Model, graph: ir.Model, taps: tuple[str, ...]

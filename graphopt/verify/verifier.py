@@ -19,6 +19,7 @@ from graphopt.errors import GraphoptError, ModelError, OptionError
 from graphopt.ir.hazards import fatal_constants
 from graphopt.ir.model_file import load_model
 from graphopt.numerics import Numerics
+from graphopt.runtime.emulate import HALVES
 from graphopt.runtime.session import OptimizationLevel, Session
 from graphopt.runtime.specs import Kind, input_specs, output_specs
 from graphopt.verify import contract, metrics, noise, origins
@@ -27,7 +28,7 @@ from graphopt.verify.compare import Hint, Origin, OutputReport, compare, merge, 
 from graphopt.verify.criteria import Criteria, MetricReport, worst
 from graphopt.verify.declared import stale_shape, stated_shapes
 from graphopt.verify.empties import takes_empty
-from graphopt.verify.feeds import HUGE, STRESS, Dropped, Feed, find_feeds
+from graphopt.verify.feeds import HUGE, LARGE, STRESS, Dropped, Feed, find_feeds
 from graphopt.verify.origins import scale_floor
 from graphopt.verify.reference import ReferenceSession
 from graphopt.verify.trial import Trial, shared_taps
@@ -210,8 +211,7 @@ class ReferenceRun:
         In half precision nothing is EXACT here: ONNX Runtime on the CPU computes it in float32 and rounds where one
         kernel hands over to the next, so that removing an Identity moves the last place.
         """
-        halves = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-        exact = options.numerics is Numerics.EXACT and self.dtype in halves
+        exact = options.numerics is Numerics.EXACT and self._is_half()
         return profile_for(
             Numerics.REORDERED if exact else options.numerics,
             depth=self.depth,
@@ -354,7 +354,8 @@ class ReferenceRun:
         """A failure on one feed, passed after all where the reference is as uncertain itself."""
         if profile.numerics is not Numerics.REORDERED:
             return report
-        stress = self.feeds[index].name.split(",")[0] == HUGE
+        kind = self.feeds[index].name.split(",")[0]
+        stress = kind == HUGE or (kind == LARGE and self._is_half())
         if not stress and not noise.may_explain(report):
             return report
         if index not in self._noises:
@@ -368,13 +369,22 @@ class ReferenceRun:
         return Hint(made.origin, scores, made.axis, floor)
 
     def _noise(self, index: int) -> dict[str, float]:
-        """How far each float output moves when float inputs move by one unit in the last place of float32."""
+        """How far each float output moves when float inputs move by one unit in the last place of float32.
+
+        In half precision, how far it moves when each value is really rounded, as a graph of halves says.
+        """
         values = noise.nudged(self.feeds[index].values, self.feeds[0].values)
         try:
-            moved = self._session.run(Feed("nudged", values))
+            if self._is_half():
+                moved = self._session.rounded(self.feeds[index])
+            else:
+                moved = self._session.run(Feed("nudged", values))
         except GraphoptError:
             return {}
         return noise.movement(self.outputs[index], moved)
+
+    def _is_half(self) -> bool:
+        return self.dtype in HALVES
 
     def _deployed(
         self, candidate: Path | bytes | ir.Model, options: VerifyOptions
