@@ -14,6 +14,7 @@ from graphopt.driver.request import Request
 from graphopt.emit import finalize
 from graphopt.emit.sparse import SparseFacts, is_apart, sparse_form
 from graphopt.errors import PassError, TargetError
+from graphopt.ir import collector
 from graphopt.ir.model_file import ExternalData, load_model, save_model
 from graphopt.numerics import Numerics
 from graphopt.pipeline import PassRun, run_pipeline
@@ -71,6 +72,11 @@ def attempt(
     Raises:
         GraphoptError: whatever loading, a pass or the target's limits have to say.
     """
+    with collector.seldom():
+        return _attempt(request, gate, watch, is_probe=is_probe)
+
+
+def _attempt(request: Request, gate: Gate, watch: Watch | None, *, is_probe: bool) -> Attempt:
     model = load_model(request.source)
     source = request.source
     path = Path(source) if isinstance(source, str | os.PathLike) else None

@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import onnx_ir as ir
 
-from graphopt.ir.operators import describe, subgraphs
+from graphopt.ir.operators import HOLDERS, describe, subgraphs
 from graphopt.ir.scopes import Scope, all_graphs
 
 Visible: TypeAlias = dict[str | None, ir.Value]
@@ -44,9 +44,14 @@ def _graph(scope: Scope, visible: Visible) -> Iterator[str]:
             hidden[value.name] = visible.pop(value.name)
         yield from _define(value, visible, own, scope)
     for node in graph:
-        yield from _node(node, scope, visible)
+        if not _is_sound(node, graph, visible):
+            yield from _node(node, scope, visible)
         for value in node.outputs:
-            yield from _output(value, node, visible, own, scope)
+            name = value.name
+            if name and name not in visible and value.producer() is node:
+                visible[name] = own[name] = value
+            else:
+                yield from _output(value, node, visible, own, scope)
     for value in graph.outputs:
         if value.name not in visible or visible[value.name] is not value:
             yield f"{scope.path}: output {value.name!r} is not defined in reach"
@@ -73,6 +78,14 @@ def _repeated(values: Iterable[ir.Value], what: str) -> Iterator[str]:
         if value in seen:
             yield f"{what} {value.name!r} is listed twice"
         seen.add(value)
+
+
+def _is_sound(node: ir.Node, graph: ir.Graph, visible: Visible) -> bool:
+    """Whether a node without graphs of its own knows where it is, and reads what is in reach: true of nearly all."""
+    for value in node.inputs:
+        if value is not None and ((name := value.name) is None or visible.get(name) is not value):
+            return False
+    return node.graph is graph and node.op_type not in HOLDERS and not node.domain
 
 
 def _node(node: ir.Node, scope: Scope, visible: Visible) -> Iterator[str]:

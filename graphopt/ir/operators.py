@@ -358,7 +358,12 @@ def is_quantization(node: ir.Node) -> bool:
 def _schema_default(node: ir.Node, name: str, opsets: Opsets) -> Any:  # noqa: ANN401
     """The default that the schema gives an attribute, in onnx_ir's Python form, or None."""
     rule = schema(node, opsets)
-    return None if rule is None else _default_of(rule.name, rule.since_version, rule.domain, name)
+    return None if rule is None else default_of(rule, name)
+
+
+def default_of(rule: onnx.defs.OpSchema, name: str) -> Any:  # noqa: ANN401
+    """The default that a schema gives an attribute, in onnx_ir's Python form, or None."""
+    return _default_of(rule.name, rule.since_version, rule.domain, name)
 
 
 @functools.lru_cache(maxsize=4096)

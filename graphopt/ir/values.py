@@ -89,7 +89,11 @@ def fill(value: ir.Value | None) -> float | None:
     tensor = constant(value)
     if tensor is None or tensor.size == 0 or not _is_real(tensor.dtype):
         return None
-    number = float(tensor.numpy().reshape(-1)[0])
+    first = tensor.numpy().reshape(-1)[0]
+    number = float(first)
+    if tensor.size == 1:  # most that are asked about
+        same = int(number) == int(first) if first.dtype.kind in "iub" else not math.isnan(number)
+        return number if same else None
     filled = not math.isnan(number) and is_filled_with(value, number, signed_zero=True)
     return number if filled else None
 

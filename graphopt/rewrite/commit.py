@@ -105,6 +105,7 @@ def commit(
     All checks were made: nothing in here may fail.
     """
     users = [use.node for old in root.outputs for use in old.uses()]
+    stale = _stale(root, new, ctx)
     _import_domains(tape.nodes, site, ctx)
     new = _place_constants(root, new, tape, site, ctx)
     _name(rule, root, tape, new, ctx)
@@ -115,8 +116,14 @@ def commit(
             take_over(old, value, fresh=value.producer() in set(tape.nodes))
             ctx.replaced(name, value.name)
     left = remove(root, ctx)
-    ctx.shapes.update([*tape.nodes, *(user for user in users if user.graph is not None)])
+    ctx.shapes.placed(tape.nodes, (user for user in users if user.graph is not None), stale=stale)
     return [*tape.nodes, *left, *users]
+
+
+def _stale(root: ir.Node, new: Sequence[ir.Value | None], ctx: Context) -> bool:
+    """Whether more or other things are known of the replacements than of what they replace."""
+    pairs = zip(root.outputs, new, strict=True)
+    return any(value is not None and not ctx.shapes.agree(old, value) for old, value in pairs)
 
 
 def _import_domains(nodes: Iterable[ir.Node], site: Site, ctx: Context) -> None:
@@ -210,9 +217,11 @@ def is_dead(node: ir.Node) -> bool:
 
     ONNX operators have no other effect; one without outputs is a custom sink, and that is all it is there for.
     """
-    return bool(node.outputs) and not any(
-        value.is_graph_output() or value.uses() for value in node.outputs
-    )
+    outputs = node.outputs
+    for value in outputs:  # spelt out: asked of every node of every turn
+        if value.uses() or value.is_graph_output():
+            return False
+    return bool(outputs)
 
 
 def remove(node: ir.Node, ctx: Context) -> list[ir.Node]:

@@ -7,18 +7,18 @@ then.  Nodes that lose their last use are removed on the way, so that "no other 
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
-import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
 from graphopt.errors import PassError
+from graphopt.ir import collector
 from graphopt.ir.build import Builder
 from graphopt.ir.scopes import all_graphs
 from graphopt.rewrite.commit import Site, commit, discard, is_dead, remove
 from graphopt.rewrite.context import Context
+from graphopt.rewrite.index import RuleIndex
 from graphopt.rewrite.pattern import Binding, Op, Trace, walk
 from graphopt.rewrite.rules import Facts, Match, Replacement, Rule, Skip
 
@@ -41,10 +41,11 @@ class Worklist:
 
     def push(self, nodes: Iterable[ir.Node]) -> None:
         """Adds the nodes that are not waiting already."""
+        queued, append = self._queued, self._queue.append
         for node in nodes:
-            if node not in self._queued:
-                self._queued.add(node)
-                self._queue.append(node)
+            if node not in queued:
+                queued.add(node)
+                append(node)
 
     def __iter__(self) -> Iterator[ir.Node]:
         while self._queue:
@@ -54,28 +55,13 @@ class Worklist:
                 yield node
 
 
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Puts the cyclic garbage collector off: on large graphs a tenth of the time is its walks over what stays alive."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
 class Rewriter:
     """Applies rules to every graph of a model until none fires."""
 
     def __init__(self, rules: Sequence[Rule], ctx: Context, *, budget: int = 1_000_000) -> None:
         self._ctx = ctx
         self._budget = budget
-        self._index: dict[tuple[str, str], list[Rule]] = collections.defaultdict(list)
-        for rule in sorted(rules, key=lambda r: -r.benefit):
-            for op_type in rule.pattern.types:
-                self._index[rule.pattern.domain, op_type].append(rule)
+        self._index = RuleIndex(rules, keep_near_misses=ctx.options.trace_misses)
         self._sites: dict[ir.Graph, Site] = {}
         self._work = Worklist()
 
@@ -89,7 +75,7 @@ class Rewriter:
         changed = False
         # What a change enables may lie beyond its neighbours: further down a deep pattern, beside a use that died, or
         # wherever a shape became known.  So the graphs are gone through again until a whole turn changes nothing.
-        with _uncollected():
+        with collector.off():
             while self._turn(model, start):
                 changed = True
         return changed
@@ -131,15 +117,12 @@ class Rewriter:
         site = self._sites.get(graph)
         if site is None:  # a graph that came with a rewrite: the next turn knows where it is
             return None
-        opset = site.facts.opsets.get("", 0)
-        for rule in self._index.get((node.domain, node.op_type), ()):
-            if rule.opset[0] <= opset <= rule.opset[1] and self._apply(rule, node, site):
+        for rule in self._index.candidates(node, site.facts.opsets.get("", 0)):
+            if self._apply(rule, node, site):
                 return rule
         return None
 
     def _apply(self, rule: Rule, root: ir.Node, site: Site) -> bool:
-        if not rule.pattern.plausible(root):
-            return False
         trace = Trace() if self._ctx.options.trace_misses else None
         env = next(rule.pattern.match_node(root, {}, trace), None)
         if env is None:

@@ -138,14 +138,7 @@ class Op:
             return
         env = {**env, self: node}
         for args in _orders(node, width):
-            yield from _match_each(self.inputs, args, env, trace)
-
-    def plausible(self, node: ir.Node) -> bool:
-        """Whether the producers of `node`'s inputs could fit: a cheap test before the real one."""
-        found = {
-            p.op_type for v in node.inputs if v is not None and (p := v.producer()) is not None
-        }
-        return all(not found.isdisjoint(p.types) for p in self.inputs if isinstance(p, Op))
+            yield from _match_each(self.inputs, args, 0, env, trace)
 
     def _heads(self, node: ir.Node) -> bool:
         return (
@@ -177,7 +170,10 @@ class Either:
 
 
 def _orders(node: ir.Node, width: int) -> Iterator[Sequence[ir.Value | None]]:
-    args = [*node.inputs[:width], *[None] * (width - len(node.inputs))]
+    inputs = node.inputs
+    args: Sequence[ir.Value | None] = inputs
+    if len(inputs) != width:
+        args = [*inputs[:width], *[None] * (width - len(inputs))]
     yield args
     if width == 2 and operators.is_commutative(node):
         yield args[::-1]
@@ -186,14 +182,16 @@ def _orders(node: ir.Node, width: int) -> Iterator[Sequence[ir.Value | None]]:
 def _match_each(
     patterns: Sequence[Pattern],
     args: Sequence[ir.Value | None],
+    at: int,
     env: Binding,
     trace: Trace | None,
 ) -> Iterator[Binding]:
-    if not patterns:
+    """Yields the bindings of the patterns from that position on."""
+    if at == len(patterns):
         yield env
         return
-    for deeper in patterns[0].match(args[0], env, trace):
-        yield from _match_each(patterns[1:], args[1:], deeper, trace)
+    for deeper in patterns[at].match(args[at], env, trace):
+        yield from _match_each(patterns, args, at + 1, deeper, trace)
 
 
 def walk(pattern: Pattern) -> Iterator[Op]:

@@ -57,11 +57,8 @@ class _Probe(Rewriter):
                 if wanted and all(self._ops(r, node, now) is None for r in self._rules(node, now)):
                     yield wanted
 
-    def _rules(self, node: ir.Node, site: Site) -> Iterator[Rule]:
-        opset = site.facts.opsets.get("", 0)
-        for rule in self._index.get((node.domain, node.op_type), ()):
-            if rule.opset[0] <= opset <= rule.opset[1]:
-                yield rule
+    def _rules(self, node: ir.Node, site: Site) -> Sequence[Rule]:
+        return self._index.candidates(node, site.facts.opsets.get("", 0))
 
     def _wanted(self, node: ir.Node, site: Site) -> int:
         """The opset of the newest operator that the first rule to fire at `node` would put; 0 if none is newer."""
@@ -73,8 +70,6 @@ class _Probe(Rewriter):
 
     def _ops(self, rule: Rule, root: ir.Node, site: Site) -> frozenset[str] | None:
         """The ai.onnx operators that `rule` would put in place of `root`; None where it does not fire."""
-        if not rule.pattern.plausible(root):
-            return None
         env = next(rule.pattern.match_node(root, {}), None)
         if env is None:
             return None

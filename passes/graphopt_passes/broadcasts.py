@@ -39,6 +39,12 @@ def broadcast_dims(*shapes: Sequence[Dim]) -> tuple[Dim, ...]:
 broadcasting = Op(_BROADCASTING, ...)
 
 
+def _is_widened(value: ir.Value | None) -> bool:
+    """Whether an Expand or ConstantOfShape makes a value, of whatever domain."""
+    node = None if value is None else value.producer()
+    return node is not None and node.op_type in ("Expand", "ConstantOfShape")
+
+
 def _thinner(value: ir.Value | None, g: Builder) -> ir.Value | None:
     """What broadcasts to `value`: the operand of its Expand, or the one number of its ConstantOfShape; else None."""
     node = value.producer() if value is not None else None
@@ -66,8 +72,10 @@ def drop_covered_expand(m: Match, g: Builder) -> ir.Value | None:
     For every operator that broadcasts both ways, Where included.
     Source: ONNX Expand-8, ConstantOfShape-9, multidirectional broadcasting.
     """
-    node, wanted = m[broadcasting], m.dims(broadcasting)
-    operands = list(node.inputs)
+    node = m[broadcasting]
+    if not any(map(_is_widened, node.inputs)):  # asked of nearly every node there is
+        return None
+    wanted, operands = m.dims(broadcasting), list(node.inputs)
     shapes = [None if value is None else m.dims(value) for value in operands]
     known = [dims for dims in shapes if dims is not None]
     if wanted is None or len(known) < len(shapes) or len(known) < 2:

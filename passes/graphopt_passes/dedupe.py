@@ -312,15 +312,9 @@ class _Keys:
     def _attributes(self, node: ir.Node) -> Iterator[tuple[str, Any]]:
         """Attributes by name, those that are absent with their defaults."""
         version = operators.opset(node, self._opsets) or 0
-        known = _attribute_names(node.op_type, version, node.domain)
-        for name in sorted({*known, *node.attributes}):
-            held = node.attributes.get(name)
-            if held is None:
-                default = operators.attribute(node, name, None, self._opsets)
-                if default is not None:
-                    yield name, default
-            else:
-                yield name, held
+        held = node.attributes
+        for name, default in _defaults(node.op_type, version, node.domain, tuple(held)):
+            yield name, held.get(name, default)
 
     def _attribute(self, held: object, local: dict[ir.Value, Key]) -> Key:
         if isinstance(held, (str, int, float)) or not isinstance(held, ir.Attr):
@@ -362,9 +356,16 @@ def _commutes(node: ir.Node) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _attribute_names(op_type: str, version: int, domain: str) -> tuple[str, ...]:
+def _defaults(
+    op_type: str, version: int, domain: str, given: tuple[str, ...]
+) -> tuple[tuple[str, Any], ...]:
+    """The attributes that a node has or its schema has a default for, by name; None where the node has one."""
     schema = operators.find_schema(op_type, version, domain)
-    return () if schema is None else tuple(schema.attributes)
+    named = (
+        {name: operators.default_of(schema, name) for name in schema.attributes} if schema else {}
+    )
+    found = {name: default for name, default in named.items() if default is not None}
+    return tuple(sorted({**found, **dict.fromkeys(given)}.items()))
 
 
 def _plain(held: object) -> Key:

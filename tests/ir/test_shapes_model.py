@@ -291,3 +291,62 @@ def test_nothing_is_known_of_nodes_that_the_standard_forbids(body: str) -> None:
         f'<ir_version: 10, opset_import: ["" : 18, "my" : 1]> g (float[3,3] x) => (y) {{ {body} }}'
     )
     assert Shapes(model).dims(model.graph.outputs[0]) is None
+
+
+PLACED = """g (float[N, 4] x, float[4, N] z) => (y) {
+  t = Transpose<perm = [1, 0]>(x) r = Relu(t) s = Shape(r) y = Reshape(r, s) }"""
+
+
+def place(model: ir.Model, shapes: Shapes, old: ir.Value, node: ir.Node) -> None:
+    """Puts a node in the place of one, as the engine does."""
+    shapes.preview([node], [], model.graph)
+    root, new = old.producer(), node.outputs[0]
+    assert root is not None
+    users = [use.node for use in old.uses()]
+    stale = not shapes.agree(old, new)
+    model.graph.insert_before(root, node)
+    old.replace_all_uses_with(new)
+    shapes.forget(root)
+    model.graph.remove(root, safe=True)
+    shapes.placed([node], users, stale=stale)
+
+
+@pytest.mark.parametrize(
+    ("op_type", "source", "dims"),
+    [("Neg", "t", ["4", "N"]), ("Neg", "x", ["N", "4"]), ("Odd", "t", None)],
+    ids=["alike", "other-dims", "unknown"],
+)
+def test_placed_is_as_if_all_were_inferred_anew(
+    op_type: str, source: str, dims: list[str] | None
+) -> None:
+    model = model_of(PLACED)
+    shapes = Shapes(model)
+    domain = "mine" if op_type == "Odd" else ""
+    value = model.graph.inputs[0] if source == "x" else value_of(model, source)
+    node = ir.Node(domain, op_type, [value])
+    node.outputs[0].name = "n"
+    place(model, shapes, value_of(model, "r"), node)
+    fresh = Shapes(model)
+    for name in ("n", "s", "y"):
+        assert dims_of(model, shapes, name) == dims_of(model, fresh, name)
+    assert dims_of(model, shapes, "n") == dims
+    data = shapes.data(value_of(model, "s"))
+    assert data == fresh.data(value_of(model, "s"))
+
+
+def test_an_operator_without_rules_is_as_declared_once_it_is_placed() -> None:
+    model = model_of(PLACED)
+    shapes = Shapes(model)
+    node = ir.Node("mine", "Odd", [value_of(model, "t")])
+    node.outputs[0].name = "n"
+    node.outputs[0].type, node.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([3, 5])
+    place(model, shapes, value_of(model, "r"), node)
+    assert dims_of(model, shapes, "y") == ["3", "5"]
+
+
+def test_a_constant_agrees_with_nothing() -> None:
+    model = model_of("g (float[2] x) => (y) <float[2] w = {1, 2}> { y = Add(x, w) }")
+    shapes = Shapes(model)
+    given, weight = model.graph.inputs[0], model.graph.initializers["w"]
+    assert shapes.agree(given, given)
+    assert not shapes.agree(given, weight)  # known alike, but kernels see the elements of one

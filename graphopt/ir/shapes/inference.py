@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import onnx_ir as ir
 
-from graphopt.ir import kernels, operators, scopes
+from graphopt.ir import kernels, operators, scopes, values
 from graphopt.ir.shapes.engine import Engine, Frame
 from graphopt.ir.shapes.facts import UNKNOWN, Dims, Facts, SymbolicData, of_tensor
 
@@ -101,6 +101,42 @@ class Shapes:
                 self._write(value, given)
         for value in held:  # once placed, they are found like any other
             del frame.facts[value]
+
+    def agree(self, one: ir.Value, other: ir.Value) -> bool:
+        """Whether the same is known of two values, so that nodes cannot tell them apart."""
+        if values.is_constant(one) or values.is_constant(other):  # whose elements are known as well
+            return False
+        return self._facts(one) == self._facts(other)
+
+    def placed(self, nodes: Iterable[ir.Node], users: Iterable[ir.Node], *, stale: bool) -> None:
+        """Takes over what `preview` found of nodes that are in the model now, and of those that read their results.
+
+        Args:
+            nodes: the nodes, in order.
+            users: what reads what they replace.
+            stale: whether what is known of an operand of the users has changed.
+        """
+        if self._model.functions:
+            self.update([*nodes, *users])
+            return
+        seeds = [node for node in nodes if not self._taken_over(node)]
+        for user in users:
+            self._level(user)
+            if stale:
+                seeds.append(user)
+        self._propagate(seeds)
+
+    def _taken_over(self, node: ir.Node) -> bool:
+        """Whether all that inference can say of a node was found before it was placed."""
+        self._level(node)
+        known = [self._main.facts.get(value, UNKNOWN) for value in node.outputs]
+        if any(given.type is None or given.dims is None for given in known):
+            return False  # where inference knows nothing, what the model declares counts
+        if operators.has_subgraph(node):
+            return False
+        for value, given in zip(node.outputs, known, strict=True):
+            self._write(value, given)
+        return True
 
     def _frame(self, graph: ir.Graph) -> Frame:
         """The facts that hold in a graph: those of its function's body, or of the main graph."""

@@ -1,0 +1,100 @@
+"""Which rules may fit a node, told from its operator and from what feeds it, before anything is matched."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
+
+import onnx_ir as ir
+
+from graphopt.ir import operators
+from graphopt.rewrite.pattern import Either, Lit, Op, Pattern
+from graphopt.rewrite.rules import Rule
+
+Sight: TypeAlias = tuple[str, ...]
+"""What feeds each input of a node: an operator, or one of the words below."""
+
+ABSENT, GIVEN, WEIGHT = "", "<", "#"  # no operator has an empty name
+_MAYBE_CONSTANT = frozenset({WEIGHT, "Constant"})
+
+
+class RuleIndex:
+    """Rules by the operator of their root, in order of benefit.
+
+    Nodes that look alike (same operator, inputs from the same kinds of operators) are many, and what may fit one of
+    them may fit all: the answer is kept for the next.
+
+    Args:
+        rules: the rules.
+        keep_near_misses: also gives rules whose constants are certain to be missing, because it will be told how far
+            they matched.
+    """
+
+    def __init__(self, rules: Iterable[Rule], *, keep_near_misses: bool) -> None:
+        self._by_root: dict[tuple[str, str], list[Rule]] = collections.defaultdict(list)
+        for rule in sorted(rules, key=lambda r: -r.benefit):
+            for op_type in rule.pattern.types:
+                self._by_root[rule.pattern.domain, op_type].append(rule)
+        self._keep_near_misses = keep_near_misses
+        self._known: dict[tuple[int, str, str, Sight], Sequence[Rule]] = {}
+
+    def candidates(self, node: ir.Node, opset: int) -> Sequence[Rule]:
+        """The rules that may fit `node` at that opset of ai.onnx; those left out cannot."""
+        domain, op_type = node.domain, node.op_type
+        rules = self._by_root.get((domain, op_type))
+        if rules is None:
+            return ()
+        sight = sight_of(node)
+        key = (opset, domain, op_type, sight)
+        found = self._known.get(key)
+        if found is None:
+            now = (rule for rule in rules if rule.opset[0] <= opset <= rule.opset[1])
+            if self._keep_near_misses:
+                found = tuple(rule for rule in now if _may_nearly_fit(rule.pattern, sight))
+            else:
+                swaps = operators.is_commutative(node)
+                found = tuple(r for r in now if _may_fit(r.pattern, sight, swaps=swaps))
+            self._known[key] = found
+        return found
+
+
+def sight_of(node: ir.Node) -> Sight:
+    """What feeds each input of a node."""
+    seen = []
+    for value in node.inputs:
+        if value is None:
+            seen.append(ABSENT)
+        elif (producer := value.producer()) is not None:
+            seen.append(producer.op_type)
+        else:
+            seen.append(WEIGHT if value.is_initializer() else GIVEN)
+    return tuple(seen)
+
+
+def _may_nearly_fit(pattern: Op, sight: Sight) -> bool:
+    """Whether operators of every kind that `pattern` wants to see feed the node, in any order."""
+    return all(any(t in sight for t in p.types) for p in pattern.inputs if isinstance(p, Op))
+
+
+def _may_fit(pattern: Op, sight: Sight, *, swaps: bool) -> bool:
+    """Whether each input may be what `pattern` wants there; where operands swap, in one of two orders."""
+    width = len(pattern.inputs)
+    if not pattern.open and any(word != ABSENT for word in sight[width:]):
+        return False
+    words = (*sight[:width], *[ABSENT] * (width - len(sight)))
+    orders = (words, words[::-1]) if swaps and width == 2 else (words,)
+    return any(all(map(_may_be, pattern.inputs, order)) for order in orders)
+
+
+def _may_be(pattern: Pattern, word: str) -> bool:
+    """Whether a value that `word` tells of may be what `pattern` wants."""
+    if isinstance(pattern, Op):
+        return word in pattern.types
+    if isinstance(pattern, Either):
+        return any(_may_be(option, word) for option in pattern.options)
+    if isinstance(pattern, Lit):
+        return word in _MAYBE_CONSTANT
+    if word == ABSENT:
+        return pattern.optional
+    return not pattern.const or word in _MAYBE_CONSTANT

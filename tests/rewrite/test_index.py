@@ -1,0 +1,103 @@
+"""Which rules are tried at a node: all that could match, and few that could not."""
+
+from __future__ import annotations
+
+import itertools
+
+import onnx_ir as ir
+import pytest
+
+from graphopt.ir.build import Builder
+from graphopt.rewrite import Either, Lit, Match, Op, Rule, Var
+from graphopt.rewrite.index import RuleIndex, sight_of
+from tests.rewriting import parse
+
+BODY = """
+    g (float[2] x, float[2] a = {1, 2}) => (float[2] y, float[2] z)
+    <float[2] w = {1, 2}, float one = {1}>
+    {
+        r = Relu(x)  n = Neg(x)  c = Constant<value_float = 1.0>()
+        s1 = Add(r, w)  s2 = Add(w, r)  s3 = Add(r, n)  s4 = Add(x, c)  s5 = Add(x, a)  s6 = Sub(r, w)
+        k1 = Clip(x, one)  k2 = Clip(x, , one)  k3 = Clip(x)
+        y = Sum(s1, s2, s3, s4, s5, s6, k1, k2, k3)  z = Abs(y)
+    }
+"""
+x, w = Var(), Var(const=True)
+relu = Op("Relu", x)
+PATTERNS = (
+    Op("Add", relu, w),
+    Op("Add", relu, Op("Neg", x)),
+    Op("Add", x, Lit(1.0)),
+    Op("Add", Either(Op("Neg", x), w), Var()),
+    Op("Sub", w, relu),
+    Op("Sub", relu, w),
+    Op("Clip", x, w),
+    Op("Clip", x, Var(optional=True), w),
+    Op("Clip", x),
+    Op("Clip", x, ...),
+    Op("Sum|Abs", ...),
+)
+
+
+def build(_m: Match, _g: Builder) -> None:
+    return None
+
+
+def graph() -> ir.Graph:
+    return ir.from_proto(parse(BODY)).graph
+
+
+RULES = tuple(Rule(f"rule-{i}", pattern, build) for i, pattern in enumerate(PATTERNS))
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_what_matches_is_a_candidate(keep: bool) -> None:
+    index = RuleIndex(RULES, keep_near_misses=keep)
+    matched = 0
+    for node, each in itertools.product(graph(), RULES):
+        fits = node.op_type in each.pattern.types and any(each.pattern.match_node(node, {}))
+        matched += fits
+        assert not fits or each in index.candidates(node, 18), (node.name, each.name)
+    assert matched > 12
+
+
+@pytest.mark.parametrize(
+    ("output", "names"),
+    [
+        ("s1", [0, 2, 3]),
+        ("s2", [0, 2, 3]),
+        ("s3", [1, 3]),
+        ("s4", [2, 3]),
+        (
+            "s5",
+            [2, 3],
+        ),
+        ("s6", [5]),
+        ("k1", [6, 9]),
+        ("k2", [7, 9]),
+        ("k3", [8, 9]),
+        ("z", [10]),
+    ],
+)
+def test_what_cannot_match_is_none(output: str, names: list[int]) -> None:
+    node = next(n for n in graph() if n.outputs[0].name == output)
+    found = RuleIndex(RULES, keep_near_misses=False).candidates(node, 18)
+    assert [RULES.index(each) for each in found] == names
+
+
+def test_missing_constants_stay_candidates_where_near_misses_are_told() -> None:
+    node = next(n for n in graph() if n.outputs[0].name == "s3")  # Add(Relu, Neg): no constant
+    index = RuleIndex(RULES[:1], keep_near_misses=True)
+    assert index.candidates(node, 18) == RULES[:1]
+    assert not RuleIndex(RULES[:1], keep_near_misses=False).candidates(node, 18)
+
+
+def test_opset_and_benefit() -> None:
+    node = next(n for n in graph() if n.outputs[0].name == "z")
+    old = Rule("old", Op("Abs", x), build, opset=(1, 17))
+    low = Rule("low", Op("Abs", x), build)
+    high = Rule("high", Op("Abs", x), build, benefit=2)
+    index = RuleIndex((old, low, high), keep_near_misses=False)
+    assert index.candidates(node, 18) == (high, low)
+    assert index.candidates(node, 17) == (high, old, low)
+    assert sight_of(node) == ("Sum",)
