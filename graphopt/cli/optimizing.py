@@ -81,6 +81,23 @@ Sparse: TypeAlias = Annotated[
         "shrinks; else as they came.",
     ),
 ]
+Plan: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--plan",
+        metavar="FILE",
+        help="Follow this precision plan, as --save-plan wrote it and you edited it; nodes are found by structure, "
+        "whatever their names. For fp16, bf16, fp8.",
+    ),
+]
+SavePlan: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--save-plan",
+        metavar="FILE",
+        help="Write dtype and reason of every node there (JSON). For fp16 and bf16.",
+    ),
+]
 Force: TypeAlias = Annotated[
     bool, typer.Option("--force", help="Emit what the target is known to run slower.")
 ]

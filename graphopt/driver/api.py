@@ -9,6 +9,8 @@ from pathlib import Path
 from graphopt.driver.optimize import run
 from graphopt.driver.request import (
     DEFAULT_FOLD_LIMIT,
+    PLANNED,
+    SAVED,
     Feeds,
     Progress,
     Request,
@@ -18,6 +20,7 @@ from graphopt.driver.request import (
     parse_external,
     parse_extra,
     parse_gate,
+    parse_plan,
     parse_precision,
     parse_sparse,
     resolve_target,
@@ -57,6 +60,8 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
     budget: str | None = None,
     sparsity: str | None = None,
     distill: str | None = None,
+    plan: str | os.PathLike[str] | None = None,
+    save_plan: str | os.PathLike[str] | None = None,
     force: bool = False,
     autotune: bool | str | os.PathLike[str] = False,
     gates: Mapping[str, str] | None = None,
@@ -93,6 +98,9 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
         budget: the error that a lossy run may make, such as "sqnr>=30".
         sparsity: what to prune: "0.8", "2:4", "channels:0.5", "max" (the most within `budget`).
         distill: train what is left towards the original (needs torch and `calibration`): "yes", "steps=500,lr=3e-4".
+        plan: a precision plan to follow (fp16, bf16, fp8), as `save_plan` wrote it and perhaps a person edited it;
+            nodes are found by structure.
+        save_plan: a file for the precision plan of the run (fp16, bf16): dtype and reason of every node.
         force: emit what the target is known to run slower.
         autotune: time what fusions gain on this machine, instead of going by the target's tables; True keeps results
             in the user's cache, a path in that file. Only for targets that run here.
@@ -142,6 +150,8 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
             force=force,
             distill=distill,
             autotune=_kept(autotune),
+            plan=parse_plan("plan", plan, level, PLANNED),
+            save_plan=parse_plan("save_plan", save_plan, level, SAVED),
         ),
         verify=VerifyMode(
             parse_choice("verify mode", verify or held.verify or "final", VerifyMode)

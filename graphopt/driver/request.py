@@ -30,6 +30,12 @@ Progress: TypeAlias = Callable[[str, float | None], None]
 EXTRAS = ("triton", "ort")
 """What a bundle holds on request: a model repository of Triton, the model in the .ort format."""
 
+PLANNED = (Precision.FP16, Precision.BF16, Precision.FP8)
+"""Precisions that follow a plan."""
+
+SAVED = (Precision.FP16, Precision.BF16)
+"""Precisions that write one."""
+
 DEFAULT_FOLD_LIMIT = Options().fold_limit_bytes
 
 
@@ -130,6 +136,26 @@ def parse_extra(text: str, output: str | os.PathLike[str] | None) -> str:
     if output is None or Path(output).suffix == ".onnx":
         raise OptionError(f"{text!r} goes into a bundle: give a folder as output, not {output}")
     return text
+
+
+def parse_plan(
+    option: str,
+    file: str | os.PathLike[str] | None,
+    precision: Precision,
+    known: Sequence[Precision],
+) -> Path | None:
+    """The path of a precision plan, where the run has something to plan.
+
+    Raises:
+        OptionError: the precision has none.
+    """
+    if file is None or precision in known:
+        return None if file is None else Path(file)
+    names = ", ".join(each.value for each in known)
+    raise OptionError(
+        f"{option} {os.fspath(file)}: a precision plan says which nodes are in half or 8 bits, and {precision.value} "
+        f"has none; ask for --precision {names}"
+    )
 
 
 def parse_precision(text: str) -> Precision:

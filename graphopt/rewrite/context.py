@@ -143,6 +143,8 @@ class Options:
         force: emit what the target is known to run slower.
         autotune: where measured gains are kept; None where the targets' tables decide.
         distill: how to train what is left to compute what the original did, as the user wrote it; None for not at all.
+        plan: a precision plan to follow; None where rules and experiments decide alone.
+        save_plan: where the precision plan of the run goes; None for nowhere.
     """
 
     seed: int = 0
@@ -154,6 +156,8 @@ class Options:
     force: bool = False
     distill: str | None = None
     autotune: Path | None = None
+    plan: Path | None = None
+    save_plan: Path | None = None
 
 
 class Tuner(Protocol):

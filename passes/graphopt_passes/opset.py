@@ -20,7 +20,7 @@ from graphopt.numerics import Numerics
 from graphopt.rewrite import Context, Rule, Skip, name_of
 from graphopt.rewrite.probe import gains
 from graphopt.targets import Target
-from graphopt.targets.kernels import packaged_kernels
+from graphopt.targets.kernels import KernelTable, packaged_kernels
 from graphopt_passes.opset_changes import CHANGES, NEUTRAL, Spelling
 
 
@@ -93,6 +93,9 @@ def _numerics(plan: Iterable[Spelling], opset: int, wanted: int) -> Numerics:
     return Numerics.REORDERED if pools and opset < 19 <= wanted else Numerics.EXACT
 
 
+VERIFYING = "ort-cpu"
+"""Whose kernels run what is verified: without them nobody could tell whether the result is right."""
+
 UNLISTED = {"LayerNormalization": 17, "SimplifiedLayerNormalization": 1}
 """What ONNX Runtime takes below the opset that defines it, or at any, and means the same by."""
 
@@ -149,20 +152,22 @@ def _text(schema: onnx.defs.OpSchema) -> tuple[object, ...]:
 def _refuse_lost_kernel(
     node: ir.Node, spelling: Spelling, opset: int, wanted: int, target: Target
 ) -> None:
-    """Declines where the first provider of the target registers the old version of an operator only.
+    """Declines where a provider of the target, or the one that verifies, registers the old version of an operator only.
 
     Raises:
-        Skip: it does.
+        Skip: one does.
     """
-    for table in target.kernels[:1]:
-        kernels = packaged_kernels(table).find("", node.op_type)
-        before = operators.find_schema(node.op_type, opset, "")
-        renamed = packaged_kernels(table).find("", spelling.op_type)
-        after = operators.find_schema(spelling.op_type, wanted, "")
-        had = before is not None and any(k.serves(before.since_version) for k in kernels)
-        has = after is not None and any(k.serves(after.since_version) for k in renamed)
-        if had and not has:
+    before = operators.find_schema(node.op_type, opset, "")
+    after = operators.find_schema(spelling.op_type, wanted, "")
+    for table in map(packaged_kernels, dict.fromkeys((*target.kernels, VERIFYING))):
+        had = _serves(table, node.op_type, before)
+        if had and not _serves(table, spelling.op_type, after):
             raise Skip(f"target {target.name} has no kernel for its version at {wanted}", node)
+
+
+def _serves(table: KernelTable, op_type: str, schema: onnx.defs.OpSchema | None) -> bool:
+    kernels = table.find("", op_type)
+    return schema is not None and any(kernel.serves(schema.since_version) for kernel in kernels)
 
 
 def _apply(model: ir.Model, plan: Sequence[Spelling], wanted: int, ctx: Context) -> None:

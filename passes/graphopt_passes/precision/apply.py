@@ -13,7 +13,7 @@ from graphopt.ir.scopes import all_graphs
 from graphopt.numerics import Numerics
 from graphopt.rewrite import Context
 from graphopt.rewrite.relink import mark
-from graphopt_passes.precision.flow import SENTINEL
+from graphopt_passes.precision.flow import SENTINEL, Masks
 from graphopt_passes.precision.legality import is_float
 from graphopt_passes.precision.limits import LIMITS
 from graphopt_passes.precision.plan import Decision, Kind
@@ -31,8 +31,7 @@ class Emission:
         model: in float32; its graphs are sorted.
         decisions: by node; nodes that are not listed stay in float32.
         half: the dtype of the decisions.
-        masks: constants that stand for minus infinity.
-        masked: values that carry them.
+        masks: what hides scores from a softmax.
         ctx: the run.
     """
 
@@ -41,15 +40,14 @@ class Emission:
         model: ir.Model,
         decisions: Mapping[ir.Node, Decision],
         half: ir.DataType,
-        masks: set[ir.Value],
-        masked: set[ir.Value],
+        masks: Masks,
         ctx: Context,
     ) -> None:
         self._model = model
         self._decisions = decisions
         self._half = half
         self._masks = masks
-        self._masked = masked - masks
+        self._infinite = masks.carriers - masks.constants - masks.finite
         self._ctx = ctx
         self._low: set[ir.Value] = set()
         self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
@@ -82,13 +80,13 @@ class Emission:
             decision.kind is Kind.FOLLOW
             and (any(value in self._low for value in node.inputs) or self._is_wanted(node))
         )
-        # A mask that is float32 here would become minus infinity, and a row of those NaN.
-        cut = any(v in self._masked and v not in self._low for v in node.inputs)
+        # What a half would make of a mask that is float32 here, and of a row that is masked throughout, nobody knows.
+        cut = any(v in self._infinite and v not in self._low for v in node.inputs)
         if low and cut:
             self._ctx.missed(
                 RULE,
                 node,
-                "a mask that it reads stays float32: a half of it would be minus infinity",
+                "a mask that it reads stays float32, and infinities go into it",
             )
         low = low and not cut and self._ctx.permit(RULE, node, LOSSY)
         slots = decision.slots
@@ -111,8 +109,17 @@ class Emission:
         floats = [value for value in node.inputs if is_float(value)]
         if not floats or not all(_is_convertible(value) for value in floats):
             return False
-        readers = [self._decisions.get(use.node) for value in node.outputs for use in value.uses()]
-        return any(each is not None and each.kind is Kind.LOW for each in readers)
+        return self._goes_into_halves(node)
+
+    def _goes_into_halves(self, node: ir.Node) -> bool:
+        """Whether some node in half reads what this one gives, moved perhaps."""
+        for reader in dict.fromkeys(use.node for value in node.outputs for use in value.uses()):
+            decision = self._decisions.get(reader, Decision(Kind.HIGH))
+            if decision.kind is Kind.LOW:
+                return True
+            if decision.kind is Kind.FOLLOW and self._goes_into_halves(reader):
+                return True
+        return False
 
     def _scale_back(self, node: ir.Node, shift: int) -> None:
         """Lets all readers of a scaled product read the product, in float32."""
@@ -220,7 +227,9 @@ class Emission:
             name=self._ctx.names.fresh(f"{value.name}_{self._half.name.lower()}"),
             type=ir.TensorType(self._half),
             shape=value.shape,
-            const_value=narrowed(tensor, self._half, masks=value in self._masks, shift=shift),
+            const_value=narrowed(
+                tensor, self._half, masks=value in self._masks.constants, shift=shift
+            ),
         )
         home = self._home(value)
         home.register_initializer(narrow)
@@ -229,10 +238,23 @@ class Emission:
 
     def _cast(self, value: ir.Value, wanted: ir.DataType) -> ir.Value:
         """A cast right behind the value, in the graph that makes it: never inside a loop that only reads it."""
+        if wanted is self._half and value in self._masks.finite:
+            value = self._bounded(value)
         name = self._ctx.names.fresh(f"{value.name}_{wanted.name.lower()}")
         node = ir.Node("", "Cast", [value], [ir.AttrInt64("to", int(wanted))], name=name)
         out = node.outputs[0]
         out.name, out.type, out.shape = name, ir.TensorType(wanted), value.shape
+        mark(node, RULE, value.name or "", self._ctx)
+        self._insert(node, value)
+        return out
+
+    def _bounded(self, value: ir.Value) -> ir.Value:
+        """A mask in float32, no lower than what masks in half: rows that are masked throughout stay finite."""
+        graph, name = self._home(value), self._ctx.names.fresh(f"{value.name}_bounded")
+        least = np.array(SENTINEL[self._half], np.float32)
+        node = ir.Node("", "Max", [value, self._constant(graph, least, f"{name}_least")], name=name)
+        out = node.outputs[0]
+        out.name, out.type, out.shape = name, ir.TensorType(_FLOAT), value.shape
         mark(node, RULE, value.name or "", self._ctx)
         self._insert(node, value)
         return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -20,9 +20,9 @@ from graphopt.verify.budget import budget_for
 from graphopt_passes.precision.apply import Emission
 from graphopt_passes.precision.flow import flow_of, sentinels
 from graphopt_passes.precision.gates import gated_nodes
+from graphopt_passes.precision.guards import Guard, guard_masked_rows, take_back
 from graphopt_passes.precision.islands import drop_islands
 from graphopt_passes.precision.legality import Legality
-from graphopt_passes.precision.limits import LIMITS
 from graphopt_passes.precision.plan import Decision, Facts, Kind, decide_all, gather
 from graphopt_passes.precision.plan_file import read_plan, write_plan
 from graphopt_passes.precision.ranges import GENERATED, Feeds, observe
@@ -69,33 +69,40 @@ class CastToHalf:
             reason = f"Cast knows bfloat16 from opset 13 on, the model imports {opset}"
             ctx.missed("cast", model.graph.name or "", reason)
             return False
+        before = len(ctx.rewrites)
         sort(model.graph)
         _ = ctx.shapes  # infers the type of every value
         fold_factors(model, half, ctx)
+        guards = guard_masked_rows(model, ctx) if half is ir.DataType.FLOAT16 else []
         flow = flow_of(model)
-        _, masked = sentinels(model, flow, LIMITS[half].greatest)
-        seen = observe(model, ctx, half, {value.name or "" for value in masked})
+        masked = {value.name or "" for value in sentinels(model, flow).carriers}
+        seen = observe(model, ctx, half, masked)
         legality = Legality(ctx.target, half, model.opset_imports)
         facts = gather(model, legality, seen.spreads, flow)
-        facts.forced = self._forced(model)
+        facts.forced = self._forced(model, ctx)
         facts.generated = seen.source == GENERATED
         decisions = drop_islands(decide_all(model, facts))
         decisions = self._refined(model, decisions, facts, seen.usual, ctx)
-        if self.write_plan:
-            write_plan(Path(self.write_plan), model, decisions)
+        for file in self._plans_to_write(ctx):
+            write_plan(file, model, decisions)  # before guards go, by which it is read again
+        _drop_guards(guards, decisions)
         names = {
             node: name_of(node) for node in decisions
         }  # outputs of the model pass theirs on to a cast
-        before = len(ctx.rewrites)
-        Emission(model, decisions, half, facts.masks, facts.masked, ctx).run()
+        Emission(model, decisions, half, facts.masks, ctx).run()
         ctx.refresh()
         _tell(decisions, seen.source, seen.why, ctx)
         _tell_halves(decisions, names, facts, ctx)
         _tell_casts_of_weights(model, half, ctx)
         return len(ctx.rewrites) > before
 
-    def _forced(self, model: ir.Model) -> dict[str, str]:
-        planned = read_plan(Path(self.plan), model) if self.plan else {}
+    def _plans_to_write(self, ctx: Context) -> list[Path]:
+        own = Path(self.write_plan) if self.write_plan else None
+        return [file for file in (own, ctx.options.save_plan) if file is not None]
+
+    def _forced(self, model: ir.Model, ctx: Context) -> dict[str, str]:
+        file = Path(self.plan) if self.plan else ctx.options.plan
+        planned = read_plan(file, model, ctx) if file is not None else {}
         return {**planned, **dict.fromkeys(self.float32, Kind.HIGH.value)}
 
     def _refined(
@@ -107,7 +114,7 @@ class CastToHalf:
         ctx: Context,
     ) -> dict[ir.Node, Decision]:
         """The decisions with nodes back in float32 until the whole is within the budget."""
-        low = gated_nodes(model, decisions, facts.masks)
+        low = gated_nodes(model, decisions, facts.masks.constants)
         budget = budget_for(Precision(self.precision), ctx.options.budget)
         if not feeds or not low or budget is None:
             return decisions
@@ -130,6 +137,17 @@ class CastToHalf:
             f"target {target.name} has no {half.name.lower()} arithmetic: ONNX Runtime casts to float32 and back "
             "around nearly every operator, which is slower than float32. Choose --target cuda or tensorrt, or --force"
         )
+
+
+def _drop_guards(guards: Sequence[Guard], decisions: dict[ir.Node, Decision]) -> None:
+    """Takes guards back whose readers stay float32: there the mask itself makes rows even."""
+    for guard in guards:
+        if decisions[guard.node].kind is not Kind.HIGH:
+            continue
+        product = take_back(guard)
+        if product is not None and isinstance(product.graph, ir.Graph):
+            del decisions[product]
+            product.graph.remove(product, safe=True)
 
 
 def _tell_refinement(found: Refinement, ctx: Context) -> None:

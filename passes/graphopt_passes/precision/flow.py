@@ -46,7 +46,7 @@ _BOUNDARY = frozenset((
     "InstanceNormalization", "GroupNormalization", "BatchNormalization", "Attention", "LSTM", "GRU", "RNN", "Tanh",
     "Sigmoid", "QuantizeLinear", "DequantizeLinear",
 ))
-_MASKING = MOVEMENT | frozenset(("Where", "Add", "Sub", "Mul", "Div", "Min", "Max", "Cast", "Neg"))
+_MASKING = MOVEMENT | frozenset(("Where", "Add", "Sub", "Mul", "Div", "Min", "Max", "Cast", "Neg", "ReduceMax"))
 _MASKED = frozenset(("Softmax", "LogSoftmax", "Attention", "MultiHeadAttention", "GroupQueryAttention"))
 # fmt: on
 
@@ -190,52 +190,172 @@ def _is_outer_product(node: ir.Node) -> bool:
     return first.shape[-1] == 1
 
 
+def phases(model: ir.Model, flow: Flow) -> set[ir.Value]:
+    """Angles made of float inputs by exact arithmetic (timesteps): no generated input tells how large they get."""
+    nodes = [node for scope in all_graphs(model) for node in scope.graph]
+    angles = {n.inputs[0] for n in nodes if n.op_type in ("Sin", "Cos") and not n.domain}
+    angles.discard(None)
+    cone = flow.reach((a for a in angles if a is not None), _counts, back=True)
+    inputs = {v for v in model.graph.inputs if v.dtype == ir.DataType.FLOAT and v in cone}
+    inputs -= set(model.graph.initializers.values())
+    found = flow.reach(inputs, _counts) & cone
+    return found - (inputs - angles)
+
+
+def _counts(node: ir.Node) -> bool:
+    """Whether a node does exact arithmetic, element by element."""
+    return not node.domain and (node.op_type in _COUNTING or _is_outer_product(node))
+
+
 _DENOMINATORS = {"Div": 1, "Mod": 1, "Reciprocal": 0, "Log": 0}
+_STEPS = {
+    "QuantizeLinear": "quantised next: rounding it before could take another step",
+    "DynamicQuantizeLinear": "quantised next: rounding it before could take another step",
+} | dict.fromkeys(
+    ("Floor", "Ceil", "Round", "Mod"),
+    "rounded to a step next: rounding it before could take another",
+)
+COORDINATES = {"RoiAlign": 1, "GridSample": 1}
+"""Operators that look up where an operand says, and which: what is read is much, where it is read one number."""
 
 
-_QUANTIZERS = ("QuantizeLinear", "DynamicQuantizeLinear")
-
-
-def fragile(model: ir.Model, flushes: Callable[[ir.Value], bool]) -> dict[ir.Value, str]:
-    """Values of which zeros or steps matter more than their size, and why.
+def fragile(
+    model: ir.Model, flow: Flow, flushes: Callable[[ir.Value], bool]
+) -> dict[ir.Value, str]:
+    """Values of which zeros, steps, places or small differences matter more than their size, and why.
 
     Args:
         model: the model.
+        flow: its edges.
         flushes: whether a half makes zeros of elements that are none.
     """
     found: dict[ir.Value, str] = {}
+    places: list[ir.Value] = []
+    squares: set[ir.Value] = set()
     for scope in all_graphs(model):
         for node in scope.graph:
             if node.domain:
                 continue
-            place = _DENOMINATORS.get(node.op_type)
-            value = node.inputs[place] if place is not None and place < len(node.inputs) else None
+            value = _operand(node, _DENOMINATORS.get(node.op_type))
             if value is not None and flushes(value):
                 found[value] = (
                     "a half would make zeros of what is divided by, or has its logarithm taken"
                 )
-            if node.op_type in _QUANTIZERS and node.inputs[0] is not None:
-                found[node.inputs[0]] = "quantised next: rounding it before could take another step"
-    return found
+            if node.op_type in _STEPS and node.inputs[0] is not None:
+                found[node.inputs[0]] = _STEPS[node.op_type]
+            squares |= _cancelling(node)
+            place = _operand(node, COORDINATES.get(node.op_type))
+            places += [] if place is None else [place]
+    # What layers make is as generated inputs show it; of the inputs themselves, nobody knows the mean.
+    near = flow.reach(model.graph.inputs, lambda node: _counts(node) or node.op_type in _AVERAGES)
+    found |= dict.fromkeys(squares & near, "squares that cancel: their difference is small")
+    given = set(model.graph.inputs) - set(places)
+    reached = flow.reach(places, _counts, back=True) - given
+    reason = "coordinates: what is looked up where they say may change fast"
+    return dict.fromkeys((v for v in reached if not values.is_constant(v)), reason) | found
+
+
+def _operand(node: ir.Node, place: int | None) -> ir.Value | None:
+    return node.inputs[place] if place is not None and place < len(node.inputs) else None
+
+
+_AVERAGES = frozenset(
+    (
+        "ReduceMean",
+        "ReduceSum",
+        "AveragePool",
+        "GlobalAveragePool",
+        "Div",
+        "Mul",
+        "Squeeze",
+        "Unsqueeze",
+        "Reshape",
+    )
+)
+
+
+def _cancelling(node: ir.Node) -> set[ir.Value]:
+    """The squares of `E[x^2] - E[x]^2`, and their averages, where `node` is the difference."""
+    if node.op_type != "Sub":
+        return set()
+    first, second = (_squares(value) for value in node.inputs)
+    return first | second if first and second else set()
+
+
+def _squares(value: ir.Value | None, depth: int = 5) -> set[ir.Value]:
+    """The value and those before it back to a square, where it is a square or an average of squares; else none."""
+    node = None if value is None else value.producer()
+    if value is None or node is None or node.domain or not depth:
+        return set()
+    power = values.array(node.inputs[1]) if node.op_type == "Pow" else None
+    squared = node.op_type == "Mul" and node.inputs[0] is node.inputs[1]
+    if squared or node.op_type == "ReduceSumSquare" or (power is not None and (power == 2).all()):
+        return {value}
+    if node.op_type not in _AVERAGES or _computed(node) > 1:
+        return set()
+    before = _squares(node.inputs[0], depth - 1)
+    return before | {value} if before else set()
+
+
+def _computed(node: ir.Node) -> int:
+    """How many operands of a node are float and not constant."""
+    known = [v for v in node.inputs if v is not None and v.dtype == ir.DataType.FLOAT]
+    return sum(not values.is_constant(v) for v in known)
 
 
 SENTINEL = {ir.DataType.FLOAT16: -3e4, ir.DataType.BFLOAT16: -1e38}
 """What stands for "masked": two of them added stay finite, and the exponential of either is 0."""
 
 
-def sentinels(model: ir.Model, flow: Flow, limit: float) -> tuple[set[ir.Value], set[ir.Value]]:
-    """Constants that mask scores, below -limit, and the values that carry the mask to where a softmax ends it."""
+MASKED = -2.9e4
+"""Elements below are masked where a mask goes, in either half."""
+
+
+LEAST = 5000.0
+"""Masks are larger than this: its exponential is 0 beside that of any score."""
+
+SWALLOWS = 1e8
+"""Masks larger than this leave nothing of a score that they are added to in float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Masks:
+    """What hides scores from a softmax.
+
+    Attributes:
+        constants: that stand for minus infinity.
+        carriers: the values that carry them to where a softmax ends them, constants included.
+        finite: the carriers that no infinite constant goes into: a finite number may stand for all that they hide.
+    """
+
+    constants: frozenset[ir.Value] = frozenset()
+    carriers: frozenset[ir.Value] = frozenset()
+    finite: frozenset[ir.Value] = frozenset()
+
+
+def sentinels(model: ir.Model, flow: Flow, least: float = LEAST) -> Masks:
+    """The masks of a model: constants below -least all of whose ways end in a softmax."""
     constants: set[ir.Value] = set()
     cone: set[ir.Value] = set()
     for scope in all_graphs(model):
         for value in scope.graph.initializers.values():
-            if not _masks(value, limit):
+            if not _masks(value, least):
                 continue
             reached = _carriers(value, flow)
             if all(_ends_in_softmax(each, reached) for each in reached):
                 constants.add(value)
                 cone |= reached
-    return constants, cone
+    return Masks(frozenset(constants), frozenset(cone), frozenset(_finite(cone, flow)))
+
+
+def _finite(masked: set[ir.Value], flow: Flow) -> set[ir.Value]:
+    sources = flow.reach(masked, lambda node: node.op_type in _MASKING, back=True)
+    infinite = []
+    for value in sources:
+        array = values.array(value)
+        if array is not None and array.dtype.kind == "f" and not np.isfinite(array).all():
+            infinite.append(value)
+    return masked - flow.reach(infinite, lambda node: node.op_type in _MASKING)
 
 
 def _carriers(mask: ir.Value, flow: Flow) -> set[ir.Value]:
@@ -257,12 +377,12 @@ def _passes_on(node: ir.Node, value: ir.Value) -> bool:
     return node.op_type in _MASKING
 
 
-def _masks(value: ir.Value, limit: float) -> bool:
+def _masks(value: ir.Value, least: float) -> bool:
     tensor = values.constant(value)
     if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size == 0:
         return False
     array = tensor.numpy()
-    large = np.abs(array) > limit
+    large = np.abs(array) > least
     finite = large & np.isfinite(array)
     return bool(finite.any()) and bool((array[large] < 0).all())
 
@@ -272,11 +392,17 @@ def _ends_in_softmax(value: ir.Value, reached: set[ir.Value]) -> bool:
     if value.is_graph_output() or not value.uses():
         return False
     for use in value.uses():
-        if use.node.op_type in _MASKED:
+        if use.node.op_type in _MASKED or _asks_what_is_masked(use.node):
             continue
         if not _passes_on(use.node, value) or not reached.issuperset(use.node.outputs[:1]):
             return False
     return True
+
+
+def _asks_what_is_masked(node: ir.Node) -> bool:
+    """Whether a node tells what is masked from what is not, and stays right with any number that masks."""
+    limit = values.array(node.inputs[1]) if node.op_type == "Greater" else None
+    return limit is not None and bool(limit.size) and bool(limit.min() >= MASKED)
 
 
 _UNITS = (8.0, 1e6)

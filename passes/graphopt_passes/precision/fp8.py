@@ -67,7 +67,7 @@ class QuantizeFp8:
             return False
         sort(model.graph)
         _ = ctx.shapes
-        nodes = self._wanted(model)
+        nodes = self._wanted(model, ctx)
         if not nodes:
             return False
         seen = observe(model, ctx, ir.DataType.FLOAT16, set())
@@ -85,10 +85,11 @@ class QuantizeFp8:
             ctx.refresh()
         return len(ctx.rewrites) > before
 
-    def _wanted(self, model: ir.Model) -> list[ir.Node]:
+    def _wanted(self, model: ir.Model, ctx: Context) -> list[ir.Node]:
         found = [node for node in model.graph if _is_product(node)]
-        if self.plan:
-            dtypes = planned_dtypes(Path(self.plan), model)
+        file = Path(self.plan) if self.plan else ctx.options.plan
+        if file is not None:
+            dtypes = planned_dtypes(file, model, ctx)
             found = [node for node in found if dtypes.get(node) == WORD]
         names = set(self.float32)
         return [n for n in found if not names & {n.name, *(v.name for v in n.outputs)}]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from graphopt.runtime.session import Session, SessionOptions
 from graphopt.verify import metrics
 from graphopt.verify.compare import Budget, Hint, compare, profile_for
 from graphopt_passes.precision.apply import narrowed
+from graphopt_passes.precision.flow import SENTINEL, Masks
 from graphopt_passes.precision.legality import is_float
 from graphopt_passes.precision.plan import Decision, Kind
 from graphopt_passes.precision.ranges import FLOOR, is_small
@@ -57,7 +58,7 @@ class Gates:
         model: ir.Model,
         decisions: Mapping[ir.Node, Decision],
         half: ir.DataType,
-        masks: set[ir.Value],
+        masks: Masks,
         feeds: Sequence[Feed],
         budget: Budget,
     ) -> Gates:
@@ -67,17 +68,17 @@ class Gates:
             model: in float32.
             decisions: by node.
             half: the dtype.
-            masks: constants that stand for minus infinity.
+            masks: what hides scores from a softmax.
             feeds: to judge on.
             budget: what is allowed.
 
         Raises:
             ModelError: ONNX Runtime refuses the model with gates.
         """
-        gated = gated_nodes(model, decisions, masks)
+        gated = gated_nodes(model, decisions, masks.constants)
         copy = load_model(model)
         twins = dict(zip(_nodes(model), _nodes(copy), strict=True))
-        builder = _Builder(copy, half, {value.name for value in masks}, len(gated))
+        builder = _Builder(copy, half, masks, len(gated))
         for index, node in enumerate(gated):
             builder.gate(index, twins[node], decisions[node])
         with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
@@ -174,7 +175,7 @@ def _up(number: float) -> float:
 
 
 def gated_nodes(
-    model: ir.Model, decisions: Mapping[ir.Node, Decision], masks: set[ir.Value]
+    model: ir.Model, decisions: Mapping[ir.Node, Decision], masks: Set[ir.Value]
 ) -> tuple[ir.Node, ...]:
     """The nodes of any graph that have a gate: those in half, and those that would put a mask in."""
     return tuple(
@@ -195,12 +196,11 @@ def _nodes(model: ir.Model) -> Iterator[ir.Node]:
 class _Builder:
     """Puts gates into a copy of the model; bodies of control flow capture the mask."""
 
-    def __init__(
-        self, model: ir.Model, half: ir.DataType, masks: set[str | None], count: int
-    ) -> None:
+    def __init__(self, model: ir.Model, half: ir.DataType, masks: Masks, count: int) -> None:
         self._graph = model.graph
         self._half = half
-        self._masks = masks
+        self._masks = {value.name for value in masks.constants}
+        self._bounded = {value.name for value in masks.finite - masks.constants}
         self._names = Names.of(model)
         self._mask = ir.Value(
             name=MASK, type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([count])
@@ -237,7 +237,7 @@ class _Builder:
 
     def _gate_output(self, node: ir.Node, choice: ir.Value, value: ir.Value, shift: int) -> None:
         users = value.uses()
-        scaled = self._scaled(node, value, shift)
+        scaled = self._least(node, self._scaled(node, value, shift), value.name)
         anchor = scaled.producer() or node
         narrow = self._after(anchor, "Cast", [scaled], to=int(self._half))
         wide = self._after(_producer(narrow), "Cast", [narrow], to=int(ir.DataType.FLOAT))
@@ -262,6 +262,13 @@ class _Builder:
             self._rounded[value] = self._rounded_anew(value)
         return self._rounded[value]
 
+    def _least(self, anchor: ir.Node, value: ir.Value, name: str | None) -> ir.Value:
+        """The value, no lower than what masks in half where it carries a mask."""
+        if name not in self._bounded:
+            return value
+        least = self._constant(np.array(SENTINEL[self._half], np.float32), "gate_least")
+        return self._after(anchor, "Max", [value, least])
+
     def _scaled(self, anchor: ir.Node, value: ir.Value, shift: int) -> ir.Value:
         if not shift:
             return value
@@ -277,6 +284,8 @@ class _Builder:
             return self._constant(back, f"{value.name}_rounded")
         producer = value.producer()
         if producer is not None:
+            value = self._least(producer, value, value.name)
+            producer = _producer(value)
             narrow = self._after(producer, "Cast", [value], to=int(self._half))
         else:
             narrow = self._first(self._homes[value], "Cast", [value], to=int(self._half))

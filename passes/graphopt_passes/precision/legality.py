@@ -12,6 +12,7 @@ from graphopt.ir import operators
 from graphopt.targets import Target
 from graphopt.targets.kernels import Kernel, KernelTable, packaged_kernels
 from graphopt.targets.operators import operator_table
+from graphopt_passes.precision.flow import COORDINATES
 
 MICROSOFT = "com.microsoft"
 
@@ -79,6 +80,9 @@ class Legality:
             return _refused(node, refusal)
         bound = {name for name, value in zip(ins, node.inputs, strict=False) if is_float(value)}
         fixed = self._fixed_inputs(node)
+        place = COORDINATES.get(node.op_type)
+        if place is not None and place < len(ins) and ins[place] != main:
+            fixed = fixed | {place}
         return Slots(
             tuple(
                 is_float(value) and name in granted and index not in fixed

@@ -95,9 +95,8 @@ class Facts:
         legality: what schema and target take.
         spreads: of values, by name; empty without data.
         exact: values that must stay exact, with the reason.
-        masks: constants that stand for minus infinity.
-        masked: values that carry such masks.
-        fragile: values of which zeros or steps matter, with the reason.
+        masks: what hides scores from a softmax.
+        fragile: values of which zeros, steps, places or small differences matter, with the reason.
         forced: the user's own words, by node name or output name: "float32" or "half".
         generated: whether the spreads are of generated inputs, which real ones may exceed.
     """
@@ -105,8 +104,7 @@ class Facts:
     legality: Legality
     spreads: Mapping[str, Spread]
     exact: Mapping[ir.Value, str]
-    masks: set[ir.Value]
-    masked: set[ir.Value]
+    masks: flows.Masks
     fragile: Mapping[ir.Value, str] = dataclasses.field(default_factory=dict)
     forced: Mapping[str, str] = dataclasses.field(default_factory=dict)
     generated: bool = False
@@ -129,7 +127,9 @@ class Facts:
             return self.spreads.get(value.name or "")
         if value not in self._weights:
             array = np.asarray(tensor.numpy(), np.float32)
-            self._weights[value] = spread_of(array, self.half, masked=value in self.masks)[0]
+            self._weights[value] = spread_of(
+                array, self.half, masked=value in self.masks.constants
+            )[0]
         return self._weights[value]
 
 
@@ -155,15 +155,16 @@ def gather(
     exact |= dict.fromkeys(
         flows.shape_path(model, flow), "shape path: on the way from a shape or integers to integers"
     )
-    limit = LIMITS[legality.half].greatest
-    masks, masked = flows.sentinels(model, flow, limit)
+    exact |= dict.fromkeys(
+        flows.phases(model, flow), "phase: an angle made of an input, which may be large"
+    )
 
     def flushes(value: ir.Value) -> bool:
         seen = spreads.get(value.name or "")
         return seen is not None and seen.flushed
 
-    fragile = flows.fragile(model, flushes)
-    return Facts(legality, spreads, exact, masks, masked, fragile)
+    fragile = flows.fragile(model, flow, flushes)
+    return Facts(legality, spreads, exact, flows.sentinels(model, flow), fragile)
 
 
 def decide_all(model: ir.Model, facts: Facts) -> dict[ir.Node, Decision]:
@@ -207,12 +208,14 @@ def _decide_arithmetic(
 def _rescaled(node: ir.Node, slots: Slots, facts: Facts) -> Decision | None:
     """Half all the same, where what is wrong with a product is the size of its weights or of its result."""
     scaled, made = scaled_inputs(node), node.outputs[0]
-    if not scaled or not slots.outputs[0] or made in facts.masked or made in facts.fragile:
+    if not scaled or not slots.outputs[0] or made in facts.masks.carriers or made in facts.fragile:
         return None
     kept = [place for place in range(len(node.inputs)) if place not in scaled]
     if any(_operand_reason(node.inputs[place], facts) for place in kept if slots.inputs[place]):
         return None
     seen = facts.spread(made)
+    if _is_wide_exponent(made, seen, facts.limits):
+        return None
     shift = shift_for(node, seen, facts.half, facts.limits)
     if shift is None:
         return None
@@ -318,17 +321,28 @@ def _grows(value: ir.Value | None, depth: int = 4) -> bool:
     return carries and any(_grows(each, depth - 1) for each in node.inputs)
 
 
+def _is_wide_exponent(value: ir.Value, spread: Spread | None, limits: Limits) -> bool:
+    """Whether an exponential is taken next of a value so large that its last place matters."""
+    if spread is None or spread.usual <= limits.exponent:
+        return False
+    readers = [use.node for use in value.uses() if not use.node.domain]
+    return any(node.op_type in ("Exp", "Softmax", "ReduceLogSumExp") for node in readers)
+
+
 def _spread_reason(value: ir.Value, spread: Spread, facts: Facts) -> str:
     limits, name = facts.limits, value.name
     constant = values.is_constant(value)
-    if value in facts.masks:
+    if value in facts.masks.constants:
         return ""
     margin = 1.0 if constant else MARGIN
     if spread.absmax > limits.greatest * margin:
         return f"range: |{name}| reaches {spread.absmax:.3g}"
     if facts.generated and spread.absmax * SLACK > limits.greatest * MARGIN and _grows(value):
         return f"range: |{name}| reaches {spread.absmax:.3g} on generated inputs, and grows fast"
-    if not constant and spread.integers and spread.absmax > limits.integer and not spread.exact:
+    if not constant and _is_wide_exponent(value, spread, limits):
+        return f"exponent: |{name}| reaches {spread.usual:.3g}, where a half moves the exponential"
+    counts = spread.integers and not spread.exact and value not in facts.masks.carriers
+    if not constant and counts and spread.absmax > limits.integer:
         return f"range: {name} holds integers up to {spread.absmax:.6g}"
     if spread.error > limits.error:
         what = "weight error" if constant else "rounding error"
@@ -341,7 +355,7 @@ def _cancellation_reason(node: ir.Node, facts: Facts) -> str:
     made = node.outputs[0]
     spreads = [facts.spread(value) for value in (*node.inputs, made) if value is not None]
     seen = [0.0 if each is None else each.absmax for each in spreads]
-    masks = any(value in facts.masked for value in node.inputs)
+    masks = any(value in facts.masks.carriers for value in node.inputs)
     if masks or max(seen) <= facts.limits.integer * (seen[-1] or 1.0):
         return ""
     return f"cancellation: numbers up to {max(seen):.3g} leave {seen[-1]:.3g}"

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from graphopt.errors import OptionError
 from graphopt.ir import values
 from graphopt.ir.scopes import all_graphs
+from graphopt.rewrite import Context, RemarkKind
 from graphopt.rewrite.context import name_of
 from graphopt_passes.precision.plan import Decision, Kind
 
@@ -95,29 +96,45 @@ def write_plan(path: Path, model: ir.Model, decisions: Mapping[ir.Node, Decision
         ) from error
 
 
-def read_plan(path: Path, model: ir.Model) -> dict[str, str]:
+def read_plan(path: Path, model: ir.Model, ctx: Context) -> dict[str, str]:
     """What a plan says of the nodes of `model`: `float32` or `half`, by output name.
 
     Raises:
         OptionError: the file is no plan, or fits no node of the model.
     """
-    wanted = planned_dtypes(path, model)
+    wanted = planned_dtypes(path, model, ctx)
     return {name_of(node): kind for node, kind in wanted.items() if kind in (Kind.HIGH, Kind.LOW)}
 
 
-def planned_dtypes(path: Path, model: ir.Model) -> dict[ir.Node, str]:
+def planned_dtypes(path: Path, model: ir.Model, ctx: Context) -> dict[ir.Node, str]:
     """The dtype that a plan gives each node of `model` that it knows: float32, half, float8, follow, body.
+
+    Nodes that are only in the plan, or only in the model, are named in a warning.
 
     Raises:
         OptionError: as `read_plan`.
     """
-    listed = _listed(path)
-    wanted = {n: str(listed[key]["dtype"]) for n, key in keys(model).items() if key in listed}
+    listed, places = _listed(path), keys(model)
+    wanted = {n: str(listed[key]["dtype"]) for n, key in places.items() if key in listed}
     if listed and not wanted:
         raise OptionError(
             f"precision plan {path}: none of its {len(listed)} nodes is in the model; it was written for another one"
         )
+    known = set(places.values())
+    lost = [str(each.get("node", key)) for key, each in listed.items() if key not in known]
+    if lost:
+        some = ", ".join(lost[:_NAMED]) + (" …" if len(lost) > _NAMED else "")
+        reason = (
+            f"{len(lost)} of {len(listed)} nodes of {path} are not in the model ({some}): what it says of them is "
+            "lost, and what is in their place is decided anew. Write a new plan with --save-plan, or give the model "
+            "that this one was written for"
+        )
+        ctx.remark(RemarkKind.WARNING, "plan", "", reason)
     return wanted
+
+
+_NAMED = 5
+"""Nodes that a warning names."""
 
 
 def _listed(path: Path) -> dict[str, Any]:
@@ -127,7 +144,7 @@ def _listed(path: Path) -> dict[str, Any]:
         unknown = {str(entry["dtype"]) for entry in listed.values()} - DTYPES
     except OSError as error:
         raise OptionError(
-            f"cannot read the precision plan {path}: {error.strerror}; give the file that write_plan wrote"
+            f"cannot read the precision plan {path}: {error.strerror}; give the file that --save-plan wrote"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise OptionError(

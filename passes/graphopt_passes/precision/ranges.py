@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,13 @@ from graphopt.ir.scopes import all_graphs
 from graphopt.rewrite import Context
 from graphopt.runtime.session import Session, SessionOptions
 from graphopt.runtime.specs import input_specs
-from graphopt.verify.feeds import find_feeds, read_feeds
+from graphopt.verify.feeds import Feed, find_feeds, read_feeds
 from graphopt_passes.precision.bodies import Bodies, wanted_of
-from graphopt_passes.precision.flow import units
+from graphopt_passes.precision.flow import MASKED, units
 from graphopt_passes.precision.legality import is_float
 
 Array = np.ndarray[Any, Any]
 Feeds = Sequence[Mapping[str, Any]]
-
-MASKED = -2.9e4
-"""Elements below are masked where a mask goes: they are no part of the range."""
 
 GENERATED = "generated inputs"
 """Whose samples they were, where the user gave none."""
@@ -43,6 +40,10 @@ _FIRST_CHUNK = 24
 _CHUNK_BYTES = 1 << 28
 _MAX_FEEDS = 8
 _MAX_USUAL = 12
+MANY = 8
+"""Feeds from which on the worst of them tells what the next one may be."""
+
+_CHEAP = 1 << 17
 _UNJUDGED = ("large", "huge")
 """Generated feeds that count for ranges, not for errors; the verifier leaves them out too."""
 
@@ -59,6 +60,7 @@ class Spread:
         exact: every element is exactly a half.
         flushed: some element that is not zero becomes zero.
         size: elements of the largest.
+        usual: greatest finite magnitude on feeds that are no stress.
     """
 
     absmax: float = 0.0
@@ -68,6 +70,7 @@ class Spread:
     exact: bool = True
     flushed: bool = False
     size: int = 0
+    usual: float = 0.0
 
     def merged(self, other: Spread) -> Spread:
         """The worst of both."""
@@ -79,6 +82,7 @@ class Spread:
             self.exact and other.exact,
             self.flushed or other.flushed,
             max(self.size, other.size),
+            max(self.usual, other.usual),
         )
 
 
@@ -137,16 +141,17 @@ def _observe(
         if not feeds:
             return Observed({}, why="no input could be generated that the model runs with")
         spreads = _of_inputs(model, feeds, half)
+        look = _Look(half, masked, {id(feed) for feed in usual})
         start, count = 0, _FIRST_CHUNK
         while start < len(names):
             chunk = names[start : start + count]
             session = _session(model, file, chunk)
-            found, size = _measure(session, chunk, feeds, half, masked)
+            found, size = _measure(session, chunk, feeds, look)
             spreads |= found
             start += len(chunk)
             # Later values may be larger than these: leave room for four times as much.
             count = max(_FIRST_CHUNK, int(_CHUNK_BYTES / max(4 * size / len(chunk), 1)))
-        spreads |= _of_bodies(model, file, feeds, half, masked)
+        spreads |= _of_bodies(model, file, feeds, look)
     except GraphoptError as error:
         return Observed({}, why=str(error))
     return Observed(spreads, usual, source)
@@ -168,7 +173,7 @@ def samples(model: ir.Model, session: Session, ctx: Context) -> tuple[Feeds, Fee
         feeds = feeds[: given.limit]
         return feeds, feeds[:_MAX_USUAL], "calibration samples"
 
-    def refuses(feed: Any) -> str | None:  # noqa: ANN401
+    def refuses(feed: Feed) -> str | None:
         try:
             session.run(feed.values)
         except GraphoptError as error:
@@ -178,11 +183,39 @@ def samples(model: ir.Model, session: Session, ctx: Context) -> tuple[Feeds, Fee
     found = find_feeds(model, refuses, seed=ctx.options.seed, specs=session.inputs)
     usual = [feed.values for feed in found.feeds if feed.name.split(",")[0] not in _UNJUDGED]
     hinted = _in_their_units(usual[0], units(model)) if usual else []
+    usual = usual[: _MAX_USUAL - len(hinted)]
+    further = _further(model, session, refuses, ctx) if is_cheap(model, usual) else []
     return (
         [*(feed.values for feed in found.feeds[:_MAX_FEEDS]), *hinted],
-        [*usual[: _MAX_USUAL - len(hinted)], *hinted],
+        [*usual, *hinted, *further],
         GENERATED,
     )
+
+
+def is_cheap(model: ir.Model, feeds: Feeds) -> bool:
+    """Whether weights and inputs are so few that some runs more cost nothing."""
+    sizes = [np.size(array) for feed in feeds[:1] for array in feed.values()]
+    held = [v.const_value for v in model.graph.initializers.values()]
+    weights = sum(tensor.size for tensor in held if tensor is not None)
+    return bool(sizes) and sum(sizes) <= _CHEAP and weights <= 16 * _CHEAP
+
+
+def _further(
+    model: ir.Model,
+    session: Session,
+    refuses: Callable[[Feed], str | None],
+    ctx: Context,
+) -> list[Mapping[str, Any]]:
+    """Plain feeds of further seeds: the worst element of one draw tells little of the next."""
+    found = []
+    for number in range(1, MANY + 1):
+        drawn = find_feeds(
+            model, lambda _: None, seed=ctx.options.seed + 1000 * number, specs=session.inputs
+        )
+        feed = next(iter(drawn.feeds), None)
+        if feed is not None and refuses(feed) is None:
+            found.append(feed.values)
+    return found
 
 
 def _in_their_units(feed: Mapping[str, Any], known: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -195,8 +228,17 @@ def _in_their_units(feed: Mapping[str, Any], known: Mapping[str, float]) -> list
     return [{**feed, **scaled}] if scaled else []
 
 
+@dataclasses.dataclass(frozen=True)
+class _Look:
+    """How values are looked at: the half, names of those that carry a mask, identities of feeds that are no stress."""
+
+    half: ir.DataType
+    masked: set[str]
+    usual: set[int]
+
+
 def _measure(
-    session: Session, names: list[str], feeds: Feeds, half: ir.DataType, masked: set[str]
+    session: Session, names: list[str], feeds: Feeds, look: _Look
 ) -> tuple[dict[str, Spread], int]:
     """The spread of some values over all feeds, and the bytes that they took at most."""
     found: dict[str, Spread] = {}
@@ -206,7 +248,7 @@ def _measure(
         results = session.run(feed, names)
         size = max(size, sum(array.nbytes for array in results.values() if _is_tensor(array)))
         for name in names:
-            _add(found, floors, name, results.pop(name), half, masked)
+            _add(found, floors, name, results.pop(name), look, usual=id(feed) in look.usual)
     return found, size
 
 
@@ -215,22 +257,24 @@ def _add(
     floors: dict[str, float],
     name: str,
     array: Any,  # noqa: ANN401
-    half: ir.DataType,
-    masked: set[str],
+    look: _Look,
+    *,
+    usual: bool,
 ) -> None:
     """Merges one more array into what is known of a value."""
     if not _is_tensor(array) or array.dtype != np.float32:
         return
-    spread, norm = spread_of(array, half, floor=floors.get(name, 0.0), masked=name in masked)
+    floor, masked = floors.get(name, 0.0), name in look.masked
+    spread, norm = spread_of(array, look.half, floor=floor, masked=masked)
+    if usual:
+        spread = dataclasses.replace(spread, usual=spread.absmax)
     if np.isposinf(array).any():  # beyond float32 already: where a half overflows, nobody saw
         spread = dataclasses.replace(spread, absmax=math.inf)
     floors.setdefault(name, norm * FLOOR)
     found[name] = found.get(name, Spread()).merged(spread)
 
 
-def _of_bodies(
-    model: ir.Model, file: Path, feeds: Feeds, half: ir.DataType, masked: set[str]
-) -> dict[str, Spread]:
+def _of_bodies(model: ir.Model, file: Path, feeds: Feeds, look: _Look) -> dict[str, Spread]:
     """The spreads of values inside control flow, every turn of every body."""
     found: dict[str, Spread] = {}
     if not any(operators.has_subgraph(node) for node in model.graph):
@@ -243,7 +287,8 @@ def _of_bodies(
         for turn in bodies.turns(model.graph, known):
             names = [v.name or "" for node in turn.graph for v in node.outputs if is_float(v)]
             for name in names:
-                _add(found, floors, name, turn.values.get(name), half, masked)
+                held = turn.values.get(name)
+                _add(found, floors, name, held, look, usual=id(feed) in look.usual)
     return found
 
 

@@ -13,6 +13,8 @@ TARGET = 0.75
 
 MAX_RUNS = 96
 MAX_PRUNED = 24
+PRUNED = 4
+"""Part of the experiments allowed that may go into lowering again, where that is more than `MAX_PRUNED`."""
 ATTEMPTS = 8
 """Choices of what to raise that are tried between too few and enough, with the same measurements."""
 
@@ -269,9 +271,9 @@ class _Search:
 
     def _prune(self, before: float) -> float:
         """Lowers again what turned out not to be needed, the latest raised first; returns how bad that is."""
-        known = dict(self.raised)
-        for place in list(reversed(known))[:MAX_PRUNED]:
-            if self.experiment.runs >= self.limit + MAX_PRUNED:
+        known, most = dict(self.raised), max(MAX_PRUNED, self.limit // PRUNED)
+        for place in list(reversed(known))[:most]:
+            if self.experiment.runs >= self.limit + most:
                 break
             reason = self.raised.pop(place)
             if self.badness() > self.target:

@@ -15,19 +15,23 @@ from graphopt.runtime.emulate import emulate
 from graphopt.runtime.session import Session
 from graphopt.verify.compare import Budget
 from graphopt_passes.precision.apply import Emission
+from graphopt_passes.precision.flow import Masks
 from graphopt_passes.precision.gates import Gates
 from graphopt_passes.precision.islands import drop_islands, gain, runs_allowed
 from graphopt_passes.precision.plan import Decision, Facts, Kind
-from graphopt_passes.precision.ranges import Feeds, is_small
-from graphopt_passes.precision.refine import Refinement, Trait, refine
+from graphopt_passes.precision.ranges import MANY, Feeds, is_small
+from graphopt_passes.precision.refine import TARGET, Refinement, Trait, refine
 
 MAX_ROUNDS = 3
 """How often islands are left out and what is left is tried again."""
 
-EMITTED = 0.9
+EMITTED = 0.97
 """Of the budget: what the emitted graph may take; later passes move a rounding here and there."""
 
-STRICTER = (0.6, 0.4)
+TRIED = 0.95
+"""Of the budget: what experiments aim at where they run on many draws; on few, the next one may be worse by a third."""
+
+STRICTER = (0.7, 0.45)
 """Of the budget: what experiments aim at after the emitted graph took more than they said."""
 
 
@@ -59,6 +63,7 @@ def settle(
         len(gates.nodes),
         gates,
         traits=[Trait(gain(node, facts), node.op_type) for node in gates.nodes],
+        target=TRIED if len(feeds) >= MANY else TARGET,
     )
     found = _without_islands(search(limit=limit), decisions, gates, limit, search)
     for target in STRICTER if is_small(model) else ():
@@ -121,8 +126,9 @@ def _emitted(
         for node, twin in zip(ours.graph, theirs.graph, strict=True):
             nodes[node] = twin
             held |= zip(node.outputs, twin.outputs, strict=True)
-    masks, masked = ({held[v] for v in kept} for kept in (facts.masks, facts.masked))
+    kept = (facts.masks.constants, facts.masks.carriers, facts.masks.finite)
+    masks = Masks(*(frozenset(held[v] for v in each) for each in kept))
     twins = {nodes[node]: decision for node, decision in decisions.items()}
     trial = Context(copy, ctx.target, ctx.options)
-    Emission(copy, twins, facts.half, masks, masked, trial).run()
+    Emission(copy, twins, facts.half, masks, trial).run()
     return Session(model_to_bytes(emulate(copy)))

@@ -17,6 +17,7 @@ from graphopt.rewrite.relink import mark
 from graphopt.targets import Precision
 from graphopt.verify.budget import budget_for
 from graphopt_passes.precision.apply import narrowed
+from graphopt_passes.precision.flow import Masks
 from graphopt_passes.precision.gates import Gates, gated_nodes
 from graphopt_passes.precision.legality import Slots, is_float
 from graphopt_passes.precision.limits import LIMITS
@@ -100,7 +101,7 @@ class StoreHalf:
         if key not in ctx.cache:
             seen = observe(model, ctx, _HALF, set())
             try:
-                gates = Gates.of(model, decisions, _HALF, set(), seen.usual, budget)
+                gates = Gates.of(model, decisions, _HALF, Masks(), seen.usual, budget)
                 ctx.cache[key] = refine(len(low), gates) if seen.usual else None
             except GraphoptError as error:
                 ctx.remark(RemarkKind.WARNING, RULE, "", f"not compared: {error}")

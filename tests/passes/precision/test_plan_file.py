@@ -11,6 +11,7 @@ import onnx_ir as ir
 import pytest
 from graphopt_passes.precision import CastToHalf
 
+from graphopt.cli.entry import main
 from graphopt.driver import optimize
 from graphopt.driver.result import Result
 from graphopt.errors import OptionError
@@ -85,6 +86,32 @@ def test_a_plan_follows_the_model_into_a_new_export_on_the_command_line(tmp_path
     assert list(dtypes.values()).count(ir.DataType.FLOAT16) == 2
     (sentence, *_) = explain(made.report, made.model, "left")[0].sentences
     assert sentence == "float32: MatMul: user"
+
+
+def test_a_plan_is_saved_edited_and_followed_with_options_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, plan, out = tmp_path / "m.onnx", tmp_path / "plan.json", tmp_path / "out.onnx"
+    onnx.save(parse(TEXT), model)
+    half = ["optimize", str(model), "-o", str(out), "--target", "cuda", "--precision", "fp16"]
+    assert main([*half, "--save-plan", str(plan), "--quiet"]) == 0
+    body = json.loads(plan.read_text())
+    body["nodes"][0]["dtype"] = "float32"
+    body["nodes"].append({"key": "0-1", "node": "elsewhere", "dtype": "half"})
+    plan.write_text(json.dumps(body))
+    assert main([*half, "--plan", str(plan), "--explain", "a"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "1 of 4 nodes of" in told
+    assert "are not in the model (elsewhere)" in told
+    assert "float32: MatMul: user" in told
+
+
+def test_a_plan_needs_a_precision_that_has_one(tmp_path: Path) -> None:
+    model = parse(TEXT)
+    with pytest.raises(OptionError, match=r"plan p.json: .*and fp32 has none; ask for"):
+        optimize(model, plan="p.json")
+    with pytest.raises(OptionError, match=r"save_plan .*fp8 has none.*fp16, bf16"):
+        optimize(model, target="tensorrt", precision="fp8", save_plan=tmp_path / "p.json")
 
 
 def test_nodes_can_be_kept_by_name() -> None:
