@@ -30,7 +30,7 @@ from graphopt_passes.quantize.writers import Blocks, write_blocks, write_dynamic
 
 import graphopt
 from benchmarks.vision import MODELS, images
-from graphopt.calibrate.statistics import collect
+from graphopt.calibrate.collect import collect
 from graphopt.ir import values
 from graphopt.ir.build import Names
 from graphopt.ir.model_file import load_model, save_model

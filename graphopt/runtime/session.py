@@ -17,7 +17,7 @@ from graphopt.runtime import marshal, onnxruntime_api, tapping
 from graphopt.runtime.specs import Kind, TensorSpec, dtype_name, name_list, parse_runtime_type
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 
 class OptimizationLevel(enum.Enum):
@@ -43,6 +43,7 @@ class SessionOptions:
         extra_outputs: names of values of the main graph to return besides the outputs.
         lent: arrays of initializers whose data the model says to be elsewhere, by name; not copied.
         optimized_path: where to write the graph as the runtime will run it, to be read back.
+        optimized_weights: name of a file beside it for its weights; None to write them into it.
         profile: beginning of the path of the runtime's profile; None for no profiling.
         seconds: after which a run is stopped; None for never.
     """
@@ -55,6 +56,7 @@ class SessionOptions:
     extra_outputs: tuple[str, ...] = ()
     lent: Mapping[str, np.ndarray[Any, Any]] = dataclasses.field(default_factory=dict)
     optimized_path: Path | None = None
+    optimized_weights: str | None = None
     profile: Path | None = None
     seconds: float | None = None
 
@@ -114,6 +116,31 @@ class Session:
         results = self._run_plain(plain, given) if plain or not exotic else {}
         results |= self._run_exotic(exotic, given) if exotic else {}
         return {name: results[name] for name in wanted}
+
+    def into(
+        self, arrays: Mapping[str, np.ndarray[Any, Any]]
+    ) -> Callable[[Mapping[str, np.ndarray[Any, Any]]], None]:
+        """A function that runs the model once and writes the outputs named into the arrays given.
+
+        Arrays are contiguous and of the outputs' types; feeds are tensors of dtypes that NumPy has itself.
+        The function raises DataError as `run`, and ModelError where the model fails while it runs, or an output has
+        another shape than its array.
+        """
+        binding = self._session.io_binding()
+        for name, array in arrays.items():
+            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+
+        def run(feeds: Mapping[str, np.ndarray[Any, Any]]) -> None:
+            fed = [spec for spec in self.inputs if self._is_fed(spec, feeds)]
+            given = {s.name: np.ascontiguousarray(self._feed(s, feeds)) for s in fed}
+            try:
+                for name, array in given.items():
+                    binding.bind_cpu_input(name, array)
+                self._session.run_with_iobinding(binding)
+            except onnxruntime_api.errors() as error:
+                raise self._failure(error) from error
+
+        return run
 
     def end_profiling(self) -> Path:
         """The file with the profile, which ends here; only of a session with `SessionOptions.profile`."""
@@ -259,6 +286,10 @@ def _create(
         )
     if options.optimized_path is not None:
         settings.optimized_model_filepath = str(options.optimized_path)
+    if options.optimized_weights is not None:
+        key = "session.optimized_model_external_initializers"
+        settings.add_session_config_entry(f"{key}_file_name", options.optimized_weights)
+        settings.add_session_config_entry(f"{key}_min_size_in_bytes", "1024")
     if options.profile is not None:
         settings.enable_profiling = True
         settings.profile_file_prefix = str(options.profile)

@@ -15,8 +15,8 @@ from tests.calibrate.test_statistics import observe
 U8 = Format(ir.DataType.UINT8)
 S8 = Format(ir.DataType.INT8, symmetric=True)
 RNG = np.random.default_rng(0)
-NORMAL = RNG.normal(size=20000).astype(np.float32)
-HEAVY = RNG.standard_t(3, size=20000).astype(np.float32)
+NORMAL = RNG.normal(size=8000).astype(np.float32)
+HEAVY = RNG.standard_t(3, size=8000).astype(np.float32)
 
 
 def true_error(x: np.ndarray, low: float, high: float, form: Format) -> float:

@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from graphopt.calibrate.collect import by_row, collect
 from graphopt.calibrate.samples import Samples
 from graphopt.calibrate.statistics import (
     Channels,
     Collected,
     Statistics,
-    Tally,
-    by_row,
-    collect,
     empty,
 )
+from graphopt.calibrate.tally import Tally
 from graphopt.errors import DataError
+from graphopt.runtime.observing import Observed
 from graphopt.verify.feed_files import Feed
 from tests.rewriting import parse
 
@@ -36,7 +36,7 @@ def same(a: object, b: object) -> bool:
 
 def observe(array: np.ndarray, axes: tuple[int, ...] = (1, -1)) -> Statistics:
     tally = Tally()
-    tally.add(array, axes)
+    tally.add(Observed(array), axes)
     return tally.total()
 
 
@@ -152,3 +152,63 @@ def test_another_file_is_refused(tmp_path: Path) -> None:
     np.savez(path, x=np.ones(3))
     with pytest.raises(DataError, match="cannot be read as calibration statistics"):
         Collected.load(path)
+
+
+def test_statistics_of_an_earlier_format_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    head = b'{"version": 2, "samples": 1, "model": "", "names": []}'
+    np.savez(path, head=np.frombuffer(head, np.uint8))
+    with pytest.raises(DataError, match="it has format 2"):
+        Collected.load(path)
+
+
+def test_sums_of_large_squares_are_exact_in_any_order() -> None:
+    parts = [RNG.normal(scale=scale, size=(1, 3, 50)).astype(np.float32) for scale in (1e8, 1, 1e5)]
+    found = [empty(), empty()]
+    for index, order in enumerate(([0, 1, 2], [2, 0, 1])):
+        for each in order:
+            found[index] = found[index].merged(observe(parts[each]))
+    assert same(*found)
+    powers, means = found[0].channel_powers(1), found[0].channel_means(1)
+    assert powers is not None
+    assert means is not None
+    x = np.stack(parts).astype(np.float64)
+    np.testing.assert_allclose(powers, (x**2).mean(axis=(0, 1, 3)), rtol=1e-5)
+    np.testing.assert_allclose(means, x.mean(axis=(0, 1, 3)), rtol=1e-5)
+
+
+def test_values_in_blocks_count_as_those_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphopt.runtime.observing.block_size", lambda: 8)
+    plain = np.maximum(RNG.normal(size=(2, 16, 40, 41)), 0).astype(np.float32)
+    turned = plain.reshape(2, 2, 8, 40, 41).transpose(0, 1, 3, 4, 2)
+    blocked = Observed(np.ascontiguousarray(turned).reshape(plain.shape), 16, 0.0)
+    tallies = Tally(), Tally()
+    tallies[0].add(Observed(plain), (1,))
+    tallies[1].add(blocked, (1,))
+    found = [tally.total() for tally in tallies]
+    assert (found[0].histogram == found[1].histogram).all()
+    assert (found[0].minimum, found[0].maximum) == (found[1].minimum, found[1].maximum)
+    assert (found[0].channels.ends == found[1].channels.ends).all()
+    for name in ("channel_means", "channel_powers"):
+        one, other = (getattr(each, name)(1) for each in found)
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+def test_what_is_no_signal_is_found_in_blocks_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphopt.runtime.observing.block_size", lambda: 8)
+    array = np.ones((1, 8, 2, 2), np.float32)
+    array[0, 3, 1, 1] = np.nan
+    tally = Tally()
+    tally.add(Observed(array, 8, 0.0), (1,))
+    found = tally.total()
+    assert (found.excluded, found.elements, found.minimum, found.maximum) == (1, 32, 1, 1)
+    assert found.channel_means(1) is None
+
+
+def test_when_elements_are_counted_does_not_show() -> None:
+    tallies = [Tally(room) for room in (0, 300, 1 << 20)]
+    for tally in tallies:
+        for sample in SAMPLES:
+            tally.add(Observed(sample))
+    assert same(tallies[0].total(), tallies[1].total())
+    assert same(tallies[0].total(), tallies[2].total())

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from graphopt.calibrate.collect import by_row, collect
 from graphopt.calibrate.samples import JUDGED, Samples
-from graphopt.calibrate.statistics import Collected, Statistics, by_row, collect
+from graphopt.calibrate.statistics import Collected, Statistics
 from graphopt.ir import fingerprint, values
 from graphopt.ir.build import Names
 from graphopt.ir.model_file import load_model

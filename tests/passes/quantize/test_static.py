@@ -17,7 +17,7 @@ from graphopt_passes.quantize.static import QuantizeStatic
 from graphopt_passes.quantize.styles import style_named, style_of
 
 import graphopt
-from graphopt.calibrate.statistics import collect
+from graphopt.calibrate.collect import collect
 from graphopt.errors import OptionError
 from graphopt.ir import values
 from graphopt.ir.build import Names

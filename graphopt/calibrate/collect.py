@@ -1,0 +1,136 @@
+"""One pass over the samples: what many values of a model look like, here or shared out to workers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from graphopt.calibrate.samples import Samples, batch_size, rows_of
+from graphopt.calibrate.statistics import Collected
+from graphopt.calibrate.tally import DENSE, Tally
+from graphopt.errors import GraphoptError
+from graphopt.runtime.observing import Observed, Observer
+from graphopt.runtime.session import Session
+from graphopt.verify.feed_files import Feed
+
+
+def collect(  # noqa: PLR0913  all but the first three by keyword only
+    model: bytes | Path,
+    names: Sequence[str],
+    feeds: Iterable[Feed],
+    *,
+    threads: int = 1,
+    executor: Executor | None = None,
+    chunk: int = 8,
+    axes: Mapping[str, Sequence[int]] | None = None,
+) -> Collected:
+    """Statistics of the named values of the main graph over all feeds, in one pass.
+
+    Args:
+        model: the model; values keep their names.
+        names: the values.
+        feeds: complete samples.
+        threads: inside one operator.
+        executor: runs chunks of samples elsewhere; the result has the same bits.
+        chunk: samples that one task takes.
+        axes: which axes, of 1 and -1, to keep channels of, by value; both where a value is not named.
+
+    Raises:
+        ModelError: the model fails on a sample, or has no such value.
+    """
+    if executor is None:
+        return _collect_here(model, tuple(names), feeds, threads, axes or {})
+    found = Collected({}, 0)
+    iterator = iter(feeds)
+    while window := list(islice(iterator, chunk * _WINDOW)):
+        parts = [window[i : i + chunk] for i in range(0, len(window), chunk)]
+        tasks = [
+            executor.submit(_collect_here, model, tuple(names), part, threads, axes or {})
+            for part in parts
+        ]
+        for task in tasks:
+            found = found.merged(task.result())
+    return found
+
+
+WAITING = 1 << 23
+"""Elements that may wait to be counted."""
+
+_WINDOW = 16
+"""Tasks in flight: what bounds the samples in memory."""
+
+
+def _collect_here(
+    model: bytes | Path,
+    names: tuple[str, ...],
+    feeds: Iterable[Feed],
+    threads: int,
+    axes: Mapping[str, Sequence[int]],
+) -> Collected:
+    # Fused as deployed: observed values stay, and what is quantised is what will run.
+    observer = Observer(model, names, threads=threads)
+    room = max(WAITING // max(len(names), 1), DENSE)
+    found = {name: Tally(room) for name in names}
+    count = 0
+    for feed in feeds:
+        batch = batch_size(feed)
+        count += batch
+        for name, value in observer.run(feed.values).items():
+            for row in _rows(value, batch):
+                found[name].add(row, axes.get(name, (1, -1)))
+    return Collected({name: tally.total() for name, tally in found.items()}, count)
+
+
+def _rows(value: Observed, batch: int) -> Iterable[Observed]:
+    """The samples of a batch, each by itself: however samples are batched, they count the same."""
+    if batch > 1 and value.array.ndim > 1 and len(value.array) == batch:
+        return (value.row(index) for index in range(batch))
+    return (value,)
+
+
+def by_row(model: Callable[[], AbstractContextManager[Path]], samples: Samples) -> Samples:
+    """The samples with each batch as those that it holds, where the model treats them one by one.
+
+    So any split into batches gives the same bits: kernels for several rows may round otherwise.  Asked of the first
+    batch: its outputs are those of its rows, up to rounding, or the batches stay as they are.
+    """
+    first = next((feed for feed in samples.first(_LOOKED_AT) if batch_size(feed) > 1), None)
+    if first is None:
+        return samples
+    with model() as path:
+        session = Session(path)
+    try:
+        alone = [session.run(row.values) for row in islice(rows_of(first), _COMPARED)]
+        together = session.run(first.values)
+    except GraphoptError:
+        return samples  # the model fixes the size of its batches
+    apart = all(_is_row(together, each, index) for index, each in enumerate(alone))
+    return dataclasses.replace(samples, by_row=True) if apart else samples
+
+
+_COMPARED, _LOOKED_AT = 2, 4
+
+
+def _is_row(together: Mapping[str, Any], alone: Mapping[str, Any], index: int) -> bool:
+    for name, row in alone.items():
+        whole = together[name]
+        if not isinstance(row, np.ndarray) or row.ndim == 0 or len(row) != 1:
+            return False
+        if whole.shape[1:] != row.shape[1:] or index >= len(whole):
+            return False
+        if not np.allclose(
+            whole[index], row[0], rtol=1e-3, atol=1e-4 * _scale(row), equal_nan=True
+        ):
+            return False
+    return True
+
+
+def _scale(array: np.ndarray[Any, Any]) -> float:
+    return float(np.abs(array).max(initial=0.0)) if array.dtype.kind == "f" else 1.0
