@@ -22,7 +22,7 @@ from graphopt_passes.prune.request import Importance, Measure
 from graphopt_passes.prune.roots import ridge
 from graphopt_passes.prune.samples import Feeds
 from graphopt_passes.prune.slim import Keep, kept_indices, slim
-from graphopt_passes.prune.streams import Streams, cut
+from graphopt_passes.prune.streams import Streams, cut, partners
 
 ROUNDING = 8
 """ONNX Runtime's convolutions work on blocks of 8 channels: 33 take as long as 40."""
@@ -289,9 +289,8 @@ def input_energies(model: ir.Model, layers: Sequence[Layer], feeds: Feeds) -> di
     stops = _stops(model, layers)
     streams = Streams(model, feeds)
     pieces = cut(model.graph, stops)
-    for index, (piece, stop) in enumerate(zip(pieces, stops, strict=True)):
-        alive = {name for each in pieces[index + 1 :] for name in each.reads}
-        streams.run(piece, frozenset(alive.union(s.name or "" for s in stops[index:])), {})
+    for piece, stop in zip(pieces, stops, strict=True):
+        streams.run(piece, {})
         for layer in layers:
             if layer.source is stop:
                 found[layer.name] = _energy(
@@ -331,24 +330,21 @@ def reconstruct(dense: ir.Model, slim_model: ir.Model, keep: Keep, feeds: Feeds,
     before = {layer.name: layer for layer in find_layers(dense.graph)}
     after = [layer for layer in find_layers(slim_model.graph) if layer.name in before]
     stops = _stops(slim_model, after)
-    own = [before[_first(after, stop).name].source for stop in stops]
+    groups = [[layer for layer in after if layer.source is stop] for stop in stops]
+    own = [[before[layer.name] for layer in group] for group in groups]
     streams = Streams(dense, feeds)
-    dense_pieces, slim_pieces = cut(dense.graph, own), cut(slim_model.graph, stops)
+    pieces = zip(
+        cut(dense.graph, [group[0].source for group in own], partners(own)),
+        cut(slim_model.graph, stops, partners(groups)),
+        strict=True,
+    )
     fitted = 0
-    for index, (mine, theirs) in enumerate(zip(dense_pieces, slim_pieces, strict=True)):
-        alive = {
-            n for p in (*dense_pieces[index + 1 :], *slim_pieces[index + 1 :]) for n in p.reads
-        }
-        alive.update(stop.name or "" for stop in stops[index:])
-        streams.run_apart(mine, theirs, slim_model, frozenset(alive))
-        for layer in after:
-            if layer.source is stops[index] and layer.blocks == 1:
+    for (mine, theirs), group in zip(pieces, groups, strict=True):
+        streams.run_apart(mine, theirs, slim_model)
+        for layer in group:
+            if layer.blocks == 1:
                 fitted += _refit(before[layer.name], layer, keep, streams, len(feeds), seed)
     return fitted
-
-
-def _first(layers: Sequence[Layer], source: ir.Value) -> Layer:
-    return next(layer for layer in layers if layer.source is source)
 
 
 def _refit(
@@ -356,8 +352,11 @@ def _refit(
 ) -> bool:
     """Fits one layer; whether the fit stands."""
     fit, check = Moments(layer, batches, seed), Moments(layer, batches, seed)
-    for index, (x_dense, x) in enumerate(streams.pairs(layer.source.name or "")):
-        (check if index % HELD_OUT == HELD_OUT - 1 else fit).add(x_dense, x)
+    name = "" if layer.partner is None else layer.partner.name or ""
+    gaps = streams.gaps(name, keep.get(name, {}))
+    pairs = zip(streams.pairs(layer.source.name or ""), gaps, strict=True)
+    for index, ((x_dense, x), gap) in enumerate(pairs):
+        (check if index % HELD_OUT == HELD_OUT - 1 else fit).add(x_dense, x, gap)
     full, start = _augmented(dense), _augmented(layer)
     rows = keep.get(layer.name, {}).get(row_axis(layer))
     if rows is not None:
@@ -387,8 +386,8 @@ class _System:
 
     @classmethod
     def of(cls, moments: Moments, full: Wide, start: Wide) -> _System:
-        size, wide = start.shape[1], full.shape[1]
-        return cls(moments.moment[0][:size, :size], full @ moments.cross[0][:wide, :size], start)
+        size = start.shape[1]
+        return cls(moments.moment[0][:size, :size], moments.aim(full, 0, size), start)
 
     def joined(self, other: _System) -> _System:
         """On the samples of both."""

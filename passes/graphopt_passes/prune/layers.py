@@ -92,6 +92,11 @@ class Layer:
         return shape[0] if self.transposed else self.size // shape[0]
 
     @property
+    def rows(self) -> int:
+        """Outputs."""
+        return int(self.tensor.shape.numpy()[1 if self.transposed else 0])
+
+    @property
     def blocks(self) -> int:
         """Groups of a convolution; 1 otherwise."""
         return 1 if self.window is None else self.window.group
@@ -119,6 +124,22 @@ class Layer:
         rows, channels, *kernel = self.tensor.shape.numpy()
         last = matrix.reshape(rows, *kernel, channels)
         return np.ascontiguousarray(np.moveaxis(last, -1, 1)).astype(dtype)
+
+    @property
+    def partner(self) -> ir.Value | None:
+        """What is added to the output of the layer beside its bias: the other summand of a residual sum."""
+        value = self.node.outputs[0]
+        while len(uses := tuple(value.uses())) == 1 and not value.is_graph_output():
+            user, index = uses[0]
+            if user.op_type != "Add" or user.domain:
+                return None
+            other = user.inputs[1 - index]
+            if other is not None and not values.is_constant(other):
+                return other
+            if other is not self.bias:
+                return None
+            value = user.outputs[0]
+        return None
 
     def bias_vector(self) -> Wide | None:
         """The bias as [rows]."""

@@ -22,7 +22,11 @@ def precision(columns: int) -> type[np.float32] | type[np.float64]:
 
 
 class Moments:
-    """H = sum x x^T and G = sum x_dense x^T of each block of a layer, x with a 1 at its end for the bias."""
+    """H = sum x x^T and G = sum x_dense x^T of each block of a layer, x with a 1 at its end for the bias.
+
+    Where the output is one summand of a residual sum, also E = sum e x^T, e what the other summand has lost: the layer
+    can make up for it (He, Zhang and Sun 2017 do so for channels).
+    """
 
     def __init__(self, layer: Layer, batches: int, seed: int) -> None:
         """Starts at zero.
@@ -33,14 +37,22 @@ class Moments:
             seed: of the choice of positions.
         """
         self._window = layer.window
+        self._rows = layer.rows
         most = MAX_COLUMNS_WIDE if layer.columns > _WIDE_ROWS else MAX_COLUMNS
         self._room = max(math.ceil(most / batches), 1)
         self._random = np.random.default_rng(seed)
         self.moment: Wide = np.zeros(0)
         self.cross: Wide = np.zeros(0)
+        self._lost: Wide = np.zeros(0)
 
-    def add(self, dense: Array, pruned: Array) -> None:
-        """Adds one batch of inputs, as the dense and as the pruned model make them."""
+    def add(self, dense: Array, pruned: Array, gap: Array | None = None) -> None:
+        """Adds one batch of inputs, as the dense and as the pruned model make them.
+
+        Args:
+            dense: what the layer reads in the dense model.
+            pruned: what it reads in the pruned one.
+            gap: what the other summand of its output lacks there, in the form of the output.
+        """
         positions = self._positions(pruned)
         x_dense, x = (inputs(a, self._window, positions) for a in (dense, pruned))
         size = x.shape[-1]
@@ -52,10 +64,38 @@ class Moments:
         for block in range(len(x)):
             self.moment[block] += x[block].T @ x[block]  # two axes: half the work, by symmetry
             self.cross[block] += x_dense[block].T @ x[block]
+        if gap is not None and gap.shape == self._made(pruned):
+            self._add_lost(gap, x, positions)
+
+    def _made(self, pruned: Array) -> tuple[int, ...]:
+        """The shape of the output: a summand of another one is repeated, or repeats it."""
+        if self._window is None:
+            return (*pruned.shape[:-1], self._rows)
+        return (len(pruned), self._rows, *output_size(pruned.shape[2:], self._window))
+
+    def _add_lost(self, gap: Array, x: Array, positions: Array) -> None:
+        last = gap if self._window is None else np.moveaxis(gap, 1, -1)
+        chosen = _rows(last)[positions].reshape(len(positions), len(x), -1)
+        if not self._lost.size:
+            shape = (len(x), chosen.shape[-1], x.shape[-1])
+            self._lost = np.zeros(shape, precision(x.shape[-1]))
+        for block in range(len(x)):
+            self._lost[block] += chosen[:, block].astype(x.dtype).T @ x[block]
+
+    def aim(self, full: Wide, block: int, size: int) -> Wide:
+        """What a block shall make, against its inputs in the pruned model: full G + E, the first `size` columns.
+
+        Args:
+            full: the matrix of the block in the dense model, rows that stay, its bias the last column if it has one.
+            block: which.
+            size: inputs of the block in the pruned model, 1 for the bias included.
+        """
+        made: Wide = full @ self.cross[block][: full.shape[1], :size]
+        return made + self._lost[block][:, :size] if self._lost.size else made
 
     def forget_cross(self) -> None:
         """Lets go of G, which is as large as H, once what is needed of it is known."""
-        self.cross = np.zeros(0)
+        self.cross = self._lost = np.zeros(0)
 
     def _positions(self, array: Array) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         total = math.prod(array.shape[:-1])

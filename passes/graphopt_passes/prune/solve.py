@@ -3,7 +3,7 @@
 `W` is [rows, columns]; `H` = sum of x x^T over the inputs x of the layer in the pruned model so far; `G` = sum of
 x_dense x^T.  With the dense target `T = (W0 G + l W0)(H + l I)^-1`, the distance between the outputs of the pruned and
 of the dense layer is ||(W - T) H^(1/2)||^2 up to a constant: every method below works on (T, H), and so repairs what
-the layers before it have lost.
+the layers before it have lost.  `A` stands for W0 G, to which is added what the other summand of a residual sum lost.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from graphopt_passes.prune.roots import RIDGE, Root, inverse_root, ridge
 
 Mask = npt.NDArray[np.bool_]
 
-_BLOCK = 128
+_BLOCK, _STEP = 128, 32
 _FINE_COLUMNS = 256
 _WIDE_COLUMNS = 640
 _ADMM_STEPS, _ADMM_STEPS_WIDE, _ADMM_RHO = 100, 40, 0.3
@@ -86,9 +86,13 @@ def refit(mask: Mask, start: Wide, weight: Wide, moment: Wide, aim: Wide) -> Wid
     damp = ridge(moment)
     scale = np.diag(moment) + damp
     found = np.where(mask, start, 0.0)
+    removed = ~mask
 
     def apply(direction: Wide) -> Wide:
-        return np.where(mask, direction @ moment + damp * direction, 0.0)
+        image = direction @ moment
+        image += damp * direction
+        image[removed] = 0
+        return image
 
     rest = np.where(mask, aim + damp * weight, 0.0) - apply(found)
     eased = rest / scale
@@ -124,7 +128,7 @@ def solve(
     Args:
         weight: W.
         moment: H.
-        aim: W G.
+        aim: A.
         goal: how many zeros.
         method: how the weights that stay are chosen.
         fit: whether they are fitted to the outputs of the dense layer.
@@ -167,29 +171,36 @@ def sparse_gpt(target: Wide, upper: Wide, goal: Goal) -> tuple[Wide, Mask]:
         goal: how many zeros.
     """
     free = target.shape[1] - goal.fixed
-    work = target
     mask = np.ones(target.shape, bool)
     width = _block_width(goal)
     for begin in range(0, target.shape[1], width):
         end = min(begin + width, target.shape[1])
+        here, part = slice(begin, end), np.ascontiguousarray(target[:, begin:end].T)
         inside = min(end, free) - begin
         if inside > 0:
-            scores = np.square(
-                work[:, begin : begin + inside] / np.diag(upper)[begin : begin + inside]
-            )
+            scores = np.square(part[:inside].T / np.diag(upper)[begin : begin + inside])
             zeros = round(goal.zeros * inside / free)
-            part = Goal(zeros, goal.pattern)
-            mask[:, begin : begin + inside] = part.mask(scores)
-        errors = np.zeros((target.shape[0], end - begin), target.dtype)
-        for column in range(begin, end):
-            kept = np.where(mask[:, column], work[:, column], 0.0)
-            error = (work[:, column] - kept) / upper[column, column]
-            work[:, column:end] -= np.outer(error, upper[column, column:end])
-            work[:, column] = kept
-            errors[:, column - begin] = error
-        work[:, end:] -= errors @ upper[begin:end, end:]
-    work[~mask] = 0
-    return work, mask
+            mask[:, begin : begin + inside] = Goal(zeros, goal.pattern).mask(scores)
+        errors = _swept(part, mask[:, here].T, upper[here, here])
+        target[:, here] = part.T
+        target[:, end:] -= errors.T @ upper[here, end:]
+    target[~mask] = 0
+    return target, mask
+
+
+def _swept(part: Wide, keep: Mask, upper: Wide) -> Wide:
+    """Errors of the columns of a block, which are the rows of `part` and are changed in place, one by one.
+
+    Those near at hand see each error at once, the rest of the block all of a few together.
+    """
+    errors = np.empty_like(part)
+    for start in range(0, len(part), _STEP):
+        stop = min(start + _STEP, len(part))
+        for at in range(start, stop):
+            errors[at] = np.where(keep[at], 0, part[at]) / upper[at, at]
+            part[at:stop] -= upper[at, at:stop, None] * errors[at]
+        part[stop:] -= upper[start:stop, stop:].T @ errors[start:stop]
+    return errors
 
 
 def _block_width(goal: Goal) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -16,7 +17,7 @@ from graphopt.ir import values
 from graphopt.ir.model_file import to_proto
 from graphopt.ir.scopes import dependencies
 from graphopt.runtime.session import Session, SessionOptions
-from graphopt_passes.prune.layers import Array
+from graphopt_passes.prune.layers import Array, Layer
 
 Live = dict[str, Array]
 
@@ -29,32 +30,65 @@ class Piece:
         nodes: what runs.
         reads: values from outside that are no constants.
         makes: values that later pieces read.
+        alive: values that are wanted after it has run.
     """
 
     nodes: tuple[ir.Node, ...]
     reads: tuple[str, ...]
     makes: tuple[str, ...]
+    alive: frozenset[str] = frozenset()
 
 
-def cut(graph: ir.Graph, stops: Sequence[ir.Value]) -> list[Piece]:
+Beside = Sequence[Sequence[ir.Value]]
+"""For each stop, other values that shall be known with it."""
+
+
+def cut(graph: ir.Graph, stops: Sequence[ir.Value], beside: Beside = ()) -> list[Piece]:
     """The pieces after each of which the next stop is known; nodes that no stop needs are left out.
 
     Args:
         graph: sorted.
         stops: values, in the order in which the graph makes them.
+        beside: values that shall be known with each stop, as `partners` finds them; none by default.
     """
-    needed = _ancestors(stops)
+    wanted = [[stop, *(beside[i] if beside else ())] for i, stop in enumerate(stops)]
+    needed = ancestors([value for several in wanted for value in several])
     nodes = [node for node in graph if node in needed]
     place = {node: index for index, node in enumerate(nodes)}
-    ends = [0 if (p := stop.producer()) is None else place[p] + 1 for stop in stops]
-    parts, begin = [], 0
-    for end in ends:
-        parts.append(nodes[begin : max(end, begin)])
-        begin = max(end, begin)
-    return [_piece(part, parts[i + 1 :], stops[i:]) for i, part in enumerate(parts)]
+    parts: list[list[ir.Node]] = []
+    done: set[ir.Node] = set()
+    begin = 0
+    for stop, *others in wanted:
+        end = max(0 if (p := stop.producer()) is None else place[p] + 1, begin)
+        chosen = {*nodes[begin:end], *ancestors(others)} - done
+        parts.append(sorted(chosen, key=lambda node: place[node]))
+        done |= chosen
+        begin = end
+    kept = [[value for several in wanted[i:] for value in several] for i in range(len(wanted))]
+    pieces = [_piece(part, parts[i + 1 :], kept[i]) for i, part in enumerate(parts)]
+    return [
+        dataclasses.replace(piece, alive=_alive(pieces[i + 1 :], kept[i]))
+        for i, piece in enumerate(pieces)
+    ]
 
 
-def _ancestors(stops: Sequence[ir.Value]) -> set[ir.Node]:
+def _alive(later: Sequence[Piece], kept: Sequence[ir.Value]) -> frozenset[str]:
+    return frozenset({name for piece in later for name in piece.reads} | set(_names(kept)))
+
+
+def partners(groups: Sequence[Sequence[Layer]]) -> list[list[ir.Value]]:
+    """What is added to the outputs of layers that are fitted together, where no later layer has a part in it."""
+    later = {layer.node for group in groups for layer in group}
+    found: list[list[ir.Value]] = []
+    for group in groups:
+        near = dict.fromkeys(value for layer in group if (value := layer.partner) is not None)
+        found.append([value for value in near if not ancestors([value]) & later])
+        later.difference_update(layer.node for layer in group)
+    return found
+
+
+def ancestors(stops: Sequence[ir.Value]) -> set[ir.Node]:
+    """The nodes from which some values follow."""
     found: set[ir.Node] = set()
     stack = [stop.producer() for stop in stops]
     while stack:
@@ -102,14 +136,11 @@ class Streams:
         self.dense: list[Live] = [dict(feed) for feed in feeds]
         self.pruned: list[Live] = [dict(feed) for feed in feeds]
 
-    def run(
-        self, piece: Piece, alive: frozenset[str], new: Mapping[str, ir.TensorProtocol]
-    ) -> None:
-        """Runs a piece over all samples and forgets what is not `alive` afterwards.
+    def run(self, piece: Piece, new: Mapping[str, ir.TensorProtocol]) -> None:
+        """Runs a piece over all samples and forgets what is not alive afterwards.
 
         Args:
             piece: the next one.
-            alive: names that this or later pieces read.
             new: weights that differ from those in the model, by name.
         """
         if piece.nodes:
@@ -126,10 +157,9 @@ class Streams:
             if altered:
                 self._altered.update(piece.makes)
         for live in (*self.dense, *self.pruned):
-            for name in [name for name in live if name not in alive]:
-                del live[name]
+            _forget(live, piece)
 
-    def run_apart(self, dense: Piece, other: Piece, model: ir.Model, alive: frozenset[str]) -> None:
+    def run_apart(self, dense: Piece, other: Piece, model: ir.Model) -> None:
         """Runs corresponding pieces of two models: of the one that this began with, and of `model`."""
         for lives, piece, owner in (
             (self.dense, dense, self._model),
@@ -141,13 +171,28 @@ class Streams:
                 for live in lives:
                     live.update(_run(session, live, piece, {}))
             for live in lives:
-                for name in [name for name in live if name not in alive]:
-                    del live[name]
+                _forget(live, piece)
 
     def pairs(self, name: str) -> Iterator[tuple[Array, Array]]:
         """The value in the dense and in the pruned model, by sample."""
         for dense, pruned in zip(self.dense, self.pruned, strict=True):
             yield dense[name], pruned[name]
+
+    def gaps(self, name: str, keep: Mapping[int, Array]) -> Iterator[Array | None]:
+        """What a value lacks in the pruned model, by sample; None where it is not known, or lacks nothing.
+
+        Args:
+            name: of the value.
+            keep: which indices of which axes of it are left in the pruned model.
+        """
+        for dense, pruned in zip(self.dense, self.pruned, strict=True):
+            one, other = dense.get(name), pruned.get(name)
+            if one is None or other is None or one is other:
+                yield None
+                continue
+            for axis, stay in keep.items():
+                one = np.take(one, stay, axis=axis)
+            yield one - other
 
     @property
     def bytes_held(self) -> int:
@@ -169,6 +214,11 @@ class Streams:
 def _run(session: Session, live: Live, piece: Piece, weights: Mapping[str, Array]) -> Live:
     feeds = {name: live[name] for name in piece.reads} | dict(weights)
     return session.run(feeds)
+
+
+def _forget(live: Live, piece: Piece) -> None:
+    for name in [name for name in live if name not in piece.alive]:
+        del live[name]
 
 
 def _constants(piece: Piece) -> dict[str, ir.Value]:

@@ -19,7 +19,7 @@ from graphopt_passes.prune.request import Allocation, Method, SparsityRequest
 from graphopt_passes.prune.roots import ridge
 from graphopt_passes.prune.samples import Feeds
 from graphopt_passes.prune.solve import Goal, Mask, solve
-from graphopt_passes.prune.streams import Piece, Streams, cut
+from graphopt_passes.prune.streams import Piece, Streams, cut, partners
 
 ADMM_FROM = 0.9
 
@@ -125,8 +125,8 @@ def dense_moments(
     pieces = cut(model.graph, stops)
     streams = Streams(model, feeds)
     found: dict[str, Wide] = {}
-    for index, (piece, group) in enumerate(zip(pieces, groups, strict=True)):
-        streams.run(piece, needed_after(pieces, stops, index), {})
+    for piece, group in zip(pieces, groups, strict=True):
+        streams.run(piece, {})
         for alike in by_window(group):
             moments, _ = _seen(alike[0], streams, len(feeds), seed)
             found |= {layer.name: moments.moment for layer in alike}
@@ -180,14 +180,14 @@ def prune_fitted(
     """
     groups = grouped_by_source(model, list(wanted))
     stops = [group[0].source for group in groups]
-    pieces = cut(model.graph, stops)
+    pieces = cut(model.graph, stops, partners(groups))
     release(model)  # what was read to spread the zeros
-    feeds = _that_fit(model, pieces, stops, feeds)
+    feeds = _that_fit(model, pieces, feeds)
     streams = Streams(model, feeds)
     new: dict[str, ir.TensorProtocol] = {}
     found: list[Pruned] = []
-    for index, (piece, group) in enumerate(zip(pieces, groups, strict=True)):
-        streams.run(piece, needed_after(pieces, stops, index), new)
+    for piece, group in zip(pieces, groups, strict=True):
+        streams.run(piece, new)
         for layers in by_window(group):
             moments, lost = _seen(layers[0], streams, len(feeds), seed)
             chosen = [layer for layer in layers if wanted[layer].removes or lost]
@@ -206,9 +206,11 @@ def prune_fitted(
 def _seen(layer: Layer, streams: Streams, batches: int, seed: int) -> tuple[Moments, bool]:
     """The moments of what a layer reads, and whether anything was lost before it."""
     moments, lost = Moments(layer, batches, seed), False
-    for dense, pruned in streams.pairs(layer.source.name or ""):
-        moments.add(dense, pruned)
-        lost = lost or dense is not pruned
+    partner = layer.partner
+    gaps = streams.gaps("" if partner is None else partner.name or "", {})
+    for (dense, pruned), gap in zip(streams.pairs(layer.source.name or ""), gaps, strict=True):
+        moments.add(dense, pruned, gap)
+        lost = lost or dense is not pruned or gap is not None
     return moments, lost
 
 
@@ -225,20 +227,12 @@ def let_go(tensors: Sequence[ir.TensorProtocol]) -> None:
     trim()
 
 
-def needed_after(pieces: Sequence[Piece], stops: Sequence[ir.Value], index: int) -> frozenset[str]:
-    """The values that something reads after piece `index` has run."""
-    later = {name for each in pieces[index + 1 :] for name in each.reads}
-    return frozenset(later.union(stop.name or "" for stop in stops[index:]))
-
-
-def _that_fit(
-    model: ir.Model, pieces: Sequence[Piece], stops: Sequence[ir.Value], feeds: Feeds
-) -> Feeds:
+def _that_fit(model: ir.Model, pieces: Sequence[Piece], feeds: Feeds) -> Feeds:
     """As many of the samples as can be held half way through the model, measured on the first of them."""
     probe = Streams(model, feeds[:1])
     most = 1
-    for index, piece in enumerate(pieces):
-        probe.run(piece, needed_after(pieces, stops, index), {})
+    for piece in pieces:
+        probe.run(piece, {})
         most = max(most, probe.bytes_held)
         release(model)
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
@@ -260,18 +254,18 @@ def grouped_by_source(model: ir.Model, layers: Sequence[Layer]) -> list[list[Lay
 
 
 def by_window(group: list[Layer]) -> list[list[Layer]]:
-    """Layers that read one value in the same way, and so share their moments."""
-    found: defaultdict[Window | None, list[Layer]] = defaultdict(list)
+    """Layers that read one value in the same way and add to the same, and so share their moments."""
+    found: defaultdict[tuple[Window | None, ir.Value | None], list[Layer]] = defaultdict(list)
     for layer in group:
-        found[layer.window].append(layer)
+        found[layer.window, layer.partner].append(layer)
     return list(found.values())
 
 
 def _aims(layer: Layer, moments: Moments) -> list[Wide]:
-    """What the dense layer makes of its inputs, against those of the pruned one, W G: by block."""
+    """What the blocks of a layer shall make."""
     return [
-        weight @ cross[: weight.shape[1], : weight.shape[1]]
-        for weight, cross in zip(_augmented(layer, moments), moments.cross, strict=True)
+        moments.aim(weight, block, weight.shape[1])
+        for block, weight in enumerate(_augmented(layer, moments))
     ]
 
 
