@@ -148,7 +148,8 @@ def test_a_block_makes_up_for_its_shortcut() -> None:
 
 
 def _matrix(tensor: ir.TensorProtocol) -> np.ndarray:
-    return np.asarray(tensor.numpy(), np.float64)[:, :, 0, 0]
+    made: np.ndarray = tensor.numpy().astype(np.float64)[:, :, 0, 0]
+    return made
 
 
 def _hidden(x: np.ndarray, layer: Layer) -> np.ndarray:
