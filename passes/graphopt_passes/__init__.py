@@ -15,6 +15,7 @@ from graphopt_passes import (
     activation,
     algebra,
     attention,
+    biases,
     bodies,
     bounds,
     broadcasts,
@@ -28,6 +29,7 @@ from graphopt_passes import (
     einsum,
     embedding,
     evasion,
+    filling,
     gemm,
     groupnorm,
     heads,
@@ -95,6 +97,7 @@ ALGEBRA = RewritePass(
         *reductions.RULES,
         *einsum.RULES,
         *quantized.RULES,
+        *biases.RULES,  # before lift-opset, which sees the attention that they make
     ),
 )
 FUSE_CONV = RewritePass("fuse-conv", (*conv.RULES, *padding.RULES))
@@ -117,7 +120,7 @@ LIFT_FOR_INT8 = LiftOpset(
 LIFT_FOR_FP8 = LiftOpset("lift-opset-fp8", wishes=lambda _model, _ctx: (19,), use="compute in fp8")
 FUSE_RESIDUALS = RewritePass("fuse-residuals", (*embedding.RULES, *residuals.RULES))
 # Last of all, where everything that knows Add is done.
-EVADE = RewritePass("evade-runtime-fusions", evasion.RULES)
+EVADE = RewritePass("evade-runtime-fusions", (*evasion.RULES, *filling.RULES))
 EXPAND_CONTRIB = RewritePass(
     "expand-contrib",
     (
@@ -257,6 +260,10 @@ _SPARSE = (
 _FP32 = (*_SPARSE, Distill(), LOWER_POWERS)  # nothing without --distill
 
 
+# Channels that are filled up leave their old weights behind.
+_EVADE = (EVADE, RemoveDeadCode())
+
+
 def _half(precision: Literal["fp16", "bf16"]) -> tuple[Step, ...]:
     """The float32 pipeline, the casts, and what removes double ones; nothing after the casts makes float32 nodes."""
     return (
@@ -268,13 +275,13 @@ def _half(precision: Literal["fp16", "bf16"]) -> tuple[Step, ...]:
         MergeCommonSubexpressions(),
         RemoveDeadCode(),
         FUSE_RESIDUALS,  # after the casts: the kernels take halves
-        EVADE,
+        *_EVADE,
     )
 
 
 def _quantized(step: Pass) -> tuple[Step, ...]:
     """The float32 pipeline, then integers: what is quantised is what will run."""
-    return (*_FP32, LIFT_FOR_INT8, step, MergeDuplicateConstants(), RemoveDeadCode(), EVADE)
+    return (*_FP32, LIFT_FOR_INT8, step, MergeDuplicateConstants(), RemoveDeadCode(), *_EVADE)
 
 
 def _trained(step: Pass) -> tuple[Step, ...]:
@@ -287,19 +294,19 @@ def _trained(step: Pass) -> tuple[Step, ...]:
         MergeDuplicateConstants(),
         RemoveDeadCode(),
         Distill(),
-        EVADE,
+        *_EVADE,
     )
 
 
 _PLAIN: Mapping[tuple[str, str], tuple[Step, ...]] = {
     **{
-        (target, "fp32"): (*_FP32, FUSE_RESIDUALS, EVADE)
+        (target, "fp32"): (*_FP32, FUSE_RESIDUALS, *_EVADE)
         for target in ("cpu", "cuda", "tensorrt", "portable")
     },
     **{(target, "fp16"): _half("fp16") for target in ("cpu", "cuda", "tensorrt", "portable")},
     **{(target, "bf16"): _half("bf16") for target in ("cpu", "cuda", "tensorrt", "portable")},
     **{
-        (target, "fp16-weights"): (*_FP32, FUSE_RESIDUALS, EVADE)
+        (target, "fp16-weights"): (*_FP32, FUSE_RESIDUALS, *_EVADE)
         for target in ("cpu", "cuda", "tensorrt", "portable")
     },
     ("tensorrt", "fp8"): (*_FP32, LIFT_FOR_FP8, QuantizeFp8(), RemoveDeadCode()),

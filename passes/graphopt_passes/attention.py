@@ -21,7 +21,7 @@ from graphopt.ir.build import Builder
 from graphopt.ir.shapes import Dim, is_cut_to
 from graphopt.rewrite import Either, Lit, Match, Op, Rule, Skip, Var, rule
 from graphopt_passes.bands import Band, visible
-from graphopt_passes.constants import live_uses, no_operator
+from graphopt_passes.constants import no_operator
 from graphopt_passes.masks import HARMLESS, Reach, lowest, reach_of
 from graphopt_passes.repeats import unrepeated
 
@@ -33,6 +33,9 @@ LOW = -1e4
 
 ABSORBING = -1e30
 """In float32, a number beside which any score vanishes; ONNX Runtime 1.31 takes the lowest number for -infinity."""
+
+SMALL = 1e6
+"""A bias that vanishes beside `ABSORBING`."""
 
 
 scores = Var()
@@ -189,7 +192,7 @@ def _added_mask(m: Match, g: Builder, value: ir.Value) -> ir.Value:
         value = g.op("Max", value, g.const(np.asarray(ABSORBING, np.float32)))
     elif not _sees_itself(m, value):
         if reach is None or not _is_kept(m, reach):
-            value = _steady(m, g, m[mask], value)
+            value = _steady_where_unknown(m, g, m[mask], value)
         else:
             _refuse_masked_rows(m, value, reach)
     once = dims[-2] == 1 and whole[-2] != 1
@@ -213,6 +216,23 @@ def _sees_itself(m: Match, hidden: ir.Value) -> bool:
 def _is_kept(m: Match, reach: Reach) -> bool:
     """Whether rows that are masked throughout are none, or come out of Attention as they did of the parts."""
     return reach.floor > lowest(m.dtype(q)) and (not reach.masked or m.has(guard))
+
+
+def _steady_where_unknown(m: Match, g: Builder, given: ir.Value, added: ir.Value) -> ir.Value:
+    """As `_steady`; of a small bias for every head and an unknown mask for all, the mask alone, which absorbs the bias.
+
+    As T5 adds them.
+    """
+    maker = given.producer()
+    if given is added and maker is not None and maker.op_type == "Add" and not maker.domain:
+        for bias, unknown in (maker.inputs, maker.inputs[::-1]):
+            reach = reach_of(bias)
+            if unknown is None or reach is None or reach.masked or reach.low < -SMALL:
+                continue
+            dims = m.known_dims(unknown)
+            if len(dims) < 3 or dims[-3] == 1:
+                return g.op("Add", bias, _steady(m, g, unknown, unknown))
+    return _steady(m, g, given, added)
 
 
 def _steady(m: Match, g: Builder, given: ir.Value, added: ir.Value) -> ir.Value:
@@ -272,35 +292,6 @@ def _reach_of_choice(m: Match, which: ir.Value) -> Reach | None:
             return HARMLESS
     # A row of one finite number is spread evenly, whatever the number.
     return Reach(0.0, masked=True) if number == -math.inf else Reach(-math.inf, masked=False)
-
-
-second = Var()
-biased_twice = Op("Add", biased, second)
-
-
-@rule(biased_twice, opset=OPSETS)
-def join_masks(m: Match, g: Builder) -> ir.Value | None:
-    """`q kT + a + b` -> `q kT + (a + b)`, before a Softmax: one mask, which all layers may share.
-
-    As T5 adds the bias of relative positions and a mask.  Source: Add-7, Softmax-13.
-    """
-    users = live_uses(m.out(biased_twice))
-    if not m.emits("Attention", dtype=m.dtype(q)) or len(m.dims(biased_twice) or ()) != 4:
-        return None
-    if not users or any(user.op_type not in ("Softmax", "Cast") for user in users):
-        return None
-    if _is_product(m[mask]) or _is_product(m[second]):
-        return None
-    return g.op("Add", m[score], g.op("Add", m[mask], m[second]))
-
-
-def _is_product(value: ir.Value, depth: int = 4) -> bool:
-    """Whether a value is scores itself, as those of relative positions are."""
-    node = value.producer()
-    if node is None or depth == 0 or node.op_type == "MatMul":
-        return node is not None and node.op_type == "MatMul"
-    arithmetic = node.op_type in ("Add", "Mul", "Div", "Cast", "Reshape", "Slice")
-    return arithmetic and any(_is_product(v, depth - 1) for v in node.inputs if v is not None)
 
 
 all_keys, all_values = Var(), Var()
@@ -455,7 +446,6 @@ def _of_folded_heads(m: Match, maker: ir.Node) -> ir.Value | None:
 
 RULES: tuple[Rule, ...] = (
     fuse_attention,
-    join_masks,
     share_repeated_heads,
     drop_guard_of_unmasked_rows,
 )

@@ -12,7 +12,9 @@ from graphopt.ir import values
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
-VIEWS = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Slice", "Identity"})
+VIEWS = frozenset(
+    {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Slice", "Tile", "Identity"}
+)
 MAX_DEPTH = 8
 MAX_TABLE = 1 << 20
 SAFE = 1e30

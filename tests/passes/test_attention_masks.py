@@ -111,39 +111,6 @@ def test_a_causal_mask_masks_no_row_throughout() -> None:
     assert "ReduceMax" not in kinds
 
 
-TWICE = f"{KT} a = MatMul(q, t) z = Add(a, m) x = Add(z, n) p = Softmax(x) y = MatMul(p, v)"
-
-
-def test_two_masks_become_one() -> None:
-    """The bias of relative positions and a mask, as torch.export writes T5."""
-    io = f"({QKV}, int64[S,L] i, bool[B,1,S,L] c) => (float[B,2,S,4] y)"
-    held = "<float[3] table = {0.5, -0.25, 1.0}, float zero = {0.0}, float no = {-1e9}, int64[2] e = {0,1}>"
-    masks = "b = Gather(table, i) m = Unsqueeze(b, e) n = Where(c, zero, no)"
-    _check(
-        f"g {io} {held} {{ {masks} {TWICE} }}",
-        f"g {io} {held} {{ {masks} w = Add(m, n) y = Attention<scale=1.0>(q, k, v, w) }}",
-        opset=23,
-    )
-
-
-@pytest.mark.parametrize(
-    ("inputs", "body", "opset"),
-    [
-        # scores of relative positions, which are computed of the queries
-        (", float[B,2,4,L] r, float[S,L] n", TWICE, 23),
-        (", float[S,L] m, float[S,L] n", TWICE, 22),
-        (", float[S,L] m, float[S,L] n", TWICE.replace("Softmax", "LogSoftmax"), 23),
-    ],
-)
-def test_two_masks_stay(inputs: str, body: str, opset: int) -> None:
-    body = body if " m," in inputs else f"m = MatMul(q, r) {body}"
-    model = ir.from_proto(
-        parse(f"g ({QKV}{inputs}) => (float[B,2,S,4] y) {{ {body} }}", opset=opset)
-    )
-    ctx = apply(attention.RULES, model)
-    assert "join-masks" not in [each.rule for each in ctx.rewrites]
-
-
 def _rewritten(before: str) -> list[ir.Node]:
     model = ir.from_proto(parse(before, opset=23))
     apply(attention.RULES, model)
@@ -314,5 +281,34 @@ def test_choice_by_a_table_of_one_stays() -> None:
         f" int64[2] axes = {{0, 1}}, float low = {{-1e30}}> {{ {CORNER} {KT} a = MatMul(q, t)"
         " w = Where(m, a, low) p = Softmax(w) y = MatMul(p, v) }",
         missed="does not end in [S, L]",
+        opset=23,
+    )
+
+
+def test_bias_of_every_head_and_an_unknown_mask_for_all() -> None:
+    """As T5 adds them: the mask alone, which is small, is made steady; beside its lowest number the bias vanishes."""
+    held = "<float[3] table = {0.5, -0.25, 1.0}>"
+    proto = parse(
+        f"g ({QKV}, int64[2,S,L] i, float[B,1,1,L] n) => (float[B,2,S,4] y) {held}"
+        f"{{ {KT} b = Gather(table, i) a = MatMul(q, t) w = Add(b, n) z = Add(a, w) p = Softmax(z) y = MatMul(p, v) }}",
+        opset=23,
+    )
+    model = ir.from_proto(proto)
+    apply(attention.RULES, model)
+    assert "Attention" in [node.op_type for node in model.graph]
+    feeds = make_feeds(proto, 0, dim=4)
+    for number in (0.0, -1e4, LOW, -INF):
+        feeds["n"] = np.full_like(feeds["n"], number)
+        feeds["n"][0, 0, 0, 1:] = 0.0
+        np.testing.assert_allclose(
+            run(ir.to_proto(model), feeds)[0], run(proto, feeds)[0], rtol=1e-4, atol=1e-5
+        )
+
+
+def test_bias_of_every_head_that_is_not_known_stays() -> None:
+    _check(
+        f"g ({QKV}, float[1,2,S,L] b, float[B,1,1,L] n) => (float[B,2,S,4] y)"
+        f"{{ {KT} a = MatMul(q, t) w = Add(b, n) z = Add(a, w) p = Softmax(z) y = MatMul(p, v) }}",
+        missed="a row of a mask for every head may be masked throughout",
         opset=23,
     )

@@ -1,0 +1,105 @@
+"""What is added to the scores of attention, brought together: two masks, and a mask added to a view of the scores.
+
+    Before:  z = Reshape(Reshape(q kT + a, [B, W, H, S, L]) + b, [B W, H, S, L])     b: [1, W, 1, S, L]
+    After:   z = q kT + (a + Tile(b, [B, 1, 1, 1]))
+
+Then it is attention with one mask, which `fuse-attention` takes, and for which the opset is raised: these rules come
+before.  Changes numerics: reordered.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from graphopt.ir.build import Builder
+from graphopt.ir.shapes import Dim
+from graphopt.rewrite import Match, Op, Rule, Var, exact, rule
+from graphopt_passes.constants import live_uses
+
+scores, mask = Var(), Var()
+parted = Op("Reshape", scores, ...)
+added = Op("Add", parted, mask)
+joined = Op("Reshape", added, ...)
+
+
+@exact(joined, opset=(13, 10_000))
+def mask_windows_in_place(m: Match, g: Builder) -> ir.Value | None:
+    """`Reshape(Reshape(s, [B, W, H, S, L]) + mask, [B W, H, S, L])` -> `s + mask of each window`, before a Softmax.
+
+    s: [B W, H, S, L]; mask: [1, W, 1 or H, S, L], as [B W, 1 or H, S, L].  Only where the target has Attention, which
+    then takes scores, mask and Softmax together.  Source: Reshape-13, Tile-13; arXiv:2103.14030.
+    """
+    whole, view, dims = m.dims(scores), m.dims(parted), m.dims(mask)
+    users = live_uses(m.out(joined))
+    if not _may_be_attention(m, m.dtype(scores)) or not _weighs(users):
+        return None
+    if whole is None or view is None or dims is None or len(whole) != 4 or len(view) != 5:
+        return None
+    back = m.dims(joined)
+    # Both views have all elements, so that the first size follows from the others.
+    if back is None or back[1:] != whole[1:] or view[2:] != whole[1:] or len(dims) not in (4, 5):
+        return None
+    windows = view[1].value
+    each = (*[Dim.of(1)] * (5 - len(dims)), *dims)
+    if windows is None or each[0] != 1 or each[1] != windows or each[3:] != whole[2:]:
+        return None
+    if each[2] not in (1, whole[1]):
+        return None
+    flat = g.op("Squeeze", m[mask], g.ints([0])) if len(dims) == 5 else m[mask]
+    return g.op("Add", m[scores], _for_each(m, g, flat, windows))
+
+
+def _for_each(m: Match, g: Builder, value: ir.Value, windows: int) -> ir.Value:
+    """The mask [W, …] for each image of the batch, [B W, …]."""
+    images = m.known_dims(parted)[0].value
+    if images == 1:
+        return value
+    if images is not None:
+        return g.op("Tile", value, g.ints([images, 1, 1, 1]))
+    rows = g.op("Shape", m[scores])
+    first = g.op("Slice", rows, g.ints([0]), g.ints([1]))
+    times = g.op("Concat", g.op("Div", first, g.ints([windows])), g.ints([1, 1, 1]), axis=0)
+    return g.op("Tile", value, times)
+
+
+x, one, other = Var(), Var(), Var()
+once = Op("Add", x, one)
+twice = Op("Add", once, other)
+
+
+@rule(twice, opset=(7, 10_000))
+def join_masks(m: Match, g: Builder) -> ir.Value | None:
+    """`q kT + a + b` -> `q kT + (a + b)`, before a Softmax: one mask, which all layers may share.
+
+    As T5 adds the bias of relative positions and a mask.  Source: Add-7, Softmax-13.
+    """
+    if not _may_be_attention(m, m.dtype(x)) or len(m.dims(twice) or ()) != 4:
+        return None
+    if not _weighs(live_uses(m.out(twice))) or m.dims(x) != m.dims(twice):
+        return None
+    if not _is_product(m[x]) or _is_product(m[one]) or _is_product(m[other]):
+        return None
+    return g.op("Add", m[x], g.op("Add", m[one], m[other]))
+
+
+def _is_product(value: ir.Value, depth: int = 4) -> bool:
+    """Whether a value is scores itself, as those of relative positions are."""
+    node = value.producer()
+    if node is None or depth == 0 or node.op_type == "MatMul":
+        return node is not None and node.op_type == "MatMul"
+    arithmetic = node.op_type in ("Add", "Mul", "Div", "Cast", "Reshape", "Slice")
+    return arithmetic and any(_is_product(v, depth - 1) for v in node.inputs if v is not None)
+
+
+def _weighs(users: list[ir.Node]) -> bool:
+    """Whether scores go to a Softmax alone, in whatever type."""
+    return bool(users) and all(user.op_type in ("Softmax", "Cast") for user in users)
+
+
+def _may_be_attention(m: Match, dtype: ir.DataType | None) -> bool:
+    """Whether the target has Attention, if need be at a newer opset."""
+    target = m.facts.target
+    return target.emits("Attention", opset=target.opset[1], dtype=dtype)
+
+
+RULES: tuple[Rule, ...] = (mask_windows_in_place, join_masks)
