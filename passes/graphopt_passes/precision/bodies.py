@@ -31,10 +31,17 @@ _SCAN_WITHOUT_BATCH = 9
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """The values of one graph on one run of it."""
+    """One run of one graph.
+
+    Attributes:
+        graph: the body.
+        values: what it computed, and what it was given as its inputs, by name.
+        feeds: what it was given, with what it captures.
+    """
 
     graph: ir.Graph
     values: Arrays
+    feeds: Arrays
 
 
 def wanted_of(graph: ir.Graph) -> tuple[str, ...]:
@@ -92,7 +99,7 @@ class Bodies:
         """Both branches: later inputs may take the other one."""
         for body in bodies:
             try:
-                yield Turn(body, self._run(body, {}, known))
+                yield self._run(body, {}, known)
             except (GraphoptError, KeyError):
                 continue
 
@@ -106,8 +113,9 @@ class Bodies:
             if turn >= MAX_TURNS:
                 return
             given = [np.array(turn, np.int64), np.array(True), *state]
-            results = self._run(body, _named(body, given), known)
-            found.append(Turn(body, results))
+            done = self._run(body, _named(body, given), known)
+            found.append(done)
+            results = done.values
             goes_on = bool(results[names[0]].reshape(()))
             state = [results[name] for name in names[1 : 1 + len(state)]]
             turn += 1
@@ -127,13 +135,13 @@ class Bodies:
         for turn in range(min(length, MAX_TURNS)):
             places = [length - 1 - turn if flag else turn for flag in backward]
             slices = [np.take(a, p, x) for a, p, x in zip(scanned, places, axes, strict=True)]
-            results = self._run(body, _named(body, [*state, *slices]), known)
-            found.append(Turn(body, results))
-            state = [results[name] for name in names[: len(state)]]
+            done = self._run(body, _named(body, [*state, *slices]), known)
+            found.append(done)
+            state = [done.values[name] for name in names[: len(state)]]
         if length <= MAX_TURNS:
             yield from found
 
-    def _run(self, body: ir.Graph, given: Arrays, known: Arrays) -> Arrays:
+    def _run(self, body: ir.Graph, given: Arrays, known: Arrays) -> Turn:
         """All values of a body that matter, given its own inputs and those of the graphs around it."""
         if body not in self._sessions:
             self._sessions[body] = self._session(body)
@@ -148,7 +156,7 @@ class Bodies:
         for value in body.outputs:  # one that nothing in the body makes
             if value.name not in results:
                 results[value.name or ""] = _value(value, known)
-        return results
+        return Turn(body, results, feeds)
 
     def _session(self, body: ir.Graph) -> Session | None:
         """A body as a model of its own; None where not all that it reads is a tensor of known type."""
@@ -156,7 +164,7 @@ class Bodies:
         if any(_type_of(v) is None for v in (*body.inputs, *outer)):
             return None
         made = {v.name for node in body for v in node.outputs if v.name}
-        graph = _standalone(body)
+        graph = standalone(body)
         model = ir.Model(graph, ir_version=self._model.ir_version)
         graph.opset_imports.update(self._model.opset_imports)
         floats = [v.name for node in body for v in node.outputs if is_float(v) and v.name]
@@ -191,7 +199,7 @@ def _type_of(value: ir.Value) -> ir.DataType | None:
     return value.dtype if isinstance(value.type, ir.TensorType) else None
 
 
-def _standalone(body: ir.Graph) -> ir.Graph:
+def standalone(body: ir.Graph) -> ir.Graph:
     """A copy of a body in which what it captures is an input; no input states a shape, which turns may change."""
     graph = body.clone(allow_outer_scope_values=True)
     for value in graph.inputs:

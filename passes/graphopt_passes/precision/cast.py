@@ -78,9 +78,8 @@ class CastToHalf:
         masked = {value.name or "" for value in sentinels(model, flow).carriers}
         seen = observe(model, ctx, half, masked)
         legality = Legality(ctx.target, half, model.opset_imports)
-        facts = gather(model, legality, seen.spreads, flow)
+        facts = gather(model, legality, seen.spreads, flow, generated=seen.source == GENERATED)
         facts.forced = self._forced(model, ctx)
-        facts.generated = seen.source == GENERATED
         decisions = drop_islands(decide_all(model, facts))
         decisions = self._refined(model, decisions, facts, seen.usual, ctx)
         for file in self._plans_to_write(ctx):

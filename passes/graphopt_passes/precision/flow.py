@@ -190,16 +190,33 @@ def _is_outer_product(node: ir.Node) -> bool:
     return first.shape[-1] == 1
 
 
-def phases(model: ir.Model, flow: Flow) -> set[ir.Value]:
-    """Angles made of float inputs by exact arithmetic (timesteps): no generated input tells how large they get."""
+def near_inputs(model: ir.Model, flow: Flow) -> set[ir.Value]:
+    """Float inputs of the model, and what exact arithmetic makes of them: no layer says how large they are."""
+    pending = [v for v in model.graph.inputs if v.dtype == ir.DataType.FLOAT]
+    pending = [v for v in pending if not v.is_initializer()]
+    found = set(pending)
+    while pending:
+        for node, value in flow.down.get(pending.pop(), ()):
+            operands = [v for v in node.inputs if v is not None and v.dtype == ir.DataType.FLOAT]
+            known = all(v in found or values.is_constant(v) for v in operands)
+            if value not in found and known and (_counts(node) or node.op_type in _AVERAGES):
+                found.add(value)
+                pending.append(value)
+    return found
+
+
+def phases(model: ir.Model, flow: Flow, near: set[ir.Value]) -> set[ir.Value]:
+    """Angles made of float inputs by exact arithmetic (timesteps): no generated input tells how large they get.
+
+    Args:
+        model: the model.
+        flow: its edges.
+        near: `near_inputs`.
+    """
     nodes = [node for scope in all_graphs(model) for node in scope.graph]
     angles = {n.inputs[0] for n in nodes if n.op_type in ("Sin", "Cos") and not n.domain}
-    angles.discard(None)
     cone = flow.reach((a for a in angles if a is not None), _counts, back=True)
-    inputs = {v for v in model.graph.inputs if v.dtype == ir.DataType.FLOAT and v in cone}
-    inputs -= set(model.graph.initializers.values())
-    found = flow.reach(inputs, _counts) & cone
-    return found - (inputs - angles)
+    return (near & cone) - (set(model.graph.inputs) - angles)
 
 
 def _counts(node: ir.Node) -> bool:
@@ -220,7 +237,7 @@ COORDINATES = {"RoiAlign": 1, "GridSample": 1}
 
 
 def fragile(
-    model: ir.Model, flow: Flow, flushes: Callable[[ir.Value], bool]
+    model: ir.Model, flow: Flow, flushes: Callable[[ir.Value], bool], near: set[ir.Value]
 ) -> dict[ir.Value, str]:
     """Values of which zeros, steps, places or small differences matter more than their size, and why.
 
@@ -228,10 +245,11 @@ def fragile(
         model: the model.
         flow: its edges.
         flushes: whether a half makes zeros of elements that are none.
+        near: values of which nobody knows the mean.
     """
     found: dict[ir.Value, str] = {}
     places: list[ir.Value] = []
-    squares: set[ir.Value] = set()
+    cancelling: set[ir.Value] = set()
     for scope in all_graphs(model):
         for node in scope.graph:
             if node.domain:
@@ -243,12 +261,11 @@ def fragile(
                 )
             if node.op_type in _STEPS and node.inputs[0] is not None:
                 found[node.inputs[0]] = _STEPS[node.op_type]
-            squares |= _cancelling(node)
+            cancelling |= _cancelling(node)
             place = _operand(node, COORDINATES.get(node.op_type))
             places += [] if place is None else [place]
-    # What layers make is as generated inputs show it; of the inputs themselves, nobody knows the mean.
-    near = flow.reach(model.graph.inputs, lambda node: _counts(node) or node.op_type in _AVERAGES)
-    found |= dict.fromkeys(squares & near, "squares that cancel: their difference is small")
+    reason = "cancellation: what is taken from its mean, or from squares of it, may be small"
+    found |= dict.fromkeys(cancelling & near, reason)
     given = set(model.graph.inputs) - set(places)
     reached = flow.reach(places, _counts, back=True) - given
     reason = "coordinates: what is looked up where they say may change fast"
@@ -274,12 +291,28 @@ _AVERAGES = frozenset(
 )
 
 
+_CENTRING = frozenset(
+    (
+        "LayerNormalization",
+        "InstanceNormalization",
+        "GroupNormalization",
+        "MeanVarianceNormalization",
+    )
+)
+
+
 def _cancelling(node: ir.Node) -> set[ir.Value]:
-    """The squares of `E[x^2] - E[x]^2`, and their averages, where `node` is the difference."""
-    if node.op_type != "Sub":
+    """Values of which `node` keeps only what differs from their mean: squares of `E[x^2] - E[x]^2`, or `x` itself."""
+    first = node.inputs[0] if node.inputs else None
+    if node.op_type in _CENTRING and first is not None:
+        return {first}
+    if node.op_type != "Sub" or first is None or node.inputs[1] is None:
         return set()
-    first, second = (_squares(value) for value in node.inputs)
-    return first | second if first and second else set()
+    mean = node.inputs[1].producer()
+    if mean is not None and mean.op_type == "ReduceMean" and mean.inputs[0] is first:
+        return {first, node.inputs[1]}
+    squares = [_squares(value) for value in node.inputs]
+    return set.union(*squares) if all(squares) else set()
 
 
 def _squares(value: ir.Value | None, depth: int = 5) -> set[ir.Value]:
@@ -403,47 +436,3 @@ def _asks_what_is_masked(node: ir.Node) -> bool:
     """Whether a node tells what is masked from what is not, and stays right with any number that masks."""
     limit = values.array(node.inputs[1]) if node.op_type == "Greater" else None
     return limit is not None and bool(limit.size) and bool(limit.min() >= MASKED)
-
-
-_UNITS = (8.0, 1e6)
-"""From which size on an input is another than generated ones, and beyond which a constant is no unit."""
-
-
-def units(model: ir.Model) -> dict[str, float]:
-    """The size that float inputs of the model are made for, by name, where constants that they meet first tell it.
-
-    Who divides an input by 50000, or takes 30000 from it, expects numbers of that size.
-    """
-    found: dict[str, float] = {}
-    for value in model.graph.inputs:
-        if value.dtype != ir.DataType.FLOAT or value.is_initializer():
-            continue
-        size = max((_unit(node, place) for node, place in _first_readers(value)), default=0.0)
-        if _UNITS[0] <= size <= _UNITS[1]:
-            found[value.name or ""] = size
-    return found
-
-
-def _first_readers(value: ir.Value) -> list[tuple[ir.Node, int]]:
-    """Who computes with elements of the value first, moved perhaps, and as which operand."""
-    found, pending = list[tuple[ir.Node, int]](), [value]
-    while pending:
-        for use in pending.pop().uses():
-            if use.node.op_type in MOVEMENT and not use.node.domain:
-                pending += use.node.outputs
-            else:
-                found.append((use.node, use.idx))
-    return found
-
-
-def _unit(node: ir.Node, place: int) -> float:
-    """The size of an operand that a constant beside it tells; 0 where none does."""
-    if node.domain or node.op_type not in ("Add", "Sub", "Mul", "Div"):
-        return 0.0
-    array = values.array(node.inputs[1 - place])
-    if array is None or not array.size or array.dtype.kind != "f":
-        return 0.0
-    size = float(np.abs(array).max())
-    if node.op_type == "Mul":
-        return 1 / size if size else 0.0
-    return 0.0 if node.op_type == "Div" and place == 1 else size

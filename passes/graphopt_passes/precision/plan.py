@@ -134,7 +134,12 @@ class Facts:
 
 
 def gather(
-    model: ir.Model, legality: Legality, spreads: Mapping[str, Spread], flow: flows.Flow
+    model: ir.Model,
+    legality: Legality,
+    spreads: Mapping[str, Spread],
+    flow: flows.Flow,
+    *,
+    generated: bool = False,
 ) -> Facts:
     """The facts of a model.
 
@@ -143,6 +148,7 @@ def gather(
         legality: what schema and target take.
         spreads: observed, by name of value.
         flow: edges of the model.
+        generated: whether the spreads are of generated inputs.
     """
 
     def is_mask(value: ir.Value) -> bool:
@@ -155,16 +161,19 @@ def gather(
     exact |= dict.fromkeys(
         flows.shape_path(model, flow), "shape path: on the way from a shape or integers to integers"
     )
+    near = flows.near_inputs(model, flow)
     exact |= dict.fromkeys(
-        flows.phases(model, flow), "phase: an angle made of an input, which may be large"
+        flows.phases(model, flow, near), "phase: an angle made of an input, which may be large"
     )
 
     def flushes(value: ir.Value) -> bool:
         seen = spreads.get(value.name or "")
         return seen is not None and seen.flushed
 
-    fragile = flows.fragile(model, flow, flushes)
-    return Facts(legality, spreads, exact, flows.sentinels(model, flow), fragile)
+    fragile = flows.fragile(model, flow, flushes, near if generated else set())
+    return Facts(
+        legality, spreads, exact, flows.sentinels(model, flow), fragile, generated=generated
+    )
 
 
 def decide_all(model: ir.Model, facts: Facts) -> dict[ir.Node, Decision]:

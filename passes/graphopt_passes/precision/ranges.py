@@ -21,8 +21,9 @@ from graphopt.runtime.session import Session, SessionOptions
 from graphopt.runtime.specs import input_specs
 from graphopt.verify.feeds import Feed, find_feeds, read_feeds
 from graphopt_passes.precision.bodies import Bodies, wanted_of
-from graphopt_passes.precision.flow import MASKED, units
+from graphopt_passes.precision.flow import MASKED
 from graphopt_passes.precision.legality import is_float
+from graphopt_passes.precision.units import units
 
 Array = np.ndarray[Any, Any]
 Feeds = Sequence[Mapping[str, Any]]

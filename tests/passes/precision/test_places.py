@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from graphopt.rewrite import Calibration, Options
 from tests.passes.precision.casting import Array, cast, error, halves, normal, reasons
 
 
@@ -74,7 +75,7 @@ SQUARES = (
 def test_squares_of_an_input_that_cancel_stay_float32() -> None:
     text = "g (float[4,64] x) => (float[4,64] y) { i = Identity(x)" + SQUARES
     model, ctx, proto = cast(text, precision="bf16", opset=17, constants=held(eps=1e-6))
-    assert all("squares that cancel" in reasons(ctx)[name] for name in ("q", "a", "b", "v"))
+    assert all("cancellation" in reasons(ctx)[name] for name in ("q", "a", "b", "v"))
     assert error(model, proto, {"x": normal(4, 64) + 30}) < 0.06
 
 
@@ -82,7 +83,25 @@ def test_squares_of_what_layers_make_are_as_seen() -> None:
     text = "g (float[4,64] x) => (float[4,64] y) { i = MatMul(x, w)" + SQUARES
     constants = held(eps=1e-6) | {"w": normal(64, 64, scale=0.1)}
     _, ctx, _ = cast(text, precision="bf16", opset=17, constants=constants)
-    assert not any("squares that cancel" in reason for reason in reasons(ctx).values())
+    assert not any("cancellation" in reason for reason in reasons(ctx).values())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "y = LayerNormalization(i, s)",
+        "m = ReduceMean<axes=[-1]>(i) d = Sub(i, m) y = Mul(d, s)",
+    ],
+)
+def test_an_input_is_centred_in_float32(text: str) -> None:
+    whole = f"g (float[4,64] x) => (float[4,64] y) {{ i = Mul(x, k) {text} }}"
+    constants = held(k=2.0) | {"s": np.ones(64, np.float32)}
+    model, ctx, proto = cast(whole, opset=17, constants=constants)
+    assert "cancellation" in reasons(ctx)["i"]
+    assert error(model, proto, {"x": normal(4, 64, scale=0.1) + 30}) < 0.01
+    real = Options(calibration=Calibration([{"x": normal(4, 64)}]))
+    _, ctx, _ = cast(whole, opset=17, constants=constants, options=real)
+    assert "cancellation" not in "".join(reasons(ctx).values())
 
 
 @pytest.mark.parametrize(("scale", "stays"), [(40.0, True), (0.5, False)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
-from graphopt_passes.precision.flow import units
+from graphopt_passes.precision.units import units
 
 from graphopt.rewrite import Calibration, Options
 from tests.passes.precision.casting import Array, cast, error, halves, normal, reasons
@@ -41,6 +41,30 @@ def test_the_unit_of_an_input(operator: str, constant: float, expected: dict[str
     tensor = ir.tensor(np.array(constant, np.float32), name="k")
     proto.graph.initializer.append(ir.to_proto(tensor))
     assert units(ir.from_proto(proto)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "weights", "expected"),
+    [
+        ("h = MatMul(x, w) y = Mul(h, k)", np.full((16, 16), 0.25, np.float32), {"x": 1e5}),
+        ("h = MatMul(x, w) y = Mul(h, k)", normal(16, 16, scale=1e3), {}),
+        ("h = MatMul(x, w) y = Add(h, k)", normal(16, 16, scale=0.25), {}),
+        ("a = MatMul(x, w) h = MatMul(a, w) y = Mul(h, k)", normal(16, 16, scale=0.25), {}),
+        ("h = Mul(x, x) y = MatMul(h, w)", normal(16, 16, scale=1e-6), {}),
+        ("h = MatMul(x, w) y = Tanh(h)", np.full((16, 16), 2.5e-6, np.float32), {"x": 1e5}),
+        ("h = MatMul(x, w) y = Tanh(h)", np.zeros((16, 16), np.float32), {}),
+        ("y = BatchNormalization(x, s, s, s, v)", normal(1), {"x": 300.0}),
+    ],
+)
+def test_constants_behind_a_layer_and_small_weights_tell_the_unit_too(
+    text: str, weights: Array, expected: dict[str, float]
+) -> None:
+    proto = parse(f"g (float[16,16] x) => (float[16,16] y) {{ {text} }}")
+    held = {"w": weights, "k": np.array(1e-5), "s": np.ones(16), "v": np.full(16, 9e4)}
+    for name, array in held.items():
+        proto.graph.initializer.append(ir.to_proto(ir.tensor(array.astype(np.float32), name=name)))
+    found = units(ir.from_proto(proto))
+    assert found == pytest.approx(expected, rel=1e-3)
 
 
 def test_sums_and_squares_may_grow_beyond_what_generated_inputs_show() -> None:

@@ -1,0 +1,96 @@
+"""The size of numbers that a model is made for, as its constants tell it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.ir import values
+from graphopt_passes.precision.flow import MOVEMENT
+
+_UNITS = (8.0, 1e6)
+"""From which size on an input is another than generated ones, and beyond which a constant is no unit."""
+
+
+def units(model: ir.Model) -> dict[str, float]:
+    """The size that float inputs of the model are made for, by name, where constants that they meet first tell it.
+
+    Who divides an input by 50000, or takes 30000 from it, expects numbers of that size.
+    """
+    found: dict[str, float] = {}
+    for value in model.graph.inputs:
+        if value.dtype != ir.DataType.FLOAT or value.is_initializer():
+            continue
+        size = max((_unit(reader) for reader in _first_readers(value)), default=0.0)
+        if _UNITS[0] <= size <= _UNITS[1]:
+            found[value.name or ""] = size
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """Who computes with elements of an input first, as which operand, and how much larger a layer made them before."""
+
+    node: ir.Node
+    place: int
+    gain: float | None = None
+
+
+def _first_readers(value: ir.Value) -> list[_Reader]:
+    """Readers of the value, moved perhaps, and those behind one layer."""
+    found, pending = list[_Reader](), list[tuple[ir.Value, float | None]]([(value, None)])
+    while pending:
+        current, gain = pending.pop()
+        for use in current.uses():
+            moves = use.node.op_type in MOVEMENT and not use.node.domain
+            if not moves:
+                found.append(_Reader(use.node, use.idx, gain))
+            layer = None if gain is not None else _gain(use.node, use.idx)
+            if moves or layer:
+                pending += [(made, gain if moves else layer) for made in use.node.outputs]
+    return found
+
+
+def _gain(node: ir.Node, place: int) -> float:
+    """How much larger a product with constant weights makes numbers; 0 for what is none."""
+    array = values.array(node.inputs[1]) if place == 0 and node.op_type in _LAYERS else None
+    if array is None or node.domain or not array.size or array.dtype.kind != "f":
+        return 0.0
+    rows = array.size / max(array.shape[-1 if node.op_type == "MatMul" else 0], 1)
+    return float(np.sqrt(np.mean(np.square(array, dtype=np.float64)) * rows))
+
+
+_LAYERS = ("MatMul", "Gemm", "Conv")
+_OF_A_LAYER = 1e3
+"""From which size on weights, or a constant behind them, tell of what goes in: less is part of the arithmetic."""
+
+
+def _unit(reader: _Reader) -> float:
+    """The size of an operand that constants tell; 0 for none."""
+    node = reader.node
+    if reader.gain is not None:
+        size = _unit_beside(node, reader.place) if node.op_type in ("Mul", "Div") else 0.0
+        return size / reader.gain if size / reader.gain >= _OF_A_LAYER else 0.0
+    if node.op_type == "BatchNormalization" and not node.domain:
+        sizes = [values.array(node.inputs[index]) for index in (3, 4)]
+        mean, variance = (0.0 if a is None else float(np.abs(a).max(initial=0)) for a in sizes)
+        return max(mean, math.sqrt(variance))
+    gain = _gain(node, reader.place)
+    if gain:
+        return 1 / gain if gain <= 1 / _OF_A_LAYER else 0.0
+    return _unit_beside(node, reader.place)
+
+
+def _unit_beside(node: ir.Node, place: int) -> float:
+    if node.domain or node.op_type not in ("Add", "Sub", "Mul", "Div"):
+        return 0.0
+    array = values.array(node.inputs[1 - place])
+    if array is None or not array.size or array.dtype.kind != "f":
+        return 0.0
+    size = float(np.abs(array).max())
+    if node.op_type == "Mul":
+        return 1 / size if size else 0.0
+    return 0.0 if node.op_type == "Div" and place == 1 else size
