@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -152,7 +154,7 @@ def _matrix(tensor: ir.TensorProtocol) -> np.ndarray:
     return made
 
 
-def _hidden(x: np.ndarray, layer: Layer) -> np.ndarray:
+def _hidden(x: np.ndarray, layer: Layer) -> Any:
     padded = np.pad(x, [(0, 0), (0, 0), (1, 1), (1, 1)])
     views = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(2, 3))
     bias = layer.bias_vector()
