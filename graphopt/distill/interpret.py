@@ -203,7 +203,7 @@ def _made(step: Step, live: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     )
     try:
         made = CONTROL[step.kind](call, _bodies(step, live)) if step.run is None else step.run(call)
-    except (NotImplementedError, RuntimeError, KeyError, IndexError) as error:
+    except (NotImplementedError, RuntimeError, LookupError, TypeError, ValueError) as error:
         raise ModelError(
             f"{step.site}: the interpreter of distillation does not know this form of it ({error}); leave --distill out"
         ) from error

@@ -71,7 +71,7 @@ def distill(
     interpreter = interpret.Interpreter(student)
     shown = grouped(samples[: PROVEN_ON * 4], 4, joined=pupil.joins)[:PROVEN_ON]
     session = _session(student)
-    off = train.parity(student, interpreter, shown, [session.run(feed) for feed in shown])
+    off = train.parity(student, interpreter, shown, session.run)
     spread = spreads(division.train, settings.noise)
     division = dataclasses.replace(division, judged=tuple(unseen(division.held_out, spread, rng)))
     weights = find_weights(student.graph)

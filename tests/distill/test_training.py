@@ -20,6 +20,7 @@ torch = pytest.importorskip("torch", reason="distillation is tested where PyTorc
 
 from graphopt.distill.interpret import Interpreter, unsupported  # noqa: E402
 from graphopt.distill.operators import OPERATORS  # noqa: E402
+from graphopt.distill.train import parity  # noqa: E402
 
 # (inputs, outputs, constants, nodes): one small model each; x has both signs, p is positive.
 CASES = [
@@ -60,6 +61,7 @@ CASES = [
         "a = Unsqueeze(x, one1) y = Squeeze(a, one1)",
         "a = Flatten<axis=0>(x) b = Shape(x) y = Reshape(a, b)",
         "a = Gather<axis=1>(x, perm) y = Tanh(a)",
+        "s = Shape(x) n = Gather(s, one) a = Cast<to=1>(n) y = Div(x, a)",
         "a = Tile(x, twos) y = Slice(a, zeros, sixes, axes01)",
         "a = Pad(x, pads) y = Slice(a, ones2, sevens, axes01)",
         "a = Range(zero, six, one) b = Cast<to=1>(a) y = Add(x, b)",
@@ -424,6 +426,35 @@ def test_refuses_where_the_interpreter_is_wrong(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(OPERATORS, "Relu", lambda call: call.x)
     with pytest.raises(ModelError, match="computes output 'y' otherwise"):
         distill(network(), network(), samples(), parse_settings("steps=1"))
+
+
+def test_a_model_that_amplifies_rounding_is_allowed_what_it_moves_by_itself() -> None:
+    """A unit in the last place of x is a radian's thousandth of ten thousand times x."""
+    text = """g (float[N,8] x) => (float[N,4] y) <float[8] huge, float[8,4] w> {
+        a = Mul(x, huge)  b = Sin(a)  y = MatMul(b, w) }"""
+    model = load_model(parse(text))
+    model.graph.initializers["huge"].const_value = ir.Tensor(
+        np.full(8, 1e4, np.float32), name="huge"
+    )
+    session, feeds = Session(model_to_bytes(model)), samples(4)
+
+    class Off(Interpreter):
+        by = 1.0
+
+        def run(self, *given: Any) -> dict[str, Any]:
+            return {name: value * self.by for name, value in super().run(*given).items()}
+
+    interpreter = Off(model)
+    interpreter.by = 1.001
+    assert parity(model, interpreter, feeds, session.run) > 1e-4
+    interpreter.by = 1.1
+    with pytest.raises(ModelError, match="otherwise than ONNX Runtime"):
+        parity(model, interpreter, feeds, session.run)
+    steady = network()
+    interpreter = Off(steady)
+    interpreter.by = 1.001
+    with pytest.raises(ModelError, match="otherwise than ONNX Runtime"):
+        parity(steady, interpreter, feeds, Session(model_to_bytes(steady)).run)
 
 
 def test_refuses_a_teacher_without_float_outputs() -> None:

@@ -80,7 +80,7 @@ def _gather(call: Call) -> Tensor:
     extent = call.x.shape[axis]
     flat = torch.where(indices < 0, indices + extent, indices).reshape(-1).long()
     rows = call.x.index_select(axis, flat)
-    return rows.reshape(*call.x.shape[:axis], *indices.shape, *call.x.shape[axis + 1 :])
+    return rows.reshape((*call.x.shape[:axis], *indices.shape, *call.x.shape[axis + 1 :]))
 
 
 def _gather_elements(call: Call) -> Tensor:

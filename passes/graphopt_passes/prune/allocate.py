@@ -44,7 +44,7 @@ def allocate_large(
     Scores are counted in classes of the upper half of their float32 bits, 1/128 apart; the class in which the limit
     lies gives the same share of each layer.
     """
-    score = lamp_scores if how is Allocation.LAMP else np.abs
+    score = _ascending_lamp_scores if how is Allocation.LAMP else np.abs
     counts = np.stack(
         [_classes(np.asarray(score(w.reshape(-1).astype(np.float32)))) for w in weights]
     )
@@ -67,11 +67,20 @@ def lamp_scores(weights: Wide) -> Wide:
     """w_i^2 over the sum of all squares not smaller, for flat weights."""
     squares = np.square(weights)
     order = np.argsort(squares, kind="stable")
-    ascending = squares[order]
-    rest = np.cumsum(ascending[::-1], dtype=np.float64)[::-1]
     scores = np.empty_like(squares)
-    scores[order] = ascending / np.where(rest > 0, rest, 1.0)
+    scores[order] = _over_the_rest(squares[order])
     return scores
+
+
+def _ascending_lamp_scores(weights: Wide) -> Wide:
+    """The scores in ascending order: to sort numbers takes a fraction of the time that it takes to find their order."""
+    return _over_the_rest(np.sort(np.square(weights)))
+
+
+def _over_the_rest(ascending: Wide) -> Wide:
+    """Each of ascending numbers over the sum of it and those after it."""
+    rest = np.cumsum(ascending[::-1], dtype=np.float64)[::-1]
+    return np.asarray(ascending / np.where(rest > 0, rest, 1.0))
 
 
 def smallest(scores: npt.NDArray[np.floating], count: int) -> npt.NDArray[np.bool_]:
