@@ -97,9 +97,9 @@ def fuse_rms_product(m: Match, g: Builder) -> ir.Value | None:
 
 
 weight = Var()
-weighted = Op("Mul", x, weight)
-root_of_power = Either(Op("Sqrt", lifted_power), Op("Pow", lifted_power, Lit(0.5)))
-weighted_quotient = Op("Div", weighted, root_of_power)
+weighted_quotient, weighted_product = _normalized(Op("Mul", x, weight), lifted_power)
+weighted_centred = Op("Mul", centred, weight)
+centred_weighted_quotient, centred_weighted_product = _normalized(weighted_centred, lifted_variance)
 
 
 @rule(weighted_quotient, opset=OPSETS, benefit=2)
@@ -108,7 +108,28 @@ def fuse_weighted_rms_quotient(m: Match, g: Builder) -> ir.Value | None:
 
     Source: RMSNormalization-23.
     """
-    normal = _rms(m, g)
+    return _weighted(m, g, _rms(m, g))
+
+
+@rule(weighted_product, opset=OPSETS, benefit=2)
+def fuse_weighted_rms_product(m: Match, g: Builder) -> ir.Value | None:
+    """`x * w * (1 / sqrt(mean(x^2) + eps))` -> `RMSNormalization(x, 1) * w`.  Source: RMSNormalization-23."""
+    return _weighted(m, g, _rms(m, g))
+
+
+@rule(centred_weighted_quotient, opset=OPSETS, benefit=3)
+def fuse_weighted_centred_quotient(m: Match, g: Builder) -> ir.Value | None:
+    """`d * w / sqrt(mean(d^2) + eps)` -> `LayerNormalization(x, 1) * w`, d = x - mean(x).  Source: as without w."""
+    return _weighted(m, g, _centred(m, g, centred_weighted_quotient))
+
+
+@rule(centred_weighted_product, opset=OPSETS, benefit=3)
+def fuse_weighted_centred_product(m: Match, g: Builder) -> ir.Value | None:
+    """`d * w * (1 / sqrt(mean(d^2) + eps))` -> `LayerNormalization(x, 1) * w`.  Source: as without w."""
+    return _weighted(m, g, _centred(m, g, centred_weighted_product))
+
+
+def _weighted(m: Match, g: Builder, normal: ir.Value | None) -> ir.Value | None:
     return None if normal is None else g.op("Mul", normal, m[weight])
 
 
@@ -464,6 +485,9 @@ RULES: tuple[Rule, ...] = (
     fuse_rms_quotient,
     fuse_rms_product,
     fuse_weighted_rms_quotient,
+    fuse_weighted_rms_product,
+    fuse_weighted_centred_quotient,
+    fuse_weighted_centred_product,
     fuse_rms_of_centred,
     fuse_unit_length,
     fuse_unit_length_product,
