@@ -136,6 +136,10 @@ def _gelus() -> Iterator[Case]:
     erf = "u = {u} e = Erf(u) g = Add(e, one)"
     divided, multiplied = erf.format(u="Div(x, root2)"), erf.format(u="Mul(x, iroot2)")
     yield Case("GELU erf, Div (TorchScript)", io, f"{divided} h = Mul(x, g) y = Mul(h, half)")
+    yield Case("GELU erf, Div, (x/2)*gate", io, f"{divided} h = Mul(x, half) y = Mul(h, g)")
+    halves = "k = Mul(e, half) g = Add(k, half) y = Mul(x, g)"
+    yield Case("GELU erf, x*(erf/2 + 1/2)", io, f"u = Mul(x, iroot2) e = Erf(u) {halves}")
+    yield Case("GELU erf, Mul, (x*gate)/2", io, f"{multiplied} h = Mul(x, g) y = Mul(h, half)")
     yield Case("GELU erf, Mul", io, f"{multiplied} h = Mul(x, half) y = Mul(h, g)")
     yield Case("GELU erf, x*(gate/2)", io, f"{divided} h = Mul(g, half) y = Mul(x, h)")
     yield Case("GELU erf, Mul, x*(gate/2)", io, f"{multiplied} h = Mul(g, half) y = Mul(x, h)")
@@ -147,6 +151,9 @@ def _gelus() -> Iterator[Case]:
     }
     for name, text in cubes.items():
         yield Case(f"GELU tanh, {name}", io, f"{text} {tail.format('v')}")
+    fast = "q = Mul(x, c) r = Mul(q, x) p = Add(r, one) k = Mul(x, kappa) w = Mul(k, p)"
+    ends = "t = Tanh(w) g = Add(t, one) h = Mul(x, g) y = Mul(h, half)"
+    yield Case("GELU tanh, kappa*x*(1+c*x*x)", io, f"{fast} {ends}")
     yield Case("SiLU", io, "g = Sigmoid(x) y = Mul(x, g)")
     yield Case("Swish-24", io, "y = Swish(x)", opset=24)
     yield Case("SiLU, x/(1+exp(-x))", io, "n = Neg(x) e = Exp(n) g = Add(e, one) y = Div(x, g)")
@@ -260,6 +267,7 @@ def _powers() -> Iterator[Case]:
     yield Case("Pow(x, 2)", io, "y = Pow(x, two)")
     yield Case("Pow(x, 3)", io, "y = Pow(x, three)")
     yield Case("Pow(x^2, 0.5)", io, "q = Mul(x, x) y = Pow(q, half)")
+    yield Case("Pow(x^2+eps, -0.5)", io, "q = Mul(x, x) a = Add(q, eps) y = Pow(a, mhalf)")
     yield Case("Mul of Mul", io, "q = Mul(x, two) y = Mul(q, three)")
     yield Case(
         "Expand + Add",
@@ -277,6 +285,7 @@ def _attention() -> Iterator[Case]:
     yield Case(
         "SDPA with guard (torch)", qkv, f"{scores} p = Softmax(z) {guard}", "float d = {8.0}"
     )
+    yield from _torch_attention()
     masked = qkv.replace(" v)", " v, bool[1,1,128,128] keep)")
     body = f"m = Where(keep, zero, no) {scores} s = Add(z, m) p = Softmax(s) y = MatMul(p, v)"
     yield Case("SDPA with mask", masked, body, "float d = {8.0}, float no = {-10000.0}")
@@ -291,6 +300,9 @@ def _attention() -> Iterator[Case]:
         "int64[1] at = {2}, int64[5] five = {1, 2, 6, 128, 64}, int64[4] four = {1, 12, 128, 64}"
     )
     yield Case("SDPA with repeated heads", grouped, body, f"float d = {{8.0}}, {sizes}")
+    body = body.replace("p = Softmax(z)", "s = Add(z, m) p = Softmax(s)")
+    masks = grouped.replace(" v)", " v, float[1,1,128,128] m)")
+    yield Case("SDPA with repeated heads and mask", masks, body, f"float d = {{8.0}}, {sizes}")
     rope = (
         "e = Concat<axis=-1>(h, h) co = Cos(e) si = Sin(e) a = Slice(x, z0, z1, ax) b = Slice(x, z1, far, ax)"
         " n = Neg(b) r = Concat<axis=-1>(n, a) p = Mul(x, co) q = Mul(r, si) y = Add(p, q)"
@@ -302,6 +314,29 @@ def _attention() -> Iterator[Case]:
     )
     square = "float[1,12,128,128]"
     yield Case("softmax in parts", f"({square} x) => ({square} y)", soft, "int64[1] last = {-1}")
+
+
+def _torch_attention() -> Iterator[Case]:
+    """As torch writes scaled_dot_product_attention: both sides scaled before, keys turned as a view of three axes."""
+    turned = {
+        "TorchScript": "t = Transpose<perm=[0,1,3,2]>(k)",
+        "torch.export": "k3 = Reshape(k, three) t3 = Transpose<perm=[0,2,1]>(k3) t = Reshape(t3, back)",
+    }
+    for size in (128, 512):
+        heads, mask = f"float[1,12,{size},64]", f"float[1,1,{size},{size}]"
+        io = f"({heads} q, {heads} k, {heads} v, {mask} m) => ({heads} y)"
+        sizes = f"int64[3] three = {{12, {size}, 64}}, int64[4] back = {{1, 12, 64, {size}}}"
+        for name, keys in turned.items():
+            body = (
+                f"{keys} a = Mul(q, d) b = Mul(t, d) z = MatMul(a, b) s = Add(z, m) p = Softmax(s)"
+                " n = IsNaN(p) w = Where(n, zero, p) y = MatMul(w, v)"
+            )
+            yield Case(
+                f"SDPA, mask, guard ({name}), {size} tokens",
+                io,
+                body,
+                f"float d = {{0.35355338}}, {sizes}",
+            )
 
 
 def _convolutions() -> Iterator[Case]:
@@ -326,6 +361,9 @@ def _convolutions() -> Iterator[Case]:
     )
     hard = f"{conv} q = Add(c1, three) p = Clip(q, zero, six) o = Mul(c1, p) y = Div(o, six)"
     yield Case("Conv + hard-swish", io, hard, f"{weight}, float six = {{6.0}}")
+    limits = f"{conv} q = Max(c1, zero) y = Min(q, six)"
+    yield Case("Conv + Max, Min", io, limits, f"{weight}, float six = {{6.0}}")
+    yield from _odd_channels()
     bn = "n = BatchNormalization(x, s, t, u, v) y = Conv(n, w, b)"
     four = "float[64] s, float[64] t, float[64] u, float[64] v = {" + ", ".join(["1.0"] * 64) + "}"
     yield Case("BatchNorm -> Conv 1x1", io, bn, f"float[64,64,1,1] w, float[64] b, {four}")
@@ -334,6 +372,23 @@ def _convolutions() -> Iterator[Case]:
         "Einsum with weight", rows, 'y = Einsum<equation="bsd,de->bse">(x, w)', "float[768,768] w"
     )
     yield Case("MatMul with [1,K,N]", rows, "y = MatMul(x, w)", "float[1,768,768] w")
+
+
+def _odd_channels() -> Iterator[Case]:
+    """Chains of convolutions whose channels the runtime's blocked layout does not take."""
+    for size, kernel in ((30, 3), (46, 3), (30, 1), (20, 3)):
+        held, nodes, value = [], [], "x"
+        for index in range(3):
+            held.append(f"float[{size},{size},{kernel},{kernel}] w{index}, float[{size}] b{index}")
+            nodes.append(
+                f"c{index} = Conv<pads={[kernel // 2] * 4}>({value}, w{index}, b{index})"
+                f" {'y' if index == 2 else f'r{index}'} = Relu(c{index})"
+            )
+            value = f"r{index}"
+        image = f"float[1,{size},56,56]"
+        io = f"({image} x) => ({image} y)"
+        name = f"Conv {kernel}x{kernel} x3, {size} channels"
+        yield Case(name, io, " ".join(nodes), ", ".join(held))
 
 
 def cases() -> Iterator[Case]:

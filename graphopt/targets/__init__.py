@@ -10,6 +10,7 @@ from graphopt.targets.builtin import CUDA, PORTABLE, TENSORRT
 from graphopt.targets.host import host_architecture
 from graphopt.targets.target import (
     Artefact,
+    Channels,
     FusedOp,
     Precision,
     PrecisionStyle,
@@ -21,6 +22,7 @@ from graphopt.targets.variants import VARIANTS, cpu_for
 
 __all__ = [
     "Artefact",
+    "Channels",
     "FusedOp",
     "Precision",
     "PrecisionStyle",

@@ -90,6 +90,23 @@ class QdqStyle:
 
 
 @dataclasses.dataclass(frozen=True)
+class Channels:
+    """How many channels the blocked layout of the target's convolutions wants.
+
+    Attributes:
+        multiple: of how many an input's channels must be to be taken into the layout.
+        block: how many channels lie together; what a tensor lacks to whole blocks is computed, too.
+        most: how many times as many channels whole blocks may have as there are, to pay still.
+        source: the measurement.
+    """
+
+    multiple: int
+    block: int
+    most: float
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
 class PrecisionStyle:
     """Which floats the target computes in.
 
@@ -114,6 +131,7 @@ class Target:
         domains: operator domains with kernels there, and the version to import of each.
         fused: fused operators that may be introduced.
         shuns: operators that the runtime would fuse to when it loads the model, and lose by; the measurement of each.
+        channels: how many channels convolutions should have; None where it does not matter, or is not known.
         raises_opset: whether a model's opset may be raised for a fused operator that came later.
         inline_functions: whether local functions must be inlined.
         provider: the ONNX Runtime execution provider, or None where ONNX Runtime does not run it.
@@ -138,6 +156,7 @@ class Target:
     domains: Mapping[str, int]
     fused: tuple[FusedOp, ...] = ()
     shuns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    channels: Channels | None = None
     raises_opset: bool = True
     inline_functions: bool = True
     provider: str | None = None

@@ -47,7 +47,11 @@ def cpu_for(architecture: str) -> Target:
     """The target `cpu` for a processor: `cpu` itself where the processor is not known."""
     if architecture not in _STYLES:
         return CPU
-    return dataclasses.replace(CPU, architecture=architecture, qdq=_STYLES[architecture])
+    # Whether blocked layouts are as fast elsewhere was not measured.
+    channels = CPU.channels if architecture.startswith("x86") else None
+    return dataclasses.replace(
+        CPU, architecture=architecture, qdq=_STYLES[architecture], channels=channels
+    )
 
 
 CPU_VARIANTS = tuple(
