@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import onnx_ir as ir
 import pytest
 from graphopt_passes.layout import FAR, RULES
 
-from tests.rewriting import check
+from graphopt.numerics import Numerics
+from tests.rewriting import apply, check, compare, make_feeds, parse, run
 
 
 @pytest.mark.parametrize(
@@ -72,11 +74,49 @@ def test_space_to_depth() -> None:
     )
 
 
-def test_unshuffle_with_channels_outermost_stays() -> None:
+def test_unshuffle_is_reordered() -> None:
+    """PixelUnshuffle: channels are outermost."""
+    head = "g (float[1,3,8,10] x) => (float[1,12,4,5] y)"
     check(
         RULES,
-        before="""g (float[1,3,8,10] x) => (float[1,12,4,5] y)
-            <int64[6] m = {1, 3, 4, 2, 5, 2}, int64[4] o = {1, 12, 4, 5}>
+        before=f"""{head} <int64[6] m = {{1, 3, 4, 2, 5, 2}}, int64[4] o = {{1, 12, 4, 5}}>
+            {{ r = Reshape(x, m)  t = Transpose<perm = [0, 1, 3, 5, 2, 4]>(r)  y = Reshape(t, o) }}""",
+        after=f"""{head} <int64[12] i = {{0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11}}>
+            {{ s = SpaceToDepth<blocksize = 2>(x)  y = Gather<axis = 1>(s, i) }}""",
+    )
+
+
+def test_unshuffle_of_one_channel_is_space_to_depth() -> None:
+    head = "g (float[N,1,8,10] x) => (float[N,4,4,5] y)"
+    check(
+        RULES,
+        before=f"""{head} <int64[6] m = {{-1, 1, 4, 2, 5, 2}}, int64[4] o = {{-1, 4, 4, 5}}>
+            {{ r = Reshape(x, m)  t = Transpose<perm = [0, 1, 3, 5, 2, 4]>(r)  y = Reshape(t, o) }}""",
+        after=f"{head} {{ y = SpaceToDepth<blocksize = 2>(x) }}",
+    )
+
+
+def test_unshuffle_of_unknown_sizes_axis_by_axis() -> None:
+    """As torch exports PixelUnshuffle with dynamic axes; odd sizes are refused before and after."""
+    held = (
+        "int64[1] three = {3}, int64[5] m = {0, 0, -1, 2, 0}, int64[6] k = {0, 0, 0, 0, -1, 2},"
+        " int64[6] o = {0, -1, 1, 1, 0, 0}, int64[2] e = {2, 3}"
+    )
+    text = f"""g (float[N,2,H,W] x) => (float[N,8,I,J] y) <{held}>
+        {{ u = Unsqueeze(x, three)  r = Reshape(u, m)  s = Reshape(r, k)
+           t = Transpose<perm = [0, 1, 3, 5, 2, 4]>(s)  w = Reshape(t, o)  y = Squeeze(w, e) }}"""
+    model = ir.from_proto(parse(text))
+    apply(RULES, model)
+    assert [n.op_type for n in model.graph if n.op_type != "Constant"] == ["SpaceToDepth", "Gather"]
+    feeds = make_feeds(parse(text), 0, dim=4)
+    compare(run(parse(text), feeds), run(ir.to_proto(model), feeds), Numerics.EXACT, 0)
+
+
+def test_unshuffle_of_other_blocks_stays() -> None:
+    check(
+        RULES,
+        before="""g (float[1,3,8,9] x) => (float[1,18,4,3] y)
+            <int64[6] m = {1, 3, 4, 2, 3, 3}, int64[4] o = {1, 18, 4, 3}>
             { r = Reshape(x, m)  t = Transpose<perm = [0, 1, 3, 5, 2, 4]>(r)  y = Reshape(t, o) }""",
     )
 
