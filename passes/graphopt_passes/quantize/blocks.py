@@ -19,8 +19,12 @@ Wide: TypeAlias = npt.NDArray[np.float64]
 CLIPS = (1.0, 0.925, 0.85, 0.775)
 """Shares of the range of a block that are tried; the one of least squared error is taken."""
 
-CHUNK = 1 << 15
+CHUNK = 1 << 16
 """Elements that are worked on at once: they stay in the cache."""
+
+
+_TURNED = 256
+"""Rows that are turned at once: their parts of a block stay in the nearest cache."""
 
 
 def encode(rows: Array, block: int, bits: int, moments: Wide | None = None) -> tuple[Array, Array]:
@@ -34,46 +38,56 @@ def encode(rows: Array, block: int, bits: int, moments: Wide | None = None) -> t
         bits: 4 or 8.
         moments: second moments of what the rows are multiplied with [K, K]; then rounding is by them (GPTQ).
     """
-    count = -(-rows.shape[1] // block)
-    codes = np.empty((len(rows), count * block), np.int8)
-    scales = np.empty((len(rows), count), np.float32)
-    step = max(CHUNK // max(rows.shape[1], 1), 1)
-    for start in range(0, len(rows), step):
-        part = slice(start, start + step)
-        codes[part], scales[part] = _nearest(rows[part], block, count, bits)
-    if moments is not None and moments.shape[0] == rows.shape[1]:
-        codes[:, : rows.shape[1]] = _by_moments(rows, codes, scales, moments, bits)
-    return codes, scales
+    width = rows.shape[1]
+    columns = np.asarray(rows.T, np.float32)  # a view: blocks lie along the first axis
+    count = -(-width // block)
+    if width % block:
+        columns = np.concatenate([columns, np.zeros((-width % block, len(rows)), np.float32)])
+    codes = np.empty_like(columns, np.int8)
+    scales = np.empty((count, len(rows)), np.float32)
+    many = max(CHUNK // block, 1)
+    work = np.empty(3 * block * many, np.float32)
+    for index in range(count):
+        whole = slice(index * block, (index + 1) * block)
+        for start in range(0, len(rows), many):
+            part = slice(start, start + many)
+            scales[index, part] = _nearest(columns[whole, part], codes[whole, part], bits, work)
+    if moments is not None and len(moments) == width:
+        codes[:width] = _by_moments(rows, codes.T, scales.T, moments, bits).T
+    return codes.T, scales.T
 
 
-def _nearest(rows: Array, block: int, count: int, bits: int) -> tuple[Array, Array]:
-    padded = np.zeros((len(rows), count * block), np.float32)
-    padded[:, : rows.shape[1]] = rows
-    blocks = padded.reshape(-1, block)
-    low, _ = limits(bits)
-    ends = blocks.min(axis=1, keepdims=True), blocks.max(axis=1, keepdims=True)
-    peak = np.where(-ends[0] > ends[1], *ends)
-    best = np.full((len(blocks), 1), np.inf, np.float32)
-    scales, held = np.ones_like(best), np.empty_like(blocks)
-    for clip in CLIPS if bits == 4 else CLIPS[:1]:
-        tried = peak * np.float32(clip / low)
-        tried[np.abs(tried) < np.finfo(np.float32).tiny] = 1
-        lost = _codes(blocks, tried, bits, held)
-        lost *= tried
-        lost -= blocks
-        error = np.einsum("bk,bk->b", lost, lost)[:, None]
+def _nearest(columns: Array, codes: Array, bits: int, work: Array) -> Array:
+    """Puts the nearest codes of each column, one block, into `codes`; returns its scale.
+
+    Errors are compared in units of the longer end: each step is one pass over what stays in the cache.
+    """
+    low, high = limits(bits)
+    held, scaled, rounded = work[: 3 * columns.size].reshape(3, *columns.shape)
+    if columns.strides[1] != columns.itemsize:
+        for start in range(0, columns.shape[1], _TURNED):
+            part = slice(start, start + _TURNED)
+            held[:, part] = columns[:, part]
+        columns = held
+    least, most = columns.min(axis=0), columns.max(axis=0)
+    peak = np.where(-least > most, least, most)
+    peak[np.abs(peak) < np.finfo(np.float32).tiny] = low
+    clips = CLIPS if bits == 4 else CLIPS[:1]
+    best, chosen = np.full(len(peak), np.inf, np.float32), np.ones_like(peak)
+    for clip in clips if len(clips) > 1 else ():
+        np.multiply(columns, np.float32(low / clip) / peak, out=scaled)
+        np.rint(scaled, out=rounded)
+        np.clip(rounded, low, high, out=rounded)
+        np.subtract(rounded, scaled, out=rounded)
+        error = np.einsum("kb,kb->b", rounded, rounded) * np.float32(clip**2)
         better = error < best
         np.copyto(best, error, where=better)
-        np.copyto(scales, tried, where=better)
-    codes = _codes(blocks, scales, bits, held).astype(np.int8)
-    return codes.reshape(len(rows), -1), scales.reshape(len(rows), count)
-
-
-def _codes(blocks: Array, scales: Array, bits: int, held: Array) -> Array:
-    """The nearest codes, as floats, in `held`."""
-    np.divide(blocks, scales, out=held)
-    np.rint(held, out=held)
-    return np.clip(held, *limits(bits), out=held)
+        np.copyto(chosen, np.float32(clip), where=better)
+    scales = peak * (chosen / np.float32(low))
+    np.divide(columns, scales, out=scaled)
+    np.rint(scaled, out=scaled)
+    np.clip(scaled, low, high, out=codes, casting="unsafe")
+    return np.asarray(scales)
 
 
 def _by_moments(rows: Array, codes: Array, scales: Array, moments: Wide, bits: int) -> Array:
@@ -96,7 +110,7 @@ def limits(bits: int) -> tuple[int, int]:
 
 def packed(codes: Array, bits: int) -> Array:
     """Codes as unsigned bytes, zero in the middle; two of 4 bits share a byte, the low half first."""
-    shifted = (codes.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)
+    shifted = codes.view(np.uint8) + np.uint8(1 << (bits - 1))  # wraps around below zero
     return shifted if bits == 8 else shifted[..., 0::2] | (shifted[..., 1::2] << 4)
 
 
@@ -104,6 +118,6 @@ def pack_blocks(
     matrix: Array, block: int, bits: int = 4, moments: Wide | None = None
 ) -> tuple[Array, Array]:
     """A matrix [K, N] for MatMulNBits: uint8 [N, ceil(K / block), block * bits / 8], scales [N * ceil(K / block)]."""
-    codes, scales = encode(np.ascontiguousarray(matrix.T), block, bits, moments)
+    codes, scales = encode(matrix.T, block, bits, moments)
     shape = (matrix.shape[1], scales.shape[1], block * bits // 8)
     return packed(codes, bits).reshape(shape), scales.reshape(-1)

@@ -93,19 +93,22 @@ def _rounded(rows: Array, scales: Array) -> tuple[Array, float]:
     turned = rows.T.flags.c_contiguous
     laid = rows.T if turned else rows
     codes = np.empty(laid.shape, np.int8)
-    lost = power = 0.0
+    lost = np.zeros(len(rows), np.float64)
+    power = 0.0
+    steps = scales[None, :] if turned else scales[:, None]
     for part in _chunks(laid):
         weights = np.ascontiguousarray(laid[part], np.float32)
-        steps = scales[None, :] if turned else scales[part, None]
-        found = weights / steps
-        np.rint(found, out=found)
-        np.clip(found, -127, 127, out=found)
+        scaled = weights / (steps if turned else steps[part])
+        found = np.rint(scaled)  # within 127: no scale is below a 127th of the greatest
         codes[part] = found
-        found *= steps
-        found -= weights
-        lost += float(np.vdot(found, found))
+        found -= scaled
+        if turned:
+            lost += np.einsum("kr,kr->r", found, found)
+        else:
+            lost[part] = np.einsum("rk,rk->r", found, found)
         power += float(np.vdot(weights, weights))
-    return codes.T if turned else codes, lost / power if power > 0 else 0.0
+    error = float(lost @ scales.astype(np.float64) ** 2)
+    return codes.T if turned else codes, error / power if power > 0 else 0.0
 
 
 def refined(rows: Array, packed: Packed, moments: Wide) -> Packed:
@@ -121,21 +124,45 @@ def refined(rows: Array, packed: Packed, moments: Wide) -> Packed:
 
 def _largest_pair(rows: Array) -> Wide:
     """Per row, the largest sum of two weights of one sign, in magnitude."""
-    found = np.empty(len(rows), np.float64)
-    for part in _chunks(rows):
-        weights = np.array(rows[part], np.float32, order="C")
-        found[part] = np.maximum(_two_largest(weights), _two_largest(-weights))
-    return found
+    turned = rows.T.flags.c_contiguous
+    laid = rows.T if turned else rows
+    found = []
+    for part in _chunks(laid):
+        weights = laid[part] if turned else laid[part].T
+        ends = _two_greatest(weights, np.maximum, np.minimum)
+        others = _two_greatest(weights, np.minimum, np.maximum)
+        found.append(np.stack([*ends, *(-each for each in others)]))
+    # Pairs may lie in two chunks of one row.
+    best = _two_of_all(np.stack(found)) if turned else np.concatenate(found, axis=1)
+    sums = np.maximum(best[0::2], 0) + np.maximum(best[1::2], 0)
+    return np.asarray(sums.max(axis=0), np.float64)
 
 
-def _two_largest(weights: Array) -> Array:
-    """Per row, the sum of the two largest of what is positive."""
-    index = np.arange(len(weights)), weights.argmax(axis=1)
-    first = weights[index]
-    weights[index] = -np.inf
-    second = weights.max(axis=1)
-    weights[index] = first
-    return np.asarray(np.maximum(first, 0) + np.maximum(second, 0))
+def _two_of_all(found: Array) -> Array:
+    """The two greatest of each sign of what the chunks found: [chunks, 4, rows] to [4, rows]."""
+    chunks, _, count = found.shape
+    ends = found.reshape(chunks, 2, 2, count).transpose(1, 0, 2, 3).reshape(2, 2 * chunks, count)
+    return np.asarray(np.sort(ends, axis=1)[:, :-3:-1].reshape(4, count))
+
+
+def _two_greatest(weights: Array, greater: np.ufunc, lesser: np.ufunc) -> tuple[Array, Array]:
+    """The greatest along the first axis, and the next; 0 where there is none: halves are compared with each other."""
+    first, second = weights, None
+    while len(first) > 1:
+        half, spare = len(first) // 2, len(first) % 2
+        one, other = first[:half], first[half : 2 * half]
+        next_best = lesser(one, other)
+        if second is not None:
+            greater(next_best, second[:half], out=next_best)
+            greater(next_best, second[half : 2 * half], out=next_best)
+        if spare:
+            alone = second[-1:] if second is not None else np.zeros_like(first[-1:])
+            next_best = np.concatenate([next_best, alone])
+            first = np.concatenate([greater(one, other), first[-1:]])
+        else:
+            first = greater(one, other)
+        second = next_best
+    return first[0], second[0] if second is not None else np.zeros_like(first[0])
 
 
 def least_scales(bias: Array | None, input_scale: float, columns: int) -> Array | None:
