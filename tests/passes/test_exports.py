@@ -23,9 +23,14 @@ LEFT = {
     "convbn_dy20": "Conv*2 HardSwish QuickGelu",
     "cross_dy20": "Add*4 Attention MatMul*4",
     "dec_layer_dy20": "Add*5 Attention*2 LayerNormalization*3 MatMul*7 Relu Slice*5 Sum*3",
-    "decoder_sdpa_ts17d": "Add*2 Cast*3 Concat Cos Expand*3 GroupQueryAttention MatMul*7 Min Mul*3 QuickGelu"
-    " RMSNormalization*2 Range RotaryEmbedding*2 Shape*2 Sin Squeeze*2 Sub Unsqueeze*3",
-    "eager_causal_ts17d": "Add*4 Cast*2 Expand GroupQueryAttention MatMul*4 Min Mul Shape*2 Squeeze Sub",
+    "decoder_sdpa_ts17d": "Add*2 Cast*3 Concat Cos Expand*3 GroupQueryAttention MatMul*7 Min Mul*3"
+    " QuickGelu RMSNormalization*2 Range RotaryEmbedding*2 Shape*2 Sin Squeeze*2 Sub Unsqueeze*3",
+    "eager_alibi_ts17d": "Add*3 Attention MatMul*4 Shape Slice*2",
+    "eager_causal_ts17d": "Add*4 Cast*2 Expand GroupQueryAttention MatMul*4 Min Mul Shape*2 Squeeze"
+    " Sub",
+    "eager_einsum_dy20": "Add*3 Attention MatMul*4",
+    "eager_gpt2min_ts17d": "Add*3 Cast*2 Expand GroupQueryAttention MatMul*4 Min Mul Shape*2 Squeeze"
+    " Sub",
     "eager_sm32_dy20": "Add*5 Attention MatMul*4 Max ReduceMax Sub",
     "eager_sm32_ts13": "Add*5 Attention MatMul*4 Max ReduceMax Sub",
     "enc_layer_dy20": "Add*3 Attention Gelu LayerNormalization*2 MatMul*4 Slice*3 Sum*2",
@@ -35,6 +40,7 @@ LEFT = {
     "hardswish_py_ts17": "HardSigmoid Mul",
     "ln_cf_dy20": "LayerNormalization Transpose*2",
     "ln_cf_ts13": "LayerNormalization Transpose*2",
+    "ln_tf_ts13": "LayerNormalization",
     "mha_dy20": "Add Attention MatMul*2 Slice*3",
     "mha_pad_ts17": "Add*3 Attention Expand MatMul*2 Max ReduceMax Reshape Slice*3 Sub Where",
     "mha_ts17": "Add*2 Attention MatMul*2 Slice*3",
@@ -46,16 +52,20 @@ LEFT = {
     "packed_unbind_dy20h": "Add*2 Attention MatMul*2 Slice*3",
     "packed_unbind_ts17": "Add*2 Attention MatMul*2 Split",
     "pixelshuffle_ts13": "DepthToSpace",
+    "pixelunshuffle_ts17d": "Gather SpaceToDepth",
     "resgn_dy20": "Add*4 Conv*2 Gemm InstanceNormalization*2 Mul*2 QuickGelu*3 Reshape*4 Unsqueeze",
     "resgn_ts17": "Add*4 Conv*2 Gemm InstanceNormalization*2 Mul*2 QuickGelu*3 Reshape*4 Unsqueeze",
     "rms_hf_dy20": "RMSNormalization",
     "rms_hf_dy20h": "RMSNormalization",
     "rope_half_ts17d": "Add*4 Attention Cast Concat Cos Expand*2 MatMul*4 Mul Range RotaryEmbedding*2"
     " Shape*2 Sin Squeeze Unsqueeze*3",
+    "rope_halves_ts17d": "Concat Cos Expand*2 Reshape*3 RotaryEmbedding Shape*2 Sin Slice"
+    " Transpose",
     "rope_inter_dy20": "Add*4 Attention MatMul*4 RotaryEmbedding*2",
     "sdpa_bool_dy20": "Add*4 Attention MatMul*4 Max Where",
     "sdpa_causal_dy23": "Add*4 GroupQueryAttention MatMul*4",
-    "sdpa_causal_ts17d": "Add*4 Cast*2 Expand GroupQueryAttention MatMul*4 Min Mul Shape*2 Squeeze Sub",
+    "sdpa_causal_ts17d": "Add*4 Cast*2 Expand GroupQueryAttention MatMul*4 Min Mul Shape*2 Squeeze"
+    " Sub",
     "sdpa_dy20": "Add*4 Attention MatMul*4",
     "sdpa_dy20h": "Add*4 Attention MatMul*4",
     "sdpa_dy23": "Add*4 Attention MatMul*4",
@@ -65,9 +75,14 @@ LEFT = {
     "sdpa_repkv_ts17": "Add*4 Attention MatMul*4",
     "sdpa_ts17": "Add*4 Attention MatMul*4",
     "softplus_dy20": "Softplus",
-    "swin_dy20": "Add*5 Attention Gelu LayerNormalization*2 MatMul*4 Reshape*4 Slice*3 Sum Transpose*2",
-    "swin_ts17": "Add*5 Attention Gelu LayerNormalization*2 MatMul*4 Reshape*4 Split Sum Transpose*2",
+    "swin_dy20": "Add*5 Attention Gelu LayerNormalization*2 MatMul*4 Reshape*4 Slice*3 Sum"
+    " Transpose*2",
+    "swin_shift_dy20": "Add*5 Attention Concat*4 Gelu LayerNormalization*2 MatMul*4 Reshape*4 Slice*11"
+    " Sum Transpose*2",
+    "swin_ts17": "Add*5 Attention Gelu LayerNormalization*2 MatMul*4 Reshape*4 Split Sum"
+    " Transpose*2",
     "t5_dy20": "Attention MatMul*4",
+    "t5_ts13": "Add*2 Attention Cast MatMul*4 Max Mul ReduceMax Sub*2 Unsqueeze",
 }
 """What is left on the CPU."""
 
