@@ -65,7 +65,7 @@ def _gain(node: ir.Node, place: int) -> float:
 
 _LAYERS = ("MatMul", "Gemm", "Conv")
 _OF_A_LAYER = 1e3
-"""From which size on weights, or a constant behind them, tell of what goes in: less is part of the arithmetic."""
+"""From which size on a constant behind a layer tells of what goes in: less is part of the arithmetic."""
 
 
 def _unit(reader: _Reader) -> float:
@@ -78,9 +78,6 @@ def _unit(reader: _Reader) -> float:
         sizes = [values.array(node.inputs[index]) for index in (3, 4)]
         mean, variance = (0.0 if a is None else float(np.abs(a).max(initial=0)) for a in sizes)
         return max(mean, math.sqrt(variance))
-    gain = _gain(node, reader.place)
-    if gain:
-        return 1 / gain if gain <= 1 / _OF_A_LAYER else 0.0
     return _unit_beside(node, reader.place)
 
 

@@ -51,12 +51,11 @@ def test_the_unit_of_an_input(operator: str, constant: float, expected: dict[str
         ("h = MatMul(x, w) y = Add(h, k)", normal(16, 16, scale=0.25), {}),
         ("a = MatMul(x, w) h = MatMul(a, w) y = Mul(h, k)", normal(16, 16, scale=0.25), {}),
         ("h = Mul(x, x) y = MatMul(h, w)", normal(16, 16, scale=1e-6), {}),
-        ("h = MatMul(x, w) y = Tanh(h)", np.full((16, 16), 2.5e-6, np.float32), {"x": 1e5}),
-        ("h = MatMul(x, w) y = Tanh(h)", np.zeros((16, 16), np.float32), {}),
+        ("h = MatMul(x, w) y = Mul(h, k)", np.zeros((16, 16), np.float32), {}),
         ("y = BatchNormalization(x, s, s, s, v)", normal(1), {"x": 300.0}),
     ],
 )
-def test_constants_behind_a_layer_and_small_weights_tell_the_unit_too(
+def test_constants_behind_a_layer_tell_the_unit_too(
     text: str, weights: Array, expected: dict[str, float]
 ) -> None:
     proto = parse(f"g (float[16,16] x) => (float[16,16] y) {{ {text} }}")
