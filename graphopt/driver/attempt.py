@@ -12,7 +12,7 @@ import onnx_ir as ir
 from graphopt.distill.history import History
 from graphopt.driver.request import Request
 from graphopt.emit import finalize
-from graphopt.emit.sparse import SparseFacts, is_apart, sparse_form
+from graphopt.emit.sparse import SparseFacts, sparse_form
 from graphopt.errors import PassError, TargetError
 from graphopt.ir import collector
 from graphopt.ir.model_file import ExternalData, load_model, save_model
@@ -154,6 +154,6 @@ def write(
     style: SparseStyle = SparseStyle.DENSE,
 ) -> Attempt:
     """The attempt, with its model written as `folder/name`; weights take the form of `style` where that pays."""
-    model, facts = sparse_form(made.model, style, external=is_apart(external))
+    model, facts = sparse_form(made.model, style)
     files = save_model(model, folder / name, external=external)
     return dataclasses.replace(made, files=files, sparse=facts)

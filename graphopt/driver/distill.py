@@ -10,7 +10,7 @@ from graphopt.calibrate.samples import read_samples
 from graphopt.distill.history import History
 from graphopt.distill.recover import Progress, distill
 from graphopt.distill.settings import parse_settings
-from graphopt.emit.sparse import is_apart, sparse_form
+from graphopt.emit.sparse import sparse_form
 from graphopt.ir.model_file import ExternalData, load_model, save_model
 from graphopt.rewrite import Calibration
 from graphopt.runtime.specs import input_specs
@@ -42,6 +42,6 @@ def distil_file(  # noqa: PLR0913  the options of the command line
         for each in read_samples(calibration, input_specs(original))
     ]
     history = distill(original, made, feeds, wanted, seed=seed, progress=progress)
-    form, _ = sparse_form(made, SparseStyle.KEPT, external=is_apart(external))
+    form, _ = sparse_form(made, SparseStyle.KEPT)
     save_model(form, output, external=external)
     return history

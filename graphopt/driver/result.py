@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from graphopt.driver.attempt import Attempt
 from graphopt.driver.request import parse_external
-from graphopt.emit.sparse import is_apart, sparse_form
+from graphopt.emit.sparse import sparse_form
 from graphopt.errors import OptionError
 from graphopt.ir.atomic import FileSet
 from graphopt.ir.model_file import ExternalData, save_model
@@ -55,7 +55,7 @@ class Result:
         """
         place = parse_external(external)
         file = Path(path) / MODEL if Path(path).is_dir() else Path(path)
-        model, _ = sparse_form(self.model, self.sparse, external=is_apart(place))
+        model, _ = sparse_form(self.model, self.sparse)
         return save_model(model, file, external=place)
 
 

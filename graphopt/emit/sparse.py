@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt.ir.model_file import ExternalData, load_model
+from graphopt.ir.model_file import load_model
 from graphopt.ir.scopes import Scope, all_graphs
 from graphopt.ir.sparse import CooTensor
 from graphopt.targets import SparseStyle
@@ -38,7 +38,10 @@ WORTH_A_FILE = 0.95
 """... and only if all weights together shrink to this share."""
 
 MAX_BYTES = 1_800_000_000
-"""ONNX keeps sparse tensors inside the model, which protobuf limits to 2 GiB."""
+"""ONNX keeps sparse tensors inside the model, which protobuf limits to 2 GiB; dense ones may lie beside it."""
+
+SPARSE_VALUE_OPSET = 11
+"""From which on Constant has an attribute `sparse_value`."""
 
 _INDEX_BYTES = 8
 """As `raw_data`.  Break-even is judged by this, although packed indices take two or three: who saves the file again
@@ -100,40 +103,37 @@ class SparseFacts:
         return (sizes, speed, *([self.reason] if self.reason else []))
 
 
-def sparse_form(
-    model: ir.Model, style: SparseStyle, *, external: bool = False
-) -> tuple[ir.Model, SparseFacts | None]:
+def sparse_form(model: ir.Model, style: SparseStyle) -> tuple[ir.Model, SparseFacts | None]:
     """The model as it is to be written, and what that is about; None where no large constant is half zero.
 
     The model itself stays as it is; a clone is made only if something changes.  Bits are kept: -0.0 and NaN count as
     values.  Left dense: small tensors, graph inputs and outputs, types that ONNX Runtime cannot expand, and everything
     where the file would shrink by less than 5 %.  Tensors that came sparse come out in the chosen style as well.
+    Initializers that are worth storing sparse stand behind the others in every style, as they do in a sparse file, so
+    that the dense file is, byte for byte, what `densify` makes of the sparse one.
 
     Args:
         model: dense, or with `CooTensor`s from the file that it was read from.
         style: what the target reads.
-        external: whether weights go to files beside the model, where ONNX has no place for sparse ones.
     """
     plan = _Plan.of(model, came_only=style is SparseStyle.KEPT)
     style = SparseStyle.INITIALIZER if style is SparseStyle.KEPT else style
-    style, reason = _possible(style, plan, external=external)
+    style, reason = _possible(style, plan, model.opset_imports.get("", 0))
     chosen = plan.paying if style is not SparseStyle.DENSE else ()
     facts = plan.facts(style, chosen, reason)
-    if not chosen and not plan.held_sparse:
+    if not plan.paying and not plan.held_sparse:
         return model, facts
     made = load_model(model)
     for scope in all_graphs(made):
+        _set_behind(scope, {entry.key for entry in plan.paying})
         _rewrite_graph(scope, style, {entry.key for entry in chosen})
     return made, facts
 
 
-def is_apart(place: ExternalData) -> bool:
-    """Whether all weights go to files beside the model."""
-    return place not in (ExternalData.AUTO, ExternalData.NEVER)
-
-
 def densify(model: ir.Model) -> ir.Model:
     """The model with every constant dense; itself where it is dense already."""
+    if not any(isinstance(tensor, CooTensor) for _, tensor, _ in _constants(model)):
+        return model
     return sparse_form(model, SparseStyle.DENSE)[0]
 
 
@@ -229,20 +229,18 @@ class _Plan:
         )
 
 
-def _possible(style: SparseStyle, plan: _Plan, *, external: bool) -> tuple[SparseStyle, str]:
+def _possible(style: SparseStyle, plan: _Plan, opset: int) -> tuple[SparseStyle, str]:
     """The style that the file can have, and why it is not the one asked for."""
     if style is SparseStyle.DENSE or not plan.entries:
         return SparseStyle.DENSE, ""
-    if external:
-        return (
-            SparseStyle.DENSE,
-            "weights beside the model stay dense: ONNX has no place for sparse ones there",
-        )
-    left = plan.total_bytes - plan.saved
-    if left > MAX_BYTES:
-        reason = f"even sparse, the weights take {left} bytes, too many to lie in the model: they stay dense, beside it"
+    if style is SparseStyle.CONSTANT and opset < SPARSE_VALUE_OPSET:
+        reason = f"stored dense: Constant has sparse_value from opset {SPARSE_VALUE_OPSET} on, this model has {opset}"
         return SparseStyle.DENSE, reason
-    if left > WORTH_A_FILE * plan.total_bytes:
+    inside = sum(entry.stored_bytes for entry in plan.paying)
+    if inside > MAX_BYTES:
+        reason = f"even sparse, {inside} bytes are too many to lie in the model, where ONNX keeps sparse weights"
+        return SparseStyle.DENSE, f"{reason}: they stay dense, beside it"
+    if plan.total_bytes - plan.saved > WORTH_A_FILE * plan.total_bytes:
         return (
             SparseStyle.DENSE,
             "stored dense: (value, index) pairs would take 95 % of the dense bytes or more",
@@ -314,6 +312,14 @@ def _bits(tensor: ir.TensorProtocol) -> npt.NDArray[np.unsignedinteger]:
 
 def _deflated(tensor: ir.TensorProtocol) -> int:
     return min(len(zlib.compress(tensor.tobytes(), 1)), int(tensor.nbytes))
+
+
+def _set_behind(scope: Scope, worth: set[tuple[str, str]]) -> None:
+    """Orders the initializers of one graph of the clone: those that are worth storing sparse come last."""
+    held = scope.graph.initializers
+    last = [name for name in held if (scope.path, name) in worth]
+    for name in last:
+        held[name] = held.pop(name)
 
 
 def _rewrite_graph(scope: Scope, style: SparseStyle, chosen: set[tuple[str, str]]) -> None:

@@ -16,9 +16,9 @@ import onnxruntime as ort
 import pytest
 
 from graphopt.cli.entry import main
-from graphopt.emit import check_model
+from graphopt.emit import check_model, sparse
 from graphopt.emit.sparse import SparseFacts, as_coo, densify, sparse_form
-from graphopt.ir.model_file import load_model, model_to_bytes, save_model
+from graphopt.ir.model_file import ExternalData, load_model, model_to_bytes, save_model
 from graphopt.ir.sparse import CooTensor
 from graphopt.targets import SparseStyle
 
@@ -84,6 +84,37 @@ class TestForm:
         dense = model_to_bytes(load_model(product(w)))
         made, _ = encoded(product(w), SparseStyle.INITIALIZER)
         assert model_to_bytes(densify(load_model(model_to_bytes(made)))) == dense
+
+    @pytest.mark.parametrize("place", list(ExternalData))
+    def test_dense_weights_may_lie_beside_the_model(
+        self, tmp_path: Path, place: ExternalData
+    ) -> None:
+        """The file, its dense form, and what `densify` makes of it: the same bits, the last two the same bytes."""
+        proto = product(weight(0.95))
+        other = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
+        proto.graph.initializer.insert(0, nh.from_array(other, "other"))
+        proto.graph.initializer.append(nh.from_array(other, "another"))
+        for name, y in (("other", "y2"), ("another", "y3")):
+            proto.graph.node.append(oh.make_node("MatMul", ["y", name], [y]))
+            proto.graph.output.append(oh.make_tensor_value_info(y, 1, ["N", 32]))
+        model = load_model(proto)
+        form, facts = sparse_form(model, SparseStyle.INITIALIZER)
+        assert facts is not None
+        assert facts.tensors == 1
+        made, plain, back = (tmp_path / folder / "m.onnx" for folder in "abc")
+        for path in (made, plain, back):
+            path.parent.mkdir()
+        save_model(form, made, external=place)
+        save_model(sparse_form(model, SparseStyle.DENSE)[0], plain, external=place)
+        save_model(densify(load_model(made)), back, external=place)
+        onnx.checker.check_model(str(made))
+        x = np.random.default_rng(1).standard_normal((2, 96)).astype(np.float32)
+        got, want = (ort.InferenceSession(str(path)).run(None, {"x": x}) for path in (made, plain))
+        assert [a.tobytes() for a in got] == [a.tobytes() for a in want]
+        for one, two in zip(
+            sorted(plain.parent.iterdir()), sorted(back.parent.iterdir()), strict=True
+        ):
+            assert one.read_bytes() == two.read_bytes()
 
     def test_leaves_the_model_itself_dense_and_valid(self) -> None:
         model = load_model(product(weight(0.9)))
@@ -209,12 +240,19 @@ class TestWhatStaysDense:
         assert facts is not None
         assert facts.stored_bytes == facts.dense_bytes
 
-    def test_weights_beside_the_model(self) -> None:
-        model = load_model(product(weight(0.9)))
-        made, facts = sparse_form(model, SparseStyle.INITIALIZER, external=True)
-        assert made is model
+    def test_constants_of_a_model_whose_opset_has_no_sparse_value(self) -> None:
+        proto = product(weight(0.9))
+        proto.opset_import[0].version = 10
+        made, facts = encoded(proto, SparseStyle.CONSTANT)
         assert facts is not None
-        assert "beside the model" in facts.reason
+        assert (facts.tensors, "from opset 11" in facts.reason) == (0, True)
+        assert not any(node.op_type == "Constant" for node in made.graph)
+
+    def test_more_than_a_model_holds(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sparse, "MAX_BYTES", 1000)
+        _, facts = encoded(product(weight(0.9)), SparseStyle.INITIALIZER)
+        assert facts is not None
+        assert (facts.tensors, "too many to lie in the model" in facts.reason) == (0, True)
 
     def test_files_that_would_hardly_shrink(self) -> None:
         proto = product(weight(0.9))
