@@ -79,7 +79,8 @@ class SparsityRequest:
         dense: names of weights that stay dense, as a regular expression.
         low_rank: error of the outputs, RMS over RMS, up to which a large matrix becomes a product of two.
         rounds: in how many the channels go, each fitted before the next is chosen; 0 for as many as the share asks for.
-        multiple: of what the channels of convolutions shall stay a multiple; 0 for 8.
+        multiple: of what the channels of convolutions shall stay a multiple; 0 for `block`, or 8 if that is too much.
+        block: how many channels lie together in the runtime's convolutions; nothing that a user states.
     """
 
     ratio: float | None = None
@@ -94,6 +95,7 @@ class SparsityRequest:
     dense: str = ""
     rounds: int = 0
     multiple: int = 0
+    block: int = 8
     low_rank: float | None = None
 
 

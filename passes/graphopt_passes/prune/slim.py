@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -64,24 +63,15 @@ def _cut(value: ir.Value, axes: Mapping[int, Ids]) -> None:
 def _regroup(node: ir.Node, keep: Keep, _names: Names) -> None:
     """A depthwise convolution has as many groups as channels are left; others keep their groups, which get narrower."""
     group = node.attributes.get("group")
-    kernel = node.inputs[1]
+    source, kernel = node.inputs[0], node.inputs[1]
     weight = values.constant(kernel)
-    if group is None or group.as_int() == 1 or weight is None or kernel is None:
+    if group is None or group.as_int() == 1 or weight is None or kernel is None or source is None:
         return
-    if 1 in keep.get(kernel.name or "", {}):
+    if 1 in keep.get(kernel.name or "", {}) or weight.shape.numpy()[1] != 1:
         return
-    rows, per_group = weight.shape.numpy()[:2]
-    source = node.inputs[0]
-    if per_group == 1 and group.as_int() != rows and source is not None:
-        multiplier = math.gcd(rows, _multiplier(node, group.as_int()))
-        node.attributes["group"] = ir.AttrInt64("group", rows // multiplier)
-
-
-def _multiplier(node: ir.Node, group: int) -> int:
-    """Outputs a channel of a depthwise convolution, before the cut."""
-    shape = node.outputs[0].shape
-    channels = shape[1] if shape is not None and len(shape) > 1 else group
-    return channels // group if isinstance(channels, int) else 1
+    left = keep.get(source.name or "", {}).get(1)
+    if left is not None:
+        node.attributes["group"] = ir.AttrInt64("group", len(left))
 
 
 def _recount(node: ir.Node, keep: Keep, _names: Names) -> None:

@@ -148,6 +148,10 @@ def best_slimming(
     first = _stage(job, model, shapes, which)
     if first is None:
         return None
+    if not request.multiple and _is_short(first, job.share):
+        request = dataclasses.replace(request, block=ROUNDING)
+        job = dataclasses.replace(job, request=request)
+        first = _regrouped(job, first)
     if request.by is Measure.LATENCY:
         job = dataclasses.replace(job, share=_share_by_latency(job, first))
     tried = _at_once(job, first, itertools.product(first.scores, thrifts))
@@ -162,8 +166,7 @@ def _stage(job: _Job, model: ir.Model, shapes: Shapes, which: Importance) -> _St
     """A model with the scores of its channels; None where none can go."""
     labels = propagate(model, shapes)
     layers = [*find_layers(model.graph), *find_turned(model.graph)]
-    groups = find_groups(layers, labels, job.request.multiple or ROUNDING)
-    groups = [group for group in groups if not _is_kept(group, job.request.dense)]
+    groups = _groups(job, labels, layers)
     if not groups:
         return None
     energies = input_energies(model, layers, job.feeds) if job.feeds else None
@@ -175,6 +178,24 @@ def _stage(job: _Job, model: ir.Model, shapes: Shapes, which: Importance) -> _St
         )
     costs = Costs.of(layers, shapes, job.request.by)
     return _Stage(model, labels, groups, layers, costs, scores)
+
+
+def _groups(job: _Job, labels: Labels, layers: list[Layer]) -> list[Group]:
+    request = job.request
+    found = find_groups(layers, labels, request.multiple or request.block)
+    return [group for group in found if not _is_kept(group, request.dense)]
+
+
+def _regrouped(job: _Job, stage: _Stage) -> _Stage:
+    """The stage with the rounding that the job asks for now."""
+    return dataclasses.replace(stage, groups=_groups(job, stage.labels, stage.layers))
+
+
+def _is_short(stage: _Stage, share: float) -> bool:
+    """Whether all channels that may go save less than `share`: what is narrow has no whole blocks to spare."""
+    scores = next(iter(stage.scores.values()))
+    most = choose(stage.groups, scores, stage.labels, stage.costs, 1.0)
+    return stage.costs.left(kept_indices(stage.labels, most)) > (1 - share) * stage.costs.total
 
 
 def _contributions(

@@ -68,6 +68,15 @@ CONCAT = """g (float[2,3,6,6] x) => (float[2,4,6,6] y)
     y = Conv(n, wc)
 }"""
 
+MULTIPLIED = """g (float[N,3,8,8] x) => (float[N,10,8,8] y)
+    <float[16,3,3,3] w1, float[16] b1, float[32,1,3,3] w2, float[32] b2, float[10,32,1,1] w3> {
+    a = Conv<pads=[1,1,1,1]>(x, w1, b1)
+    r = Relu(a)
+    d = Conv<group=16, pads=[1,1,1,1]>(r, w2, b2)
+    s = Relu(d)
+    y = Conv(s, w3)
+}"""
+
 
 def groups_of(text: str) -> tuple[ir.Model, list[Group], Any]:
     model = load_model(parse(text))
@@ -144,7 +153,7 @@ class TestLabels:
 
 
 class TestSlimming:
-    @pytest.mark.parametrize("text", [RESIDUAL, HEADS, CONCAT])
+    @pytest.mark.parametrize("text", [RESIDUAL, HEADS, CONCAT, MULTIPLIED])
     @pytest.mark.parametrize("share", [0.2, 0.5])
     def test_equals_the_masked_dense_model(self, text: str, share: float) -> None:
         model, groups, labels = groups_of(text)

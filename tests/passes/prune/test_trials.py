@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
-from graphopt_passes.prune import trials
+from graphopt_passes.prune import Prune, trials
 from graphopt_passes.prune.labels import propagate
 from graphopt_passes.prune.request import Importance, parse_sparsity
 from graphopt_passes.prune.trials import Slimming, best_slimming, composed
@@ -16,7 +17,8 @@ from graphopt_passes.prune.trials import Slimming, best_slimming, composed
 from graphopt.errors import OptionError
 from graphopt.ir.model_file import load_model
 from graphopt.ir.shapes import Shapes
-from graphopt.rewrite import Calibration
+from graphopt.rewrite import Calibration, Context, Gate, Options
+from graphopt.targets import get_target
 from tests.passes.prune.test_parts import GROUPED, SPLIT
 from tests.rewriting import parse
 
@@ -104,6 +106,30 @@ def test_channels_stay_a_multiple_of_what_is_asked_for(multiple: int) -> None:
     assert left != [64, 64]
     assert all(count % multiple == 0 for count in left)
     assert multiple != 1 or any(count % 8 for count in left)
+
+
+@pytest.mark.parametrize(("target", "multiple"), [("cpu-amx", 16), ("cpu-avx2", 8), ("cuda", 8)])
+def test_channels_stay_in_the_blocks_of_the_target(target: str, multiple: int) -> None:
+    model = load_model(parse(CONVS))
+    ctx = Context(model, get_target(target), Options(sparsity="channels:0.1"), Gate())
+    ctx.pass_name = "prune"
+    assert Prune().run(model, ctx)
+    weights = model.graph.initializers
+    left = [weights[name].const_value.numpy().shape[0] for name in ("w1", "w2")]  # type: ignore[union-attr]
+    assert sum(left) == 128 - multiple
+
+
+def test_where_blocks_are_too_large_channels_stay_in_eights() -> None:
+    text = CONVS.replace("64,", "16,").replace("[64]", "[16]").replace(",64", ",16")
+    request = dataclasses.replace(parse_sparsity("channels:0.3,importance=l2"), block=16)
+    model = load_model(parse(text))
+    found = best_slimming(model, Shapes(model), request, None, 0)
+    assert found is not None
+    assert found.left <= 0.7
+    stated = dataclasses.replace(request, multiple=16)
+    short = best_slimming(model, Shapes(model), stated, None, 0)
+    assert short is not None
+    assert short.classes == 0
 
 
 def test_latency_is_measured(samples: Calibration, monkeypatch: pytest.MonkeyPatch) -> None:
