@@ -1,8 +1,8 @@
 """Half precision on a GPU: latency against float32, and real outputs against what the emulation predicted.
 
-    python -m benchmarks.half_gpu [--precision fp16|bf16] [--runs N] MODEL.onnx…
+    python -m benchmarks.half_gpu [--provider cuda|tensorrt] [--precision fp16|bf16] [--runs N] MODEL.onnx…
 
-Needs onnxruntime-gpu and a device.  For each model three things run on generated inputs: the original on the CPU with
+Needs onnxruntime-gpu (for tensorrt, TensorRT's libraries too) and a device.  For each model three things run on generated inputs: the original on the CPU with
 optimisations off (the truth), the emulation of the cast model on the CPU (the prediction), and the cast model on the
 GPU with all optimisations.  Printed are both distances from the truth over its RMS, the distance between them, and the
 median latency of original and cast model on the GPU, with versions.
@@ -29,6 +29,7 @@ from graphopt.runtime.session import OptimizationLevel, Session, SessionOptions
 from graphopt.verify.feeds import make_feeds
 
 CUDA = ("CUDAExecutionProvider", "CPUExecutionProvider")
+PROVIDERS = {"cuda": CUDA, "tensorrt": ("TensorrtExecutionProvider", *CUDA)}
 WARM = 10
 
 
@@ -37,32 +38,41 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("models", nargs="+", type=Path)
     parser.add_argument("--precision", choices=("fp16", "bf16"), default="fp16")
+    parser.add_argument("--provider", choices=PROVIDERS, default="cuda")
     parser.add_argument("--runs", type=int, default=50)
     options = parser.parse_args()
-    if CUDA[0] not in ort.get_available_providers():
-        print(f"onnxruntime {ort.__version__} has no {CUDA[0]} here", file=sys.stderr)
+    needed, there = PROVIDERS[options.provider][0], ort.get_available_providers()
+    if needed not in there:
+        told = (
+            f"onnxruntime {ort.__version__} has no {needed} here, only {', '.join(there)}: install"
+        )
+        print(
+            f"{told} onnxruntime-gpu on a machine with an NVIDIA GPU and run this there",
+            file=sys.stderr,
+        )
         return 2
-    print(f"onnxruntime {ort.__version__}, {options.precision}")
+    print(f"onnxruntime {ort.__version__}, {options.provider}, {options.precision}")
     print(
         "| model | predicted max/RMS | on the GPU | between them | float32 ms | half ms | faster |"
     )
     print("| --- | --: | --: | --: | --: | --: | --: |")
     for path in options.models:
-        print(_row(path, options.precision, options.runs), flush=True)
+        print(_row(path, options), flush=True)
     return 0
 
 
-def _row(path: Path, precision: str, runs: int) -> str:
+def _row(path: Path, options: argparse.Namespace) -> str:
+    providers = PROVIDERS[options.provider]
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "half.onnx"
-        optimize(path, output=file, target="cuda", precision=precision)
+        optimize(path, output=file, target=options.provider, precision=options.precision)
         emulated = save_model(emulate(load_model(file)), Path(scratch) / "emulated.onnx")[0]
         feed = make_feeds(load_model(path))[0].values
         truth = Session(path).run(feed)
         predicted = Session(emulated).run(feed)
-        plain, half = _on_gpu(path), _on_gpu(file)
+        plain, half = _on_gpu(path, providers), _on_gpu(file, providers)
         real = half.run(feed)
-        slow, fast = _latency(plain, feed, runs), _latency(half, feed, runs)
+        slow, fast = (_latency(each, feed, options.runs) for each in (plain, half))
     cells = [
         path.stem,
         f"{_distance(truth, predicted):.2g}",
@@ -75,8 +85,8 @@ def _row(path: Path, precision: str, runs: int) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _on_gpu(path: Path) -> Session:
-    return Session(path, level=OptimizationLevel.ALL, options=SessionOptions(providers=CUDA))
+def _on_gpu(path: Path, providers: tuple[str, ...]) -> Session:
+    return Session(path, level=OptimizationLevel.ALL, options=SessionOptions(providers=providers))
 
 
 def _latency(session: Session, feed: Mapping[str, Any], runs: int) -> float:
