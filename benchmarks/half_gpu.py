@@ -2,10 +2,10 @@
 
     python -m benchmarks.half_gpu [--provider cuda|tensorrt] [--precision fp16|bf16] [--runs N] MODEL.onnx…
 
-Needs onnxruntime-gpu (for tensorrt, TensorRT's libraries too) and a device.  For each model three things run on generated inputs: the original on the CPU with
-optimisations off (the truth), the emulation of the cast model on the CPU (the prediction), and the cast model on the
-GPU with all optimisations.  Printed are both distances from the truth over its RMS, the distance between them, and the
-median latency of original and cast model on the GPU, with versions.
+Needs onnxruntime-gpu (for tensorrt, TensorRT's libraries too) and a device.  For each model three things run on
+generated inputs: the original on the CPU with optimisations off (the truth), the emulation of the cast model on the CPU
+(the prediction), and the cast model on the GPU with all optimisations.  Printed are both distances from the truth over
+its RMS, the distance between them, and the median latency of original and cast model on the GPU, with versions.
 """
 
 from __future__ import annotations
