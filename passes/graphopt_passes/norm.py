@@ -18,6 +18,7 @@ from graphopt.ir.build import Builder
 from graphopt.ir.shapes import Dim
 from graphopt.rewrite import Either, Lit, Match, Op, Rule, Skip, Var, rule
 from graphopt_passes.constants import along, from_front, given_axes, narrow, no_operator, trailing
+from graphopt_passes.means import epsilon_of, filled, scale_of_ones, trailing_axes
 
 OPSETS = (7, 10_000)
 
@@ -133,6 +134,29 @@ def _weighted(m: Match, g: Builder, normal: ir.Value | None) -> ir.Value | None:
     return None if normal is None else g.op("Mul", normal, m[weight])
 
 
+offset = Var()
+_root = Either(Op("Sqrt", lifted_variance), Op("Pow", lifted_variance, Lit(0.5)))
+_inverse = Either(
+    Op("Reciprocal", _root), Op("Div", Lit(1.0), _root), Op("Pow", lifted_variance, Lit(-0.5))
+)
+_factor = Either(Op("Mul", _inverse, weight), _inverse)
+_pulled = Op("Mul", mean, _factor)
+distributed = Op("Add", Op("Mul", x, _factor), Op("Sub", offset, _pulled))
+
+
+@rule(distributed, opset=OPSETS, benefit=3)
+def fuse_distributed_norm(m: Match, g: Builder) -> ir.Value | None:
+    """`x * i + (b - mean(x) * i)` -> `LayerNormalization(x, 1) * w + b`, i = w / sqrt(mean(d^2) + eps).
+
+    d = x - mean(x).  As tf.nn.batch_normalization computes Keras' LayerNormalization.  Source: LayerNormalization-17.
+    """
+    normal = _centred(m, g, distributed)
+    if normal is None:
+        return None
+    scaled = g.op("Mul", normal, m[weight]) if weight in m.env else normal
+    return g.op("Add", scaled, m[offset])
+
+
 gain = Var()
 shift_free = Op("RMSNormalization", centred, gain)
 
@@ -143,7 +167,7 @@ def fuse_rms_of_centred(m: Match, g: Builder) -> ir.Value | None:
 
     torch.onnx at opset 23 does so with a layer normalisation that is spelled out.  Source: LayerNormalization-17.
     """
-    node, over = m[shift_free], _trailing_axes(m, m[mean])
+    node, over = m[shift_free], trailing_axes(m, m[mean], m[x])
     rank = len(m.known_dims(x))
     if over is None or int(m.attr(node, "axis", -1)) % rank != rank - len(over):
         return None
@@ -191,7 +215,7 @@ def _unit(m: Match, g: Builder) -> ir.Value | None:
         return None
     if not m.emits("RMSNormalization", dtype=dtype, form="unit-length"):
         raise Skip(no_operator(m, "RMSNormalization", dtype), m[x])
-    epsilon = _epsilon(m) / size
+    epsilon = epsilon_of(m, eps, m[x]) / size
     factor = g.const(np.full([size], size**-0.5, dtype.numpy()), name="scale")
     return g.op("RMSNormalization", m[x], factor, axis=-1, epsilon=epsilon)
 
@@ -205,20 +229,20 @@ def _reduction(m: Match) -> ir.Node:
 
 
 def _centred(m: Match, g: Builder, root: Op) -> ir.Value | None:
-    over = _trailing_axes(m, m[mean])
+    over = trailing_axes(m, m[mean], m[x])
     if over is None:
         return _channels_first(m, g)
-    if any(_trailing_axes(m, m[op]) != over for op in _moments(m)):
+    if any(trailing_axes(m, m[op], m[x]) != over for op in _moments(m)):
         return None
     dims, dtype = m.known_dims(x), m.dtype(x)
-    epsilon = _epsilon(m)
+    epsilon = epsilon_of(m, eps, m[x])
     emits = m.emits("LayerNormalization", dtype=dtype)
     known = all(dims[a].is_static for a in over)
     if len(over) == len(dims) - 2 > 1 and not (emits and known and not _is_scaled(m, root, dims)):
         return _instance(m, g, dims[1], epsilon)
     if not emits:
         raise Skip(no_operator(m, "LayerNormalization", dtype), m[x])
-    ones = _ones(g, dtype, [dims[a] for a in over], m[x])
+    ones = scale_of_ones(g, dtype, [dims[a] for a in over], m[x])
     return g.op("LayerNormalization", m[x], ones, axis=-len(over), epsilon=epsilon)
 
 
@@ -240,7 +264,7 @@ def _channels_first(m: Match, g: Builder) -> ir.Value | None:
         return None
     if not m.emits("LayerNormalization", dtype=dtype, form="channels-first"):
         raise Skip("the target gains nothing by a normalisation between two Transpose", m[x])
-    ones, epsilon = _ones(g, dtype, [dims[1]], m[x]), _epsilon(m)
+    ones, epsilon = scale_of_ones(g, dtype, [dims[1]], m[x]), epsilon_of(m, eps, m[x])
     last = g.op("Transpose", m[x], perm=(0, *range(2, len(dims)), 1))
     normal = g.op("LayerNormalization", last, ones, axis=-1, epsilon=epsilon)
     return g.op("Transpose", normal, perm=(0, len(dims) - 1, *range(1, len(dims) - 1)))
@@ -260,21 +284,21 @@ def _instance(m: Match, g: Builder, channels: Dim, epsilon: float) -> ir.Value:
     dtype = m.dtype(x)
     if not m.emits("InstanceNormalization", dtype=dtype):
         raise Skip(f"the target has no InstanceNormalization for {dtype} that pays", m[x])
-    ones = _ones(g, dtype, [channels], m[x])
-    zeros = _filled(g, 0.0, dtype, [channels], m[x])
+    ones = scale_of_ones(g, dtype, [channels], m[x])
+    zeros = filled(g, 0.0, dtype, [channels], m[x])
     return g.op("InstanceNormalization", m[x], ones, zeros, epsilon=epsilon)
 
 
 def _rms(m: Match, g: Builder) -> ir.Value | None:
     maker = m[x].producer()
-    over = _trailing_axes(m, m[power])
+    over = trailing_axes(m, m[power], m[x])
     if over is None or (maker is not None and maker.op_type == "Sub" and _centres(maker)):
         return None
     dtype = m.dtype(x)
     if not m.emits("RMSNormalization", dtype=dtype):
         raise Skip(no_operator(m, "RMSNormalization", dtype), m[x])
-    dims, epsilon = m.known_dims(x), _epsilon(m)
-    ones = _ones(g, dtype, [dims[a] for a in over], m[x])
+    dims, epsilon = m.known_dims(x), epsilon_of(m, eps, m[x])
+    ones = scale_of_ones(g, dtype, [dims[a] for a in over], m[x])
     return g.op("RMSNormalization", m[x], ones, axis=-len(over), epsilon=epsilon)
 
 
@@ -283,45 +307,6 @@ def _centres(node: ir.Node) -> bool:
     taken = node.inputs[1]
     maker = None if taken is None else taken.producer()
     return maker is not None and maker.op_type == "ReduceMean"
-
-
-def _epsilon(m: Match) -> float:
-    if eps not in m.env:
-        return 0.0
-    epsilon = m.scalar(eps)
-    if epsilon < 0 or m.array(eps).ndim > len(m.known_dims(x)):
-        raise Skip("epsilon is negative, or broadens the rank", m[eps])
-    return epsilon
-
-
-def _trailing_axes(m: Match, node: ir.Node) -> tuple[int, ...] | None:
-    """The axes of a reduction, where they are the last ones and stay as 1.
-
-    Source: ReduceMean-1 (attribute), -18 (input).
-    """
-    rank = len(m.known_dims(x))
-    held = given_axes(m, node, 18)
-    if not held or not m.attr(node, "keepdims", 1):
-        return None
-    axes = from_front(held, rank)
-    return axes if axes == tuple(range(rank - len(axes), rank)) else None
-
-
-def _ones(g: Builder, dtype: ir.DataType | None, dims: list[Dim], culprit: ir.Value) -> ir.Value:
-    return _filled(g, 1.0, dtype, dims, culprit)
-
-
-def _filled(
-    g: Builder, number: float, dtype: ir.DataType | None, dims: list[Dim], culprit: ir.Value
-) -> ir.Value:
-    """A constant of `number`s.
-
-    Raises:
-        Skip: its size is not known.
-    """
-    if dtype is None or not all(d.is_static for d in dims):
-        raise Skip("the size of the normalised axes is unknown", culprit)
-    return g.const(np.full([int(d) for d in dims], number, dtype.numpy()), name="scale")
 
 
 scale, shift = Var(), Var(optional=True)
@@ -488,6 +473,7 @@ RULES: tuple[Rule, ...] = (
     fuse_weighted_rms_product,
     fuse_weighted_centred_quotient,
     fuse_weighted_centred_product,
+    fuse_distributed_norm,
     fuse_rms_of_centred,
     fuse_unit_length,
     fuse_unit_length_product,
