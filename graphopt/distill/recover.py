@@ -113,8 +113,8 @@ def _taught(
     pupil = Teacher(teacher, student, samples, features=wants_features)
     if wants_features and not pupil.features:
         raise DataError(
-            "teacher and student share no residual sums by name, so that blocks cannot be told; use mode=whole and "
-            "features=0"
+            "teacher and student share no residual sums by name and shape, so that blocks cannot be told; use "
+            "mode=whole and features=0"
         )
     return pupil
 

@@ -41,10 +41,11 @@ class Teacher:
         self._session = Session(
             model_to_bytes(teacher), level=OptimizationLevel.EXTENDED, options=options
         )
-        probe = Session(model_to_bytes(student), options=SessionOptions(threads=THREADS))
+        probe = Session(model_to_bytes(student), options=options)
         self.joins = can_join(samples[:64]) and _takes_batches((self._session, probe), samples)
         few = samples[: 8 if self.joins else 1]
         shown = self.outputs(join(few) if self.joins else few[0])
+        self.features = _alike(self.features, (self._session, probe), few[0])
         own = [value.name or "" for value in teacher.graph.outputs]
         self.floats = tuple(name for name in own if shown[name].dtype.kind == "f")
         if not self.floats:
@@ -85,6 +86,14 @@ def shared_sums(teacher: ir.Model, student: ir.Model) -> tuple[str, ...]:
     """Names of the sums of two activations that both models have, in the order of the teacher."""
     mine = set(_sums(student.graph))
     return tuple(name for name in _sums(teacher.graph) if name in mine)
+
+
+def _alike(names: Sequence[str], sessions: Sequence[Session], feed: Feed) -> tuple[str, ...]:
+    """Those of some values that have the same shape in both models: of a slimmed one, few do."""
+    if not names:
+        return ()
+    one, other = (session.run(feed) for session in sessions)
+    return tuple(name for name in names if one[name].shape == other[name].shape)
 
 
 def _sums(graph: ir.Graph) -> list[str]:

@@ -358,6 +358,15 @@ def test_refuses_blocks_that_nobody_shares() -> None:
         distill(network(), network(), samples(), parse_settings("mode=blocks"))
 
 
+def test_refuses_blocks_that_were_slimmed() -> None:
+    """The first sum has two channels less than the teacher's."""
+    narrow = """g (float[N,8] x) => (float[N,4] y) <float[8,6] w0, float[6,6] w1, float[6,4] w3> {
+        z = MatMul(x, w0)  a = MatMul(z, w1)  r = Relu(a)  s = Add(r, z)  y = MatMul(s, w3) }"""
+    settings = parse_settings("steps=2,mode=blocks")
+    with pytest.raises(DataError, match="by name and shape"):
+        distill(network(DEEP), network(narrow), samples(), settings)
+
+
 def test_another_student_learns_too() -> None:
     small = TEACHER.replace("32", "12")
     teacher, student = network(), network(small, seed=5)

@@ -15,6 +15,8 @@ from graphopt.ir import values
 Wide: TypeAlias = npt.NDArray[np.float64]
 Array: TypeAlias = npt.NDArray[Any]
 
+PRUNABLE = ("Conv", "Gemm", "MatMul")
+
 SMALL_ELEMENTS = 1024
 """Weights below this stay dense: nothing to gain in the file, much to lose in accuracy."""
 
@@ -168,7 +170,7 @@ def find_layers(graph: ir.Graph, dense: str = "") -> list[Layer]:
 
 
 def _layer(node: ir.Node) -> Layer | None:
-    if node.domain or node.op_type not in ("Conv", "Gemm", "MatMul"):
+    if node.domain or node.op_type not in PRUNABLE:
         return None
     source, weight = node.inputs[0], node.inputs[1]
     tensor = values.constant(weight)

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from graphopt.ir import fingerprint
 from graphopt.numerics import Numerics
 from graphopt.rewrite import Context, RemarkKind
-from graphopt_passes.prune.layers import Layer, find_layers
+from graphopt_passes.prune.layers import PRUNABLE, Layer, find_layers
 from graphopt_passes.prune.lowrank import factorize
 from graphopt_passes.prune.narrow import remove_channels
 from graphopt_passes.prune.request import Allocation, Method, SparsityRequest, parse_sparsity
@@ -79,6 +79,8 @@ class Prune:
         layers = find_layers(model.graph, request.dense)
         wanted = goals(layers, request)
         _tell_dense(ctx, layers, wanted, request)
+        if not wanted:
+            ctx.remark(RemarkKind.WARNING, RULE, _site(model), _why_none(model, layers))
         if not wanted or not ctx.permit(RULE, _site(model), Numerics.LOSSY):
             return False
         done = _solved(model, ctx, request, text, layers, wanted)
@@ -86,6 +88,27 @@ class Prune:
             _store(each)
         _tell(ctx, layers, done, request)
         return bool(done)
+
+
+def _why_none(model: ir.Model, layers: Sequence[Layer]) -> str:
+    """Why no weight can be pruned, and what to do."""
+    if layers:
+        return f"nothing was pruned: all {len(layers)} layers stay dense (--remarks says why)"
+    open_ones = sum(
+        1
+        for node in model.graph
+        if node.op_type in PRUNABLE
+        and any(v is not None and v.is_initializer() and v.is_graph_input() for v in node.inputs)
+    )
+    if open_ones:
+        return (
+            f"nothing was pruned: the weights of {open_ones} nodes are inputs of the model that have defaults, so that "
+            "whoever runs it may give others; --freeze-defaults makes constants of them"
+        )
+    return (
+        f"nothing was pruned: no {', '.join(PRUNABLE)} of the main graph multiplies by a constant float matrix; "
+        "weights that are quantised already stay as they are: prune the float model"
+    )
 
 
 EARLY_DENSITY = 2.4

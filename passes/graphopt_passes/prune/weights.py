@@ -31,7 +31,7 @@ HELD_SHARE = 0.33
 """Values of samples may take this much memory, or this share of what the weights of the model take."""
 
 MASKED_BYTES = 1 << 20
-"""A pruned weight of this size is kept as a mask and values until it is written, where that takes half the memory."""
+"""A pruned weight of this size is kept as a mask and values until it is written, where that takes three quarters of the memory or less."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,6 +315,6 @@ def _held(weight: Array, layer: Layer) -> ir.TensorProtocol:
     dtype = layer.tensor.dtype
     if weight.nbytes >= MASKED_BYTES:
         masked = MaskedTensor(weight, dtype, layer.name)
-        if 2 * masked.held_bytes <= weight.nbytes:
+        if 4 * masked.held_bytes <= 3 * weight.nbytes:
             return masked
     return ir.Tensor(weight, dtype, name=layer.name)

@@ -149,6 +149,31 @@ def test_samples_of_large_models_run_few_at_a_time(width: int, count: int) -> No
     assert len(read_feeds(model, Calibration(given))) == count
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "g (float[N,64] x, float[64,64] w) => (float[N,64] y) <float[64,64] w> { y = MatMul(x, w) }",
+            "--freeze-defaults",
+        ),
+        (
+            "g (float[N,64] x) => (float[N,64] y) <float[64] w> { y = Mul(x, w) }",
+            "prune the float model",
+        ),
+        (
+            "g (float[N,8] x) => (float[N,8] y) <float[8,8] w> { y = MatMul(x, w) }",
+            "all 1 layers stay dense",
+        ),
+    ],
+)
+def test_says_why_nothing_was_pruned(text: str, said: str) -> None:
+    model = load_model(parse(text))
+    ctx = context(model, "0.5", blind=True)
+    assert not Prune().run(model, ctx)
+    (reason,) = [remark.reason for remark in ctx.remarks if remark.kind is RemarkKind.WARNING]
+    assert said in reason
+
+
 def test_leaves_shared_and_named_weights_dense() -> None:
     text = NETWORK.replace("y = MatMul(t, w4)", "u = MatMul(t, w3)  y = MatMul(u, w4)")
     model = network(text)
