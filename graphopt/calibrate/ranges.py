@@ -83,18 +83,30 @@ def bins_of(found: Statistics) -> Bins:
     return Bins(((low + high) / 2)[order], np.maximum(high - low, 0)[order], counts[order])
 
 
-def choose(found: Statistics, form: Format, method: Method = Method.BEST) -> Chosen:
-    """The parameters that `method` gives; of a value that was never seen, those of zero."""
+def choose(
+    found: Statistics, form: Format, method: Method = Method.BEST, factor: float = 1.0
+) -> Chosen:
+    """The parameters that `method` gives, its ends times `factor`; of a value that was never seen, those of zero."""
     if found.is_empty:
         return Chosen(parameters(0.0, 0.0, form), method.value, 0.0, 0.0)
     bins = bins_of(found)
-    if method is not Method.BEST:
-        return _chosen(bins, _METHODS[method](found, bins, form), method.value, form)
-    # Entropy never wins by squared error, and costs more than all others together.
-    names = (Method.MIN_MAX, Method.PERCENTILE)
-    tried = [_chosen(bins, _METHODS[name](found, bins, form), name.value, form) for name in names]
-    tried.append(_chosen(bins, mse_range(found, bins, form), Method.MSE.value, form))
-    return min(tried, key=lambda chosen: chosen.noise)
+    name, ends = method.value, _METHODS[method](found, bins, form) if method in _METHODS else None
+    if ends is None:
+        name, ends = _best(found, bins, form)
+    if factor != 1.0:
+        name = f"{name} times {factor:.3g}"
+        ends = max(ends[0] * factor, found.minimum), min(ends[1] * factor, found.maximum)
+    return _chosen(bins, ends, name, form)
+
+
+def _best(found: Statistics, bins: Bins, form: Format) -> tuple[str, Range]:
+    """The method of least squared error, and its range: entropy never is, and costs more than all others together."""
+    tried = {
+        each.value: _METHODS[each](found, bins, form)
+        for each in (Method.MIN_MAX, Method.PERCENTILE, Method.MSE)
+    }
+    name = min(tried, key=lambda each: _chosen(bins, tried[each], each, form).noise)
+    return name, tried[name]
 
 
 def stated(found: Statistics, ends: Range, form: Format) -> Chosen:

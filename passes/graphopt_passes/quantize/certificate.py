@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphopt.ir.model_file import load_model, model_to_bytes, save_model
+from graphopt.ir.model_file import load_model, model_to_bytes
 from graphopt.numerics import Numerics
 from graphopt.runtime.measure import measure
-from graphopt.runtime.session import OptimizationLevel, Session, SessionOptions
+from graphopt.runtime.session import OptimizationLevel, Session
 from graphopt.verify import compare as comparison
 from graphopt.verify.compare import Budget
 from graphopt.verify.feed_files import Feed
@@ -23,62 +20,14 @@ from graphopt_passes.quantize.files import on_disk
 from graphopt_passes.quantize.quality import (
     Change,
     Quality,
+    class_rows,
     decibels,
     expected_change,
-    is_distribution,
-    scores_of,
+    leads_off,
+    powers,
 )
 
-ENCODE = "QuantizeLinear"
-DECODE = "DequantizeLinear"
-
 Wide: TypeAlias = npt.NDArray[np.float64]
-
-
-@dataclasses.dataclass(frozen=True)
-class Fusion:
-    """What the runtime made of Q and DQ.
-
-    Attributes:
-        leftovers: what runs in float although its input was decoded for it: names of its outputs.
-        edges: Q and DQ between integers and float, where the two meet on purpose.
-    """
-
-    leftovers: tuple[str, ...]
-    edges: int
-
-
-def read_fusion(model: ir.Model, integer: Sequence[str]) -> Fusion:
-    """How the runtime fuses `model`, read back from the graph that it would run.
-
-    Args:
-        model: the quantised model.
-        integer: names of outputs of the nodes that shall run on integers.
-    """
-    with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
-        source, optimized = Path(folder) / "model.onnx", Path(folder) / "optimized.onnx"
-        save_model(model, source)
-        options = SessionOptions(optimized_path=optimized)
-        Session(source, level=OptimizationLevel.EXTENDED, options=options)
-        return _classified(load_model(optimized), frozenset(integer))
-
-
-def _classified(model: ir.Model, integer: frozenset[str]) -> Fusion:
-    leftovers: list[str] = []
-    edges = 0
-    for node in model.graph:
-        if node.op_type in (ENCODE, DECODE):
-            edges += 1
-            continue
-        decoded = any(
-            value is not None
-            and (maker := value.producer()) is not None
-            and maker.op_type == DECODE
-            for value in node.inputs
-        )
-        if decoded:
-            leftovers.extend(v.name for v in node.outputs if v.name and v.name in integer)
-    return Fusion(tuple(leftovers), edges)
 
 
 _PROBE = """
@@ -118,10 +67,10 @@ class Judgement:
         self.threads = threads
         self.session = self._session(model)
         self.outputs = [self.session.run(feed.values) for feed in self.feeds]
-        classes = bool(self.outputs) and all(
-            _class_rows(value) is not None for value in self.outputs[0].values()
+        self.classes = bool(self.outputs) and all(
+            class_rows(value) is not None for value in self.outputs[0].values()
         )
-        self.further = [self.session.run(feed.values) for feed in further] if classes else []
+        self.further = [self.session.run(feed.values) for feed in further] if self.classes else []
 
     def _session(
         self, model: ir.Model, level: OptimizationLevel = OptimizationLevel.ALL
@@ -143,7 +92,7 @@ class Judgement:
                 hint = comparison.Hint(floor=_floor(self.outputs[0][name]))
                 passed &= comparison.compare(name, value, found[name], profile, hint).passed
                 power = sums.setdefault(name, [0.0, 0.0])
-                for index, part in enumerate(_powers(value, found[name])):
+                for index, part in enumerate(powers(value, found[name])):
                     power[index] += part
         worst = min((decibels(*each) for each in sums.values()), default=np.inf)
         metric = None
@@ -156,14 +105,14 @@ class Judgement:
         """What becomes of classes, of the output where most of them change."""
         found = []
         for name in self.outputs[0]:
-            rows = [_class_rows(each[name]) for each in self.outputs]
+            rows = [class_rows(each[name]) for each in self.outputs]
             known = [row for row in rows if row is not None]
             if len(known) < len(rows) or len({row.shape[1] for row in known}) != 1:
                 return None  # with outputs of other kinds, this one is rather an embedding
-            others = [_class_rows(each[name]) for each in outputs]
+            others = [class_rows(each[name]) for each in outputs]
             theirs = [row for row in others if row is not None]
             ours = np.concatenate(known)
-            extra = [row for each in self.further if (row := _class_rows(each[name])) is not None]
+            extra = [row for each in self.further if (row := class_rows(each[name])) is not None]
             fits = [row for row in extra if row.shape[1] == ours.shape[1]]
             more = np.concatenate(fits) if fits else None
             change = expected_change(ours, np.concatenate(theirs), more)
@@ -171,17 +120,24 @@ class Judgement:
         return max(found, key=lambda change: change.flips, default=None)
 
     def noise(self, model: ir.Model, count: int) -> float:
-        """Noise over signal of the worst output on the first `count` samples."""
+        """Noise over signal of the worst output on the first `count` samples; of classes, how far their leads are off.
+
+        Of leads, the square of what they are off by on average: one sample far off is one change of class.
+        """
         session = self._session(model)
-        sums: dict[str, list[float]] = {}
-        for feed, expected in list(zip(self.feeds, self.outputs, strict=True))[:count]:
-            found = session.run(feed.values)
-            for name, value in expected.items():
-                power, error = _powers(value, found[name])
-                total = sums.setdefault(name, [0.0, 0.0])
-                total[0] += power
-                total[1] += error
-        return max((error / power for power, error in sums.values() if power > 0), default=0.0)
+        found = [session.run(feed.values) for feed in self.feeds[:count]]
+        worst = 0.0
+        for name in self.outputs[0]:
+            pairs = [
+                (ours[name], theirs[name])
+                for ours, theirs in zip(self.outputs, found, strict=False)
+            ]
+            if self.classes:
+                worst = max(worst, float(leads_off(pairs).mean()) ** 2)
+                continue
+            power, error = np.sum([powers(*pair) for pair in pairs], axis=0)
+            worst = max(worst, float(error / power) if power > 0 else 0.0)
+        return worst
 
     def agreement(self, model: ir.Model) -> float:
         """Signal to noise in dB of what the kernels compute against what Q and DQ say: what saturation costs."""
@@ -190,7 +146,7 @@ class Judgement:
         for feed in self.feeds:
             ours, theirs = stated.run(feed.values), deployed.run(feed.values)
             for name, value in ours.items():
-                more = _powers(value, theirs[name])
+                more = powers(value, theirs[name])
                 power, error = power + more[0], error + more[1]
         return decibels(power, error)
 
@@ -206,34 +162,3 @@ def _floor(plain: object) -> float:
     if not isinstance(plain, np.ndarray) or plain.dtype.kind != "f" or plain.size == 0:
         return 0.0
     return float(np.sqrt(np.mean(plain.astype(np.float64) ** 2))) * 2.0**-10
-
-
-def _powers(expected: object, found: object) -> tuple[float, float]:
-    """Squared scores and squared difference; (0, 0) for what is no float."""
-    if not (isinstance(expected, np.ndarray) and isinstance(found, np.ndarray)):
-        return 0.0, 0.0
-    if expected.dtype.kind != "f" or expected.shape != found.shape or expected.size == 0:
-        return 0.0, 0.0
-    ours, theirs = expected.astype(np.float64), found.astype(np.float64)
-    if is_distribution(ours):
-        ours, theirs = scores_of(ours), _logs(theirs)
-    kept = np.isfinite(ours) & np.isfinite(theirs)
-    return float((ours[kept] ** 2).sum()), float(((ours - theirs)[kept] ** 2).sum())
-
-
-def _logs(probabilities: Wide) -> Wide:
-    """Scores of what should be probabilities, whether or not they add up to one."""
-    logs = np.log(np.maximum(probabilities, 1e-12))
-    return np.asarray(logs - logs.mean(axis=-1, keepdims=True))
-
-
-def _class_rows(output: object) -> Wide | None:
-    """Scores [rows, classes] of an output that may name classes; None for any other."""
-    if not isinstance(output, np.ndarray) or output.dtype.kind != "f" or output.size == 0:
-        return None
-    squeezed = output.astype(np.float64).reshape(
-        [d for i, d in enumerate(output.shape) if d != 1 or i == 0]
-    )
-    if squeezed.ndim != 2 or not np.isfinite(squeezed).all():
-        return None
-    return _logs(squeezed) if (squeezed >= 0).all() else squeezed

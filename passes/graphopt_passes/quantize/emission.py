@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt.calibrate.formats import Format, Parameters, parameters
-from graphopt.calibrate.ranges import Chosen, choose, stated
-from graphopt.calibrate.statistics import Statistics, empty
+from graphopt.calibrate.ranges import Chosen
 from graphopt.ir import operators, values
 from graphopt.ir.build import Names
 from graphopt_passes.quantize import weights
-from graphopt_passes.quantize.overrides import Overrides
+from graphopt_passes.quantize.facts import Facts, Layer
 from graphopt_passes.quantize.placement import (
     Allow,
     Role,
@@ -25,81 +22,6 @@ from graphopt_passes.quantize.placement import (
     residual_inputs,
 )
 from graphopt_passes.quantize.styles import Style
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Facts:
-    """What emission goes by; the same for every trial of a run.
-
-    Attributes:
-        style: of the runtime.
-        statistics: of every value that may be quantised, by name.
-        overrides: what the user said of methods, ranges and formats.
-        chosen: ranges found so far, by value and bits.
-        moments: second moments of what layers read, by name of the layer: [K, K]; of none, rounding is to nearest.
-        refined: weights rounded by them so far, by name and scales.
-    """
-
-    style: Style
-    statistics: Mapping[str, Statistics]
-    overrides: Overrides = dataclasses.field(default_factory=Overrides)
-    chosen: dict[tuple[str, int | None], Chosen] = dataclasses.field(default_factory=dict)
-    moments: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    refined: dict[tuple[str, bytes], weights.Packed] = dataclasses.field(default_factory=dict)
-
-    def refine(self, name: str, rows: np.ndarray, packed: weights.Packed) -> weights.Packed:
-        """A weight rounded by second moments where they are known."""
-        moments = self.moments.get(name)
-        if moments is None or moments.shape[0] != rows.shape[1]:
-            return packed
-        key = (name, packed.scales.tobytes())
-        if key not in self.refined:
-            self.refined[key] = weights.refined(rows, packed, moments)
-        return self.refined[key]
-
-    def choice(self, name: str, bits: int | None = None) -> Chosen:
-        """The range of a value."""
-        if (name, bits) not in self.chosen:
-            said = self.overrides.of(name)
-            dtype = said.dtype or self.style.activation
-            form = Format(dtype, self.style.symmetric, said.bits or bits)
-            found = self.statistics.get(name, empty())
-            if said.ends is not None:
-                self.chosen[name, bits] = stated(found, said.ends, form)
-            else:
-                method = said.method or self.overrides.method
-                self.chosen[name, bits] = choose(found, form, method)
-        return self.chosen[name, bits]
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """What was done to one node, for reports.
-
-    Attributes:
-        site: the name of its first output.
-        op_type: the operator.
-        method: how its input range was found.
-        clipped: fraction of the input outside its range.
-        input_noise: of the input, relative to its power.
-        weight_noise: of the weight, relative to its power.
-        raised: rows of the weight whose scale was raised against saturation.
-        refined: whether the weight was rounded by second moments of the input.
-    """
-
-    site: str
-    op_type: str
-    method: str = ""
-    clipped: float = 0.0
-    input_noise: float = 0.0
-    weight_noise: float = 0.0
-    raised: int = 0
-    refined: bool = False
-
-    @property
-    def noise(self) -> float:
-        """How much of the output is noise, first order."""
-        return self.input_noise + self.weight_noise
 
 
 def candidates(graph: ir.Graph, style: Style, allow: Allow) -> tuple[str, ...]:
@@ -120,18 +42,28 @@ def candidates(graph: ir.Graph, style: Style, allow: Allow) -> tuple[str, ...]:
     return tuple(found)
 
 
-def quantize(model: ir.Model, facts: Facts, allow: Allow, names: Names) -> list[Layer]:
-    """Quantises the main graph of `model` in place; returns what was done, a layer each."""
-    return _Emitter(model, facts, allow, names).run()
+def quantize(
+    model: ir.Model, facts: Facts, allow: Allow, names: Names, body: ir.Graph | None = None
+) -> list[Layer]:
+    """Quantises the main graph of `model` in place, or one of its bodies; returns what was done, a layer each."""
+    return _Emitter(model, facts, allow, names, body).run()
 
 
 class _Emitter:
     """One emission: parameters first, then nodes."""
 
-    def __init__(self, model: ir.Model, facts: Facts, allow: Allow, names: Names) -> None:
-        self.model, self.graph, self.facts, self.names = model, model.graph, facts, names
+    def __init__(
+        self,
+        model: ir.Model,
+        facts: Facts,
+        allow: Allow,
+        names: Names,
+        body: ir.Graph | None,
+    ) -> None:
+        self.model, self.facts, self.names = model, facts, names
+        self.graph = model.graph if body is None else body
         self.style = facts.style
-        self.sites = place(model.graph, facts.style, allow)
+        self.sites = place(self.graph, facts.style, allow, model.opset_imports.get("", 0))
         self.domain = "" if model.graph.opset_imports.get("", 0) >= 13 else "com.microsoft"
         self.parameters: dict[ir.Value, Parameters] = {}
         self.methods: dict[ir.Value, Chosen] = {}
@@ -277,7 +209,7 @@ class _Emitter:
         for node in (encode, decode):
             node.outputs[0].shape = value.shape
         maker = after or value.producer()
-        if maker is not None:
+        if maker is not None and maker.graph is self.graph:  # a body may read what is made outside
             self.graph.insert_after(maker, [encode, decode])
         else:
             self.graph.insert_before(self.graph[0], [encode, decode])
@@ -406,21 +338,28 @@ class _Emitter:
         shift = weights.bias_shift(
             rows, packed, found.channel_means(1 if is_conv else -1), taps, group
         )
+        if node.op_type == "MatMul":
+            self._give_back(node, np.zeros(rows.shape[0]) if shift is None else shift)
+            return None
         if shift is None:
             return bias
-        if node.op_type == "MatMul":
-            self._give_back(node, shift)
-            return None
         return shift if bias is None else bias + shift
 
     def _give_back(self, node: ir.Node, shift: np.ndarray) -> None:
-        """Adds the shift to the bias that alone reads a MatMul; where there is none, nothing is given back."""
+        """Adds the shift to the bias that alone reads a MatMul; where there is none, nothing is given back.
+
+        A vector would make a Gemm of the two in the runtime, before it looks at Q and DQ, if it knows all sizes; with
+        an axis more than it takes for a bias, they stay apart.
+        """
         found = _bias_behind(node, len(shift))
         if found is None:
             return
         user, index, array = found
-        held = self._held(f"{_name(node)}_bias", (array + shift).astype(np.float32))
-        user.replace_input_with(index, held)
+        held = (array + shift).astype(np.float32)
+        shape = user.outputs[0].shape
+        if user.op_type == "Add" and shape is not None and len(shape) > 2:
+            held = held.reshape(*[1] * (len(shape) - 1), -1)
+        user.replace_input_with(index, self._held(f"{_name(node)}_bias", held))
 
     def _bias(
         self,

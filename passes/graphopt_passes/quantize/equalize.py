@@ -76,12 +76,12 @@ def plan(
     return tuple(each for space, s in factors.items() for each in _scalings(space, s))
 
 
-def apply(model: ir.Model, scalings: Sequence[Scaling], names: Names) -> None:
+def apply(graph: ir.Graph, scalings: Sequence[Scaling], names: Names) -> None:
     """Multiplies the constants; a constant that others read too is copied."""
     by_node: dict[str, list[Scaling]] = {}
     for each in scalings:
         by_node.setdefault(each.node, []).append(each)
-    for node in model.graph:
+    for node in graph:
         for each in by_node.get(name_of(node), ()):
             value = node.inputs[each.index]
             array = values.array(value)
@@ -92,10 +92,11 @@ def apply(model: ir.Model, scalings: Sequence[Scaling], names: Names) -> None:
             held = ir.Value(
                 name=tensor.name, type=value.type, shape=ir.Shape(scaled.shape), const_value=tensor
             )
-            model.graph.register_initializer(held)
+            graph.register_initializer(held)
             node.replace_input_with(each.index, held)
-            if value.is_initializer() and not value.uses() and value.name is not None:
-                model.graph.initializers.pop(value.name)
+            owner = value.graph
+            if value.is_initializer() and not value.uses() and owner is not None:
+                owner.initializers.pop(value.name or "")
 
 
 def _factors(

@@ -53,9 +53,18 @@ class Site:
     stores: bool
 
 
-def place(graph: ir.Graph, style: Style, allow: Allow) -> dict[ir.Node, Site]:
-    """The sites of one graph in order; every node among them satisfies `allow`."""
-    opset = graph.opset_imports.get("", 0)
+def place(
+    graph: ir.Graph, style: Style, allow: Allow, opset: int | None = None
+) -> dict[ir.Node, Site]:
+    """The sites of one graph in order; every node among them satisfies `allow`.
+
+    Args:
+        graph: whose nodes may run on integers.
+        style: of the runtime.
+        allow: which nodes may.
+        opset: of the model, where the graph is a body and states none.
+    """
+    opset = graph.opset_imports.get("", 0) if opset is None else opset
     sites: dict[ir.Node, Site] = {}
     stored: set[ir.Value] = set()
     for node in graph:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TypeAlias
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +17,10 @@ SQNR_DB, CLASSES_SQNR_DB = 30.0, 20.0
 LEAST_SQNR_DB = 20.0
 """The same where activations are quantised as they come, and no layer can be left out."""
 
-FLIPS = 0.03
+FLIPS = 0.02
 """Expected share of samples whose class changes that a classifier may have: each may be for better or for worse."""
 
-LOSS = 0.003
+LOSS = 0.002
 """Expected share of samples that a classifier may get wrong for it, by its own probabilities."""
 
 
@@ -54,6 +55,17 @@ class Quality:
     metric: float | None = None
 
     @property
+    def merit_db(self) -> float:
+        """What ways to quantise are compared by: signal to noise; of classes, how few are expected to change.
+
+        Changes grow with the amplitude of noise.  Its power over all samples says less: one sample that is far off
+        decides it, and changes its class once.
+        """
+        if self.change is None:
+            return self.sqnr_db
+        return float("inf") if self.change.flips <= 0 else float(-20 * np.log10(self.change.flips))
+
+    @property
     def is_good(self) -> bool:
         """Whether it is good enough where the user states no budget."""
         if self.change is None:
@@ -78,6 +90,37 @@ def scores_of(array: Wide) -> Wide:
         return array
     logs = np.log(np.maximum(array, 1e-12))
     return np.asarray(logs - logs.mean(axis=-1, keepdims=True))
+
+
+def powers(expected: object, found: object) -> tuple[float, float]:
+    """Squared scores and squared difference; (0, 0) for what is no float."""
+    if not (isinstance(expected, np.ndarray) and isinstance(found, np.ndarray)):
+        return 0.0, 0.0
+    if expected.dtype.kind != "f" or expected.shape != found.shape or expected.size == 0:
+        return 0.0, 0.0
+    ours, theirs = expected.astype(np.float64), found.astype(np.float64)
+    if is_distribution(ours):
+        ours, theirs = scores_of(ours), logs_of(theirs)
+    kept = np.isfinite(ours) & np.isfinite(theirs)
+    return float((ours[kept] ** 2).sum()), float(((ours - theirs)[kept] ** 2).sum())
+
+
+def logs_of(probabilities: Wide) -> Wide:
+    """Scores of what should be probabilities, whether or not they add up to one."""
+    logs = np.log(np.maximum(probabilities, 1e-12))
+    return np.asarray(logs - logs.mean(axis=-1, keepdims=True))
+
+
+def class_rows(output: object) -> Wide | None:
+    """Scores [rows, classes] of an output that may name classes; None for any other."""
+    if not isinstance(output, np.ndarray) or output.dtype.kind != "f" or output.size == 0:
+        return None
+    squeezed = output.astype(np.float64).reshape(
+        [d for i, d in enumerate(output.shape) if d != 1 or i == 0]
+    )
+    if squeezed.ndim != 2 or not np.isfinite(squeezed).all():
+        return None
+    return logs_of(squeezed) if (squeezed >= 0).all() else squeezed
 
 
 def is_distribution(array: Wide) -> bool:
@@ -105,10 +148,7 @@ def expected_change(expected: Wide, found: Wide, more: Wide | None = None) -> Ch
         return None
     if len(np.unique(rows.argmax(axis=1))) < 2 or not _is_decided(rows):
         return None  # the same class for all, or no class at all: margins say nothing
-    leaders = _leaders(expected)
-    scores = np.take_along_axis(expected, leaders, axis=1)
-    error = np.take_along_axis(found, leaders, axis=1) - scores
-    deviations = np.sqrt(((error[:, :1] - error[:, 1:]) ** 2).mean(axis=1))
+    deviations = deviations_of(expected, found)
     if not deviations.any():
         return Change(0.0, 0.0)
     leaders = _leaders(rows)
@@ -120,6 +160,25 @@ def expected_change(expected: Wide, found: Wide, more: Wide | None = None) -> Ch
         scale *= 2
         turned = _turned(margins, lead, deviations * scale)
     return Change(turned.flips / scale, turned.loss / scale**2)
+
+
+def deviations_of(expected: Wide, found: Wide) -> Wide:
+    """How far the lead of the first class over the next few is off: [rows]."""
+    leaders = _leaders(expected)
+    scores = np.take_along_axis(expected, leaders, axis=1)
+    error = np.take_along_axis(found, leaders, axis=1) - scores
+    return np.asarray(np.sqrt(((error[:, :1] - error[:, 1:]) ** 2).mean(axis=1)))
+
+
+def leads_off(pairs: Sequence[tuple[Any, Any]]) -> Wide:
+    """How far the lead of the first class is off in each output, on average over its rows; 0 where it names none."""
+    rows = [(class_rows(ours), class_rows(theirs)) for ours, theirs in pairs]
+    return np.array(
+        [
+            0.0 if ours is None or theirs is None else deviations_of(ours, theirs).mean()
+            for ours, theirs in rows
+        ]
+    )
 
 
 FEW, FAR = 5, 1 << 10

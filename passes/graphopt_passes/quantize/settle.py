@@ -9,7 +9,9 @@ import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
+import onnx_ir as ir
 
+from graphopt.calibrate.formats import Parameters
 from graphopt.calibrate.moments import collect_moments
 from graphopt.calibrate.ranges import Method
 from graphopt.ir.build import Names
@@ -18,9 +20,13 @@ from graphopt.rewrite import RemarkKind, name_of
 from graphopt_passes.quantize import equalize
 from graphopt_passes.quantize.certificate import host_saturates
 from graphopt_passes.quantize.cost import Costs, rates_of
-from graphopt_passes.quantize.emission import Facts, quantize
+from graphopt_passes.quantize.emission import quantize
 from graphopt_passes.quantize.equalize import Measure
+from graphopt_passes.quantize.facts import Facts
 from graphopt_passes.quantize.files import on_disk
+from graphopt_passes.quantize.overrides import Override
+from graphopt_passes.quantize.placement import Role
+from graphopt_passes.quantize.probing import TRIALS, Probe, Ranging, search
 from graphopt_passes.quantize.trials import RULE, Trials
 from graphopt_passes.quantize.windows import windows
 
@@ -36,6 +42,12 @@ REFINED_DB = 0.2
 RANGED_DB = 0.5
 """What another way to find ranges must win over the one that loses the least of each value."""
 
+PROBED, LEAST_PROBED = 24, 4
+"""Samples on which the range of a single value is judged by the outputs; with fewer than the second, it is not."""
+
+RANGED_NS = 30e9
+"""Predicted nanoseconds that this may take."""
+
 OTHERS = (Method.PERCENTILE, Method.MIN_MAX)
 """Ways to find ranges that are tried where noise is too much: what an outlier is worth only the output can tell."""
 
@@ -45,8 +57,10 @@ def settle(trials: Trials, allowed: frozenset[str]) -> frozenset[str]:
     _settle_width(trials, allowed)
     fused = trials.fused(allowed)
     trials.whole = trials.placed(fused)
-    _settle_ranges(trials, fused)
-    _settle_channels(trials, fused)
+    ranges = _settle_values if _probed(trials) else _settle_ranges
+    ranges(trials, fused)
+    if _settle_channels(trials, fused):
+        ranges(trials, fused)
     _settle_rounding(trials, fused)
     return fused
 
@@ -55,11 +69,11 @@ def _note(trials: Trials, text: str) -> None:
     trials.ctx.remark(RemarkKind.NOTE, RULE, "", text)
 
 
-def _noise(trials: Trials, fused: frozenset[str]) -> float:
-    """Signal to noise with all layers in 8 bits."""
+def _merit(trials: Trials, fused: frozenset[str]) -> float:
+    """How good it is with all layers in 8 bits."""
     quality = trials.judged(fused).quality
     assert quality is not None
-    return quality.sqnr_db
+    return quality.merit_db
 
 
 def _settle_width(trials: Trials, allowed: frozenset[str]) -> None:
@@ -102,13 +116,13 @@ def _settle_ranges(trials: Trials, fused: frozenset[str]) -> None:
     """Where all layers together are too noisy, tries ranges that lose more of the values and less of the outputs."""
     if trials.overrides.method is not Method.BEST or trials.is_enough(trials.judged(fused)):
         return
-    plain, facts, key = _noise(trials, fused), trials.facts, trials.key
+    plain, facts, key = _merit(trials, fused), trials.facts, trials.key
     found = {key: (plain + RANGED_DB, facts)}
     for method in OTHERS:
         overrides = dataclasses.replace(facts.overrides, method=method)
         trials.facts = dataclasses.replace(facts, overrides=overrides, chosen={})
         trials.key = f"{key} {method}"
-        found[trials.key] = (_noise(trials, fused), trials.facts)
+        found[trials.key] = (_merit(trials, fused), trials.facts)
     trials.key = max(found, key=lambda each: found[each][0])
     best, trials.facts = found[trials.key]
     if trials.facts is not facts:
@@ -119,9 +133,70 @@ def _settle_ranges(trials: Trials, fused: frozenset[str]) -> None:
         )
 
 
-def _settle_channels(trials: Trials, fused: frozenset[str]) -> None:
+def _probed(trials: Trials) -> int:
+    """Samples on which to ask what the range of each value does to the outputs; 0 where that takes too long."""
+    if trials.overrides.method is not Method.BEST:
+        return 0
+    each = (
+        2 * TRIALS * len(trials.whole) * trials.costs.plain(trials.whole)
+    )  # switches hinder fusion
+    count = int(RANGED_NS / each) if each > 0 else PROBED
+    return 0 if count < LEAST_PROBED else min(count, PROBED)
+
+
+def _settle_values(trials: Trials, fused: frozenset[str]) -> None:
+    """Chooses the range of each value by what it does to the outputs, if that lowers the noise of all together."""
+    plain, facts, key = _merit(trials, fused), trials.facts, trials.key
+    names = _ranged_values(trials, fused)
+    cached = f"ranged:{key}"
+    if cached not in trials.ctx.cache:
+
+        def resolve(name: str, each: Ranging) -> Parameters:
+            return (
+                dataclasses.replace(facts, ranged={name: each}, chosen={}).choice(name).parameters
+            )
+
+        quality = trials.judged(fused).quality
+        classes = quality is not None and quality.change is not None
+        feeds = trials.parts[0].first(_probed(trials))
+        probe = Probe(trials.model, names, feeds, classes=classes)
+        trials.ctx.cache[cached] = search(probe, names, resolve)
+    ranged: Mapping[str, Ranging] = trials.ctx.cache[cached]
+    if not ranged:
+        return
+    trials.facts = dataclasses.replace(facts, ranged=ranged, chosen={})
+    trials.key += " ranged"
+    won = _merit(trials, fused) - plain
+    if won < REFINED_DB:
+        trials.facts, trials.key = facts, key
+        return
+    _note(
+        trials,
+        f"ranges of {len(ranged)} values by what they do to the outputs: {won:.1f} dB less noise with all layers in "
+        "8 bits",
+    )
+
+
+def _ranged_values(trials: Trials, fused: frozenset[str]) -> tuple[str, ...]:
+    """Names of the values that have a range of their own: what only moves takes that of what it was."""
+    sites = trials.placed(fused)
+    moved = {site.result for site in sites.values() if site.role is Role.MOVE}
+    found: dict[ir.Value, None] = {}
+    for site in sites.values():
+        read = [site.node.inputs[index] for index in site.activations]
+        stored = [site.result] if site.stores else []
+        found.update(dict.fromkeys(v for v in (*read, *stored) if v is not None))
+    said = trials.overrides
+    return tuple(
+        name
+        for value in found
+        if value not in moved and (name := value.name) and said.of(name) == Override()
+    )
+
+
+def _settle_channels(trials: Trials, fused: frozenset[str]) -> bool:
     """Scales channels so that one range serves them all, where that lowers the noise on the samples."""
-    plain = _noise(trials, fused)
+    plain = _merit(trials, fused)
     model, facts, key = trials.model, trials.facts, trials.key
     best, chosen = plain + EQUALIZED_DB, (model, facts, key, trials.scalings)
     for measure in Measure:
@@ -129,11 +204,11 @@ def _settle_channels(trials: Trials, fused: frozenset[str]) -> None:
         if not scalings:
             continue
         trials.model = load_model(model)
-        equalize.apply(trials.model, scalings, Names.of(trials.model))
+        equalize.apply(trials.model.graph, scalings, Names.of(trials.model))
         trials.key = f"{key} equalized by {measure}"
         statistics = trials.statistics(trials.model, trials.key, 0)
         trials.facts = dataclasses.replace(facts, statistics=statistics, chosen={})
-        noise = _noise(trials, fused)
+        noise = _merit(trials, fused)
         if noise > best:
             best, chosen = noise, (trials.model, trials.facts, trials.key, scalings)
         if trials.is_enough(trials.judged(fused)):
@@ -146,6 +221,7 @@ def _settle_channels(trials: Trials, fused: frozenset[str]) -> None:
             trials,
             f"channels equalised: {best - plain:.1f} dB less noise with all layers in 8 bits",
         )
+    return bool(trials.scalings)
 
 
 def _settle_rounding(trials: Trials, fused: frozenset[str]) -> None:
@@ -155,10 +231,10 @@ def _settle_rounding(trials: Trials, fused: frozenset[str]) -> None:
     moments = _moments(trials, fused)
     if not moments:
         return
-    plain, facts, key = _noise(trials, fused), trials.facts, trials.key
+    plain, facts, key = _merit(trials, fused), trials.facts, trials.key
     trials.facts = dataclasses.replace(facts, moments=moments, refined={})
     trials.key += " refined"
-    won = _noise(trials, fused) - plain
+    won = _merit(trials, fused) - plain
     if won < REFINED_DB:
         trials.facts, trials.key = facts, key
         return

@@ -10,14 +10,16 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from graphopt.calibrate.samples import read_samples
+from graphopt.calibrate.samples import Samples, read_samples
 from graphopt.emit import finalize
 from graphopt.errors import OptionError
+from graphopt.ir.build import Names
 from graphopt.numerics import Numerics
 from graphopt.rewrite import Context, RemarkKind, name_of
 from graphopt.runtime.specs import input_specs
-from graphopt_passes.quantize import equalize
-from graphopt_passes.quantize.emission import Layer, quantize
+from graphopt_passes.quantize import bodies, equalize
+from graphopt_passes.quantize.emission import quantize
+from graphopt_passes.quantize.facts import Layer
 from graphopt_passes.quantize.overrides import Overrides, parse
 from graphopt_passes.quantize.placement import is_product
 from graphopt_passes.quantize.search import Search
@@ -35,7 +37,8 @@ class QuantizeStatic:
 
     Before:  y = Conv(x, W, B)
     After:   y = DQ(Q(Conv(DQ(Q(x)), DQ(Wq), DQ(Bq))))
-    Changes numerics: lossy, within the budget.  Leaves alone: subgraphs, computed weights, float16.
+    Changes numerics: lossy, within the budget.  Leaves alone: computed weights, float16; for TensorRT, bodies
+    of control flow.
 
     Attributes:
         style: how the runtime wants it: x86-avx2, x86-vnni, arm, tensorrt; by the target's processor where empty.
@@ -72,27 +75,55 @@ class QuantizeStatic:
                 "the samples, a folder of .npz files, images with --preprocess), or choose --precision int8-dynamic, "
                 "which needs none"
             )
-        allowed = self._allowed(model, overrides, ctx)
-        if not allowed or not _lifted(model, style, ctx):
+        allowed = self._allowed(model, overrides)
+        inside = style.stores_outputs and bodies.has_products(model)
+        if not allowed and not inside:
+            _say_nothing_fits(ctx)
             return False
+        if not _lifted(model, style, ctx):
+            return False
+        _ = (
+            ctx.shapes
+        )  # inferred once: placement, emission and bodies ask values for types and shapes
         samples = read_samples(ctx.options.calibration, input_specs(model))
-        trials = Trials(model, style, samples, ctx, overrides, self._file())
-        return _apply(model, Search(trials).best(allowed), trials, ctx)
+        trials = best = None
+        if allowed:
+            trials = Trials(model, style, samples, ctx, overrides, self._file())
+            best = Search(trials).best(allowed)
+        changed = inside and self._bodies(model, style, samples, ctx, overrides)
+        if trials is not None and best is not None:
+            changed |= _apply(model, model.graph, best, trials, ctx)
+        if changed:
+            ctx.refresh()
+        return changed
+
+    def _bodies(
+        self, model: ir.Model, style: Style, samples: Samples, ctx: Context, overrides: Overrides
+    ) -> bool:
+        """The same within If, Loop and Scan; before the main graph, whose values they may read."""
+
+        def decide(alone: ir.Model, turns: Samples, about: Context) -> tuple[Trials, Trial]:
+            allowed = self._allowed(alone, overrides)
+            trials = Trials(alone, style, turns, about, overrides)
+            return trials, Search(trials).best(allowed) if allowed else Trial(frozenset())
+
+        def write(into: ir.Model, choice: bodies.Choice, body: ir.Graph) -> bool:
+            _written(into, body, choice.best.sites, choice.best, choice.trials, Names.of(into))
+            return True
+
+        choices = bodies.choose(model, samples, ctx, decide)
+        graphs, changed = bodies.graphs_of(model), False
+        for choice in bodies.kept(model, choices, samples, ctx, write):
+            changed |= _apply(model, graphs[choice.index], choice.best, choice.trials, ctx)
+        return changed
 
     def _file(self) -> Path | None:
         return Path(self.statistics) if self.statistics else None
 
-    def _allowed(self, model: ir.Model, overrides: Overrides, ctx: Context) -> frozenset[str]:
+    def _allowed(self, model: ir.Model, overrides: Overrides) -> frozenset[str]:
         """Names of the nodes of the main graph that the user did not exclude; empty without any product."""
         found = [node for node in model.graph if not self._skips(node, overrides)]
         if not any(is_product(node) for node in found):
-            ctx.remark(
-                RemarkKind.WARNING,
-                RULE,
-                "",
-                "nothing to quantise: no Conv, Gemm or MatMul of float32 with a constant weight in the main graph; "
-                "weights that are inputs too are no constants: --freeze-defaults makes them so",
-            )
             return frozenset()
         return frozenset(name_of(node) for node in found)
 
@@ -129,25 +160,47 @@ def _lifted(model: ir.Model, style: Style, ctx: Context) -> bool:
     return False
 
 
-def _apply(model: ir.Model, best: Trial, trials: Trials, ctx: Context) -> bool:
-    """Quantises the sites of a trial that the gate permits."""
-    permitted = {
+def _say_nothing_fits(ctx: Context) -> None:
+    ctx.remark(
+        RemarkKind.WARNING,
+        RULE,
+        "",
+        "nothing to quantise: no Conv, Gemm or MatMul of float32 with a constant weight; weights that are inputs too "
+        "are no constants: --pass freeze-defaults makes them so",
+    )
+
+
+def _apply(model: ir.Model, graph: ir.Graph, best: Trial, trials: Trials, ctx: Context) -> bool:
+    """Quantises the sites of a trial that the gate permits, in the main graph or in a body."""
+    permitted = frozenset(
         name_of(node)
-        for node in model.graph
+        for node in graph
         if name_of(node) in best.sites and ctx.permit(RULE, node, Numerics.LOSSY)
-    }
+    )
     if not permitted:
         return False
-    equalize.apply(model, best.scalings, ctx.names)
-    layers = quantize(
-        model, trials.final_facts(), lambda node: name_of(node) in permitted, ctx.names
-    )
-    ctx.refresh()
+    layers = _written(model, graph, permitted, best, trials, ctx.names)
     for layer in layers:
         ctx.remark(RemarkKind.NOTE, RULE, layer.site, _told(layer))
     if best.quality is not None:
-        ctx.remark(RemarkKind.NOTE, RULE, "", _summary(best))
+        where = "" if graph is model.graph else graph.name or ""
+        ctx.remark(RemarkKind.NOTE, RULE, where, _summary(best))
     return True
+
+
+def _written(
+    model: ir.Model,
+    graph: ir.Graph,
+    sites: frozenset[str],
+    best: Trial,
+    trials: Trials,
+    names: Names,
+) -> list[Layer]:
+    """Writes sites of one graph in 8 bits."""
+    equalize.apply(graph, best.scalings, names)
+    return quantize(
+        model, trials.final_facts(), lambda node: name_of(node) in sites, names, body=graph
+    )
 
 
 def _summary(best: Trial) -> str:

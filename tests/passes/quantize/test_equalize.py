@@ -64,7 +64,7 @@ def scaled(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, Any]]:
     model = load_model(proto)
     plan = equalize.plan(model.graph, statistics(proto, feed))
     assert plan
-    equalize.apply(model, plan, Names.of(model))
+    equalize.apply(model.graph, plan, Names.of(model))
     return to_proto(model), feed
 
 

@@ -74,9 +74,9 @@ def test_no_noise_changes_nothing() -> None:
         (Quality(31, passed=True), True),
         (Quality(29, passed=True), False),
         (Quality(40, passed=False), False),
-        (Quality(25, passed=True, change=Change(0.025, 0.002)), True),
-        (Quality(25, passed=True, change=Change(0.04, 0.002)), False),
-        (Quality(25, passed=True, change=Change(0.025, 0.005)), False),
+        (Quality(25, passed=True, change=Change(0.015, 0.001)), True),
+        (Quality(25, passed=True, change=Change(0.025, 0.001)), False),
+        (Quality(25, passed=True, change=Change(0.015, 0.003)), False),
         (Quality(19, passed=True, change=Change(0.0, 0.0)), False),
     ],
 )
@@ -117,3 +117,11 @@ def test_a_function_of_the_users_decides(tmp_path: Path, bound: str, *, emitted:
 def test_a_metric_that_is_none_is_refused(text: str, error: str) -> None:
     with pytest.raises(OptionError, match=error):
         parse_budget(text)
+
+
+def test_ways_are_compared_by_changes_where_outputs_name_classes() -> None:
+    assert Quality(30, passed=True).merit_db == 30
+    fewer = Quality(20, passed=True, change=Change(0.01, 0.001))
+    more = Quality(25, passed=True, change=Change(0.02, 0.001))
+    assert fewer.merit_db - more.merit_db == pytest.approx(6.02, abs=0.01)
+    assert Quality(20, passed=True, change=Change(0.0, 0.0)).merit_db == float("inf")

@@ -10,8 +10,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from graphopt_passes.quantize.certificate import Judgement, host_saturates, read_fusion
-from graphopt_passes.quantize.emission import Facts, Layer, candidates, quantize
+from graphopt_passes.quantize.certificate import Judgement, host_saturates
+from graphopt_passes.quantize.emission import candidates, quantize
+from graphopt_passes.quantize.facts import Facts, Layer
+from graphopt_passes.quantize.fusion import read_fusion
 from graphopt_passes.quantize.placement import Allow
 from graphopt_passes.quantize.static import QuantizeStatic
 from graphopt_passes.quantize.styles import style_named, style_of
@@ -23,6 +25,7 @@ from graphopt.ir import values
 from graphopt.ir.build import Names
 from graphopt.ir.check import violations
 from graphopt.ir.model_file import load_model, to_proto
+from graphopt.ir.shapes import Shapes
 from graphopt.rewrite import Calibration, Context, Gate, Options, name_of
 from graphopt.targets import get_target
 from graphopt.verify.feed_files import Feed
@@ -61,6 +64,7 @@ def quantized(
     allow: Allow = lambda _node: True,
 ) -> tuple[ir.Model, list[Layer]]:
     model = load_model(proto)
+    Shapes(model)  # as passes find it
     chosen = style_named(style)
     names = candidates(model.graph, chosen, allow)
     given = [Feed(str(i), feed) for i, feed in enumerate(feeds)]
@@ -86,8 +90,8 @@ def test_a_residual_net_is_fused_throughout(opset: int) -> None:
     model, _ = quantized(proto, IMAGES)
     everything = [v.name or "" for node in model.graph for v in node.outputs]
     fusion = read_fusion(model, everything)
-    allowed = () if opset >= 12 else fusion.leftovers[:3]  # MaxPool on bytes came with opset 12
-    assert fusion.leftovers == allowed
+    allowed = 0 if opset >= 12 else 3  # MaxPool on bytes came with opset 12
+    assert len(fusion.leftovers) <= allowed
     assert sqnr(proto, model, IMAGES[0]) > 25
 
 
@@ -178,8 +182,8 @@ def test_the_mean_error_of_a_product_goes_into_the_bias_behind(
     before = onnx.numpy_helper.to_array(proto.graph.initializer[1])
     model, _ = quantized(proto, feeds)
     held = [values.array(each) for each in model.graph.initializers.values()]
-    vectors = [a for a in held if a is not None and a.shape == (16,) and a.dtype == np.float32]
-    biases = [a for a in vectors if np.abs(a - before).max() < 0.2]
+    vectors = [a.reshape(-1) for a in held if a is not None and a.dtype == np.float32]
+    biases = [a for a in vectors if a.shape == (16,) and np.abs(a - before).max() < 0.2]
     assert any(not np.array_equal(a, before) for a in biases) is given_back
 
 
