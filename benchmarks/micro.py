@@ -320,12 +320,12 @@ def _torch_attention() -> Iterator[Case]:
     """As torch writes scaled_dot_product_attention: both sides scaled before, keys turned as a view of three axes."""
     turned = {
         "TorchScript": "t = Transpose<perm=[0,1,3,2]>(k)",
-        "torch.export": "k3 = Reshape(k, three) t3 = Transpose<perm=[0,2,1]>(k3) t = Reshape(t3, back)",
+        "torch.export": "k3 = Reshape(k, rows3) t3 = Transpose<perm=[0,2,1]>(k3) t = Reshape(t3, back)",
     }
     for size in (128, 512):
         heads, mask = f"float[1,12,{size},64]", f"float[1,1,{size},{size}]"
         io = f"({heads} q, {heads} k, {heads} v, {mask} m) => ({heads} y)"
-        sizes = f"int64[3] three = {{12, {size}, 64}}, int64[4] back = {{1, 12, 64, {size}}}"
+        sizes = f"int64[3] rows3 = {{12, {size}, 64}}, int64[4] back = {{1, 12, 64, {size}}}"
         for name, keys in turned.items():
             body = (
                 f"{keys} a = Mul(q, d) b = Mul(t, d) z = MatMul(a, b) s = Add(z, m) p = Softmax(s)"

@@ -97,12 +97,16 @@ class Channels:
         multiple: of how many an input's channels must be to be taken into the layout.
         block: how many channels lie together; what a tensor lacks to whole blocks is computed, too.
         most: how many times as many channels whole blocks may have as there are, to pay still.
+        window: how many positions a filter must have at least, for the layout to be worth going into.
+        outputs: how many channels must come out at least.
         source: the measurement.
     """
 
     multiple: int
     block: int
     most: float
+    window: int
+    outputs: int
     source: str
 
 

@@ -335,6 +335,8 @@ def _remove_initializers(model: ir.Model, ctx: Context) -> bool:
 
 
 def _remove_functions(model: ir.Model, ctx: Context) -> bool:
+    if not model.functions:
+        return False
     live = _reachable(model)
     changed = False
     for identifier in tuple(model.functions):
@@ -363,6 +365,8 @@ def _drop_imports(model: ir.Model, ctx: Context) -> bool:
     """Imports without an operator; the model keeps those of its functions, which share its versions."""
     used = set(MAIN_DOMAINS)
     changed = False
+    if not model.functions and used.issuperset(model.opset_imports):
+        return False
     for function in model.functions.values():
         domains = MAIN_DOMAINS | {node.domain for node in function.all_nodes()}
         changed = _keep_imports(function.opset_imports, domains, f"{function.name}", ctx) or changed

@@ -49,10 +49,11 @@ class InlineControlFlow:
     def run(self, model: ir.Model, ctx: Context) -> bool:
         """Rewrites `model`; returns whether anything changed."""
         changed = False
+        inner_first = [*all_graphs(model)][::-1]  # what they become moves outwards once
+        if all(scope.owner is None for scope in inner_first):
+            return False
         inliner = _Inliner(model, ctx)
-        for scope in [*all_graphs(model)][
-            ::-1
-        ]:  # inner graphs first: what they become moves outwards once
+        for scope in inner_first:
             for node in tuple(scope.graph):
                 if node.domain in ("", "ai.onnx") and node.op_type in ("If", "Loop", "Scan"):
                     changed = inliner.visit(node, scope) or changed

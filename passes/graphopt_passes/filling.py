@@ -59,7 +59,8 @@ def fill_channels(m: Match, g: Builder) -> ir.Value | None:
 
     f: activations and pools that keep channels apart, each used once.  W1 [C, A, h, w] gets rows, W2 [M, C, k, l] gets
     columns of zeros, and C > 16 is such that blocks of 16 are nearly full.  Not with groups, not for other types than
-    float32, whose kernels have no blocked layout.
+    float32, whose kernels have no blocked layout, and not for a second convolution that does too little (1x1 filters,
+    few channels) to make up for the way into the layout and out of it.
 
     Source: Conv-1, -11, -22; ONNX Runtime 1.31 nchwc_transformer.cc takes a convolution into the blocked layout only
     where its input has a multiple of 4 channels.
@@ -69,7 +70,9 @@ def fill_channels(m: Match, g: Builder) -> ir.Value | None:
         return None
     if len(weight.shape) != 4 or m.attr(conv, "group", 1) != 1:
         return None
-    channels = weight.shape.numpy()[1]
+    outputs, channels, *window = weight.shape.numpy()
+    if outputs < wanted.outputs or math.prod(window) < wanted.window:
+        return None
     more = filled_up(channels, wanted) - channels
     path = _path(m[x]) if more else None
     if path is None or m.attr(path[-1], "group", 1) != 1:

@@ -159,11 +159,9 @@ class Survey:
         return Demand(user, index, value, elements, not data.shape, position)
 
     def _is_arithmetic(self, node: ir.Node) -> bool:
-        if node.domain or node.op_type == "Constant" or operators.has_subgraph(node):
-            return False
-        return bool(node.outputs) and all(
-            self.shapes.data(value) is not None for value in node.outputs
-        )
+        if not node.outputs or any(self.shapes.data(value) is None for value in node.outputs):
+            return False  # most nodes: asked first
+        return not (node.domain or node.op_type == "Constant" or operators.has_subgraph(node))
 
     def _collect(self) -> None:
         passing = _scores(self.nodes)

@@ -50,6 +50,8 @@ class TrimControlFlow:
 def _trim_all(model: ir.Model, ctx: Context) -> bool:
     changed = False
     inner_first = [*all_graphs(model)][::-1]  # what they free may go outside
+    if all(scope.owner is None for scope in inner_first):
+        return False
     for scope in inner_first:
         for node in tuple(scope.graph):
             if node.op_type in ("If", "Loop", "Scan") and node.domain in ("", "ai.onnx"):

@@ -11,9 +11,9 @@ from graphopt_passes.filling import filled_up
 from graphopt.targets import get_target
 from tests.rewriting import apply, check, parse
 
-G = "g (float[1,3,9,9] x) => (float[1,5,9,9] y)"
-HELD = "float[30,3,3,3] w, float[30] b, float[5,30,3,3] v, float[5] c"
-FULL = "float[32,3,3,3] w, float[32] b, float[5,32,3,3] v, float[5] c"
+G = "g (float[1,3,9,9] x) => (float[1,8,9,9] y)"
+HELD = "float[30,3,3,3] w, float[30] b, float[8,30,3,3] v, float[8] c"
+FULL = "float[32,3,3,3] w, float[32] b, float[8,32,3,3] v, float[8] c"
 PADS = "<pads = [1,1,1,1]>"
 BODY = f"h = Conv{PADS}(x, w, b) r = Relu(h) y = Conv{PADS}(r, v, c)"
 
@@ -50,7 +50,7 @@ def test_channelwise_operators_lie_between(between: str) -> None:
 
 def test_without_bias_none_is_added() -> None:
     body = f"h = Conv{PADS}(x, w) y = Conv{PADS}(h, v)"
-    bare = "float[30,3,3,3] w, float[5,30,3,3] v"
+    bare = "float[30,3,3,3] w, float[8,30,3,3] v"
     check(
         filling.RULES,
         f"{G} <{bare}> {{ {body} }}",
@@ -102,6 +102,16 @@ def test_doubles_stay() -> None:
     assert not apply(filling.RULES, ir.from_proto(parse(text))).rewrites
 
 
+@pytest.mark.parametrize(
+    "form", ["[7,30,3,3]", "[8,30,1,1]"], ids=["few-channels-out", "small-window"]
+)
+def test_too_little_work_stays(form: str) -> None:
+    out = form.split(",", maxsplit=1)[0].strip("[")
+    held = HELD.replace("[8,30,3,3]", form).replace("float[8] c", f"float[{out}] c")
+    body = BODY.replace(f"{PADS}(r", "(r") if "1,1" in form else BODY
+    check(filling.RULES, f"{G.replace('1,8,', f'1,{out},')} <{held}> {{ {body} }}")
+
+
 def test_tied_weights_stay() -> None:
     body = (
         f"h = Conv{PADS}(x, w, b) i = Conv{PADS}(h, u) j = Conv{PADS}(i, u) y = Conv{PADS}(j, v, c)"
@@ -142,4 +152,4 @@ def test_a_body_of_control_flow_keeps_to_itself() -> None:
         f" else_branch = e () => (p) {{ p = Conv{PADS}(x, z, c) }}>"
     )
     ins = G.replace("x)", "x, bool k)", 1)
-    check(filling.RULES, f"{ins} <{HELD}, float[5,3,3,3] z> {{ {body} }}", missed="other uses")
+    check(filling.RULES, f"{ins} <{HELD}, float[8,3,3,3] z> {{ {body} }}", missed="other uses")
