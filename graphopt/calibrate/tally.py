@@ -66,8 +66,9 @@ class Tally:
             self._add(np.ascontiguousarray(given.plain, np.float32), axes, given.floor)
             return
         part = _positions(blocks)
-        self._channels.add(part, blocks.size)
-        self._note(blocks, part, given.floor)
+        if self._is_signal(blocks, part, given.floor):
+            self._channels.add(part, blocks.size)
+            self._count(part)
 
     def _add(self, array: Array, axes: Sequence[int], floor: float | None) -> None:
         if array.size == 0:
@@ -77,31 +78,37 @@ class Tally:
             _part(array, 1) if 1 in axes else None,
             _part(array, array.ndim - 1) if looks_last else None,
         ]
-        self._channels.add(parts[0], array.size)
-        self._last.add(parts[1], array.size)
         counted = next((part for part in parts if part is not None), None)
-        self._note(
-            array, array.reshape(-1)[:: stride(array.size)] if counted is None else counted, floor
-        )
+        counted = array.reshape(-1)[:: stride(array.size)] if counted is None else counted
+        if self._is_signal(array, counted, floor):
+            self._channels.add(parts[0], array.size)
+            self._last.add(parts[1], array.size)
+            self._count(counted)
 
-    def _note(self, array: Array, part: Array, floor: float | None) -> None:
-        """Notes the extremes of the whole, and lets a part of it wait for the histogram."""
+    def _is_signal(self, array: Array, part: Array, floor: float | None) -> bool:
+        """Notes extremes; where something is no signal, it is left out, and with it what is known of channels."""
         high = float(array.max())  # NaN where there is one
         low = float(array.min() if floor is None or part.min() != floor else floor)
-        excluded = 0
-        if not -SENTINEL < low <= high < SENTINEL:
-            self._channels.drop()
-            self._last.drop()
-            kept = array[np.abs(array) < SENTINEL]  # NaN compares false
-            excluded, part = array.size - kept.size, kept[:: stride(kept.size)]
-            low, high = (float(kept.min()), float(kept.max())) if kept.size else (np.inf, -np.inf)
         self._elements += array.size
-        self._excluded += excluded
-        if excluded == array.size:
-            return
+        if -SENTINEL < low <= high < SENTINEL:
+            self._note(low, high)
+            return True
+        self._channels.drop()
+        self._last.drop()
+        kept = array[np.abs(array) < SENTINEL]  # NaN compares false
+        self._excluded += array.size - kept.size
+        if kept.size:
+            self._note(float(kept.min()), float(kept.max()))
+            self._count(kept[:: stride(kept.size)])
+        return False
+
+    def _note(self, low: float, high: float) -> None:
         self._low, self._high = min(self._low, low), max(self._high, high)
         self._ends.append((low, high))
         self._samples += 1
+
+    def _count(self, part: Array) -> None:
+        """Lets elements wait for the histogram."""
         self._parts.append(part.flatten())  # the next run overwrites what it may be a view of
         self._waiting += part.size
         if self._waiting > self._room:
@@ -169,7 +176,9 @@ class _Axis:
         if any(len(sums) != known for sums, *_ in self._waiting):
             self.drop()
             return
-        sums, squares, low, high = (np.array(each, np.float64) for each in zip(*self._waiting, strict=True))
+        sums, squares, low, high = (
+            np.array(each, np.float64) for each in zip(*self._waiting, strict=True)
+        )
         weights = np.array(self._weights)[:, None]
         limbs = [split(each * weights).sum(axis=1) for each in (sums, squares)]
         ends = np.stack([low.min(axis=0), high.max(axis=0)])

@@ -1,0 +1,37 @@
+"""What is no signal is left out of ranges, and that is said."""
+
+from __future__ import annotations
+
+import numpy as np
+from graphopt_passes.quantize.static import QuantizeStatic
+
+from graphopt.ir.model_file import load_model
+from graphopt.rewrite import Calibration, Context, Options
+from graphopt.targets import get_target
+from tests.rewriting import parse
+
+MASKED = """g (float[n,4,8] x, float[n,4,1] m) => (float[n,4,16] y) <float[8,16] w, float big = {-3.4e38}> {
+ e = Mul(m, big)  s = Add(x, e)  y = MatMul(s, w) }"""
+
+
+def remarks(masked: int) -> list[str]:
+    rng = np.random.default_rng(0)
+    feeds = []
+    for index in range(4):
+        mask = np.zeros((1, 4, 1), np.float32)
+        mask[0, :masked] = index == 2
+        feeds.append({"x": rng.normal(size=(1, 4, 8)).astype(np.float32), "m": mask})
+    model = load_model(parse(MASKED))
+    options = Options(calibration=Calibration(feeds), force=True, budget="sqnr>=-1000")
+    ctx = Context(model, get_target("cpu"), options, pass_name="quantize-static")
+    QuantizeStatic().run(model, ctx)
+    return [remark.reason for remark in ctx.remarks if "leaves them out" in remark.reason]
+
+
+def test_masks_are_left_out_and_told() -> None:
+    (told,) = remarks(masked=2)
+    assert told.startswith("16 of 128 elements of 's' are NaN, infinite or beyond 1e+09")
+
+
+def test_without_masks_nothing_is_told() -> None:
+    assert remarks(masked=0) == []
