@@ -357,7 +357,8 @@ class _Emitter:
         user, index, array = found
         held = (array + shift).astype(np.float32)
         shape = user.outputs[0].shape
-        if user.op_type == "Add" and shape is not None and len(shape) > 2:
+        apart = self.style.stores_outputs and user.op_type == "Add"
+        if apart and shape is not None and len(shape) > 2:
             held = held.reshape(*[1] * (len(shape) - 1), -1)
         user.replace_input_with(index, self._held(f"{_name(node)}_bias", held))
 

@@ -11,9 +11,10 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import fnmatch
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -58,6 +59,23 @@ class Overrides:
                 stated = {k: v for k, v in vars(given).items() if v is not None}
                 found = dataclasses.replace(found, **stated)
         return found
+
+
+def check_patterns(patterns: Iterable[str], known: Collection[str]) -> None:
+    """Refuses patterns that match nothing: a misspelt name would leave a layer as it is, unnoticed.
+
+    Raises:
+        OptionError: one of them matches no name.
+    """
+    for pattern in patterns:
+        if any(fnmatch.fnmatchcase(name, pattern) for name in known):
+            continue
+        close = difflib.get_close_matches(pattern, sorted(known), n=3, cutoff=0.5)
+        told = f"; did you mean {', '.join(map(repr, close))}?" if close else ""
+        raise OptionError(
+            f"quantisation: '{pattern}' is the name of no node and no value of the model{told} Names are those that "
+            "`graphopt inspect` shows, of nodes or of what they make; * and ? stand for any text"
+        )
 
 
 def parse(method: str, texts: Sequence[str]) -> Overrides:

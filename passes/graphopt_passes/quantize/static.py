@@ -20,7 +20,7 @@ from graphopt.runtime.specs import input_specs
 from graphopt_passes.quantize import bodies, equalize
 from graphopt_passes.quantize.emission import quantize
 from graphopt_passes.quantize.facts import Layer
-from graphopt_passes.quantize.overrides import Overrides, parse
+from graphopt_passes.quantize.overrides import Overrides, check_patterns, parse
 from graphopt_passes.quantize.placement import is_product
 from graphopt_passes.quantize.search import Search
 from graphopt_passes.quantize.styles import Style, style_named, style_of
@@ -65,7 +65,7 @@ class QuantizeStatic:
         """Rewrites `model`; returns whether anything changed.
 
         Raises:
-            OptionError: no calibration samples, or an option that is none.
+            OptionError: no calibration samples, an option that is none, or a name that the model does not have.
         """
         style = style_named(self.style or style_of(ctx.target.architecture))
         overrides = parse(self.method, self.overrides)
@@ -75,6 +75,9 @@ class QuantizeStatic:
                 "the samples, a folder of .npz files, images with --preprocess), or choose --precision int8-dynamic, "
                 "which needs none"
             )
+        patterns = (*self.skip_nodes, *(pattern for pattern, _ in overrides.rules))
+        if patterns:
+            check_patterns(patterns, _names_of(model, ctx))
         allowed = self._allowed(model, overrides)
         inside = style.stores_outputs and bodies.has_products(model)
         if not allowed and not inside:
@@ -134,6 +137,19 @@ class QuantizeStatic:
         return any(
             fnmatch.fnmatchcase(name, pattern) for pattern in self.skip_nodes for name in names
         )
+
+
+def _names_of(model: ir.Model, ctx: Context) -> set[str]:
+    """Names of all nodes and values, as they are and as the user wrote them, before anything was fused."""
+    found: set[str] = set()
+    for each in (model, *([ctx.original()] if ctx.original is not None else [])):
+        for graph in each.graphs():
+            found.update(
+                value.name or "" for value in (*graph.inputs, *graph.initializers.values())
+            )
+            for node in graph:
+                found.update((node.name or "", *(value.name or "" for value in node.outputs)))
+    return found - {""}
 
 
 def _lifted(model: ir.Model, style: Style, ctx: Context) -> bool:

@@ -70,3 +70,21 @@ def test_bits_of_a_value_can_be_stated() -> None:
 def test_a_weight_can_have_one_scale() -> None:
     assert len(set(scale_of(quantized(), 1).numpy().tolist())) > 1
     assert len(set(scale_of(quantized("c: axis=tensor"), 1).numpy().tolist())) == 1
+
+
+@pytest.mark.parametrize("options", [
+    {"overrides": ("con: exclude",)}, {"skip_nodes": ("con",)}, {"overrides": ("z*: bits=7",)},
+])  # fmt: skip
+def test_a_name_that_nothing_has_is_refused(options: dict[str, tuple[str, ...]]) -> None:
+    model = load_model(varied(RESIDUAL))
+    ctx = Context(model, get_target("cpu"), Options(calibration=Calibration(IMAGES), force=True))
+    with pytest.raises(OptionError, match="is the name of no node and no value of the model"):
+        QuantizeStatic(**options).run(model, ctx)  # type: ignore[arg-type]
+
+
+def test_names_of_what_was_fused_away_are_known() -> None:
+    model = load_model(varied(RESIDUAL))
+    original = load_model(varied(RESIDUAL.replace("c = Conv", "u = Identity(x)  c = Conv")))
+    given = Options(calibration=Calibration(IMAGES), force=True)
+    ctx = Context(model, get_target("cpu"), given, original=lambda: original)
+    assert QuantizeStatic(skip_nodes=("u",)).run(model, ctx)
