@@ -19,7 +19,7 @@ from graphopt.ir.scopes import all_graphs
 from graphopt.rewrite.commit import Site, commit, discard, is_dead, remove
 from graphopt.rewrite.context import Context
 from graphopt.rewrite.index import RuleIndex
-from graphopt.rewrite.pattern import Binding, Op, Trace, walk
+from graphopt.rewrite.pattern import Binding, Op, Trace, least, walk
 from graphopt.rewrite.rules import Facts, Match, Replacement, Rule, Skip
 
 ENOUGH = 0.95
@@ -30,6 +30,9 @@ BETWEEN = 4
 
 NEAR_MISS_NODES = 2
 """How many nodes of a pattern must be bound before its failure is worth a remark."""
+
+NEAR_MISS_SHARE = 0.5
+"""The same as a share of its shortest spelling: two products are no near miss of a normalisation."""
 
 
 @dataclasses.dataclass
@@ -180,6 +183,8 @@ class Rewriter:
 
     def _near_miss(self, rule: Rule, root: ir.Node, trace: Trace | None) -> None:
         if trace is None or trace.depth < NEAR_MISS_NODES:
+            return
+        if trace.depth < NEAR_MISS_SHARE * len(least(rule.pattern)):
             return
         total = sum(1 for _ in walk(rule.pattern))
         seen = "an absent input" if trace.culprit is None else _origin(trace.culprit)

@@ -208,3 +208,12 @@ def walk(pattern: Pattern) -> Iterator[Op]:
             stack.extend(reversed(top.inputs))
         elif isinstance(top, Either):
             stack.extend(reversed(top.options))
+
+
+def least(pattern: Pattern) -> frozenset[int]:
+    """The nodes, by identity, of the shortest spelling that a pattern takes: of each `Either` the smallest option."""
+    if isinstance(pattern, Either):
+        return min((least(option) for option in pattern.options), key=len)
+    if not isinstance(pattern, Op):
+        return frozenset()
+    return frozenset((id(pattern),)).union(*(least(operand) for operand in pattern.inputs))

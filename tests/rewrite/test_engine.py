@@ -16,6 +16,7 @@ from graphopt.numerics import Numerics
 from graphopt.pipeline import RewritePass, run_pipeline
 from graphopt.rewrite import (
     Context,
+    Either,
     Gate,
     Match,
     Op,
@@ -384,6 +385,12 @@ def test_a_near_miss_at_an_input() -> None:
     assert near(Op("Relu", Op("Neg", Op("Abs", Op("Exp", x))))) == [
         "matched 3 of 4 nodes; stopped at input 'x' where Exp was wanted"
     ]
+
+
+def test_less_than_half_of_the_shortest_spelling_is_no_near_miss() -> None:
+    short, long = Op("Exp", x), Op("Exp", Op("Log", Op("Tan", Op("Sin", x))))
+    assert near(Op("Relu", Op("Neg", long))) == []
+    assert near(Op("Relu", Op("Neg", Either(long, short))))[0].startswith("matched 2 of 7 nodes")
 
 
 def test_a_near_miss_at_an_absent_input() -> None:
