@@ -18,6 +18,9 @@ Range: TypeAlias = tuple[float, float]
 
 ENTROPY_BINS = 2048
 ENTROPY_STEP = 4
+FLOAT_LEVELS = 128
+"""Codes of one sign that 8-bit floats have."""
+
 NOTHING = 1e-4
 """What the entropy method takes for the probability of a level that holds nothing."""
 
@@ -202,8 +205,11 @@ def _search(
     return min(tried, key=error)
 
 
-def entropy(found: Statistics, bins: Bins, _form: Format) -> Range:
-    """The range of least Kullback-Leibler divergence between the values and 128 levels (TensorRT, GTC 2017)."""
+def entropy(found: Statistics, bins: Bins, form: Format) -> Range:
+    """The range of least Kullback-Leibler divergence between the values and their levels (TensorRT, GTC 2017).
+
+    Levels are those of magnitudes: 128 of 8 bits, 8 of 4; 16 bits resolve every bin, so that nothing is clipped.
+    """
     peak = max(-found.minimum, found.maximum)
     if peak <= 0:
         return 0.0, 0.0
@@ -213,11 +219,13 @@ def entropy(found: Statistics, bins: Bins, _form: Format) -> Range:
     counts = np.zeros(ENTROPY_BINS)
     np.add.at(counts, index, bins.counts)
     counts[0] = counts[1]  # the spike at zero after a ReLU would drown the rest
-    top = (_entropy_bin(counts) + 0.5) * peak / ENTROPY_BINS
+    first, last = form.codes
+    levels = FLOAT_LEVELS if form.is_float else min((last - first + 2) // 2, ENTROPY_BINS)
+    top = (_entropy_bin(counts, levels) + 0.5) * peak / ENTROPY_BINS
     return max(found.minimum, -top), min(found.maximum, top)
 
 
-def _entropy_bin(counts: Wide, levels: int = 128) -> int:
+def _entropy_bin(counts: Wide, levels: int) -> int:
     """How many bins to keep; prefix sums make a candidate cost `levels`, not the number of bins."""
     ends = np.concatenate([[0.0], np.cumsum(counts)])
     filled = np.concatenate([[0.0], np.cumsum(counts > 0)])
