@@ -69,7 +69,6 @@ OF_MODEL: Mapping[str, str] = {
     "attention_past_no_unidir": "a causal choice and an added mask, -1e4 both: a row that both mask mixes them",
     "attention_past_unidir": "a causal choice and an added mask, -1e4 both: a row that both mask mixes them",
     "gpt2_past_mask_one_layer": "a causal choice and an added mask, -1e4 both: a row that both mask mixes them",
-    "gpt2_one_layer": "the mask is cut from one of 8 tokens: whether it covers the scores is not known",
     "layer_norm": "scale and bias are inputs, and the length of the axis is not known: the kernel wants them as long",
 }
 """The same, where it is a matter of one model."""

@@ -73,7 +73,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
 
 REASONS: Mapping[str, str] = {
     "AttentionFusion": "com.microsoft Attention is no faster than its parts on the CPU (0.92-1.00); the models that "
-    "stay have a causal choice and an added mask of finite numbers, or a mask cut from a longer one",
+    "stay have a causal choice and an added mask of finite numbers",
     "BiasDropoutFusion": "training: Dropout of inference is removed",
     "BiasSoftmaxDropoutFusion": "training",
     "BitmaskDropoutReplacement": "training",
