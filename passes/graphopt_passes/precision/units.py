@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from graphopt.ir import values
 from graphopt_passes.precision.flow import MOVEMENT
+from graphopt_passes.precision.legality import is_float
 
 _UNITS = (8.0, 1e6)
 """From which size on an input is another than generated ones, and beyond which a constant is no unit."""
@@ -32,35 +33,40 @@ def units(model: ir.Model) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """Who computes with elements of an input first, as which operand, and how much larger a layer made them before."""
+    """Who computes with elements of an input first, as which operand, and behind which layer."""
 
     node: ir.Node
     place: int
-    gain: float | None = None
+    layer: ir.Node | None = None
 
 
 def _first_readers(value: ir.Value) -> list[_Reader]:
     """Readers of the value, moved perhaps, and those behind one layer."""
-    found, pending = list[_Reader](), list[tuple[ir.Value, float | None]]([(value, None)])
+    found, pending = list[_Reader](), list[tuple[ir.Value, ir.Node | None]]([(value, None)])
     while pending:
-        current, gain = pending.pop()
+        current, layer = pending.pop()
         for use in current.uses():
             moves = use.node.op_type in MOVEMENT and not use.node.domain
             if not moves:
-                found.append(_Reader(use.node, use.idx, gain))
-            layer = None if gain is not None else _gain(use.node, use.idx)
-            if moves or layer:
-                pending += [(made, gain if moves else layer) for made in use.node.outputs]
+                found.append(_Reader(use.node, use.idx, layer))
+            if moves or (layer is None and _is_layer(use.node, use.idx)):
+                pending += [(made, layer if moves else use.node) for made in use.node.outputs]
     return found
 
 
-def _gain(node: ir.Node, place: int) -> float:
-    """How much larger a product with constant weights makes numbers; 0 for what is none."""
-    array = values.array(node.inputs[1]) if place == 0 and node.op_type in _LAYERS else None
-    if array is None or node.domain or not array.size or array.dtype.kind != "f":
+def _is_layer(node: ir.Node, place: int) -> bool:
+    """Whether a node multiplies an operand by constant weights."""
+    linear = not node.domain and node.op_type in _LAYERS and place == 0
+    return linear and is_float(node.inputs[1]) and values.is_constant(node.inputs[1])
+
+
+def _gain(layer: ir.Node) -> float:
+    """How much larger a layer makes numbers."""
+    array = values.array(layer.inputs[1])
+    if array is None or not array.size:
         return 0.0
-    rows = array.size / max(array.shape[-1 if node.op_type == "MatMul" else 0], 1)
-    return float(np.sqrt(np.mean(np.square(array, dtype=np.float64)) * rows))
+    columns = max(array.shape[-1 if layer.op_type == "MatMul" else 0], 1)
+    return math.sqrt(float(np.vdot(array, array)) / columns)  # no copy: a weight may be large
 
 
 _LAYERS = ("MatMul", "Gemm", "Conv")
@@ -71,9 +77,10 @@ _OF_A_LAYER = 1e3
 def _unit(reader: _Reader) -> float:
     """The size of an operand that constants tell; 0 for none."""
     node = reader.node
-    if reader.gain is not None:
+    if reader.layer is not None:
         size = _unit_beside(node, reader.place) if node.op_type in ("Mul", "Div") else 0.0
-        return size / reader.gain if size / reader.gain >= _OF_A_LAYER else 0.0
+        gain = _gain(reader.layer) if size else 0.0
+        return size / gain if gain and size / gain >= _OF_A_LAYER else 0.0
     if node.op_type == "BatchNormalization" and not node.domain:
         sizes = [values.array(node.inputs[index]) for index in (3, 4)]
         mean, variance = (0.0 if a is None else float(np.abs(a).max(initial=0)) for a in sizes)
