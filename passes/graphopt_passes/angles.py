@@ -42,7 +42,7 @@ def _halved(
     node = value.producer()
     if node is None or node.domain or depth == 0:
         return None
-    single = _single(m, node) if pairs else _doubled_by_concat(m, node)
+    single = _single(m, g, node) if pairs else _doubled_by_concat(m, node)
     if single is not None or node.op_type == "Concat":
         return single
     inner = None
@@ -61,7 +61,7 @@ def _doubled_by_concat(m: Match, node: ir.Node) -> ir.Value | None:
     return node.inputs[0] if twice and dims and _ends(m, node, len(dims)) else None
 
 
-def _single(m: Match, node: ir.Node) -> ir.Value | None:
+def _single(m: Match, g: Builder, node: ir.Node) -> ir.Value | None:
     """The angles before each was written twice beside itself: by a Gather, or on a new last axis."""
     whole = m.dims(node.outputs[0])
     if whole is None or not node.inputs or node.inputs[0] is None:
@@ -81,9 +81,12 @@ def _single(m: Match, node: ir.Node) -> ir.Value | None:
     if lift.op_type not in ("Unsqueeze", "Reshape") or lift.inputs[0] is None:
         return None
     dims, wide = m.dims(lift.inputs[0]), m.dims(spread.outputs[0])
-    if dims is None or wide != (*dims, Dim.of(2)) or whole != (*dims[:-1], dims[-1] * 2):
+    if dims is None or wide != (*dims, Dim.of(2)) or m.dims(lift.outputs[0]) != (*dims, Dim.of(1)):
         return None
-    return lift.inputs[0] if m.dims(lift.outputs[0]) == (*dims, Dim.of(1)) else None
+    more = len(whole) - len(dims)
+    if more < 0 or whole != (*[Dim.of(1)] * more, *dims[:-1], dims[-1] * 2):
+        return None
+    return g.op("Unsqueeze", lift.inputs[0], g.ints([*range(more)])) if more else lift.inputs[0]
 
 
 def _halved_scaled(

@@ -294,10 +294,28 @@ def _pairs(m: Match, source: ir.Value, one: ir.Value, other: ir.Value) -> bool:
     return _element(m, one, source) == 0 and _element(m, other, source) == 1
 
 
-def _element(m: Match, value: ir.Value, source: ir.Value | None) -> int | None:
+def _element(m: Match, value: ir.Value, source: ir.Value) -> int | None:
     """Which of each pair of neighbours in `source` a value takes: every other element, or one of [..., D/2, 2]."""
     found = _pair_of(m, value)
-    return found[1] if found is not None and found[0] is source else None
+    if found is not None and found[0] is source:
+        return found[1]
+    return _element_of_part(m, value, source)
+
+
+def _element_of_part(m: Match, value: ir.Value, source: ir.Value) -> int | None:
+    """The same, where `source` is a part of a head, and the value takes every other element of it out of the whole."""
+    node, place = value.producer(), _place(m, source)
+    if node is None or node.domain or node.op_type != "Slice" or place is None:
+        return None
+    whole, start, end = place
+    dims = m.known_dims(whole)
+    if node.inputs[0] is not whole or dims[-1].value is None:
+        return None
+    cut = _slice(node, len(dims), dims[-1].value, 2)
+    if cut is None or (end - start) % 2:
+        return None
+    taken = len(range(cut[0], cut[1], 2))
+    return cut[0] - start if cut[0] - start in (0, 1) and 2 * taken == end - start else None
 
 
 def _pair_of(m: Match, value: ir.Value) -> tuple[ir.Value, int] | None:

@@ -305,3 +305,47 @@ def test_angles_out_of_a_table_of_one_position_stay() -> None:
         f" {{ {CUT} {HALVES['split']} {TURN} }}",
         missed="the angles are not one per position and pair",
     )
+
+
+PART = (
+    "h = Slice(x, zero, four, last, one) k = Slice(x, four, far, last, one)"
+    " a = Slice(x, zero, {end}, last, step) b = Slice(x, {odd}, {end}, last, step)"
+)
+
+
+def _part(end: str, odd: str, head: str = "h") -> str:
+    turn = f"n = Neg(b) {WOVEN.format('n', 'a', 'r').replace('k =', 'kk =').replace('j, k)', 'j, kk)')}"
+    held = f"{MORE}, int64[1] four = {{4}}, int64[1] six = {{6}}, {PAIR_TABLE}"
+    return (
+        f"g (float[1,2,3,6] x) => (float[1,2,3,6] y) <{held}> {{ {PART.format(end=end, odd=odd)} {turn}"
+        f" p = Mul({head}, c) q = Mul(r, s) z = Add(p, q) y = Concat<axis=-1>(z, k) }}"
+    )
+
+
+def test_rotate_every_two_of_part_of_a_head() -> None:
+    """GPT-J rotates the first elements alone; exporters join the two Slices before the neighbours."""
+    _check(
+        _part("four", "one"),
+        "g (float[1,2,3,6] x) => (float[1,2,3,6] y) <float[3,2] c = {0.1, 0.2, 0.3, 0.4, 0.5, 0.6},"
+        " float[3,2] s = {0.6, 0.5, 0.4, 0.3, 0.2, 0.1}, int64[1] zero = {0}> {"
+        " d = Unsqueeze(c, zero) e = Unsqueeze(s, zero)"
+        " y = RotaryEmbedding<interleaved=1, rotary_embedding_dim=4>(x, d, e) }",
+    )
+
+
+def test_rotate_every_two_of_another_part_stays() -> None:
+    """The even elements of the part, and the second to the last but one: no pairs."""
+    _check(_part("four", "one").replace("b = Slice(x, one, four", "b = Slice(x, step, six"))
+
+
+def test_angles_doubled_into_a_view_of_higher_rank() -> None:
+    """`repeat_interleave` of torch.export, its unit axes in the same Reshape."""
+    turn = f"n = Neg(b) {WOVEN.format('n', 'a', 'r')} p = Mul(x, c) q = Mul(r, s) y = Add(p, q)"
+    held = "int64[3] wide = {3, 2, 2}, int64[4] angle = {1, 1, 3, 4}"
+    _check(
+        f"g (float[1,2,3,4] x, float[3,2] h) => (float[1,2,3,4] y) <{MORE}, {held}> {{ u = Unsqueeze(h, last)"
+        f" w = Expand(u, wide) t = Reshape(w, angle) c = Cos(t) s = Sin(t) {NEIGHBOURS['steps']} {turn} }}",
+        "g (float[1,2,3,4] x, float[3,2] h) => (float[1,2,3,4] y) <int64[2] two = {0, 1}, int64[1] one = {1}> {"
+        " g1 = Unsqueeze(h, two) c = Cos(g1) d = Squeeze(c, one) g2 = Unsqueeze(h, two) s = Sin(g2)"
+        " e = Squeeze(s, one) y = RotaryEmbedding<interleaved=1>(x, d, e) }",
+    )
