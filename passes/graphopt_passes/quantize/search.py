@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from graphopt.rewrite import name_of
+from graphopt.rewrite import RemarkKind, name_of
 from graphopt_passes.quantize.placement import is_product
 from graphopt_passes.quantize.settle import settle
 from graphopt_passes.quantize.trials import GAIN, RULE, Trial, Trials
@@ -112,7 +112,9 @@ class Search:
             return whole
         ranking = self._ranking(sites)
         low, high, best = 0, len(ranking), Trial(frozenset())
+        asked = 1
         while high - low > 1:
+            asked += 1
             middle = (low + high) // 2
             rest = self.trials.all_sites(sites - frozenset(ranking[:middle]))
             rest = rest if self.ctx.options.force else self._cheapest(rest)
@@ -121,6 +123,8 @@ class Search:
                 high, best = middle, trial
             else:
                 low = middle
+        text = f"the budget was asked of {asked} choices of the {len(ranking)} layers"
+        self.ctx.remark(RemarkKind.NOTE, RULE, "", text)
         return best
 
     def _ranking(self, sites: frozenset[str]) -> list[str]:

@@ -321,6 +321,21 @@ def test_a_budget_that_cannot_be_met_leaves_float() -> None:
     assert "stays float" in ctx.remarks[-1].reason
 
 
+def test_a_budget_is_met_in_about_log2_of_the_layers() -> None:
+    layers = "  ".join(f"l{i} = Conv(l{i - 1}, w{i})" for i in range(1, 17))
+    weights = ", ".join(f"float[8,8,1,1] w{i}" for i in range(1, 17))
+    text = f"g (float[1,8,10,10] l0) => (float[1,8,10,10] l16) <{weights}> {{ {layers} }}"
+    model = load_model(varied(text))
+    feeds = [{"l0": feed["x"]} for feed in IMAGES]
+    given = Options(calibration=Calibration(feeds), force=True, budget="sqnr>=34")
+    ctx = Context(model, get_target("cpu"), given, pass_name="quantize-static")
+    assert QuantizeStatic("x86-vnni").run(model, ctx)
+    told = [r.reason for r in ctx.remarks if r.reason.startswith("the budget was asked of")]
+    assert told == ["the budget was asked of 5 choices of the 16 layers"]
+    quantised = sum("Conv in 8 bits (" in remark.reason for remark in ctx.remarks)
+    assert 0 < quantised < 16
+
+
 def test_saturation_that_bites_is_removed_and_told() -> None:
     # Every product is the largest there is: at full range, sums of two pass 16 bits.
     text = "g (float[1,64,4,4] x) => (float[1,64,4,4] y) <float[64,64,1,1] w> { y = Conv(x, w) }"
