@@ -24,6 +24,9 @@ def allocate(weights: Sequence[Wide], zeros: int, how: Allocation) -> list[int]:
             w^2 / sum of the squares not smaller in the layer, so that no layer loses its greatest weights (Lee et al.
             2021).  ERK: density in proportion to (sum of dims) / (product of dims) (Evci et al. 2020).
     """
+    if how is Allocation.MIXED:
+        parts = [allocate(weights, zeros, each) for each in (Allocation.LAMP, Allocation.ERK)]
+        return halfway(*parts)
     sizes = [weight.size for weight in weights]
     most = [size - max(int(np.ceil(FLOOR * size)), 1) for size in sizes]
     if how is Allocation.UNIFORM:
@@ -34,6 +37,11 @@ def allocate(weights: Sequence[Wide], zeros: int, how: Allocation) -> list[int]:
         score = lamp_scores if how is Allocation.LAMP else np.abs
         wanted = _smallest([np.asarray(score(w.reshape(-1))) for w in weights], zeros)
     return _within(wanted, most, zeros)
+
+
+def halfway(one: Sequence[int], other: Sequence[int]) -> list[int]:
+    """Counts between those of two ways."""
+    return [(mine + theirs) // 2 for mine, theirs in zip(one, other, strict=True)]
 
 
 def allocate_large(

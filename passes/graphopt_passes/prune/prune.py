@@ -67,6 +67,8 @@ class Prune:
         if not text:
             return False
         request = parse_sparsity(text)
+        if ctx.options.calibration is None and request.allocation is Allocation.MIXED:
+            request = dataclasses.replace(request, allocation=Allocation.LAMP)
         if self.early:
             part = _early(request, ctx)
             if part is None:

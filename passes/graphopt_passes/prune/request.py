@@ -33,6 +33,9 @@ class Method(enum.StrEnum):
 class Allocation(enum.StrEnum):
     """How the share of zeros is spread over the layers."""
 
+    MIXED = "mixed"
+    """Half way between LAMP and ERK: networks differ in which is better.  LAMP without samples."""
+
     LAMP = "lamp"
     SENSITIVITY = "sensitivity"
     """Half way between LAMP and LAMP over what removing each weight would cost; LAMP without samples."""
@@ -88,7 +91,7 @@ class SparsityRequest:
     threshold: float | None = None
     channels: float | None = None
     method: Method = Method.AUTO
-    allocation: Allocation = Allocation.LAMP
+    allocation: Allocation = Allocation.MIXED
     importance: Importance = Importance.AUTO
     by: Measure = Measure.FLOPS
     refit: bool = True
@@ -126,7 +129,9 @@ def _amount(word: str, text: str) -> SparsityRequest:
         return SparsityRequest(threshold=value)
     if kind == "lowrank" and 0 < value < 1:
         return SparsityRequest(low_rank=value)
-    if kind not in ("", "channels") or not 0 < value < 1 or (colon and not kind):
+    if kind in ("", "channels", "lowrank") and not 0 < value < 1 and not (colon and not kind):
+        raise OptionError(f"--sparsity {text!r}: {number} is not between 0 and 1; {_REMEDY}")
+    if kind not in ("", "channels") or (colon and not kind):
         raise OptionError(f"--sparsity {text!r}: {word!r} is no amount; {_REMEDY}")
     return SparsityRequest(channels=value) if kind else SparsityRequest(ratio=value)
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from graphopt.ir.mapped import MappedTensor
 from graphopt.ir.sparse import MaskedTensor
 from graphopt.runtime.footprint import trim
-from graphopt_passes.prune.allocate import allocate, allocate_large
+from graphopt_passes.prune.allocate import allocate, allocate_large, halfway
 from graphopt_passes.prune.layers import Array, Layer, Wide, Window
 from graphopt_passes.prune.moments import Moments
 from graphopt_passes.prune.request import Allocation, Method, SparsityRequest
@@ -31,7 +31,8 @@ HELD_SHARE = 0.33
 """Values of samples may take this much memory, or this share of what the weights of the model take."""
 
 MASKED_BYTES = 1 << 20
-"""A pruned weight of this size is kept as a mask and values until it is written, where that takes three quarters of the memory or less."""
+"""A pruned weight of this size is kept as a mask and values until it is written, where that takes at most three
+quarters of the memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,19 +79,27 @@ def goals(
         return {}
     total = sum({layer.weight: layer.size for layer in layers}.values())
     zeros = min(round(request.ratio * total), sum(layer.size for layer in free))
+    counts = _counts(free, zeros, request.allocation)
+    if request.allocation is Allocation.SENSITIVITY and moments is not None:
+        costs = [removal_costs(layer.matrix(), moments[layer.name]) for layer in free]
+        counts = halfway(counts, allocate(costs, zeros, Allocation.LAMP))
+    return {layer: Goal(count) for layer, count in zip(free, counts, strict=True)}
+
+
+def _counts(free: Sequence[Layer], zeros: int, how: Allocation) -> list[int]:
+    """Zeros of each layer, as far as the weights tell."""
     sizes = [layer.size for layer in free]
-    how = request.allocation
     if how is Allocation.SENSITIVITY:
         how = Allocation.LAMP
-    if sum(sizes) > LARGE and how in (Allocation.LAMP, Allocation.GLOBAL):
-        counts = allocate_large(_one_by_one(free), sizes, zeros, how)
-    else:
-        counts = allocate([layer.matrix() for layer in free], zeros, how)
-        if request.allocation is Allocation.SENSITIVITY and moments is not None:
-            costs = [removal_costs(layer.matrix(), moments[layer.name]) for layer in free]
-            other = allocate(costs, zeros, how)
-            counts = [(one + two) // 2 for one, two in zip(counts, other, strict=True)]
-    return {layer: Goal(count) for layer, count in zip(free, counts, strict=True)}
+    if sum(sizes) <= LARGE:
+        return allocate([layer.matrix() for layer in free], zeros, how)
+    if how is Allocation.MIXED:
+        lamp, erk = (_counts(free, zeros, each) for each in (Allocation.LAMP, Allocation.ERK))
+        return halfway(lamp, erk)
+    if how in (Allocation.LAMP, Allocation.GLOBAL):
+        return allocate_large(_one_by_one(free), sizes, zeros, how)
+    shapes = [(layer.blocks, layer.rows // layer.blocks, layer.columns) for layer in free]
+    return allocate([np.broadcast_to(np.float64(0), shape) for shape in shapes], zeros, how)
 
 
 def _one_by_one(layers: Sequence[Layer]) -> Iterator[Wide]:

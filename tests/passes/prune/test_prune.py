@@ -323,6 +323,26 @@ def test_sensitivity_spreads_otherwise_than_magnitude() -> None:
     assert shares[0] != shares[1]
 
 
+def spread(text: str, *, blind: bool = False) -> list[float]:
+    """The share of zeros of each layer."""
+    model = network()
+    assert Prune().run(model, context(model, text, blind=blind))
+    return [float((layer.tensor.numpy() == 0).mean()) for layer in find_layers(model.graph)]
+
+
+def test_without_samples_zeros_are_spread_by_magnitude_alone() -> None:
+    assert spread("0.8", blind=True) == spread("0.8,allocation=lamp", blind=True)
+    assert spread("0.8") == spread("0.8,allocation=mixed")
+    assert spread("0.8") != spread("0.8,allocation=lamp")
+
+
+@pytest.mark.parametrize("how", ["mixed", "erk"])
+def test_large_models_are_spread_as_small_ones(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = spread(f"0.8,allocation={how}")
+    monkeypatch.setattr(weights, "LARGE", 1)
+    np.testing.assert_allclose(spread(f"0.8,allocation={how}"), small, atol=0.02)
+
+
 def test_removal_costs_are_those_of_the_least_squares_left() -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((200, 4)) + 0.3 * rng.standard_normal((200, 1))

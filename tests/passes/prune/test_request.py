@@ -34,7 +34,7 @@ def test_reads(text: str, expected: SparsityRequest) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("80", "is no amount"),
+        ("80", "80 is not between 0 and 1"),
         ("half", "is not a number"),
         ("4:2", "keeps 4 of each 2"),
         ("0:4", "keeps 0 of each 4"),

@@ -40,6 +40,15 @@ def test_allocation_layer_by_layer_is_the_same_but_for_rounding(how: Allocation)
     assert np.abs(np.array(found) - want).max() < 30
 
 
+def test_mixed_lies_half_way() -> None:
+    rng = np.random.default_rng(0)
+    weights = [rng.standard_normal(shape) for shape in ((8, 16), (32, 64), (4, 100))]
+    hows = (Allocation.LAMP, Allocation.ERK, Allocation.MIXED)
+    lamp, erk, mixed = (allocate(weights, 2000, how) for how in hows)
+    assert lamp != erk
+    assert mixed == [(one + two) // 2 for one, two in zip(lamp, erk, strict=True)]
+
+
 class TestMasks:
     def test_drops_as_many_as_asked_for_among_equal_scores(self) -> None:
         keep = smallest(np.ones((4, 5)), 7)
