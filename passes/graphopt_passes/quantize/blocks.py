@@ -23,12 +23,15 @@ CHUNK = 1 << 16
 """Elements that are worked on at once: they stay in the cache."""
 
 
+LEAST_HALF = np.float32(2.0**-24)
+"""The least positive number of float16."""
+
 _TURNED = 256
 """Rows that are turned at once: their parts of a block stay in the nearest cache."""
 
 
 def encode(rows: Array, block: int, bits: int, moments: Wide | None = None) -> tuple[Array, Array]:
-    """Signed codes int8 [rows, K padded to whole blocks] and scales float32 [rows, blocks].
+    """Signed codes int8 [rows, K padded to whole blocks] and scales [rows, blocks], float16 where the rows are.
 
     The largest weight of a block becomes the least code, the longer end.
 
@@ -45,19 +48,22 @@ def encode(rows: Array, block: int, bits: int, moments: Wide | None = None) -> t
         columns = np.concatenate([columns, np.zeros((-width % block, len(rows)), np.float32)])
     codes = np.empty_like(columns, np.int8)
     scales = np.empty((count, len(rows)), np.float32)
+    half = rows.dtype == np.float16
     many = max(CHUNK // block, 1)
     work = np.empty(3 * block * many, np.float32)
     for index in range(count):
         whole = slice(index * block, (index + 1) * block)
         for start in range(0, len(rows), many):
             part = slice(start, start + many)
-            scales[index, part] = _nearest(columns[whole, part], codes[whole, part], bits, work)
+            scales[index, part] = _nearest(
+                columns[whole, part], codes[whole, part], bits, work, half
+            )
     if moments is not None and len(moments) == width:
         codes[:width] = _by_moments(rows, codes.T, scales.T, moments, bits).T
-    return codes.T, scales.T
+    return codes.T, scales.T.astype(np.float16) if half else scales.T
 
 
-def _nearest(columns: Array, codes: Array, bits: int, work: Array) -> Array:
+def _nearest(columns: Array, codes: Array, bits: int, work: Array, half: bool) -> Array:
     """Puts the nearest codes of each column, one block, into `codes`; returns its scale.
 
     Errors are compared in units of the longer end: each step is one pass over what stays in the cache.
@@ -84,6 +90,9 @@ def _nearest(columns: Array, codes: Array, bits: int, work: Array) -> Array:
         np.copyto(best, error, where=better)
         np.copyto(chosen, np.float32(clip), where=better)
     scales = peak * (chosen / np.float32(low))
+    if half:  # codes are those of the scale as it is stored
+        stored = scales.astype(np.float16)
+        scales = np.where(stored == 0, LEAST_HALF, stored.astype(np.float32))
     np.divide(columns, scales, out=scaled)
     np.rint(scaled, out=scaled)
     np.clip(scaled, low, high, out=codes, casting="unsafe")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import ClassVar
 
 import numpy as np
@@ -59,7 +59,8 @@ class QuantizeDynamic:
         """Rewrites `model`; returns whether anything changed."""
         if model.opset_imports.get("", 0) < 11:
             return _decline(ctx, "DynamicQuantizeLinear came with opset 11: export the model anew")
-        return _run(model, ctx, Precision.INT8_DYNAMIC, self.least, write_dynamic)
+        sites = products_of(everywhere(model), self.least)
+        return _run(model, ctx, Precision.INT8_DYNAMIC, self.least, write_dynamic, sites)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,19 +116,29 @@ class QuantizeWeights:
         def write(changed: ir.Model, sites: frozenset[str], names: Names) -> None:
             write_blocks(changed, sites, names, how)
 
-        return _run(model, ctx, Precision.INT4_WEIGHTS, self.least, write, tables)
+        sites = products_of(everywhere(model), self.least, HALVES) | tables
+        return _run(model, ctx, Precision.INT4_WEIGHTS, self.least, write, sites)
 
     def _is_table(self, node: ir.Node) -> bool:
         """Whether the node looks rows up in a large constant matrix, whose rows are whole blocks."""
         if node.domain or node.op_type != "Gather" or operators.attribute(node, "axis", 0) != 0:
             return False
         table = values.constant(node.inputs[0])
-        if table is None or table.dtype is not ir.DataType.FLOAT or len(table.shape) != 2:
+        if table is None or table.dtype not in HALVES or len(table.shape) != 2:
             return False
-        source = node.inputs[0]
-        alone = source is not None and len(source.uses()) == 1
         fits = int(table.shape.numpy()[1]) % self.block == 0
-        return table.size >= self.least and alone and fits
+        return table.size >= self.least and fits and self._is_given_up(node.inputs[0])
+
+    def _is_given_up(self, table: ir.Value | None) -> bool:
+        """Whether nobody reads the table as it is: others look rows up too, or multiply with it (tied embeddings)."""
+        assert table is not None
+        if table.is_graph_output():
+            return False
+        return all(
+            (index == 0 and user.op_type == "Gather" and not operators.attribute(user, "axis", 0))
+            or (index == 1 and _is_matrix_product(user, self.least, HALVES))
+            for user, index in table.uses()
+        )
 
     def _moments(self, model: ir.Model, ctx: Context) -> dict[str, np.ndarray]:
         """Second moments of what products read, from calibration samples; none without."""
@@ -137,7 +148,9 @@ class QuantizeWeights:
         work = 0.0
         for node in model.graph:
             source = node.inputs[0] if node.inputs else None
-            if source is None or not source.name or not _is_matrix_product(node, self.least):
+            if source is None or not source.name:
+                continue
+            if not _is_matrix_product(node, self.least, HALVES):
                 continue
             weight = values.constant(node.inputs[1])
             assert weight is not None
@@ -162,6 +175,10 @@ CUDA = (
 
 WIDEST, WORK = 4096, float(1 << 36)
 """Columns of a weight, and multiplications in all, up to which weights are rounded by second moments."""
+
+
+HALVES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+"""What the kernels that decode weights multiply."""
 
 
 def _has_blocks(model: ir.Model, ctx: Context) -> bool:
@@ -189,9 +206,8 @@ def _run(
     precision: Precision,
     least: int,
     write: Write,
-    tables: frozenset[str] = frozenset(),
+    sites: frozenset[str],
 ) -> bool:
-    sites = products_of(everywhere(model), least) | tables
     if not sites:
         return _decline(
             ctx,
@@ -217,14 +233,16 @@ def everywhere(model: ir.Model) -> Iterator[ir.Node]:
     return (node for graph in model.graphs() for node in graph)
 
 
-def products_of(nodes: Iterable[ir.Node], least: int) -> frozenset[str]:
+def products_of(
+    nodes: Iterable[ir.Node], least: int, dtypes: Collection[ir.DataType] = (ir.DataType.FLOAT,)
+) -> frozenset[str]:
     """Names of the matrix products with a constant weight of `least` elements or more.
 
     Branches may use one name twice; what a name does not tell apart is left alone.
     """
     known = list(nodes)
     counts = Counter(name_of(node) for node in known)
-    found = (name_of(node) for node in known if _is_matrix_product(node, least))
+    found = (name_of(node) for node in known if _is_matrix_product(node, least, dtypes))
     return frozenset(name for name in found if counts[name] == 1)
 
 
@@ -233,11 +251,11 @@ def _decline(ctx: Context, text: str) -> bool:
     return False
 
 
-def _is_matrix_product(node: ir.Node, least: int) -> bool:
+def _is_matrix_product(node: ir.Node, least: int, dtypes: Collection[ir.DataType]) -> bool:
     if node.domain or node.op_type not in ("MatMul", "Gemm"):
         return False
     weight = values.constant(node.inputs[1])
-    if weight is None or weight.dtype is not ir.DataType.FLOAT or len(weight.shape) != 2:
+    if weight is None or weight.dtype not in dtypes or len(weight.shape) != 2:
         return False
     if weight.size < least or values.is_constant(node.inputs[0]):
         return False

@@ -6,7 +6,8 @@ Source: com.microsoft MatMulIntegerToFloat, MatMulNBits, GatherBlockQuantized, O
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -73,28 +74,47 @@ def _integer_product(node: ir.Node, encoder: ir.Node, names: Names) -> None:
     _replace(node, "MatMulIntegerToFloat", [*values_in, _bias(node, names)], {}, names)
 
 
+Held: TypeAlias = dict[tuple[object, ...], tuple[ir.Value, ir.Value]]
+"""Codes and scales of weights that are written already: those who share a weight share them."""
+
+
 def write_blocks(model: ir.Model, sites: frozenset[str], names: Names, how: Blocks) -> None:
     """Replaces the products and look-ups named by ones with weights in blocks."""
+    held: Held = {}
     for node in _named(model, sites):
         if node.op_type == "Gather":
-            _block_gather(node, names, how)
+            _block_gather(node, names, how, held)
         elif how.form == "qdq":
-            _block_decoded(node, names, how)
+            _block_decoded(node, names, how, held)
         else:
-            _block_product(node, names, how)
+            _block_product(node, names, how, held)
     if how.form != "qdq":
         model.opset_imports.setdefault(MICROSOFT, 1)
 
 
-def _block_product(node: ir.Node, names: Names, how: Blocks) -> None:
+def _once(
+    node: ir.Node,
+    index: int,
+    kind: object,
+    held: Held,
+    make: Callable[[], tuple[ir.Value, ir.Value]],
+) -> tuple[ir.Value, ir.Value]:
+    """Codes and scales of the weight that a node reads, made for the first who asks for them so."""
+    key = (node.graph, node.inputs[index], kind)
+    if key not in held:
+        held[key] = make()
+    return held[key]
+
+
+def _block_product(node: ir.Node, names: Names, how: Blocks, held: Held) -> None:
     array, graph = _matrix(node), node.graph
     assert isinstance(graph, ir.Graph)
-    codes, scales = blocks.pack_blocks(array, how.block, how.bits, how.moments.get(name_of(node)))
-    base = _weight_name(node, 1)
-    held = [
-        _held(graph, names.fresh(f"{base}_q{how.bits}"), codes),
-        _held(graph, names.fresh(f"{base}_scales"), scales),
-    ]
+    moments = how.moments.get(name_of(node))
+
+    def make() -> tuple[ir.Value, ir.Value]:
+        codes, scales = blocks.pack_blocks(array, how.block, how.bits, moments)
+        return _held_pair(graph, _weight_name(node, 1), codes, scales, names, how)
+
     attributes = {
         "K": array.shape[0],
         "N": array.shape[1],
@@ -102,67 +122,81 @@ def _block_product(node: ir.Node, names: Names, how: Blocks) -> None:
         "block_size": how.block,
         "accuracy_level": 4,
     }
-    inputs = [node.inputs[0], *held, None, None, _bias(node, names)]
+    pair = _once(node, 1, (_is_turned(node), id(moments)), held, make)
+    inputs = [node.inputs[0], *pair, None, None, _bias(node, names)]
     _replace(node, "MatMulNBits", inputs, attributes, names)
 
 
-def _block_gather(node: ir.Node, names: Names, how: Blocks) -> None:
+def _block_gather(node: ir.Node, names: Names, how: Blocks, held: Held) -> None:
     table, graph = values.array(node.inputs[0]), node.graph
     assert table is not None
     assert isinstance(graph, ir.Graph)
-    codes, scales = blocks.encode(table, how.block, how.bits)
-    base = _weight_name(node, 0)
+
+    def make() -> tuple[ir.Value, ir.Value]:
+        codes, scales = blocks.encode(table, how.block, how.bits)
+        laid = _laid(codes, how) if how.form == "qdq" else blocks.packed(codes, how.bits)
+        return _held_pair(graph, _weight_name(node, 0), laid, scales, names, how)
+
+    pair = _once(node, 0, "table", held, make)
     if how.form == "qdq":
-        decoded = _decoded(graph, base, codes, scales, 1, node, names, how)
-        node.replace_input_with(0, decoded)
+        node.replace_input_with(0, _decoded(_weight_name(node, 0), pair, 1, node, names, how))
         return
-    held = _held(graph, names.fresh(f"{base}_q{how.bits}"), blocks.packed(codes, how.bits))
-    held_scales = _held(graph, names.fresh(f"{base}_scales"), scales)
     attributes = {
         "gather_axis": 0,
         "quantize_axis": 1,
         "block_size": how.block,
         "bits": how.bits,
     }
-    _replace(node, "GatherBlockQuantized", [held, node.inputs[1], held_scales], attributes, names)
+    inputs = [pair[0], node.inputs[1], pair[1]]
+    _replace(node, "GatherBlockQuantized", inputs, attributes, names)
 
 
-def _block_decoded(node: ir.Node, names: Names, how: Blocks) -> None:
+def _block_decoded(node: ir.Node, names: Names, how: Blocks, held: Held) -> None:
     """A DequantizeLinear with blocks in front of the product, as ai.onnx 21 has it."""
     array, graph = _matrix(node), node.graph
     assert isinstance(graph, ir.Graph)
-    rows = np.ascontiguousarray(array.T)
-    codes, scales = blocks.encode(rows, how.block, how.bits, how.moments.get(name_of(node)))
-    turned = node.op_type == "Gemm" and operators.attribute(node, "transB", 0)
+    moments, turned = how.moments.get(name_of(node)), _is_turned(node)
+
+    def make() -> tuple[ir.Value, ir.Value]:
+        codes, scales = blocks.encode(array.T, how.block, how.bits, moments)
+        codes = codes[:, : array.shape[0]]
+        codes, scales = (codes, scales) if turned else (codes.T, scales.T)
+        return _held_pair(graph, _weight_name(node, 1), _laid(codes, how), scales, names, how)
+
+    pair = _once(node, 1, (turned, id(moments)), held, make)
     axis = 1 if turned else 0
-    codes = codes[:, : array.shape[0]]
-    laid = (codes, scales) if turned else (codes.T, scales.T)
-    decoded = _decoded(graph, _weight_name(node, 1), *laid, axis, node, names, how)
-    node.replace_input_with(1, decoded)
+    node.replace_input_with(1, _decoded(_weight_name(node, 1), pair, axis, node, names, how))
 
 
-def _decoded(  # noqa: PLR0913, PLR0917  the parts of one node
-    graph: ir.Graph,
+def _laid(codes: np.ndarray, how: Blocks) -> np.ndarray:
+    return np.asarray(codes.astype(ml_dtypes.int4 if how.bits == 4 else np.int8))
+
+
+def _held_pair(
+    graph: ir.Graph, base: str, codes: np.ndarray, scales: np.ndarray, names: Names, how: Blocks
+) -> tuple[ir.Value, ir.Value]:
+    return (
+        _held(graph, names.fresh(f"{base}_q{how.bits}"), codes),
+        _held(graph, names.fresh(f"{base}_scales"), scales),
+    )
+
+
+def _decoded(
     base: str,
-    codes: np.ndarray,
-    scales: np.ndarray,
+    pair: tuple[ir.Value, ir.Value],
     axis: int,
     before: ir.Node,
     names: Names,
     how: Blocks,
 ) -> ir.Value:
-    dtype = ml_dtypes.int4 if how.bits == 4 else np.int8
-    held = [
-        _held(graph, names.fresh(f"{base}_q{how.bits}"), codes.astype(dtype)),
-        _held(graph, names.fresh(f"{base}_scales"), scales),
-    ]
     given = [ir.AttrInt64("axis", axis), ir.AttrInt64("block_size", how.block)]
-    decode = ir.Node("", "DequantizeLinear", held, given, num_outputs=1)
+    decode = ir.Node("", "DequantizeLinear", pair, given, num_outputs=1)
     decode.name = names.fresh(f"{base}_decode")
     value = decode.outputs[0]
     value.name = names.fresh(f"{base}_decoded")
-    value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(codes.shape)
-    graph.insert_before(before, decode)
+    value.type, value.shape = pair[1].type, pair[0].shape
+    assert isinstance(before.graph, ir.Graph)
+    before.graph.insert_before(before, decode)
     return value
 
 
@@ -175,8 +209,11 @@ def _matrix(node: ir.Node) -> np.ndarray:
     """The weight as [K, N]."""
     array = values.array(node.inputs[1])
     assert array is not None
-    turned = node.op_type == "Gemm" and operators.attribute(node, "transB", 0)
-    return array.T if turned else array
+    return array.T if _is_turned(node) else array
+
+
+def _is_turned(node: ir.Node) -> bool:
+    return node.op_type == "Gemm" and bool(operators.attribute(node, "transB", 0))
 
 
 def _bias(node: ir.Node, names: Names) -> ir.Value | None:

@@ -168,6 +168,56 @@ def test_forms_that_no_kernel_takes_are_refused(each: dict[str, Any]) -> None:
         QuantizeWeights(**each).run(model, context(model))
 
 
+def read(proto: onnx.ModelProto) -> set[str]:
+    return {name for node in proto.graph.node for name in node.input}
+
+
+@pytest.mark.parametrize("form", ["contrib", "qdq"])
+def test_a_weight_that_two_products_share_is_stored_once(form: str) -> None:
+    proto = varied(
+        """g (float[n,96] x) => (float[n,96] y, float[n,96] z) <float[96,96] w> {
+             y = MatMul(x, w)  z = MatMul(y, w) }""",
+        21,
+    )
+    after = changed(proto, QuantizeWeights(least=1, form=form))
+    assert len([name for name in read(after) if name.startswith("w_") and "dec" not in name]) == 2
+    feed = {"x": X.reshape(-1, 96)}
+    for a, b in zip(run(proto, feed), run(after, feed), strict=True):
+        assert sqnr(a, b) > 12
+
+
+@pytest.mark.parametrize("form", ["contrib", "qdq"])
+def test_a_table_that_is_multiplied_with_too_leaves_no_float_behind(form: str) -> None:
+    proto = varied(
+        """g (int64[n] i) => (float[n,300] y) <float[300,96] t> {
+             e = Gather(t, i)  y = Gemm<transB=1>(e, t) }""",
+        21,
+    )
+    after = changed(proto, QuantizeWeights(least=1, form=form))
+    assert "t" not in read(after)
+    feed = {"i": np.array([0, 7, 299, 7], np.int64)}
+    assert sqnr(run(proto, feed)[0], run(after, feed)[0]) > 15
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("form", ["contrib", "qdq"])
+def test_weights_of_half_precision_get_scales_of_it(form: str, bits: int) -> None:
+    proto = parse(
+        """g (int64[n] i) => (float16[n,160] y) <float16[300,96] t, float16[96,160] w> {
+             e = Gather(t, i)  y = MatMul(e, w) }""",
+        opset=21,
+    )
+    for tensor in proto.graph.initializer:
+        drawn = np.random.default_rng(1).normal(scale=0.01, size=tuple(tensor.dims))
+        tensor.CopyFrom(onnx.numpy_helper.from_array(drawn.astype(np.float16), tensor.name))
+    after = changed(proto, QuantizeWeights(least=1, form=form, bits=bits))
+    scales = [t for t in after.graph.initializer if t.name.endswith("_scales")]
+    assert {tensor.data_type for tensor in scales} == {onnx.TensorProto.FLOAT16}
+    feed = {"i": np.array([0, 7, 299, 7], np.int64)}
+    a, b = (run(each, feed)[0].astype(np.float64) for each in (proto, after))
+    assert sqnr(a, b) > (15 if bits == 4 else 35)
+
+
 def test_a_table_that_others_read_stays() -> None:
     text = TABLE.replace("(float[n,160] y)", "(float[n,160] y, float[300,96] u)").replace(
         "e = Gather", "u = Neg(t)  e = Gather"
