@@ -93,6 +93,8 @@ def fuse_attention(m: Match, g: Builder) -> ir.Value | None:
     ranks = {None if d is None else len(d) for d in dims}
     if ranks not in ({3}, {4}) or not _is_last_axis(m):
         return None
+    if any(dim == 0 for each in dims for dim in each or ()):
+        raise Skip("there are no queries or no keys, which kernels refuse", m[attention])
     if not m.emits("Attention", dtype=dtype):
         raise Skip(no_operator(m, "Attention", dtype), m[q])
     scale = _scale(m)

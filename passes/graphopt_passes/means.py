@@ -44,7 +44,7 @@ def scale_of_ones(
     """A scale that leaves all as it is.
 
     Raises:
-        Skip: its size is not known.
+        Skip: its size is not known, or 0.
     """
     return filled(g, 1.0, dtype, dims, culprit)
 
@@ -55,8 +55,10 @@ def filled(
     """A constant of `number`s.
 
     Raises:
-        Skip: its size is not known.
+        Skip: its size is not known, or 0, which kernels refuse.
     """
+    if any(d == 0 for d in dims):
+        raise Skip("the normalised axes are empty", culprit)
     if dtype is None or not all(d.is_static for d in dims):
         raise Skip("the size of the normalised axes is unknown", culprit)
     return g.const(np.full([int(d) for d in dims], number, dtype.numpy()), name="scale")

@@ -449,3 +449,16 @@ def test_operator_with_a_past_and_repeated_heads_stays() -> None:
         opset=23,
         missed="repeated too",
     )
+
+
+@pytest.mark.parametrize(("batch", "keys"), [(0, 5), (1, 0)])
+def test_attention_of_nothing_stays(batch: int, keys: int) -> None:
+    """No batch, or no keys: the parts give an empty tensor, or zeros; the operator's kernel refuses both."""
+    sizes = f"float[{batch},2,3,4] q, float[{batch},2,{keys},4] k, float[{batch},2,{keys},4] v"
+    check(
+        attention.RULES,
+        f"g ({sizes}) => (float[{batch},2,3,4] y) {{ t = Transpose<perm=[0,1,3,2]>(k) z = MatMul(q, t)"
+        " p = Softmax(z) y = MatMul(p, v) }",
+        missed="no queries or no keys",
+        opset=23,
+    )

@@ -30,3 +30,15 @@ def test_casts_stay_around_a_norm_that_the_target_lacks_in_half_precision() -> N
     ctx = apply(norm.RULES, model, target="cpu")
     assert not ctx.rewrites
     assert [r.reason for r in ctx.remarks] == ["the target has no RMSNormalization for BFLOAT16"]
+
+
+def test_norm_of_nothing_stays() -> None:
+    """The mean of nothing is NaN; the operator's kernel refuses an empty scale."""
+    check(
+        norm.RULES,
+        "g (float[2,3,0] x) => (float[2,3,0] y) <float e = {1e-5}>"
+        "{ m = ReduceMean<axes=[-1]>(x) d = Sub(x, m) q = Mul(d, d) v = ReduceMean<axes=[-1]>(q)"
+        " l = Add(v, e) s = Sqrt(l) y = Div(d, s) }",
+        missed="the normalised axes are empty",
+        opset=17,
+    )
