@@ -6,6 +6,7 @@ What is faster is decided by a table, so that the same samples give the same byt
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from graphopt.rewrite import RemarkKind, name_of
 from graphopt_passes.quantize.placement import is_product
@@ -83,19 +84,25 @@ class Search:
                 )
 
     def _say_why_not(self, fused: frozenset[str]) -> None:
-        fastest = self._cheapest(fused)
-        if not fastest or not self._pays(fastest):
+        forced = self.ctx.options.force
+        fastest = fused if forced else self._cheapest(fused)
+        if not forced and (not fastest or not self._pays(fastest)):
             self.trials.say(
                 "stays float: no layer would be faster in 8 bits on this processor; --force emits it all the same"
             )
             return
         found, ratio = self.trials.judged(fastest), self.trials.ratio(fastest)
-        if ratio < GAIN:
+        if not forced and ratio < GAIN:
             self.trials.say(
                 f"stays float: quantised it would run at {ratio:.2f}x the speed of float here; --force emits it"
             )
             return
         assert found.quality is not None
+        if not math.isfinite(found.quality.sqnr_db):
+            self.trials.say(
+                "stays float: the float model gives NaN or infinities on the samples, to which nothing can be compared"
+            )
+            return
         change = found.quality.change
         told = (
             "" if change is None else f" and {change.flips:.1%} of the samples with another class"

@@ -8,11 +8,13 @@ import math
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
 from graphopt.calibrate.samples import Samples, read_samples
 from graphopt.emit import finalize
 from graphopt.errors import OptionError
+from graphopt.ir import values
 from graphopt.ir.build import Names
 from graphopt.numerics import Numerics
 from graphopt.rewrite import Context, RemarkKind, name_of
@@ -78,7 +80,7 @@ class QuantizeStatic:
         patterns = (*self.skip_nodes, *(pattern for pattern, _ in overrides.rules))
         if patterns:
             check_patterns(patterns, _names_of(model, ctx))
-        allowed = self._allowed(model, overrides)
+        allowed = self._allowed(model, overrides, ctx)
         inside = style.stores_outputs and bodies.has_products(model)
         if not allowed and not inside:
             _say_nothing_fits(ctx)
@@ -106,7 +108,7 @@ class QuantizeStatic:
         """The same within If, Loop and Scan; before the main graph, whose values they may read."""
 
         def decide(alone: ir.Model, turns: Samples, about: Context) -> tuple[Trials, Trial]:
-            allowed = self._allowed(alone, overrides)
+            allowed = self._allowed(alone, overrides, about)
             trials = Trials(alone, style, turns, about, overrides)
             return trials, Search(trials).best(allowed) if allowed else Trial(frozenset())
 
@@ -123,12 +125,15 @@ class QuantizeStatic:
     def _file(self) -> Path | None:
         return Path(self.statistics) if self.statistics else None
 
-    def _allowed(self, model: ir.Model, overrides: Overrides) -> frozenset[str]:
+    def _allowed(self, model: ir.Model, overrides: Overrides, ctx: Context) -> frozenset[str]:
         """Names of the nodes of the main graph that the user did not exclude; empty without any product."""
         found = [node for node in model.graph if not self._skips(node, overrides)]
-        if not any(is_product(node) for node in found):
-            return frozenset()
-        return frozenset(name_of(node) for node in found)
+        broken = [node for node in found if is_product(node) and not _is_finite(node)]
+        for node in broken:
+            ctx.missed(RULE, node, "stays float: its weight or bias holds NaN or infinities")
+        names = frozenset(name_of(node) for node in found) - {name_of(node) for node in broken}
+        has_product = any(is_product(node) and name_of(node) in names for node in found)
+        return names if has_product else frozenset()
 
     def _skips(self, node: ir.Node, overrides: Overrides) -> bool:
         names = (node.name or "", name_of(node))
@@ -137,6 +142,12 @@ class QuantizeStatic:
         return any(
             fnmatch.fnmatchcase(name, pattern) for pattern in self.skip_nodes for name in names
         )
+
+
+def _is_finite(node: ir.Node) -> bool:
+    """Whether the constants of a product are numbers: no scale holds others."""
+    arrays = (values.array(value) for value in node.inputs[1:])
+    return all(array is None or bool(np.isfinite(array).all()) for array in arrays)
 
 
 def _names_of(model: ir.Model, ctx: Context) -> set[str]:

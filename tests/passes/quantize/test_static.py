@@ -321,6 +321,19 @@ def test_a_budget_that_cannot_be_met_leaves_float() -> None:
     assert "stays float" in ctx.remarks[-1].reason
 
 
+def test_weights_that_are_no_numbers_stay_float() -> None:
+    proto = varied(RESIDUAL)
+    broken = onnx.numpy_helper.to_array(proto.graph.initializer[0]).copy()
+    broken[2, 1] = np.nan
+    proto.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(broken, "w"))
+    model = load_model(proto)
+    ctx = context(model)
+    assert not QuantizeStatic().run(model, ctx)
+    reasons = {(remark.node, remark.reason) for remark in ctx.remarks}
+    assert ("c", "stays float: its weight or bias holds NaN or infinities") in reasons
+    assert any("the float model gives NaN or infinities" in reason for _, reason in reasons)
+
+
 def test_a_budget_is_met_in_about_log2_of_the_layers() -> None:
     layers = "  ".join(f"l{i} = Conv(l{i - 1}, w{i})" for i in range(1, 17))
     weights = ", ".join(f"float[8,8,1,1] w{i}" for i in range(1, 17))
