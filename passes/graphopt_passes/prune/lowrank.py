@@ -51,12 +51,14 @@ class Factors:
     Attributes:
         first: [columns, rank].
         second: [rank, rows].
-        error: of the outputs, RMS over RMS.
+        error: of the outputs, RMS over RMS, about their means where a bias makes up for those.
+        shift: what the product changes the mean of the outputs by, which a bias makes up for; None without.
     """
 
     first: Wide
     second: Wide
     error: float
+    shift: Wide | None = None
 
     @property
     def rank(self) -> int:
@@ -121,7 +123,7 @@ def _found(
     for layer in layers:
         matrix = layer.matrix()[0].T
         seen = moments.get(layer.name)
-        made = factors(matrix, None if seen is None else seen[0, :-1, :-1], error)
+        made = _factors_of(layer, matrix, None if seen is None else seen[0], error)
         if made.size > WORTH * matrix.size:
             ctx.missed(
                 RULE,
@@ -136,6 +138,21 @@ def _found(
             continue
         found[layer.name] = made
     return found
+
+
+def _factors_of(layer: Layer, matrix: Wide, seen: Wide | None, error: float) -> Factors:
+    """The factors of a layer; what a bias can make up for does not count as an error, nor as something to keep.
+
+    Outputs far from zero that hardly vary would else hide how much of what does vary is lost.
+    """
+    if seen is None:
+        return factors(matrix, None, error)
+    moment, total, count = seen[:-1, :-1].astype(np.float64), seen[:-1, -1], float(seen[-1, -1])
+    if layer.bias_vector() is None:
+        return factors(matrix, moment, error)
+    mean = total.astype(np.float64) / count
+    made = factors(matrix, moment - count * np.outer(mean, mean), error)
+    return dataclasses.replace(made, shift=mean @ matrix - mean @ made.first @ made.second)
 
 
 def factors(matrix: Wide, moment: Wide | None, error: float) -> Factors:
@@ -231,6 +248,13 @@ def _apply(layer: Layer, made: Factors, names: Names) -> None:
     stored = np.ascontiguousarray(second).astype(dtype.numpy())
     layer.weight.const_value = ir.Tensor(stored, dtype, name=layer.name)
     layer.weight.shape = ir.Shape(stored.shape)
+    bias = layer.bias
+    if made.shift is not None and bias is not None and bias.const_value is not None:
+        like = bias.const_value
+        moved = (like.numpy().astype(np.float64).reshape(-1) + made.shift).reshape(
+            like.shape.numpy()
+        )
+        bias.const_value = ir.Tensor(moved.astype(like.dtype.numpy()), like.dtype, name=bias.name)
 
 
 def _tell(ctx: Context, site: str, layers: Sequence[Layer], known: dict[str, Factors]) -> None:

@@ -94,6 +94,20 @@ def test_directions_that_inputs_never_take_cost_nothing(tmp_path: Path) -> None:
     assert error < 0.06
 
 
+@pytest.mark.usefixtures("fast")
+def test_what_a_bias_makes_up_for_hides_no_error(tmp_path: Path) -> None:
+    """Inputs far from zero: the outputs stay within the error about their means, and so do the means."""
+    x = (np.random.default_rng(0).standard_normal((400, 160)) + 50).astype(np.float32)
+    np.savez(tmp_path / "s.npz", x=x)
+    model = given(GEMM, noise=0.1)
+    want = run(model, x)
+    assert Prune().run(model, context(model, "lowrank:0.1", tmp_path / "s.npz"))
+    got = run(model, x)
+    spread = want - want.mean(0)
+    assert np.abs(got.mean(0) - want.mean(0)).max() < 0.02 * np.sqrt(np.square(spread).mean())
+    assert np.sqrt(np.square(got - want).mean() / np.square(spread).mean()) < 0.12
+
+
 def test_declines_what_is_not_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowrank, "_speed", lambda *_: 1.0)
     model = given(PAIR)
