@@ -52,3 +52,10 @@ def test_where_all_is_legal_the_opset_stays() -> None:
 def test_a_target_that_keeps_opsets_keeps_them() -> None:
     model = lifted(CONV, "bf16", 18, "portable")
     assert model.opset_imports[""] == 18
+
+
+@pytest.mark.parametrize("target", ["cuda", "tensorrt"])
+def test_what_could_not_be_verified_on_a_cpu_any_more_keeps_the_opset(target: str) -> None:
+    text = CONV.replace("y = Conv(x, w)", "n = RandomNormalLike(x) c = Conv(x, w) y = Add(c, n)")
+    model = lifted(text, "bf16", 18, target)
+    assert model.opset_imports[""] == 18

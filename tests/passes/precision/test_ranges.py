@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
+from graphopt_passes.precision.ranges import MANY, samples
 from graphopt_passes.precision.units import units
 
-from graphopt.rewrite import Calibration, Options
+from graphopt.rewrite import Calibration, Context, Options
+from graphopt.runtime.session import Session
+from graphopt.targets import get_target
 from tests.passes.precision.casting import Array, cast, error, halves, normal, reasons
 from tests.rewriting import parse
 
@@ -116,3 +119,17 @@ def test_factors_that_cannot_be_folded_keep_float32() -> None:
     text = "g (float[4,16] x, float[16,8] w) => (float[4,8] y) { y = Gemm<alpha=1e7>(x, w) }"
     _, ctx, _ = cast(text)
     assert "the factor alpha" in reasons(ctx)["y"]
+
+
+@pytest.mark.parametrize(("width", "cheap"), [(16, True), (2048, False)])
+def test_models_that_are_cheap_to_run_get_further_draws(width: int, cheap: bool) -> None:
+    proto = parse(f"g (float[4,{width}] x) => (float[4,{width}] y) {{ y = MatMul(x, w) }}")
+    weight = np.zeros((width, width), np.float32)
+    proto.graph.initializer.append(ir.to_proto(ir.tensor(weight, name="w")))
+    model = ir.from_proto(proto)
+    feeds, usual, _ = samples(
+        model, Session(proto.SerializeToString()), Context(model, get_target("cuda"))
+    )
+    draws = [feed for feed in usual if not any(feed is each for each in feeds)]
+    assert len(draws) == (MANY if cheap else 0)
+    assert len({feed["x"].tobytes() for feed in draws}) == len(draws)
