@@ -170,10 +170,9 @@ def gather(
         seen = spreads.get(value.name or "")
         return seen is not None and seen.flushed
 
+    masks = flows.sentinels(model, flow)
     fragile = flows.fragile(model, flow, flushes, near if generated else set())
-    return Facts(
-        legality, spreads, exact, flows.sentinels(model, flow), fragile, generated=generated
-    )
+    return Facts(legality, spreads, exact, masks, fragile, generated=generated)
 
 
 def decide_all(model: ir.Model, facts: Facts) -> dict[ir.Node, Decision]:
