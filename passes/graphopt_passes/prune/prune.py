@@ -67,7 +67,8 @@ class Prune:
         if not text:
             return False
         request = parse_sparsity(text)
-        if ctx.options.calibration is None and request.allocation is Allocation.MIXED:
+        known = ctx.options.calibration is not None
+        if request.allocation is Allocation.MIXED and not (known and _is_high(request)):
             request = dataclasses.replace(request, allocation=Allocation.LAMP)
         if self.early:
             part = _early(request, ctx)
@@ -120,9 +121,13 @@ EARLY_DENSITY = 2.4
 def _early(request: SparsityRequest, ctx: Context) -> SparsityRequest | None:
     """What to prune first where training follows; None where one step is enough."""
     trained = bool(ctx.options.distill) and ctx.options.calibration is not None
-    if not trained or request.ratio is None or request.ratio < ADMM_FROM:
+    if not trained or request.ratio is None or not _is_high(request):
         return None
     return dataclasses.replace(request, ratio=1 - (1 - request.ratio) * EARLY_DENSITY)
+
+
+def _is_high(request: SparsityRequest) -> bool:
+    return request.ratio is not None and request.ratio >= ADMM_FROM
 
 
 def _site(model: ir.Model) -> str:

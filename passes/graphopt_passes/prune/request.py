@@ -34,7 +34,7 @@ class Allocation(enum.StrEnum):
     """How the share of zeros is spread over the layers."""
 
     MIXED = "mixed"
-    """Half way between LAMP and ERK: networks differ in which is better.  LAMP without samples."""
+    """From 90 % on half way between LAMP and ERK: networks differ in which is better.  Else, and blind, LAMP."""
 
     LAMP = "lamp"
     SENSITIVITY = "sensitivity"

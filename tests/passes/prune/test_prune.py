@@ -332,15 +332,16 @@ def spread(text: str, *, blind: bool = False) -> list[float]:
 
 def test_without_samples_zeros_are_spread_by_magnitude_alone() -> None:
     assert spread("0.8", blind=True) == spread("0.8,allocation=lamp", blind=True)
-    assert spread("0.8") == spread("0.8,allocation=mixed")
-    assert spread("0.8") != spread("0.8,allocation=lamp")
+    assert spread("0.8") == spread("0.8,allocation=lamp")
+    assert spread("0.92") == spread("0.92,allocation=mixed")
+    assert spread("0.92") != spread("0.92,allocation=lamp")
 
 
 @pytest.mark.parametrize("how", ["mixed", "erk"])
 def test_large_models_are_spread_as_small_ones(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = spread(f"0.8,allocation={how}")
+    small = spread(f"0.92,allocation={how}")
     monkeypatch.setattr(weights, "LARGE", 1)
-    np.testing.assert_allclose(spread(f"0.8,allocation={how}"), small, atol=0.02)
+    np.testing.assert_allclose(spread(f"0.92,allocation={how}"), small, atol=0.02)
 
 
 def test_removal_costs_are_those_of_the_least_squares_left() -> None:
