@@ -17,7 +17,7 @@ from graphopt.ir.model_file import ExternalData
 from graphopt.numerics import Numerics
 from graphopt.rewrite import Gate, Options
 from graphopt.targets import Precision, get_target
-from graphopt.verify.feeds import Feed
+from graphopt.verify.feeds import LARGE, Feed
 from graphopt.verify.verifier import ReferenceRun, VerifyOptions
 from tests.rewriting import parse
 
@@ -88,9 +88,9 @@ def test_float32_results_are_run_as_they_are(tmp_path: Path) -> None:
 def test_the_large_feed_is_left_out_for_halves_only(tmp_path: Path) -> None:
     onnx.save(parse(MLP), tmp_path / "model.onnx")
     names = [feed.name for feed in ReferenceRun(tmp_path / "model.onnx").feeds]
-    assert half.LARGE in names
+    assert LARGE in names
     run = half.usual(ReferenceRun(tmp_path / "model.onnx"), request())
-    assert [feed.name for feed in run.feeds] == [name for name in names if name != half.LARGE]
+    assert [feed.name for feed in run.feeds] == [name for name in names if name != LARGE]
     assert len(run.outputs) == len(run.feeds)
     kept = half.usual(ReferenceRun(tmp_path / "model.onnx"), request(Precision.FP32))
     assert [feed.name for feed in kept.feeds] == names
