@@ -31,6 +31,7 @@ def golden_optimizer(say: Progress | None = None) -> Callable[[Path, Path, str],
             recipe=chosen,
             verify="off",
             force=options.force,
+            budget=options.budget,
             calibration=None if calibration is None else source.resolve().parent / calibration,
             progress=say,
         )

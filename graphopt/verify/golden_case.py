@@ -55,7 +55,8 @@ class CaseOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     Attributes:
         force: emit what the target is known to run slower.
         calibration: samples for passes that decide by data, relative to the folder of the source.
-        budget: the error that the result may make, such as "sqnr>=30"; None for what the precision promises.
+        budget: the error that the run and its result may make, such as "sqnr>=30"; None for what the precision
+            promises.
     """
 
     force: bool = False

@@ -13,6 +13,7 @@ import pytest
 from graphopt.driver.golden import golden_optimizer, read_recipe
 from graphopt.errors import OptionError, VerifyError
 from graphopt.ir.model_file import load_model, save_model
+from graphopt.numerics import Numerics
 from graphopt.verify.golden import check_case, record
 from tests.rewriting import parse
 
@@ -42,10 +43,18 @@ def test_a_case_in_eight_bits_is_judged_by_their_budget(tmp_path: Path, source: 
     assert check_case(case, golden_optimizer()).passed
 
 
-def test_a_budget_of_the_case_refuses_what_is_worse(tmp_path: Path, source: Path) -> None:
+def test_a_budget_of_the_case_holds_for_the_run_and_for_its_result(
+    tmp_path: Path, source: Path
+) -> None:
     strict = WIDE + 'budget = "sqnr>=90"\n'
+
+    def careless(model: Path, output: Path, _: str) -> Numerics:
+        return golden_optimizer()(model, output, WIDE)
+
     with pytest.raises(VerifyError, match=re.escape("< 90 dB")):
-        record(tmp_path / "case", source, golden_optimizer(), recipe=strict)
+        record(tmp_path / "case", source, careless, recipe=strict)
+    kept = record(tmp_path / "case", source, golden_optimizer(), recipe=strict)
+    assert not kept.errors[0].now
 
 
 def test_bfloat16_is_judged_as_it_would_run(tmp_path: Path, source: Path) -> None:
