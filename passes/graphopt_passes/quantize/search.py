@@ -49,6 +49,7 @@ class Search:
         others = fused - alone
         bare = self.trials.all_sites(alone)  # what lies between products may be faster in float
         found = [self._cheapest(fused), self._cheapest(bare), self.trials.all_sites(dense | others)]
+        found.append(fused)  # the table may be wrong of what lies between: nothing is decoded there
         return [group for group in dict.fromkeys(found) if group and self._pays(group)]
 
     def _pays(self, sites: frozenset[str]) -> bool:

@@ -15,8 +15,10 @@ from graphopt_passes.quantize.emission import candidates, quantize
 from graphopt_passes.quantize.facts import Facts, Layer
 from graphopt_passes.quantize.fusion import read_fusion
 from graphopt_passes.quantize.placement import Allow
+from graphopt_passes.quantize.search import Search
 from graphopt_passes.quantize.static import QuantizeStatic
 from graphopt_passes.quantize.styles import style_named, style_of
+from graphopt_passes.quantize.trials import Trials
 
 import graphopt
 from graphopt.calibrate.collect import collect
@@ -255,6 +257,25 @@ def test_the_pass_quantises_and_says_how() -> None:
     )
     assert QuantizeStatic().run(again, replay)
     assert to_proto(again) == to_proto(model)
+
+
+def test_everything_is_tried_where_the_part_that_the_table_prefers_is_slower(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def without_first(self: Search, sites: frozenset[str]) -> frozenset[str]:
+        return self.trials.all_sites(sites - {"c", "r"})
+
+    def clock(_: Trials, sites: frozenset[str]) -> float:
+        return 1.2 if "c" in sites else 0.8
+
+    monkeypatch.setattr(Search, "_cheapest", without_first)
+    monkeypatch.setattr(Search, "_pays", lambda _self, _sites: True)
+    monkeypatch.setattr(Trials, "ratio", clock)
+    model = load_model(varied(RESIDUAL))
+    given = Options(calibration=Calibration(IMAGES), budget="sqnr>=20")
+    ctx = Context(model, get_target("cpu"), given, pass_name="quantize-static")
+    assert QuantizeStatic().run(model, ctx)
+    assert sum("in 8 bits (" in remark.reason for remark in ctx.remarks) == 3
 
 
 def test_a_gated_site_stays_float() -> None:
