@@ -68,6 +68,12 @@ PEERS = {
         "from modelopt.onnx.autocast import convert_to_f16",
         "made = convert_to_f16(onnx.load(path), kind, keep_io_types=True)",
     ),
+    "neural-compressor": (
+        "import os; os.environ['FORCE_FP16'] = os.environ['FORCE_BF16'] = '1'  # it would ask for a GPU\n"
+        "from neural_compressor import mix_precision, config",
+        "asked = config.MixedPrecisionConfig(device='gpu', backend='onnxrt_cuda_ep', precisions=kind)\n"
+        "    made = mix_precision.fit(path, asked).model",
+    ),
 }
 """How each peer is imported, and what turns `path` into `made`."""
 
@@ -86,7 +92,7 @@ for line in sys.stdin:
         fault = repr(error)[:300].replace(chr(10), ' ')
     print('RESULT' + chr(9) + out + chr(9) + fault, flush=True)
 """
-KNOW_BF16 = tuple(name for name in PEERS if name.startswith("modelopt"))
+KNOW_BF16 = tuple(name for name in PEERS if name.startswith(("modelopt", "neural")))
 
 
 WORDS = (
