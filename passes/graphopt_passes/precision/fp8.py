@@ -22,6 +22,8 @@ from graphopt_passes.precision.ranges import Spread, observe
 Array = np.ndarray[Any, Any]
 RULE = "quantize-fp8"
 GREATEST = 448.0
+LEAST = GREATEST * float(np.finfo(np.float32).tiny)
+"""Below this greatest magnitude, float32 has no normal scale."""
 """Of E4M3 without infinities.  Source: OCP 8-bit floating point specification, 1.0; ONNX FLOAT8E4M3FN."""
 
 FP8 = ir.DataType.FLOAT8E4M3FN
@@ -126,7 +128,7 @@ class _Emitter:
         source, weight = node.inputs[0], node.inputs[1]
         assert source is not None
         assert weight is not None
-        if seen is None or not 0 < seen.absmax < np.inf:
+        if seen is None or not LEAST <= seen.absmax < np.inf:
             self._ctx.missed(RULE, node, "its input was not seen, or was zero throughout", source)
             return
         if not self._ctx.permit(RULE, node, Numerics.LOSSY):
@@ -211,7 +213,8 @@ def _codes(array: Array, axis: int) -> tuple[Array, Array]:
     """A weight in 8-bit floats and the scale of each channel."""
     others = tuple(each for each in range(array.ndim) if each != axis)
     greatest = np.abs(array).max(axis=others)
-    scales = np.where(greatest > 0, greatest / GREATEST, 1.0).astype(np.float32)
+    # A channel of zeros, or of numbers too small for a scale, becomes zeros.
+    scales = np.where(greatest >= LEAST, greatest / GREATEST, 1.0).astype(np.float32)
     shape = [1] * array.ndim
     shape[axis] = -1
     return (array / scales.reshape(shape)).astype(ml_dtypes.float8_e4m3fn), scales

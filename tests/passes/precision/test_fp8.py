@@ -91,6 +91,22 @@ def test_what_was_zero_throughout_is_left_alone() -> None:
     assert any("zero throughout" in remark.reason for remark in ctx.remarks)
 
 
+@pytest.mark.parametrize("small", [0.0, 1e-44, 1e-37])
+def test_channels_too_small_for_a_scale_become_zeros(small: float) -> None:
+    proto = parse("g (float[N,16] x) => (float[N,16] y) <float[16,16] w> { y = MatMul(x, w) }")
+    weight = np.random.default_rng(1).standard_normal((16, 16)).astype(np.float32)
+    weight[:, 3] = small
+    proto.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(weight, "w"))
+    proto.opset_import[0].version = 19
+    model = ir.from_proto(proto)
+    ctx = Context(model, get_target("tensorrt"), Options(calibration=Calibration([{"x": X}])))
+    run_pipeline(model, (QuantizeFp8(),), ctx)
+    found = Session(model_to_bytes(model)).run({"x": X})["y"]
+    assert np.isfinite(found).all()
+    assert not found[:, 3].any()
+    assert found[:, 2].any()
+
+
 def test_without_data_nothing_is_quantised() -> None:
     model = ir.from_proto(parse(TEXT, opset=19))
     options = Options(calibration=Calibration([{"x": X[:, :3]}]))
