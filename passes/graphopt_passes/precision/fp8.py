@@ -22,9 +22,10 @@ from graphopt_passes.precision.ranges import Spread, observe
 Array = np.ndarray[Any, Any]
 RULE = "quantize-fp8"
 GREATEST = 448.0
+"""Of E4M3 without infinities.  Source: OCP 8-bit floating point specification, 1.0; ONNX FLOAT8E4M3FN."""
+
 LEAST = GREATEST * float(np.finfo(np.float32).tiny)
 """Below this greatest magnitude, float32 has no normal scale."""
-"""Of E4M3 without infinities.  Source: OCP 8-bit floating point specification, 1.0; ONNX FLOAT8E4M3FN."""
 
 FP8 = ir.DataType.FLOAT8E4M3FN
 WORD = "float8"
