@@ -274,10 +274,11 @@ def _peer(name: str, cases: Mapping[Path, Path], options: argparse.Namespace) ->
     script = _HARNESS.format(imported=imported, converted=converted)
     asked = [
         "\t".join([str(case / "model.onnx"), str(out), str(case / DATA), options.precision])
-        for case, out in cases.items()
+        for case, out in ((case.absolute(), out) for case, out in cases.items())
     ]
     done = subprocess.run(
-        [options.peer_python, "-c", script],
+        [Path(options.peer_python).absolute(), "-c", script],
+        cwd=next(iter(cases.values())).parent,  # some leave files where they run
         input="\n".join(asked) + "\n",
         capture_output=True,
         text=True,
