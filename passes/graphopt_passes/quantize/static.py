@@ -193,7 +193,7 @@ def _say_nothing_fits(ctx: Context) -> None:
         RULE,
         "",
         "nothing to quantise: no Conv, Gemm or MatMul of float32 with a constant weight; weights that are inputs too "
-        "are no constants: --pass freeze-defaults makes them so",
+        "are no constants: --freeze-defaults makes them so",
     )
 
 
