@@ -95,7 +95,7 @@ SavePlan: TypeAlias = Annotated[
     typer.Option(
         "--save-plan",
         metavar="FILE",
-        help="Write dtype and reason of every node there (JSON). For fp16 and bf16.",
+        help="Write dtype and reason of every node there (JSON; fp8: of every product). For fp16, bf16, fp8.",
     ),
 ]
 Force: TypeAlias = Annotated[

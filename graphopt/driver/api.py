@@ -9,8 +9,6 @@ from pathlib import Path
 from graphopt.driver.optimize import run
 from graphopt.driver.request import (
     DEFAULT_FOLD_LIMIT,
-    PLANNED,
-    SAVED,
     Feeds,
     Progress,
     Request,
@@ -100,7 +98,7 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
         distill: train what is left towards the original (needs torch and `calibration`): "yes", "steps=500,lr=3e-4".
         plan: a precision plan to follow (fp16, bf16, fp8), as `save_plan` wrote it and perhaps a person edited it;
             nodes are found by structure.
-        save_plan: a file for the precision plan of the run (fp16, bf16): dtype and reason of every node.
+        save_plan: a file for the precision plan of the run (fp16, bf16, fp8): dtype and reason of every node.
         force: emit what the target is known to run slower.
         autotune: time what fusions gain on this machine, instead of going by the target's tables; True keeps results
             in the user's cache, a path in that file. Only for targets that run here.
@@ -150,8 +148,8 @@ def optimize(  # noqa: PLR0913  the options of the command line, by keyword only
             force=force,
             distill=distill,
             autotune=_kept(autotune),
-            plan=parse_plan("plan", plan, level, PLANNED),
-            save_plan=parse_plan("save_plan", save_plan, level, SAVED),
+            plan=parse_plan("plan", plan, level),
+            save_plan=parse_plan("save_plan", save_plan, level),
         ),
         verify=VerifyMode(
             parse_choice("verify mode", verify or held.verify or "final", VerifyMode)

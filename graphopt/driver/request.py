@@ -31,10 +31,7 @@ EXTRAS = ("triton", "ort")
 """What a bundle holds on request: a model repository of Triton, the model in the .ort format."""
 
 PLANNED = (Precision.FP16, Precision.BF16, Precision.FP8)
-"""Precisions that follow a plan."""
-
-SAVED = (Precision.FP16, Precision.BF16)
-"""Precisions that write one."""
+"""Precisions that write and follow a plan."""
 
 DEFAULT_FOLD_LIMIT = Options().fold_limit_bytes
 
@@ -142,16 +139,15 @@ def parse_plan(
     option: str,
     file: str | os.PathLike[str] | None,
     precision: Precision,
-    known: Sequence[Precision],
 ) -> Path | None:
     """The path of a precision plan, where the run has something to plan.
 
     Raises:
         OptionError: the precision has none.
     """
-    if file is None or precision in known:
+    if file is None or precision in PLANNED:
         return None if file is None else Path(file)
-    names = ", ".join(each.value for each in known)
+    names = ", ".join(each.value for each in PLANNED)
     raise OptionError(
         f"{option} {os.fspath(file)}: a precision plan says which nodes are in half or 8 bits, and {precision.value} "
         f"has none; ask for --precision {names}"

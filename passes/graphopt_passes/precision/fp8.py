@@ -16,7 +16,7 @@ from graphopt.numerics import Numerics
 from graphopt.rewrite import Context, RemarkKind
 from graphopt.rewrite.relink import mark
 from graphopt_passes.precision.legality import is_float
-from graphopt_passes.precision.plan_file import planned_dtypes
+from graphopt_passes.precision.plan_file import keys, planned_dtypes, write_dtypes
 from graphopt_passes.precision.ranges import Spread, observe
 
 Array = np.ndarray[Any, Any]
@@ -30,6 +30,8 @@ LEAST = GREATEST * float(np.finfo(np.float32).tiny)
 FP8 = ir.DataType.FLOAT8E4M3FN
 WORD = "float8"
 """What a precision plan calls it."""
+
+_FLOAT = ("float32", "left out by name, plan or budget, or its input was not seen")
 
 _SINCE = 19
 _AXES = {"Conv": 0, "ConvTranspose": 1, "MatMul": -1, "Gemm": -1}
@@ -81,9 +83,13 @@ class QuantizeFp8:
             return False
         ctx.remark(RemarkKind.NOTE, RULE, "", f"scales come from {seen.source}")
         emitter = _Emitter(model.graph, ctx)
-        before = len(ctx.rewrites)
+        before, places = len(ctx.rewrites), keys(model)
+        said = {node: _FLOAT for node in model.graph if _is_product(node)}
         for node in nodes:
-            emitter.quantise(node, seen.spreads.get(_input_name(node)))
+            if emitter.quantise(node, seen.spreads.get(_input_name(node))):
+                said[node] = (WORD, "nothing speaks against it")
+        if ctx.options.save_plan is not None:
+            write_dtypes(ctx.options.save_plan, places, said)
         if len(ctx.rewrites) > before:
             ctx.refresh()
         return len(ctx.rewrites) > before
@@ -124,16 +130,16 @@ class _Emitter:
         self._pairs: dict[ir.Value, ir.Value] = {}
         self._weights: dict[tuple[ir.Value, int], ir.Value] = {}
 
-    def quantise(self, node: ir.Node, seen: Spread | None) -> None:
-        """Lets a product read 8-bit floats; declines where nobody saw what it reads."""
+    def quantise(self, node: ir.Node, seen: Spread | None) -> bool:
+        """Lets a product read 8-bit floats; declines where nobody saw what it reads, and says whether it did not."""
         source, weight = node.inputs[0], node.inputs[1]
         assert source is not None
         assert weight is not None
         if seen is None or not LEAST <= seen.absmax < np.inf:
             self._ctx.missed(RULE, node, "its input was not seen, or was zero throughout", source)
-            return
+            return False
         if not self._ctx.permit(RULE, node, Numerics.LOSSY):
-            return
+            return False
         if source not in self._pairs:
             self._pairs[source] = self._pair(source, seen.absmax)
         node.replace_input_with(0, self._pairs[source])
@@ -141,6 +147,7 @@ class _Emitter:
         if (weight, axis) not in self._weights:
             self._weights[weight, axis] = self._stored(weight, axis, node)
         node.replace_input_with(1, self._weights[weight, axis])
+        return True
 
     def _pair(self, value: ir.Value, greatest: float) -> ir.Value:
         """DQ(Q(value)), right behind the value."""

@@ -75,17 +75,36 @@ def write_plan(path: Path, model: ir.Model, decisions: Mapping[ir.Node, Decision
     Raises:
         OptionError: the file cannot be written.
     """
-    found = keys(model)
-    nodes = [
-        {
-            "key": found[node],
-            "node": name_of(node),
-            "operator": node.op_type,
-            "dtype": decision.kind.value,
-            "reason": decision.reason or _REASONS.get(decision.kind, ""),
-        }
+    said = {
+        node: (decision.kind.value, decision.reason or _REASONS.get(decision.kind, ""))
         for node, decision in decisions.items()
         if decision.kind is not Kind.FIXED
+    }
+    write_dtypes(path, keys(model), said)
+
+
+def write_dtypes(
+    path: Path, places: Mapping[ir.Node, str], said: Mapping[ir.Node, tuple[str, str]]
+) -> None:
+    """Writes dtype and reason of some nodes.
+
+    Args:
+        path: the file.
+        places: the keys of the nodes, before anything was rewritten.
+        said: dtype and reason.
+
+    Raises:
+        OptionError: the file cannot be written.
+    """
+    nodes = [
+        {
+            "key": places[node],
+            "node": name_of(node),
+            "operator": node.op_type,
+            "dtype": dtype,
+            "reason": reason,
+        }
+        for node, (dtype, reason) in said.items()
     ]
     body = json.dumps({"schema": SCHEMA, "nodes": nodes}, indent=1) + "\n"
     try:

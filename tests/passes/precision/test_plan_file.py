@@ -110,8 +110,32 @@ def test_a_plan_needs_a_precision_that_has_one(tmp_path: Path) -> None:
     model = parse(TEXT)
     with pytest.raises(OptionError, match=r"plan p.json: .*and fp32 has none; ask for"):
         optimize(model, plan="p.json")
-    with pytest.raises(OptionError, match=r"save_plan .*fp8 has none.*fp16, bf16"):
-        optimize(model, target="tensorrt", precision="fp8", save_plan=tmp_path / "p.json")
+    with pytest.raises(OptionError, match=r"save_plan .*fp32 has none.*fp16, bf16, fp8"):
+        optimize(model, save_plan=tmp_path / "p.json")
+
+
+def test_products_in_8_bits_are_saved_edited_and_followed(tmp_path: Path) -> None:
+    plan, model = tmp_path / "plan.json", parse(TEXT)
+    whole = optimize(model, target="tensorrt", precision="fp8", save_plan=plan)
+    body = json.loads(plan.read_text())
+    made = [each["dtype"] for each in body["nodes"]].count("float8")
+    assert made == _scaled(whole.model) > 1
+    body["nodes"][0]["dtype"] = "float32"
+    plan.write_text(json.dumps(body))
+    part = optimize(model, target="tensorrt", precision="fp8", plan=plan)
+    assert _scaled(part.model) == made - 1
+    assert not part.report.warnings
+
+
+def _scaled(model: ir.Model) -> int:
+    """Products that read an 8-bit weight."""
+    return sum(
+        node.inputs[0] is not None
+        and (tensor := node.inputs[0].const_value) is not None
+        and tensor.dtype is ir.DataType.FLOAT8E4M3FN
+        for node in model.graph
+        if node.op_type == "DequantizeLinear"
+    )
 
 
 def test_nodes_can_be_kept_by_name() -> None:
