@@ -146,7 +146,7 @@ def _probed(trials: Trials) -> int:
 
 def _settle_values(trials: Trials, fused: frozenset[str]) -> None:
     """Chooses the range of each value by what it does to the outputs, if that lowers the noise of all together."""
-    plain, facts, key = _merit(trials, fused), trials.facts, trials.key
+    facts, key = trials.facts, trials.key
     names = _ranged_values(trials, fused)
     cached = f"ranged:{key}"
     if cached not in trials.ctx.cache:
@@ -164,17 +164,19 @@ def _settle_values(trials: Trials, fused: frozenset[str]) -> None:
     ranged: Mapping[str, Ranging] = trials.ctx.cache[cached]
     if not ranged:
         return
-    trials.facts = dataclasses.replace(facts, ranged=ranged, chosen={})
-    trials.key += " ranged"
+    told = f"ranges of {len(ranged)} values by what they do to the outputs"
+    _adopt(trials, fused, dataclasses.replace(facts, ranged=ranged, chosen={}), "ranged", told)
+
+
+def _adopt(trials: Trials, fused: frozenset[str], facts: Facts, how: str, told: str) -> None:
+    """Goes by other facts where that lowers the noise."""
+    plain, was, key = _merit(trials, fused), trials.facts, trials.key
+    trials.facts, trials.key = facts, f"{key} {how}"
     won = _merit(trials, fused) - plain
     if won < REFINED_DB:
-        trials.facts, trials.key = facts, key
+        trials.facts, trials.key = was, key
         return
-    _note(
-        trials,
-        f"ranges of {len(ranged)} values by what they do to the outputs: {won:.1f} dB less noise with all layers in "
-        "8 bits",
-    )
+    _note(trials, f"{told}: {won:.1f} dB less noise with all layers in 8 bits")
 
 
 def _ranged_values(trials: Trials, fused: frozenset[str]) -> tuple[str, ...]:
@@ -231,17 +233,8 @@ def _settle_rounding(trials: Trials, fused: frozenset[str]) -> None:
     moments = _moments(trials, fused)
     if not moments:
         return
-    plain, facts, key = _merit(trials, fused), trials.facts, trials.key
-    trials.facts = dataclasses.replace(facts, moments=moments, refined={})
-    trials.key += " refined"
-    won = _merit(trials, fused) - plain
-    if won < REFINED_DB:
-        trials.facts, trials.key = facts, key
-        return
-    _note(
-        trials,
-        f"weights rounded by second moments: {won:.1f} dB less noise with all layers in 8 bits",
-    )
+    facts = dataclasses.replace(trials.facts, moments=moments, refined={})
+    _adopt(trials, fused, facts, "refined", "weights rounded by second moments")
 
 
 def _moments(trials: Trials, fused: frozenset[str]) -> Mapping[str, np.ndarray]:
