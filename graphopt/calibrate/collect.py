@@ -60,7 +60,7 @@ def collect(  # noqa: PLR0913  all but the first three by keyword only
     return found
 
 
-WAITING = 1 << 23
+WAITING = 1 << 22
 """Elements that may wait to be counted."""
 
 _WINDOW = 16

@@ -27,7 +27,8 @@ SENTINEL = 1e9
 LIMBS = 3
 """Integers that an exact sum is kept in."""
 
-_UNIT = 2.0**50
+_BITS = 50
+_UNIT = 2.0**_BITS
 """One of an integer in units of the next."""
 
 _TOP = 2.0**40
@@ -143,16 +144,26 @@ def empty() -> Statistics:
     return Statistics(np.zeros(KEYS, np.int64))
 
 
-def split(numbers: Any) -> Array:  # noqa: ANN401
-    """Numbers as integers: multiples of 2^40, of 2^-10 and of 2^-60, int64 [3, ...]."""
-    left = np.asarray(numbers, np.float64) / _TOP
-    found = np.empty((LIMBS, *left.shape), np.int64)
-    for index in range(LIMBS - 1):
+def split_sum(numbers: Array) -> Array:
+    """Sums over the first axis as integers: multiples of 2^40, of 2^-10 and of 2^-60, int64 [3, ...]."""
+    found = np.zeros((LIMBS, *numbers.shape[1:]), np.int64)
+    for start in range(0, len(numbers), _SUMMED):
+        left = np.asarray(numbers[start : start + _SUMMED], np.float64) * (_UNIT / _TOP)
+        if left.size and max(left.max(), -left.min()) >= _UNIT:  # seldom: nothing is that large
+            above = np.trunc(left / _UNIT)
+            found[0] += above.astype(np.int64).sum(axis=0)
+            left -= above * _UNIT
         whole = np.trunc(left)
-        found[index] = whole
-        left = (left - whole) * _UNIT
-    found[LIMBS - 1] = np.rint(left)
+        left -= whole
+        left *= _UNIT
+        # Integers below 2^50: so few of them add up in float64 without an error.
+        found[1] += whole.sum(axis=0).astype(np.int64)
+        found[2] += np.rint(left, out=left).sum(axis=0).astype(np.int64)
     return found
+
+
+_SUMMED = 8
+"""Numbers that are added up at once."""
 
 
 def joined(limbs: Array) -> Array:
@@ -167,10 +178,10 @@ def joined(limbs: Array) -> Array:
 
 def carried(limbs: Array) -> Array:
     """The same numbers with all but the first integer from 0 to 2^50: one form a number."""
-    found, unit = limbs.copy(), np.int64(_UNIT)
+    found = limbs.copy()
     for index in reversed(range(1, LIMBS)):
-        carry = found[index] // unit
-        found[index] -= carry * unit
+        carry = found[index] >> _BITS
+        found[index] -= carry << _BITS
         found[index - 1] += carry
     return found
 

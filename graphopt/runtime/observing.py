@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -19,12 +20,11 @@ import onnx
 
 from graphopt.errors import ModelError
 from graphopt.runtime import tapping
+from graphopt.runtime.residuals import NCHWC, Blocked, fuse_sums
 from graphopt.runtime.session import OptimizationLevel, Session, SessionOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-BLOCKED = "com.microsoft.nchwc"
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,10 +44,10 @@ class Observed:
 
     @property
     def blocks(self) -> np.ndarray[Any, Any] | None:
-        """The value as [N, blocks, positions, channels of a block]; None where it is no such value, or padded."""
-        size, padded = block_size(), self.array.shape[1] if self.channels else 0
-        if not self.channels or self.channels != padded:
+        """The value as [N, blocks, positions, channels of a block], the last block padded; None where it is none."""
+        if not self.channels:
             return None
+        size, padded = block_size(), self.array.shape[1]
         return self.array.reshape(len(self.array), padded // size, -1, size)
 
     @property
@@ -84,9 +84,7 @@ class Observer:
         inputs = {value.name for value in proto.graph.input}
         self._fed = tuple(name for name in names if name in inputs)
         self._sources = {name: (name, 0) for name in names if name not in inputs}
-        self._floors = {
-            name: 0.0 for node in proto.graph.node if _is_rectifier(node) for name in node.output
-        }
+        self._floors = _floors(proto.graph)
         self._session = self._made(proto, options) if self._sources else None
         self._arrays: dict[str, np.ndarray[Any, Any]] = {}
         self._shapes: tuple[object, ...] = ()
@@ -157,7 +155,14 @@ class Observer:
         if not blocked:
             return None
         sources = self._sources | blocked
+        shapes = {value.name: _dims(value) for value in proto.graph.output}
+        known = {
+            source: Blocked(channels, shapes[name])
+            for name, (source, channels) in blocked.items()
+            if shapes.get(name)
+        }
         tapping.keep_outputs(proto.graph, [source for source, _ in sources.values()])
+        fuse_sums(proto.graph, known, block_size())
         there = dataclasses.replace(options, external_folder=path.parent)
         session = Session(proto.SerializeToString(), options=there)
         self._sources = sources
@@ -166,14 +171,52 @@ class Observer:
 
 def _reordered_channels(node: onnx.NodeProto) -> int:
     """How many channels a node brings from blocks to the order of ONNX; 0 for any other node."""
-    if node.domain != BLOCKED or node.op_type != "ReorderOutput":
+    if node.domain != NCHWC or node.op_type != "ReorderOutput":
         return 0
     given = {attribute.name: attribute.i for attribute in node.attribute}
     return 0 if given.get("channels_last") else int(given.get("channels", 0))
 
 
-def _is_rectifier(node: onnx.NodeProto) -> bool:
-    return node.op_type == "Relu" and node.domain in {"", "ai.onnx"}
+def _dims(value: onnx.ValueInfoProto) -> tuple[int | str, ...]:
+    """The dimensions that a value states, where all are numbers or named; else none."""
+    dims = value.type.tensor_type.shape.dim
+    return tuple(d.dim_param or d.dim_value for d in dims) if all(map(_is_stated, dims)) else ()
+
+
+def _is_stated(dim: onnx.TensorShapeProto.Dimension) -> bool:
+    return bool(dim.dim_param) or dim.HasField("dim_value")
+
+
+def _floors(graph: onnx.GraphProto) -> dict[str, float]:
+    """What no element of a value is below, where the node that makes it says so: Relu, and Clip by a constant."""
+    numbers = {
+        tensor.name: tensor
+        for tensor in (*graph.initializer, *_constants(graph))
+        if tensor.data_type == onnx.TensorProto.FLOAT and not tensor.external_data
+        if math.prod(tensor.dims) == 1
+    }
+    found: dict[str, float] = {}
+    for node in graph.node:
+        if node.domain not in {"", "ai.onnx"}:
+            continue
+        if node.op_type == "Relu":
+            found[node.output[0]] = 0.0
+        elif node.op_type == "Clip" and len(node.input) > 1 and node.input[1] in numbers:
+            found[node.output[0]] = float(onnx.numpy_helper.to_array(numbers[node.input[1]]).item())
+        elif node.op_type == "Clip" and (least := [a.f for a in node.attribute if a.name == "min"]):
+            found[node.output[0]] = least[0]
+    return found
+
+
+def _constants(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Single numbers that Constant nodes hold, under the names of their outputs."""
+    for node in graph.node:
+        given = node.attribute[0] if node.op_type == "Constant" and node.attribute else None
+        if given is not None and given.name == "value" and math.prod(given.t.dims) == 1:
+            tensor = onnx.TensorProto()
+            tensor.CopyFrom(given.t)
+            tensor.name = node.output[0]
+            yield tensor
 
 
 def _are_tensors(values: Mapping[str, Any]) -> bool:
@@ -186,9 +229,9 @@ def block_size() -> int:
     """How many channels a block has on this machine: asked of the runtime's own reordering."""
     proto = onnx.ModelProto(ir_version=7)
     proto.opset_import.add(domain="", version=13)
-    proto.opset_import.add(domain=BLOCKED, version=1)
+    proto.opset_import.add(domain=NCHWC, version=1)
     proto.graph.name = "blocks"
-    proto.graph.node.add(op_type="ReorderInput", domain=BLOCKED, input=["x"], output=["y"])
+    proto.graph.node.add(op_type="ReorderInput", domain=NCHWC, input=["x"], output=["y"])
     taken = proto.graph.input.add(name="x").type.tensor_type
     taken.elem_type = onnx.TensorProto.FLOAT
     for size in (1, _PROBED, 1, 2):

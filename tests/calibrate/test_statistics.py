@@ -194,6 +194,50 @@ def test_values_in_blocks_count_as_those_in_order(monkeypatch: pytest.MonkeyPatc
         np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
+@pytest.mark.parametrize("floor", [None, 0.0])
+def test_what_pads_a_block_does_not_count(
+    monkeypatch: pytest.MonkeyPatch, floor: float | None
+) -> None:
+    monkeypatch.setattr("graphopt.runtime.observing.block_size", lambda: 8)
+    plain = RNG.uniform(1, 2, size=(2, 12, 20, 21)).astype(np.float32)
+    padded = np.concatenate([plain, np.full((2, 4, 20, 21), 7, np.float32)], axis=1)
+    turned = padded.reshape(2, 2, 8, 20, 21).transpose(0, 1, 3, 4, 2)
+    tally, wanted = Tally(), Tally()
+    tally.add(Observed(np.ascontiguousarray(turned).reshape(padded.shape), 12, floor), (1,))
+    wanted.add(Observed(plain), (1,))
+    found, other = tally.total(), wanted.total()
+    assert (found.minimum, found.maximum) == (plain.min(), plain.max())
+    assert found.elements == plain.size
+    assert found.channels.ends.shape == (2, 12)
+    assert (found.histogram == other.histogram).all()
+
+
+def test_extremes_and_nan_of_large_tensors_are_found_in_any_part() -> None:
+    x = RNG.normal(size=(1, 2, 400, 401)).astype(np.float32)
+    x[0, 1, 399, 400], x[0, 0, 7, 7] = 9, -8
+    found = observe(x)
+    assert (found.minimum, found.maximum) == (-8, 9)
+    x[0, 1, 200, 3] = np.nan
+    assert observe(x).excluded == 1
+
+
+def test_layouts_that_vary_still_count() -> None:
+    shapes = [(1, 3, 50, 60), (4, 3), (1, 3, 50, 60), (7,), (1, 40, 3), (2, 5)]
+    samples = [RNG.normal(size=shape).astype(np.float32) for shape in shapes]
+    tallies = [Tally(room) for room in (0, 1 << 20)]
+    for tally in tallies:
+        for sample in samples:
+            tally.add(Observed(sample))
+    found = tallies[0].total()
+    assert same(found, tallies[1].total())
+    assert found.histogram.sum() == found.elements == sum(sample.size for sample in samples)
+    apart = empty()
+    for sample in samples:
+        apart = apart.merged(observe(sample))
+    assert (apart.histogram == found.histogram).all()
+    assert found.mean_range == apart.mean_range
+
+
 def test_what_is_no_signal_is_found_in_blocks_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("graphopt.runtime.observing.block_size", lambda: 8)
     array = np.ones((1, 8, 2, 2), np.float32)
@@ -212,3 +256,14 @@ def test_when_elements_are_counted_does_not_show() -> None:
             tally.add(Observed(sample))
     assert same(tallies[0].total(), tallies[1].total())
     assert same(tallies[0].total(), tallies[2].total())
+
+
+@pytest.mark.parametrize("shape", [(1, 900, 7, 3), (1, 3, 300, 80), (1, 2000, 1), (1, 77, 130)])
+def test_however_many_samples_wait_the_sums_have_the_same_bits(shape: tuple[int, ...]) -> None:
+    samples = [RNG.normal(size=shape).astype(np.float32) for _ in range(11)]
+    tallies = [Tally(room) for room in (0, 1 << 16, 1 << 22)]
+    for tally in tallies:
+        for sample in samples:
+            tally.add(Observed(sample))
+    first, *others = [tally.total() for tally in tallies]
+    assert all(same(first, other) for other in others)

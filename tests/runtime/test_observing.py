@@ -48,16 +48,16 @@ def test_blocked_values_are_what_onnx_says(height: int) -> None:
             np.testing.assert_array_equal(value.row(1).plain, value.plain[1:])
 
 
-def test_whole_blocks_hold_the_same_elements_and_padded_ones_are_not_blocks() -> None:
+def test_blocks_hold_the_same_elements_and_pad_the_last_block() -> None:
     found = Observer(CONVOLUTIONS.SerializeToString(), NAMES).run(image(8))
-    blocks = found["t"].blocks
     assert found["x"].blocks is None
-    assert (blocks is not None) == (found["t"].channels == 32)
-    if blocks is not None:
-        assert blocks.shape == (1, 32 // block_size(), 64, block_size())
-        np.testing.assert_array_equal(np.sort(blocks.ravel()), np.sort(found["t"].plain.ravel()))
-    assert found["s"].plain.shape[1] == 20
-    assert found["s"].blocks is None or 20 % block_size() == 0
+    for name, channels in (("t", 32), ("s", 20)):
+        blocks, size = found[name].blocks, block_size()
+        assert (blocks is not None) == (found[name].channels == channels)
+        if blocks is not None:
+            assert blocks.shape == (1, -(-channels // size), 64, size)
+            kept = blocks.transpose(0, 1, 3, 2).reshape(1, -1, 64)[:, :channels]
+            np.testing.assert_array_equal(kept.ravel(), found[name].plain.ravel())
 
 
 def test_what_a_rectifier_makes_has_a_floor() -> None:
@@ -66,6 +66,30 @@ def test_what_a_rectifier_makes_has_a_floor() -> None:
         "r": 0.0,
         "o": 0.0,
     }
+
+
+CLIPPED = """
+g (float[n,4] x, float b) => (float[n,4] y) <float l = {-1.5}, float[2] two = {1.0, 2.0}> {
+  h = Constant<value = float {0.5}>()
+  c = Clip(x, l)  d = Clip(c, h)  e = Clip(d, b)  y = Relu(e)
+}"""
+
+
+def test_what_is_clipped_by_a_constant_has_a_floor() -> None:
+    feeds = {"x": RNG.normal(size=(2, 4)).astype(np.float32), "b": np.float32(0.75)}
+    found = Observer(parse(CLIPPED, opset=13).SerializeToString(), ("c", "d", "e", "y")).run(feeds)
+    assert {name: value.floor for name, value in found.items()} == {
+        "c": -1.5,
+        "d": 0.5,
+        "e": None,
+        "y": 0.0,
+    }
+
+
+def test_an_attribute_of_clip_is_a_floor_too() -> None:
+    model = parse("g (float[2] x) => (float[2] y) { c = Clip<min=-0.5>(x)  y = Neg(c) }", opset=10)
+    found = Observer(model.SerializeToString(), ("c",)).run({"x": np.zeros(2, np.float32)})
+    assert found["c"].floor == -0.5
 
 
 def test_shapes_may_vary_from_run_to_run() -> None:
