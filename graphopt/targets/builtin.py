@@ -126,7 +126,7 @@ CPU = Target(
             "Attention",
             "ONNX Runtime 1.31 CPU: zeros for a row masked with -infinity throughout",
             since=23,
-            dtypes=_FLOAT,
+            dtypes=frozenset({"FLOAT", "FLOAT16"}),
             form="masked-rows",
         ),
         FusedOp(

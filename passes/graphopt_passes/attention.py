@@ -22,6 +22,7 @@ from graphopt.ir.shapes import Dim, is_cut_to
 from graphopt.rewrite import Either, Lit, Match, Op, Rule, Skip, Var, rule
 from graphopt_passes.bands import Band, visible
 from graphopt_passes.constants import no_operator
+from graphopt_passes.keys import shares, ungrouped, untransposed
 from graphopt_passes.masks import HARMLESS, Reach, lowest, reach_of
 from graphopt_passes.repeats import unrepeated
 
@@ -31,11 +32,23 @@ OPSETS = (7, 10_000)
 LOW = -1e4
 """What a mask puts in place of a score at most, so that its exponential is zero in every type beside a score."""
 
-ABSORBING = -1e30
-"""In float32, a number beside which any score vanishes; ONNX Runtime 1.31 takes the lowest number for -infinity."""
+LIFTED = {
+    ir.DataType.FLOAT: -(2.0**127),
+    ir.DataType.FLOAT16: 0.0,
+    ir.DataType.BFLOAT16: 0.0,
+}
+"""What a row of a mask is lifted to that is lower throughout: the same Softmax, and never the lowest number.
+
+ONNX Runtime takes that one for -infinity.  In float32, any score vanishes beside the number here as it does beside the
+lowest, and more than half of that can be reached without rounding.  In half precision scores must not vanish: kernels
+that add in float32 keep them beside any number.
+"""
+
+NEAR = -8.0
+"""A number in half precision that sums with scores are hardly rounded beside."""
 
 SMALL = 1e6
-"""A bias that vanishes beside `ABSORBING`."""
+"""A bias that vanishes beside what float32 is lifted to."""
 
 
 scores = Var()
@@ -89,7 +102,7 @@ def fuse_attention(m: Match, g: Builder) -> ir.Value | None:
     [B, S, D], as one head.  With the guard, rows that are masked with -infinity throughout are zero in both; without
     it they are NaN before.  Source: Attention-23.
     """
-    dims, dtype = [m.dims(value) for value in (q, k_t, v)], m.dtype(q)
+    dims, dtype = [m.dims(value) for value in (q, k_t, v)], _type(m)
     ranks = {None if d is None else len(d) for d in dims}
     if ranks not in ({3}, {4}) or not _is_last_axis(m):
         return None
@@ -104,14 +117,49 @@ def fuse_attention(m: Match, g: Builder) -> ir.Value | None:
     hidden = _mask(m, g)
     if ranks == {3}:
         return _without_heads(m, g, hidden, scale, precision)
-    key, value = _ungrouped(m, _untransposed(m, g), m[v])
+    key = untransposed(m, g, m[k_t], m[attention].graph)
+    key, value = ungrouped(m, key, m[v])
     stored, served = m.known_dims(k_t)[:2], m.known_dims(q)[:2]
     heads = m.known_dims(value)[:2]
-    if (value is m[v] and heads != stored) or not _shares(served, heads):
+    if (value is m[v] and heads != stored) or not shares(served, heads):
         raise Skip("queries, keys and values differ in batch or heads", m[attention])
     if not m.emits("Attention", dtype=dtype, form="" if heads == served else "grouped"):
         raise Skip("the target gains nothing by Attention with shared keys", m[q])
-    return g.op("Attention", m[q], key, value, hidden, scale=scale, softmax_precision=precision)
+    operands = _in_one_type(m, g, m[q], key, value)
+    return g.op("Attention", *operands, hidden, scale=scale, softmax_precision=precision)
+
+
+def _type(m: Match) -> ir.DataType | None:
+    """The type that attention is computed in.
+
+    That of the queries; float32 where only scores are halves, as TorchScript writes a float32 mask beside them, and the
+    target computes halves in float32 in any case.
+    """
+    own, wide = m.dtype(q), m.dtype(weights)
+    if not m.has(raised) or own is None or wide != ir.DataType.FLOAT or m.dtype(v) != wide:
+        return own
+    return own if own.name in m.facts.target.floats.computes else wide
+
+
+def _in_one_type(m: Match, g: Builder, *operands: ir.Value) -> tuple[ir.Value, ...]:
+    """The operands in the type that attention is computed in."""
+    dtype = _type(m)
+    if dtype == m.dtype(q) or dtype is None:
+        return operands
+    return tuple(_cast_below_views(g, each, dtype) for each in operands)
+
+
+def _cast_below_views(g: Builder, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """A value in another type, cast before it was viewed: what looks for the views finds them."""
+    node = value.producer()
+    if node is None or node.domain or not node.inputs or node.inputs[0] is None:
+        return g.op("Cast", value, to=dtype)
+    if node.op_type in ("Transpose", "Reshape"):
+        below = _cast_below_views(g, node.inputs[0], dtype)
+        return g.op(node.op_type, below, *node.inputs[1:], like=node)
+    if node.op_type == "Cast" and value.dtype == dtype:
+        return _cast_below_views(g, node.inputs[0], dtype)
+    return g.op("Cast", value, to=dtype)
 
 
 def _softmax_precision(m: Match) -> int | None:
@@ -120,7 +168,7 @@ def _softmax_precision(m: Match) -> int | None:
     Raises:
         Skip: it is cast otherwise than up and down again.
     """
-    if m.dtype(plain_weights) == m.dtype(q):
+    if m.dtype(plain_weights) == _type(m):
         return None
     if m.dtype(plain_weights) != ir.DataType.FLOAT or m.dtype(weights) != m.dtype(q):
         raise Skip("the scores are cast to another type than float32 and back", m[q])
@@ -137,16 +185,16 @@ def _without_heads(
     """Attention of [B, S, D], [B, L, D] and [B, L, E]: one head each, side by side with none."""
     if len({m.known_dims(each)[0] for each in (q, k_t, v)}) > 1:
         raise Skip("queries, keys and values differ in batch", m[attention])
-    maker, turn = m[k_t].producer(), (0, 2, 1)
+    maker, turn, stored = m[k_t].producer(), (0, 2, 1), None
     if maker is not None and maker.op_type == "Transpose" and m.attr(maker, "perm", ()) == turn:
-        key = maker.inputs[0]
-    else:
-        key = g.op("Transpose", m[k_t], perm=turn)
+        stored = maker.inputs[0]
+    stored = stored or g.op("Transpose", m[k_t], perm=turn)
     if hidden is not None and len(_mask_dims(m)) == 3:
         hidden = g.op("Unsqueeze", hidden, g.ints([1]))
     return g.op(
         "Attention",
-        *(m[q], key, m[v], hidden),
+        *_in_one_type(m, g, m[q], stored, m[v]),
+        hidden,
         scale=scale,
         softmax_precision=precision,
         q_num_heads=1,
@@ -175,11 +223,30 @@ def _mask(m: Match, g: Builder) -> ir.Value | None:
 
 
 def _instead_of_choice(m: Match, g: Builder, which: ir.Value, reach: Reach) -> ir.Value:
-    """An added mask that does what the choice does, also in rows of which nothing is kept."""
-    low = ABSORBING if _may_be_even(m, reach) else -math.inf
-    number, zero = (g.const(np.asarray(n, np.float32)) for n in (low, 0.0))
+    """An added mask that does what the choice does, also in rows of which nothing is kept.
+
+    Raises:
+        Skip: in half precision, one number may be chosen for a whole row, beside which scores do not vanish.
+    """
+    even = _may_be_even(m, reach)
+    if not even and not reach.masked:
+        raise Skip("a row may hold one number throughout", which)
+    number = _floor(m, g) if even else _number(m, g, -math.inf)
+    zero = _number(m, g, 0.0)
     added = g.op("Where", which, *((zero, number) if m.has(kept) else (number, zero)))
-    return added if low == ABSORBING else _steady(m, g, which, added)
+    return added if even else _steady(m, g, which, added)
+
+
+def _number(m: Match, g: Builder, number: float) -> ir.Value:
+    """A number in the type of the queries."""
+    dtype = _type(m)
+    assert dtype is not None, "emits() knew it"
+    return g.const(np.asarray(number, dtype.numpy()))
+
+
+def _floor(m: Match, g: Builder) -> ir.Value:
+    """The number of `LIFTED`."""
+    return _number(m, g, LIFTED[_type(m) or ir.DataType.FLOAT])
 
 
 def _added_mask(m: Match, g: Builder, value: ir.Value) -> ir.Value:
@@ -188,13 +255,13 @@ def _added_mask(m: Match, g: Builder, value: ir.Value) -> ir.Value:
     even = reach is not None and _may_be_even(m, reach)
     dims, whole = m.known_dims(value), (*m.known_dims(q)[:-1], m.known_dims(k_t)[-1])
     _refuse_shape(m, value, over_queries=True)
-    if value.dtype != m.dtype(q):
+    if value.dtype != _type(m):
         value = _cast_mask(m, g, value)
     if even:  # beside such a number every score vanishes, as beside the lowest, and a row of it is spread evenly
-        value = g.op("Max", value, g.const(np.asarray(ABSORBING, np.float32)))
+        value = g.op("Max", value, _floor(m, g))
     elif not _sees_itself(m, value):
         if reach is None or not _is_kept(m, reach):
-            value = _steady_where_unknown(m, g, m[mask], value)
+            value = _steady_where_unknown(m, g, m[mask], value, reach)
         else:
             _refuse_masked_rows(m, value, reach)
     once = dims[-2] == 1 and whole[-2] != 1
@@ -203,8 +270,13 @@ def _added_mask(m: Match, g: Builder, value: ir.Value) -> ir.Value:
 
 def _may_be_even(m: Match, reach: Reach) -> bool:
     """Whether rows may hold one low number throughout, which Softmax spreads evenly: in float32, that can be kept."""
-    single = m.dtype(q) == ir.DataType.FLOAT
-    return single and not reach.masked and reach.floor <= lowest(m.dtype(q))
+    single = _type(m) == ir.DataType.FLOAT
+    return single and not reach.masked and reach.floor <= _least(m)
+
+
+def _least(m: Match) -> float:
+    """What some number of each row of a mask must exceed, for the row to be left as it is."""
+    return lowest(ir.DataType.FLOAT) if _type(m) == ir.DataType.FLOAT else NEAR
 
 
 def _sees_itself(m: Match, hidden: ir.Value) -> bool:
@@ -217,10 +289,12 @@ def _sees_itself(m: Match, hidden: ir.Value) -> bool:
 
 def _is_kept(m: Match, reach: Reach) -> bool:
     """Whether rows that are masked throughout are none, or come out of Attention as they did of the parts."""
-    return reach.floor > lowest(m.dtype(q)) and (not reach.masked or m.has(guard))
+    return reach.floor > _least(m) and (not reach.masked or m.has(guard))
 
 
-def _steady_where_unknown(m: Match, g: Builder, given: ir.Value, added: ir.Value) -> ir.Value:
+def _steady_where_unknown(
+    m: Match, g: Builder, given: ir.Value, added: ir.Value, reach: Reach | None
+) -> ir.Value:
     """As `_steady`; of a small bias for every head and an unknown mask for all, the mask alone, which absorbs the bias.
 
     As T5 adds them.
@@ -228,37 +302,41 @@ def _steady_where_unknown(m: Match, g: Builder, given: ir.Value, added: ir.Value
     maker = given.producer()
     if given is added and maker is not None and maker.op_type == "Add" and not maker.domain:
         for bias, unknown in (maker.inputs, maker.inputs[::-1]):
-            reach = reach_of(bias)
-            if unknown is None or reach is None or reach.masked or reach.low < -SMALL:
+            small = reach_of(bias)
+            if unknown is None or small is None or small.masked or small.low < -SMALL:
                 continue
             dims = m.known_dims(unknown)
             if len(dims) < 3 or dims[-3] == 1:
                 return g.op("Add", bias, _steady(m, g, unknown, unknown))
-    return _steady(m, g, given, added)
+    return _steady(m, g, given, added, masked=reach is None or reach.masked)
 
 
-def _steady(m: Match, g: Builder, given: ir.Value, added: ir.Value) -> ir.Value:
-    """A mask of which nothing is known, z, as `(z - r) + max(r, -1e30)`, r the largest number of each row.
+def _steady(
+    m: Match, g: Builder, given: ir.Value, added: ir.Value, *, masked: bool = True
+) -> ir.Value:
+    """A mask of which nothing is known, z, as `z + (max(r, low) - r)`, r the largest number of each row.
 
-    A row of -infinity becomes NaN, which is what Softmax made of it (-infinity again where the guard would say 0), and
-    a row of the lowest number is spread evenly; other rows are as they were.  Once for all layers that share the mask.
+    A row of -infinity, if there can be one (`masked`), becomes NaN, which is what Softmax made of it (-infinity again
+    where the guard would say 0), and a row of the lowest number is spread as it was; other rows are as they were, bit
+    for bit.  Once for all layers that share the mask.
 
     Raises:
-        Skip: in half precision, or the mask is of every head: more work than it saves.
+        Skip: it is not of the type of the queries, or of every head: more work than it saves.
     """
     dims = m.known_dims(given)
-    if m.dtype(q) != ir.DataType.FLOAT or added.dtype not in (None, ir.DataType.FLOAT):
+    if _type(m) not in LIFTED or added.dtype not in (None, _type(m)):
         raise Skip("a row may be masked throughout", given)
     if len(dims) > 2 and len(m.known_dims(q)) == 4 and dims[-3] != 1:
         raise Skip("a row of a mask for every head may be masked throughout", given)
-    if m.has(guard) and not m.emits("Attention", dtype=m.dtype(q), form="masked-rows"):
+    guarded_rows = masked and m.has(guard)
+    if guarded_rows and not m.emits("Attention", dtype=_type(m), form="masked-rows"):
         raise Skip("what the target's Attention makes of a fully masked row is not known", given)
     best = g.op("ReduceMax", added, g.ints([-1]))
-    floor = g.op("Max", best, g.const(np.asarray(ABSORBING, np.float32)))
-    steady = g.op("Add", g.op("Sub", added, best), floor)
-    if not m.has(guard):
+    lift = g.op("Sub", g.op("Max", best, _floor(m, g)), best)
+    steady = g.op("Add", added, lift)
+    if not guarded_rows:
         return steady
-    return g.op("Where", g.op("IsNaN", steady), g.const(np.asarray(-math.inf, np.float32)), steady)
+    return g.op("Where", g.op("IsNaN", steady), _number(m, g, -math.inf), steady)
 
 
 def _cast_mask(m: Match, g: Builder, value: ir.Value) -> ir.Value:
@@ -267,7 +345,7 @@ def _cast_mask(m: Match, g: Builder, value: ir.Value) -> ir.Value:
     Raises:
         Skip: it is computed, or -infinity would mask a whole row.
     """
-    data, dtype = values.array(value), m.dtype(q)
+    data, dtype = values.array(value), _type(m)
     if data is None or dtype is None:
         raise Skip("the mask is computed in another type than the scores", value)
     with np.errstate(over="ignore"):
@@ -278,9 +356,22 @@ def _over_queries(m: Match, g: Builder, value: ir.Value, queries: Dim) -> ir.Val
     """A mask [..., 1, L] as [..., S, L]: ONNX Runtime 1.31 does not broadcast it."""
     if queries.value is not None:
         return g.op("Expand", value, g.ints([queries.value, 1]))
-    axis = len(m.known_dims(q)) - 2
-    size = g.op("Shape", m[q], start=axis, end=axis + 1)
+    dims = m.known_dims(mask)
+    # of the mask itself, if possible: then it is done once for all layers, and needs nothing of theirs
+    source, axis = (m[mask], len(dims) - 1) if dims[-1] == queries else _first_with(m, queries)
+    size = g.op("Shape", source, start=axis, end=axis + 1)
     return g.op("Expand", value, g.op("Concat", size, g.ints([1]), axis=0))
+
+
+def _first_with(m: Match, size: Dim) -> tuple[ir.Value, int]:
+    """What the queries are a view of, and which of its axes is of that size."""
+    found, node = (m[q], len(m.known_dims(q)) - 2), m[q].producer()
+    while node is not None and node.op_type in ("Transpose", "Reshape") and node.inputs[0]:
+        dims = m.known_dims(node.inputs[0])
+        if size in dims:
+            found = node.inputs[0], dims.index(size)
+        node = node.inputs[0].producer()
+    return found
 
 
 def _reach_of_choice(m: Match, which: ir.Value) -> Reach | None:
@@ -313,34 +404,11 @@ def share_repeated_heads(m: Match, g: Builder) -> ir.Value | None:
     if len(node.outputs) > 1 or any(v is not None for v in node.inputs[4:]):
         raise Skip("past or present keys are repeated too", node)
     dims = [m.known_dims(each)[:2] for each in found if each is not None]
-    if dims[0] != dims[1] or not _shares(m.known_dims(q)[:2], dims[0]):
+    if dims[0] != dims[1] or not shares(m.known_dims(q)[:2], dims[0]):
         return None
     if not m.emits("Attention", dtype=m.dtype(q), form="grouped"):
         return None
     return g.op("Attention", m[q], *found, *node.inputs[3:], like=node)
-
-
-def _shares(queries: tuple[Dim, ...], keys: tuple[Dim, ...]) -> bool:
-    """Whether each head of keys serves the same number of heads of queries."""
-    if queries == keys:
-        return True
-    several, few = queries[1].value, keys[1].value
-    return (
-        queries[0] == keys[0] and several is not None and bool(few) and several % int(few or 1) == 0
-    )
-
-
-def _ungrouped(m: Match, key: ir.Value, value: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Keys and values before their heads were repeated, where both were alike: `repeat_kv` of grouped attention."""
-    found = [unrepeated(m, each) for each in (key, value)]
-    if None in found:
-        return key, value
-    keys, vals = (each for each in found if each is not None)
-    return (keys, vals) if m.known_dims(keys)[:2] == m.known_dims(vals)[:2] else (key, value)
-
-
-def _maker(value: ir.Value | None) -> ir.Node | None:
-    return None if value is None else value.producer()
 
 
 def _is_last_axis(m: Match) -> bool:
@@ -400,50 +468,14 @@ def _refuse_masked_rows(m: Match, value: ir.Value, reach: Reach | None) -> None:
     """
     if reach is None or (reach.masked and not m.has(guard)):
         raise Skip("a row may be masked throughout", value)
-    if reach.masked and not m.emits("Attention", dtype=m.dtype(q), form="masked-rows"):
+    if reach.masked and not m.emits("Attention", dtype=_type(m), form="masked-rows"):
         raise Skip("what the target's Attention makes of a fully masked row is not known", value)
-    if reach.floor <= lowest(m.dtype(q)):
+    if reach.floor <= _least(m):
         raise Skip("a row may hold the lowest number throughout", value)
 
 
 def _text(dims: Iterable[object]) -> str:
     return "[" + ", ".join(map(str, dims)) + "]"
-
-
-def _untransposed(m: Match, g: Builder) -> ir.Value:
-    """The keys [B, H, L, D] (or an Expand to [B, G, n, L, D]) whose transpose the scores use."""
-    maker = m[k_t].producer()
-    if maker is not None and maker.graph is m[attention].graph:
-        folded = _of_folded_heads(m, maker)
-        if folded is not None:
-            return folded
-        if maker.op_type == "Transpose" and maker.inputs[0] is not None:
-            perm = tuple(m.attr(maker, "perm", (3, 2, 1, 0)))
-            if perm == (0, 1, 3, 2):
-                return maker.inputs[0]
-            return g.op("Transpose", maker.inputs[0], perm=(perm[0], perm[1], perm[3], perm[2]))
-    return g.op("Transpose", m[k_t], perm=(0, 1, 3, 2))
-
-
-def _of_folded_heads(m: Match, maker: ir.Node) -> ir.Value | None:
-    """Keys k whose kT is `Reshape(Transpose(Reshape(k, [B H, L, D]), (0, 2, 1)), [B, H, D, L])`: as torch exports."""
-    swap = _maker(maker.inputs[0]) if maker.op_type == "Reshape" else None
-    fold = _maker(swap.inputs[0]) if swap is not None and swap.op_type == "Transpose" else None
-    if swap is None or fold is None or fold.op_type != "Reshape" or fold.inputs[0] is None:
-        return None
-    if tuple(m.attr(swap, "perm", ())) != (0, 2, 1):
-        return None
-    source = fold.inputs[0]
-    dims, flat, turned = m.dims(source), m.dims(fold.outputs[0]), m.known_dims(k_t)
-    if dims is None or flat is None or len(turned) != 4 or len(dims) < 4:
-        return None
-    wanted = (turned[0], turned[1], turned[3], turned[2])
-    if flat[1:] != wanted[2:] or dims[-2:] != wanted[2:]:
-        return None
-    if dims == wanted:
-        return source
-    grouped = len(dims) == 5 and unrepeated(m, source) is not None
-    return source if grouped and (dims[0], dims[1] * dims[2]) == wanted[:2] else None
 
 
 RULES: tuple[Rule, ...] = (

@@ -69,12 +69,20 @@ def reach_of(value: ir.Value | None, depth: int = MAX_DEPTH) -> Reach | None:
     if node.op_type == "Gather":
         return _reach_of_rows(values.constant(node.inputs[0]))
     if node.op_type == "Add":
-        return _sum(*(reach_of(v, depth - 1) for v in node.inputs))
+        return _held(node, _sum(*(reach_of(v, depth - 1) for v in node.inputs)))
     if node.op_type == "Cast" and node.outputs[0].dtype in FLOATS:
         return reach_of(node.inputs[0], depth - 1)
     if node.op_type in ("Mul", "Div"):
-        return _scaled(node, depth - 1)
+        return _held(node, _scaled(node, depth - 1))
     return None
+
+
+def _held(node: ir.Node, reach: Reach | None) -> Reach | None:
+    """What is left of a sum or product in its type: below the lowest number, it is -infinity."""
+    dtype = node.outputs[0].dtype
+    if reach is None or dtype is None or dtype not in FLOATS or reach.low >= float(dtype.min):
+        return reach
+    return dataclasses.replace(reach, low=float(dtype.min), masked=True)
 
 
 def _reach_of_where(node: ir.Node, depth: int) -> Reach | None:

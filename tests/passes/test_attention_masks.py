@@ -37,11 +37,13 @@ ROWS = [
 
 @pytest.mark.parametrize("tail", ["y = MatMul(p, v)", GUARD])
 @pytest.mark.parametrize("shape", ["S,L", "B,1,S,L"])
-def test_mask_from_outside(tail: str, shape: str) -> None:
-    """Rows of anything are what they were of the parts: even, zero, NaN."""
+@pytest.mark.parametrize(("dtype", "error"), [("float", 1e-5), ("float16", 1e-2)])
+def test_mask_from_outside(tail: str, shape: str, dtype: str, error: float) -> None:
+    """Rows of anything are what they were of the parts: spread as they were, zero, NaN."""
+    zero = "0.0" if dtype == "float" else "0"
     proto = parse(
-        f"g ({QKV}, float[{shape}] m) => (float[B,2,S,4] y) <float zero = {{0.0}}>"
-        f"{{ {KT} a = MatMul(q, t) z = Add(a, m) p = Softmax(z) {tail} }}",
+        f"g ({QKV}, float[{shape}] m) => (float[B,2,S,4] y) <float zero = {{{zero}}}>"
+        f"{{ {KT} a = MatMul(q, t) z = Add(a, m) p = Softmax(z) {tail} }}".replace("float", dtype),
         opset=23,
     )
     model = ir.from_proto(proto)
@@ -50,21 +52,23 @@ def test_mask_from_outside(tail: str, shape: str) -> None:
     assert "Attention" in kinds
     assert "Softmax" not in kinds
     rng = np.random.default_rng(0)
+    kind = np.dtype("float16" if dtype == "float16" else "float32")
     feeds = {
-        name: rng.standard_normal((2, 2, size, 4)).astype(np.float32)
+        name: rng.standard_normal((2, 2, size, 4)).astype(kind)
         for name, size in (("q", len(ROWS)), ("k", 4), ("v", 4))
     }
     rows = np.asarray(ROWS, np.float32)
+    rows = np.maximum(rows, np.finfo(kind).min, where=np.isfinite(rows), out=rows).astype(kind)
     feeds["m"] = rows if shape == "S,L" else np.stack([rows, rows[::-1]])[:, None]
     got, expected = run(ir.to_proto(model), feeds)[0], run(proto, feeds)[0]
-    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got, expected, rtol=10 * error, atol=error)
 
 
 @pytest.mark.parametrize(
     ("dtype", "shape", "target", "tail", "missed"),
     [
         ("float", "B,2,S,L", "cpu", "y = MatMul(p, v)", "for every head"),
-        ("float16", "S,L", "cpu", "y = MatMul(p, v)", "masked throughout"),
+        ("float16", "B,2,S,L", "cpu", "y = MatMul(p, v)", "for every head"),
         ("float", "S,L", "cuda", GUARD, "not known"),
     ],
 )
@@ -198,9 +202,10 @@ def test_softmax_in_single_precision(held: str) -> None:
 
 def test_softmax_in_another_precision_stays() -> None:
     _check(
-        f"g ({HALVES}) => (float[1,2,2,4] y) {{ {KT} a = MatMul(q, t) f = Cast<to=1>(a) p = Softmax(f)"
-        " w = Cast<to=1>(v) y = MatMul(p, w) }",
+        f"g ({HALVES}) => (double[1,2,2,4] y) {{ {KT} a = MatMul(q, t) f = Cast<to=11>(a) p = Softmax(f)"
+        " w = Cast<to=11>(v) y = MatMul(p, w) }",
         opset=23,
+        missed="another type than float32",
     )
 
 
@@ -310,5 +315,102 @@ def test_bias_of_every_head_that_is_not_known_stays() -> None:
         f"g ({QKV}, float[1,2,S,L] b, float[B,1,1,L] n) => (float[B,2,S,4] y)"
         f"{{ {KT} a = MatMul(q, t) w = Add(b, n) z = Add(a, w) p = Softmax(z) y = MatMul(p, v) }}",
         missed="a row of a mask for every head may be masked throughout",
+        opset=23,
+    )
+
+
+ANY_HALVES = QKV.replace("float", "float16")
+
+
+@pytest.mark.parametrize(
+    ("target", "mask", "lifted"),
+    [
+        ("cpu", "b = Where(c, zero, low)", True),
+        ("cuda", "b = Where(c, zero, low)", True),
+        ("cpu", "b = Where(c, zero, inf)", False),  # zero in both
+    ],
+)
+def test_bool_mask_in_half_precision(target: str, mask: str, lifted: bool) -> None:
+    """As torch.export writes it, with the guard: low rows are lifted."""
+    proto = parse(
+        f"g ({ANY_HALVES}, bool[B,1,S,L] c) => (float16[B,2,S,4] y) <float16 zero = {{0}}, float16 low = {{64511}},"
+        f" float16 inf = {{64512}}> {{ {mask} {KT} a = MatMul(q, t) z = Add(a, b) p = Softmax(z) {GUARD} }}",
+        opset=23,
+    )
+    model = ir.from_proto(proto)
+    ctx = apply(attention.RULES, model, target=target)
+    kinds = {node.op_type for node in model.graph}
+    assert "Attention" in kinds
+    assert ("ReduceMax" in kinds) is lifted
+    assert "IsNaN" not in kinds
+    assert not apply(attention.RULES, model, target=target).rewrites, ctx.rewrites
+    feeds = make_feeds(proto, 0, dim=5)
+    feeds["c"][0, 0, 0] = False
+    got, expected = run(ir.to_proto(model), feeds)[0], run(proto, feeds)[0]
+    np.testing.assert_allclose(got, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_choice_of_one_number_in_half_precision_stays() -> None:
+    """A row of which nothing is kept holds one number: no sum with scores does."""
+    _check(
+        f"g ({ANY_HALVES}, bool[B,1,S,L] c) => (float16[B,2,S,4] y) <float16 low = {{64511}}>"
+        f"{{ {KT} a = MatMul(q, t) z = Where(c, a, low) p = Softmax(z) y = MatMul(p, v) }}",
+        opset=23,
+        missed="one number throughout",
+        tolerance=1e-2,
+    )
+
+
+def test_two_masks_that_overflow_together() -> None:
+    """Each leaves rows finite; where both mask, -infinity comes out, and a row of it is NaN."""
+    proto = parse(
+        f"g ({QKV}, bool[B,1,S,L] c, bool[B,1,S,L] d) => (float[B,2,S,4] y) <float zero = {{0.0}}, float low ="
+        f" {{-3.4028234663852886e38}}> {{ e = Where(c, zero, low) f = Where(d, zero, low) m = Add(e, f) {KT}"
+        " a = MatMul(q, t) z = Add(a, m) p = Softmax(z) y = MatMul(p, v) }",
+        opset=23,
+    )
+    model = ir.from_proto(proto)
+    apply(attention.RULES, model)
+    assert "Attention" in {node.op_type for node in model.graph}
+    feeds = make_feeds(proto, 0, dim=4)
+    feeds["c"][0, 0, :2] = feeds["d"][0, 0, 0] = False
+    expected = run(proto, feeds)[0]
+    assert np.isnan(expected[0, :, 0]).all()
+    np.testing.assert_allclose(run(ir.to_proto(model), feeds)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+WIDENED = (
+    "g (float16[B,2,S,8] q, float16[B,2,L,8] k, float16[B,2,L,8] v, float[S,L] m) => (float[B,2,S,8] y)"
+    " {{ t = Transpose<perm=[0,1,3,2]>(k) a = MatMul(q, t) w = Cast<to=1>(a) z = Add(w, m) p = Softmax(z)"
+    " x = Cast<to=1>(v) y = MatMul(p, x) }}"
+)
+
+
+def test_scores_that_go_on_in_float32() -> None:
+    """Half precision beside a float32 mask, as TorchScript writes it: on the CPU, float32 as it is computed."""
+    before = WIDENED.format()
+    after = (
+        "g (float16[B,2,S,8] q, float16[B,2,L,8] k, float16[B,2,L,8] v, float[S,L] m) => (float[B,2,S,8] y)"
+        " <float low = {-1.7014118346046923e38}, int64[1] last = {-1}> { r = ReduceMax(m, last) f = Max(r, low)"
+        " l = Sub(f, r) s = Add(m, l) a = Cast<to=1>(q) b = Cast<to=1>(k) c = Cast<to=1>(v)"
+        " y = Attention<scale=1.0>(a, b, c, s) }"
+    )
+    _check(before, after, opset=23, tolerance=5e-3)
+
+
+def test_scores_that_go_on_in_float32_stay_where_halves_are_fast() -> None:
+    _check(WIDENED.format(), opset=23, target="cuda", missed="another type than float32 and back")
+
+
+def test_mask_of_all_queries_is_expanded_by_its_own_length() -> None:
+    """As BERT's: nothing of the layer is needed for it, so that all layers share it."""
+    _check(
+        "g (float[B,2,S,4] q, float[B,2,S,4] k, float[B,2,S,4] v, bool[B,1,1,S] c) => (float[B,2,S,4] y)"
+        f" <float zero = {{0.0}}, float low = {{-1e4}}> {{ m = Where(c, zero, low) {KT} a = MatMul(q, t) z = Add(a, m)"
+        " p = Softmax(z) y = MatMul(p, v) }",
+        "g (float[B,2,S,4] q, float[B,2,S,4] k, float[B,2,S,4] v, bool[B,1,1,S] c) => (float[B,2,S,4] y)"
+        " <float zero = {0.0}, float low = {-1e4}, int64[1] one = {1}> { m = Where(c, zero, low)"
+        " s = Shape<start=3, end=4>(m) d = Concat<axis=0>(s, one) e = Expand(m, d)"
+        " y = Attention<scale=1.0>(q, k, v, e) }",
         opset=23,
     )
