@@ -11,18 +11,13 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.ir.build import Names
-from graphopt.ir.model_file import load_model, model_to_bytes
+from graphopt.ir.model_file import load_model
 from graphopt.ir.shapes import Shapes
-from graphopt.runtime.session import Session, SessionOptions
 from graphopt_passes.prune.book import Ids
 from graphopt_passes.prune.labels import Labels
-from graphopt_passes.prune.layers import Array, Layer, Wide, find_layers
-from graphopt_passes.prune.moments import Moments
+from graphopt_passes.prune.layers import Layer, Wide
 from graphopt_passes.prune.request import Importance, Measure
-from graphopt_passes.prune.roots import ridge
-from graphopt_passes.prune.samples import Feeds
 from graphopt_passes.prune.slim import Keep, kept_indices, slim
-from graphopt_passes.prune.streams import Streams, cut, partners
 
 ROUNDING = 8
 """ONNX Runtime's convolutions work on blocks of 8 channels: 33 take as long as 40."""
@@ -218,7 +213,7 @@ def choose(
     labels: Labels,
     costs: Costs,
     share: float,
-    thrift: float = 0.0,
+    dear: Mapping[Group, float] | None = None,
 ) -> frozenset[int]:
     """The least important classes whose removal saves `share` of the arithmetic.
 
@@ -230,12 +225,10 @@ def choose(
         labels: of the model.
         costs: of its layers.
         share: of the arithmetic.
-        thrift: power of what a class saves by which its score is divided: 0 looks at importance alone, 1 at importance
-            for each multiply-add, which takes whole heads before single neurons.
+        dear: by what the scores of each group are divided: what its channels save counts so beside importance.
     """
-    dear = {group: max(expense(group, costs), 1e-12) ** thrift for group in groups}
     ranked = [
-        (float(np.mean([scores[root] for root in block])) / dear[group], block)
+        (float(np.mean([scores[root] for root in block])) / (dear or {}).get(group, 1.0), block)
         for group in groups
         for block in _blocks(group, scores)
     ]
@@ -281,159 +274,6 @@ def slimmed(model: ir.Model, labels: Labels, dropped: frozenset[int]) -> ir.Mode
     made = load_model(model)
     slim(made, kept_indices(labels, dropped), Names.of(made))
     return made
-
-
-def input_energies(model: ir.Model, layers: Sequence[Layer], feeds: Feeds) -> dict[str, Wide]:
-    """E[x^2] of each input channel of each layer, by name of its weight."""
-    found: dict[str, Wide] = {}
-    stops = _stops(model, layers)
-    streams = Streams(model, feeds)
-    pieces = cut(model.graph, stops)
-    for piece, stop in zip(pieces, stops, strict=True):
-        streams.run(piece, {})
-        for layer in layers:
-            if layer.source is stop:
-                found[layer.name] = _energy(
-                    layer, [pair[0] for pair in streams.pairs(stop.name or "")]
-                )
-    return found
-
-
-def _energy(layer: Layer, arrays: Sequence[Array]) -> Wide:
-    axis = 1 if layer.window is not None else -1
-    totals, count = np.zeros(arrays[0].shape[axis]), 0
-    for array in arrays:
-        last = np.moveaxis(array.astype(np.float64), axis, -1)
-        flat = last.reshape(-1, last.shape[-1])
-        totals += np.square(flat).sum(0)
-        count += len(flat)
-    if (
-        layer.inner > 1
-    ):  # a group's channels share the columns of the weight with those of the other groups
-        totals = totals.reshape(layer.blocks, -1).sum(0)
-    return totals / max(count, 1)
-
-
-def _stops(model: ir.Model, layers: Sequence[Layer]) -> list[ir.Value]:
-    """What the layers read, once each, in the order of the graph."""
-    place = {node: index for index, node in enumerate(model.graph)}
-    sources = dict.fromkeys(layer.source for layer in layers)
-    return sorted(sources, key=lambda v: -1 if (p := v.producer()) is None else place[p])
-
-
-def reconstruct(dense: ir.Model, slim_model: ir.Model, keep: Keep, feeds: Feeds, seed: int) -> int:
-    """Fits each layer of the slimmed model to what the dense one computes, in order; returns how many took the fit.
-
-    Least squares from the inputs that are left, bias included; a fit stands only if it lowers the error on samples that
-    it has not seen.
-    """
-    before = {layer.name: layer for layer in find_layers(dense.graph)}
-    after = [layer for layer in find_layers(slim_model.graph) if layer.name in before]
-    stops = _stops(slim_model, after)
-    groups = [[layer for layer in after if layer.source is stop] for stop in stops]
-    own = [[before[layer.name] for layer in group] for group in groups]
-    streams = Streams(dense, feeds)
-    pieces = zip(
-        cut(dense.graph, [group[0].source for group in own], partners(own)),
-        cut(slim_model.graph, stops, partners(groups)),
-        strict=True,
-    )
-    fitted = 0
-    for (mine, theirs), group in zip(pieces, groups, strict=True):
-        streams.run_apart(mine, theirs, slim_model)
-        for layer in group:
-            if layer.blocks == 1:
-                fitted += _refit(before[layer.name], layer, keep, streams, len(feeds), seed)
-    return fitted
-
-
-def _refit(
-    dense: Layer, layer: Layer, keep: Keep, streams: Streams, batches: int, seed: int
-) -> bool:
-    """Fits one layer; whether the fit stands."""
-    fit, check = Moments(layer, batches, seed), Moments(layer, batches, seed)
-    name = "" if layer.partner is None else layer.partner.name or ""
-    gaps = streams.gaps(name, keep.get(name, {}))
-    pairs = zip(streams.pairs(layer.source.name or ""), gaps, strict=True)
-    for index, ((x_dense, x), gap) in enumerate(pairs):
-        (check if index % HELD_OUT == HELD_OUT - 1 else fit).add(x_dense, x, gap)
-    full, start = _augmented(dense), _augmented(layer)
-    rows = keep.get(layer.name, {}).get(row_axis(layer))
-    if rows is not None:
-        full = full[rows]
-    known = _System.of(fit, full, start)
-    if not check.moment.size:
-        _put(layer, known.solved(1.0))
-        return True
-    unseen = _System.of(check, full, start)
-    for factor in _RIDGES:
-        if unseen.loss(known.solved(factor)) < unseen.loss(start):
-            _put(layer, known.joined(unseen).solved(factor))
-            return True
-    return False
-
-
-_RIDGES = (1.0, 10.0, 100.0)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _System:
-    """The normal equations of one layer: W moment ~ goal, near `start`."""
-
-    moment: Wide
-    goal: Wide
-    start: Wide
-
-    @classmethod
-    def of(cls, moments: Moments, full: Wide, start: Wide) -> _System:
-        size = start.shape[1]
-        return cls(moments.moment[0][:size, :size], moments.aim(full, 0, size), start)
-
-    def joined(self, other: _System) -> _System:
-        """On the samples of both."""
-        return _System(self.moment + other.moment, self.goal + other.goal, self.start)
-
-    def solved(self, factor: float) -> Wide:
-        """The least squares solution, `factor` times the usual ridge towards the start."""
-        damp = factor * ridge(self.moment)
-        left = self.moment + damp * np.eye(len(self.moment))
-        return np.asarray(np.linalg.solve(left, (self.goal + damp * self.start).T).T, np.float64)
-
-    def loss(self, weight: Wide) -> float:
-        """Squared error of the outputs, up to a constant."""
-        return float(np.sum((weight @ self.moment - 2 * self.goal) * weight))
-
-
-def _augmented(layer: Layer) -> Wide:
-    """The matrix with the bias as its last column, where there is one."""
-    matrix, bias = layer.matrix()[0], layer.bias_vector()
-    return matrix if bias is None else np.concatenate([matrix, bias[:, None]], axis=1)
-
-
-def _put(layer: Layer, found: Wide) -> None:
-    bias = layer.bias
-    if bias is not None and bias.const_value is not None:
-        like = bias.const_value
-        array = found[:, -1].reshape(like.shape.numpy()).astype(like.dtype.numpy())
-        bias.const_value = ir.Tensor(array, like.dtype, name=bias.name)
-        found = found[:, :-1]
-    stored = layer.stored(found[None])
-    layer.weight.const_value = ir.Tensor(stored, layer.tensor.dtype, name=layer.name)
-
-
-def divergence(one: ir.Model, other: ir.Model, feeds: Feeds) -> float:
-    """Error of the float outputs of `other` over those of `one`, root of summed squares."""
-    sessions = [
-        Session(model_to_bytes(model), options=SessionOptions(threads=2)) for model in (one, other)
-    ]
-    wrong = scale = 0.0
-    for feed in feeds:
-        want, got = (session.run(feed) for session in sessions)
-        for name, array in want.items():
-            if isinstance(array, np.ndarray) and array.dtype.kind == "f":
-                wrong += float(np.square(got[name].astype(np.float64) - array).sum())
-                scale += float(np.square(array.astype(np.float64)).sum())
-    return math.sqrt(wrong / scale) if scale > 0 else math.inf
 
 
 def importances(

@@ -37,6 +37,7 @@ class Window:
         pads: ONNX order: all beginnings, then all ends; empty where `auto_pad` decides.
         auto_pad: SAME_UPPER, SAME_LOWER, VALID or NOTSET.
         group: number of groups.
+        turned: extra extent at the ends of the output, of a transposed convolution; None for others.
     """
 
     kernel: tuple[int, ...]
@@ -45,6 +46,7 @@ class Window:
     pads: tuple[int, ...]
     auto_pad: str
     group: int
+    turned: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,8 +92,7 @@ class Layer:
     @property
     def columns(self) -> int:
         """Inputs of one row."""
-        shape = self.tensor.shape.numpy()
-        return shape[0] if self.transposed else self.size // shape[0]
+        return self.size // self.rows
 
     @property
     def rows(self) -> int:
@@ -107,13 +108,15 @@ class Layer:
     def inner(self) -> int:
         """Extent of the axis along which hardware reads N:M patterns: channels of a group, or all columns."""
         shape = self.tensor.shape.numpy()
-        return shape[1] if self.window is not None or not self.transposed else shape[0]
+        return shape[0] if self.transposed else shape[1]
 
     def matrix(self) -> Wide:
         """The weight as [blocks, rows, columns]; the columns of a convolution in the order (kernel, channel)."""
         array = self.tensor.numpy().astype(np.float64)
         if self.window is None:
             return (array.T if self.transposed else array)[None]
+        if self.transposed:
+            array = np.swapaxes(np.flip(array, tuple(range(2, array.ndim))), 0, 1)
         last = np.moveaxis(array, 1, -1)
         return last.reshape(self.blocks, array.shape[0] // self.blocks, -1)
 
@@ -124,24 +127,36 @@ class Layer:
             plain = matrix[0].T if self.transposed else matrix[0]
             return np.ascontiguousarray(plain).astype(dtype)
         rows, channels, *kernel = self.tensor.shape.numpy()
-        last = matrix.reshape(rows, *kernel, channels)
-        return np.ascontiguousarray(np.moveaxis(last, -1, 1)).astype(dtype)
+        if self.transposed:
+            rows, channels = channels, rows
+        last = np.moveaxis(matrix.reshape(rows, *kernel, channels), -1, 1)
+        if self.transposed:
+            last = np.flip(np.swapaxes(last, 0, 1), tuple(range(2, last.ndim)))
+        return np.ascontiguousarray(last).astype(dtype)
 
     @property
     def partner(self) -> ir.Value | None:
         """What is added to the output of the layer beside its bias: the other summand of a residual sum."""
+        return self._summed()[1]
+
+    @property
+    def total(self) -> ir.Value:
+        """The residual sum in which the output of the layer ends, or the output itself, its bias added."""
+        return self._summed()[0]
+
+    def _summed(self) -> tuple[ir.Value, ir.Value | None]:
         value = self.node.outputs[0]
         while len(uses := tuple(value.uses())) == 1 and not value.is_graph_output():
             user, index = uses[0]
             if user.op_type != "Add" or user.domain:
-                return None
+                break
             other = user.inputs[1 - index]
             if other is not None and not values.is_constant(other):
-                return other
+                return user.outputs[0], other
             if other is not self.bias:
-                return None
+                break
             value = user.outputs[0]
-        return None
+        return value, None
 
     def bias_vector(self) -> Wide | None:
         """The bias as [rows]."""
@@ -193,7 +208,7 @@ def _layer(node: ir.Node) -> Layer | None:
 
 
 def find_turned(graph: ir.Graph) -> list[Layer]:
-    """The transposed convolutions of one group: their channels can be cut, but nothing fits or prunes them."""
+    """The transposed convolutions of one group: their channels can be cut and fitted, but no weight of them pruned."""
     found = []
     for node in graph:
         if node.op_type != "ConvTranspose" or node.domain or len(node.inputs) < 2:
@@ -203,8 +218,16 @@ def find_turned(graph: ir.Graph) -> list[Layer]:
         if source is None or weight is None or tensor is None or not weight.is_initializer():
             continue
         window = _window(node, tensor)
-        if tensor.dtype in _FLOATS and tensor.size and window.group == 1:
-            found.append(Layer(node, source, weight, None, window, True, dense=TURNED))
+        if tensor.dtype not in _FLOATS or not tensor.size or window.group != 1:
+            continue
+        extra = node.attributes.get("output_padding")
+        ends = (0,) * len(window.kernel) if extra is None else tuple(extra.as_ints())
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        own = bias if _is_bias(bias, tensor.shape.numpy()[1]) else None
+        window = dataclasses.replace(window, turned=ends)
+        layer = Layer(node, source, weight, own, window, True, dense=TURNED)
+        bound = window.auto_pad != "NOTSET" or "output_shape" in node.attributes
+        found.append(dataclasses.replace(layer, is_bound=bound or _is_shared(layer)))
     return found
 
 

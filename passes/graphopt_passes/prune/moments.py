@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -119,6 +120,8 @@ def _rows(array: Array) -> Array:
 
 def patches(array: Array, window: Window, positions: Array) -> Array:
     """Patches of [N, C, spatial...] under a window: [groups, positions, kernel * C / groups], channels fastest."""
+    if window.turned is not None:
+        array, window = spread(array, window)
     spatial = array.shape[2:]
     pads = [(0, 0), (0, 0), *_pads(spatial, window)]
     reach = [(k - 1) * d + 1 for k, d in zip(window.kernel, window.dilations, strict=True)]
@@ -137,8 +140,42 @@ def patches(array: Array, window: Window, positions: Array) -> Array:
     return np.moveaxis(last.reshape(count, window.group, -1), 1, 0)
 
 
+def spread(array: Array, window: Window) -> tuple[Array, Window]:
+    """What a transposed convolution reads, with zeros between, and the window through which it is a plain one.
+
+    The weight of the plain one is turned round: `Layer.matrix` does so.
+    """
+    plain = _turned_window(window)
+    lead, spatial = array.shape[:2], array.shape[2:]
+    made = np.zeros((*lead, *_turned_extent(spatial, window)), array.dtype)
+    steps = [slice(0, (n - 1) * s + 1, s) for n, s in zip(spatial, window.strides, strict=True)]
+    made[(slice(None), slice(None), *steps)] = array
+    half = len(plain.pads) // 2
+    ends = zip(plain.pads[:half], plain.pads[half:], made.shape[2:], strict=True)
+    inside = [slice(max(-a, 0), n - max(-b, 0)) for a, b, n in ends]
+    pads = tuple(max(pad, 0) for pad in plain.pads)
+    return made[(slice(None), slice(None), *inside)], dataclasses.replace(plain, pads=pads)
+
+
+def _turned_extent(spatial: tuple[int, ...], window: Window) -> tuple[int, ...]:
+    extra = window.turned or (0,) * len(spatial)
+    return tuple(
+        (n - 1) * s + 1 + more for n, s, more in zip(spatial, window.strides, extra, strict=True)
+    )
+
+
+def _turned_window(window: Window) -> Window:
+    """Steps of 1, and pads up to where each input is still met; some may be negative."""
+    count = len(window.kernel)
+    reach = [(k - 1) * d for k, d in zip(window.kernel, window.dilations, strict=True)] * 2
+    pads = tuple(far - pad for far, pad in zip(reach, window.pads, strict=True))
+    return dataclasses.replace(window, strides=(1,) * count, pads=pads, turned=None)
+
+
 def output_size(spatial: tuple[int, ...], window: Window) -> tuple[int, ...]:
     """Extent of the output by spatial axis."""
+    if window.turned is not None:
+        spatial, window = _turned_extent(spatial, window), _turned_window(window)
     pads = _pads(spatial, window)
     return tuple(
         (size + before + after - (k - 1) * d - 1) // s + 1

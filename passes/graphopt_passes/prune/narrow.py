@@ -11,6 +11,7 @@ from graphopt.ir.build import Names
 from graphopt.ir.model_file import load_model
 from graphopt.numerics import Numerics
 from graphopt.rewrite import Context, RemarkKind
+from graphopt_passes.prune.branches import drop_branches
 from graphopt_passes.prune.channels import ROUNDING
 from graphopt_passes.prune.request import Measure, SparsityRequest
 from graphopt_passes.prune.slim import slim
@@ -47,7 +48,7 @@ def remove_channels(model: ir.Model, ctx: Context, request: SparsityRequest, tex
     if best is None:
         best = best_slimming(model, ctx.shapes, request, ctx.options.calibration, ctx.options.seed)
         ctx.cache[key] = best
-    if best is None or not best.keep:
+    if best is None or not (best.keep or best.branches):
         reason = "no channels can be removed: inputs, outputs or operators that are not known hold all of them"
         ctx.remark(RemarkKind.WARNING, RULE, site, reason)
         return False
@@ -58,6 +59,7 @@ def remove_channels(model: ir.Model, ctx: Context, request: SparsityRequest, tex
 
 def _adopt(model: ir.Model, ctx: Context, best: Slimming) -> None:
     """Does to the model itself what was done to the clone."""
+    drop_branches(model, best.branches)
     slim(model, best.keep, Names.of(model))
     clone = load_model(best.model)
     for name, value in model.graph.initializers.items():
@@ -73,8 +75,10 @@ def _adopt(model: ir.Model, ctx: Context, best: Slimming) -> None:
 def _tell(ctx: Context, site: str, request: SparsityRequest, best: Slimming) -> None:
     saved = 1 - best.left
     turns = f" in {best.rounds} rounds" if best.rounds > 1 else ""
-    said = f"{best.classes} channels removed{turns}: {saved:.1%} of the {_WHAT[request.by]}"
-    said += f", chosen by {best.importance}"
+    count = len(best.branches)
+    also = f"{count} branch{'es' if count > 1 else ''} of residual sums and " if count else ""
+    said = f"{also}{best.classes} channels removed{turns}: {saved:.1%} of the {_WHAT[request.by]}"
+    said += f", chosen by {best.way.importance}"
     if ctx.options.calibration is None:
         ctx.remark(RemarkKind.WARNING, RULE, site, _BLIND)
     else:

@@ -14,7 +14,7 @@ MAX_MULTIPLE = 64
 _REMEDY = (
     "write 0.8 (share of zeros), 2:4 (zeros in each four), channels:0.5 (share of the arithmetic to remove), "
     "lowrank:0.05 (error up to which a matrix becomes two) or threshold:0.01, and after it, if need be, "
-    "method=…, allocation=…, refit=no, multiple=16, dense=REGEX"
+    "method=…, allocation=…, refit=no, multiple=16, blocks=no, dense=REGEX"
 )
 
 
@@ -83,6 +83,7 @@ class SparsityRequest:
         low_rank: error of the outputs, RMS over RMS, up to which a large matrix becomes a product of two.
         rounds: in how many the channels go, each fitted before the next is chosen; 0 for as many as the share asks for.
         multiple: of what the channels of convolutions shall stay a multiple; 0 for `block`, or 8 if that is too much.
+        blocks: whether whole branches of residual sums may go where `channels` is asked for.
         block: how many channels lie together in the runtime's convolutions; nothing that a user states.
     """
 
@@ -98,6 +99,7 @@ class SparsityRequest:
     dense: str = ""
     rounds: int = 0
     multiple: int = 0
+    blocks: bool = True
     block: int = 8
     low_rank: float | None = None
 
@@ -159,6 +161,8 @@ def _with_option(request: SparsityRequest, key: str, word: str, text: str) -> Sp
         return _with_choice(request, key, word)
     if key == "refit" and word in ("yes", "no"):
         return dataclasses.replace(request, refit=word == "yes")
+    if key == "blocks" and word in ("yes", "no"):
+        return dataclasses.replace(request, blocks=word == "yes")
     if key == "rounds" and word.isdecimal() and 1 <= int(word) <= MAX_ROUNDS:
         return dataclasses.replace(request, rounds=int(word))
     if key == "multiple" and word.isdecimal() and 1 <= int(word) <= MAX_MULTIPLE:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
-import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import onnx_ir as ir
 
@@ -20,22 +19,28 @@ from graphopt.rewrite import Calibration
 from graphopt.runtime.measure import measure
 from graphopt.runtime.session import OptimizationLevel, Session, SessionOptions
 from graphopt.runtime.specs import input_specs
+from graphopt_passes.prune.branches import Aims, Branch, drop_branches, find_branches
 from graphopt_passes.prune.channels import (
     HELD_OUT,
     ROUNDING,
     Costs,
     Group,
     choose,
-    divergence,
+    expense,
     find_groups,
     importances,
-    input_energies,
-    reconstruct,
     row_axis,
     slimmed,
 )
+from graphopt_passes.prune.clock import Clock
 from graphopt_passes.prune.labels import Labels, propagate
-from graphopt_passes.prune.layers import Layer, Wide, find_layers, find_turned
+from graphopt_passes.prune.layers import Array, Layer, Wide, find_layers, find_turned
+from graphopt_passes.prune.reconstruct import (
+    divergence,
+    input_energies,
+    outputs,
+    reconstruct,
+)
 from graphopt_passes.prune.request import Importance, Measure, SparsityRequest
 from graphopt_passes.prune.samples import Feeds, batched, read_singles
 from graphopt_passes.prune.slim import Keep, kept_indices
@@ -43,6 +48,9 @@ from graphopt_passes.prune.slim import Keep, kept_indices
 THRIFTS: tuple[float, ...] = (0.0, 0.5, -0.3)
 THRIFTS_LARGE = (0.0, -0.3)
 """How much what a channel saves counts beside its importance; models differ in which is better, so all are tried."""
+
+HASTES = (0.0, 1.0)
+"""How much the time counts that a channel takes for each multiply-add."""
 
 LARGE = 20_000_000
 """Weights from which on only importance by activations is tried, with two thrifts: each trial costs minutes."""
@@ -53,6 +61,18 @@ ROUNDS_FROM, ROUNDS = 0.6, 3
 FINALISTS = 2
 """Ways that are tried in rounds: the best at once."""
 
+TURNS, TURNS_LARGE = 3, 1
+"""In how many steps branches go, each fitted before the next are chosen."""
+
+RANKED_ON = 32
+"""Samples on which branches are ranked."""
+
+ENOUGH = 0.8
+"""Of the share of the arithmetic, what shall be saved of the time: of what does, the nearest is taken."""
+
+NEARLY = 0.9
+"""... or this much of the most that any way saves, where none does."""
+
 FISHER_SAMPLES = 64
 
 SEARCHES = 5
@@ -60,7 +80,13 @@ SEARCHES = 5
 
 MEASURE_SECONDS = 1.0
 
-Way = tuple[Importance, float]
+
+class Way(NamedTuple):
+    """How channels are chosen: by which importance, and how much what they save counts beside it."""
+
+    importance: Importance
+    thrift: float
+    haste: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,26 +94,30 @@ class Slimming:
     """One way to slim a model, and how far its outputs then are from the original's.
 
     Attributes:
-        importance: how channels were chosen.
-        thrift: how much what a channel saves counted.
+        way: how channels were chosen.
         keep: which indices stay.
         classes: how many channels went.
         model: the slimmed clone, fitted.
-        error: of the outputs on every `HELD_OUT`-th batch; 0 without samples.
+        error: of the outputs on every `HELD_OUT`-th batch, which no fit has seen; 0 without samples.
         left: share of the arithmetic.
+        time: share of the time, as the clock tells it.
         rounds: in how many the channels went.
         saved_time: share of the latency, where it was measured.
+        branches: of residual sums that went before any channel.
+        aims: what the values stand for from which branches went.
     """
 
-    importance: Importance
-    thrift: float
+    way: Way
     keep: Keep
     classes: int
     model: ir.Model
     error: float
     left: float
+    time: float = 1.0
     rounds: int = 1
     saved_time: float = 0.0
+    branches: tuple[Branch, ...] = ()
+    aims: Aims = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,11 +130,20 @@ class _Job:
     singles: Feeds
     share: float
     total: float
+    time: float
     seed: int
+    wanted: Sequence[Mapping[str, Array]]
+    is_large: bool
 
     @property
     def unseen(self) -> Feeds:
-        return self.feeds[HELD_OUT - 1 :: HELD_OUT] or self.feeds
+        return unseen(self.feeds)
+
+    @property
+    def seen(self) -> Feeds:
+        """What trials are fitted to."""
+        rest = [f for i, f in enumerate(self.feeds) if i % HELD_OUT != HELD_OUT - 1]
+        return rest or self.feeds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +155,15 @@ class _Stage:
     groups: list[Group]
     layers: list[Layer]
     costs: Costs
+    clock: Clock
     scores: Mapping[Importance, Mapping[int, float]]
+    branches: tuple[Branch, ...] = ()
+    aims: Aims = dataclasses.field(default_factory=dict)
+
+
+def unseen(feeds: Feeds) -> Feeds:
+    """The samples that judge."""
+    return feeds[HELD_OUT - 1 :: HELD_OUT] or feeds
 
 
 def best_slimming(
@@ -133,33 +180,72 @@ def best_slimming(
         ModelError: ... or the interpreter does not know the model.
         DataError: the samples do not fit the model.
     """
-    assert request.channels is not None
-    specs = input_specs(model)
-    singles = [] if calibration is None else read_singles(calibration, specs)
-    feeds = batched(singles, specs, batches=HELD_OUT) if singles else []
-    layers = [*find_layers(model.graph), *find_turned(model.graph)]
-    total = Costs.of(layers, shapes, request.by).total
-    job = _Job(model, request, feeds, singles, request.channels, total, seed)
-    size = sum(layer.size for layer in layers)
-    which, thrifts = request.importance, THRIFTS if feeds else THRIFTS[:1]
-    if size > LARGE and feeds:
+    job = _job(model, shapes, request, calibration, seed)
+    which, thrifts = request.importance, THRIFTS if job.feeds else THRIFTS[:1]
+    if job.is_large and job.feeds:
         which = Importance.ACTIVATION if which is Importance.AUTO else which
         thrifts = THRIFTS_LARGE
     first = _stage(job, model, shapes, which)
     if first is None:
         return None
     if not request.multiple and _is_short(first, job.share):
-        request = dataclasses.replace(request, block=ROUNDING)
-        job = dataclasses.replace(job, request=request)
+        job = dataclasses.replace(job, request=dataclasses.replace(request, block=ROUNDING))
         first = _regrouped(job, first)
     if request.by is Measure.LATENCY:
         job = dataclasses.replace(job, share=_share_by_latency(job, first))
-    tried = _at_once(job, first, itertools.product(first.scores, thrifts))
+    hastes = HASTES if job.feeds and not job.is_large else HASTES[:1]
+    ways = [Way(i, t, h) for i in first.scores for t in thrifts for h in hastes if not (t and h)]
+    tried = _at_once(job, first, ways)
     tried += _in_rounds(job, first, sorted(tried, key=lambda each: each.error)[:FINALISTS])
-    best = min(tried, key=lambda each: each.error)
+    tried += _without_branches(job, first, min(tried, key=lambda each: each.error).way)
+    best = _finished(job, _preferred(job, tried))
     if request.by is Measure.LATENCY:
         return dataclasses.replace(best, saved_time=_saved_time(job, best.model))
     return best
+
+
+def _job(
+    model: ir.Model,
+    shapes: Shapes,
+    request: SparsityRequest,
+    calibration: Calibration | None,
+    seed: int,
+) -> _Job:
+    assert request.channels is not None
+    specs = input_specs(model)
+    singles = [] if calibration is None else read_singles(calibration, specs)
+    feeds = batched(singles, specs, batches=HELD_OUT) if singles else []
+    layers = [*find_layers(model.graph), *find_turned(model.graph)]
+    return _Job(
+        model,
+        request,
+        feeds,
+        singles,
+        share=request.channels,
+        total=Costs.of(layers, shapes, request.by).total,
+        time=Clock.of(model.graph, shapes, request.multiple or request.block).left({}),
+        seed=seed,
+        wanted=outputs(model, unseen(feeds)) if feeds else [],
+        is_large=sum(layer.size for layer in layers) > LARGE,
+    )
+
+
+def _preferred(job: _Job, tried: Sequence[Slimming]) -> Slimming:
+    """The nearest; where the arithmetic is what is asked for, of those that save as much of the time."""
+    if job.request.by is not Measure.FLOPS:
+        return min(tried, key=lambda each: each.error)
+    most = 1 - min(each.time for each in tried)
+    enough = min(ENOUGH * job.share, NEARLY * most)
+    return min((each for each in tried if 1 - each.time >= enough), key=lambda each: each.error)
+
+
+def _finished(job: _Job, best: Slimming) -> Slimming:
+    """Fitted to all samples, those that have judged included."""
+    if not job.feeds or not job.request.refit:
+        return best
+    made = load_model(best.model)
+    reconstruct(job.model, made, best.keep, job.feeds, job.seed, best.aims)
+    return dataclasses.replace(best, model=made)
 
 
 def _stage(job: _Job, model: ir.Model, shapes: Shapes, which: Importance) -> _Stage | None:
@@ -177,7 +263,8 @@ def _stage(job: _Job, model: ir.Model, shapes: Shapes, which: Importance) -> _St
             f"--sparsity importance={which} needs samples: give --calibration, or choose importance=l2"
         )
     costs = Costs.of(layers, shapes, job.request.by)
-    return _Stage(model, labels, groups, layers, costs, scores)
+    clock = Clock.of(model.graph, shapes, job.request.multiple or job.request.block)
+    return _Stage(model, labels, groups, layers, costs, clock, scores)
 
 
 def _groups(job: _Job, labels: Labels, layers: list[Layer]) -> list[Group]:
@@ -246,8 +333,23 @@ def _at_once(job: _Job, stage: _Stage, ways: Iterable[Way]) -> list[Slimming]:
 
 
 def _chosen(stage: _Stage, way: Way, share: float) -> frozenset[int]:
-    which, thrift = way
-    return choose(stage.groups, stage.scores[which], stage.labels, stage.costs, share, thrift)
+    dear = {
+        group: max(expense(group, stage.costs), 1e-12) ** way.thrift
+        * (_pace(stage, group) ** way.haste if way.haste else 1.0)
+        for group in stage.groups
+    }
+    return choose(
+        stage.groups, stage.scores[way.importance], stage.labels, stage.costs, share, dear
+    )
+
+
+def _pace(stage: _Stage, group: Group) -> float:
+    """The share of the time that goes with one class of a group, over its share of the arithmetic."""
+    block = frozenset(group.classes[: group.unit])
+    cut = kept_indices(stage.labels, block)
+    whole = stage.clock.left({})
+    saved = 1 - stage.clock.left(cut) / max(whole, 1e-12)
+    return max(saved, 1e-4) / max(len(block) * expense(group, stage.costs), 1e-6)
 
 
 def _tried(job: _Job, stage: _Stage, way: Way, dropped: frozenset[int], before: Keep) -> Slimming:
@@ -256,10 +358,12 @@ def _tried(job: _Job, stage: _Stage, way: Way, dropped: frozenset[int], before: 
     cut = kept_indices(stage.labels, dropped)
     keep = composed(before, cut)
     if job.feeds and job.request.refit:
-        reconstruct(job.model, made, keep, job.feeds, job.seed)
-    error = divergence(job.model, made, job.unseen) if job.feeds else 0.0
-    left = stage.costs.left(cut) / job.total
-    return Slimming(way[0], way[1], keep, len(dropped), made, error, left)
+        reconstruct(job.model, made, keep, job.seen, job.seed, stage.aims)
+    error = divergence(job.wanted, made, job.unseen) if job.feeds else 0.0
+    left, time = stage.costs.left(cut) / job.total, stage.clock.left(cut) / job.time
+    return Slimming(
+        way, keep, len(dropped), made, error, left, time, branches=stage.branches, aims=stage.aims
+    )
 
 
 def _in_rounds(job: _Job, first: _Stage, finalists: list[Slimming]) -> list[Slimming]:
@@ -267,7 +371,7 @@ def _in_rounds(job: _Job, first: _Stage, finalists: list[Slimming]) -> list[Slim
     count = job.request.rounds or (ROUNDS if job.share >= ROUNDS_FROM else 1)
     if count == 1 or not job.feeds or not job.request.refit:
         return []
-    found = [_rounded(job, first, (each.importance, each.thrift), count) for each in finalists]
+    found = [_rounded(job, first, each.way, count) for each in finalists]
     return [each for each in found if each is not None]
 
 
@@ -278,14 +382,83 @@ def _rounded(job: _Job, first: _Stage, way: Way, count: int) -> Slimming | None:
     for turn in range(1, count + 1):
         if stage is None:
             break
-        goal = (1 - job.share * turn / count) * job.total
-        dropped = _chosen(stage, way, max(1 - goal / stage.costs.total, 0.0))
+        dropped = _chosen(stage, way, _yet_to_go(job, stage, job.share * turn / count))
         done = _tried(job, stage, way, dropped, keep)
         keep, classes = done.keep, classes + len(dropped)
         if turn < count:
             model = load_model(done.model)
-            stage = _stage(job, model, Shapes(model), way[0])
+            stage = _stage(job, model, Shapes(model), way.importance)
     return None if done is None else dataclasses.replace(done, classes=classes, rounds=count)
+
+
+def _yet_to_go(job: _Job, stage: _Stage, share: float) -> float:
+    """The share of what a stage has left that has to go until `share` of the original has gone."""
+    return max(1 - (1 - share) * job.total / stage.costs.total, 0.0)
+
+
+def _without_branches(job: _Job, first: _Stage, way: Way) -> list[Slimming]:
+    """Ways in which whole branches of residual sums go first, ever more of them, and channels for what is missing."""
+    wanted = job.feeds and job.request.refit and job.request.blocks
+    if not wanted or job.request.by is Measure.PARAMETERS:
+        return []
+    stage: _Stage | None = first
+    found: list[Slimming] = []
+    turns = TURNS_LARGE if job.is_large else TURNS
+    for turn in range(1, turns + 1):
+        more = [] if stage is None else _next_branches(job, stage, job.share * turn / turns)
+        if stage is None or not more:
+            break
+        done = _thinned(job, stage, more, way)
+        stage = _stage(job, done.model, Shapes(done.model), way.importance)
+        if stage is None:
+            return [*found, done] if 1 - done.left >= job.share - 0.01 else found
+        stage = dataclasses.replace(stage, branches=done.branches, aims=done.aims)
+        dropped = _chosen(stage, way, _yet_to_go(job, stage, job.share))
+        found.append(_tried(job, stage, way, dropped, {}))
+    return found
+
+
+def _thinned(job: _Job, stage: _Stage, more: Sequence[Branch], way: Way) -> Slimming:
+    """The model of a stage without some branches, fitted."""
+    made = load_model(stage.model)
+    new = drop_branches(made, more)
+    aims = {name: new.get(aim, aim) for name, aim in stage.aims.items()} | new
+    reconstruct(job.model, made, {}, job.seen, job.seed, aims)
+    layers = [*find_layers(made.graph), *find_turned(made.graph)]
+    left = Costs.of(layers, Shapes(made), job.request.by).total / job.total
+    return Slimming(way, {}, 0, made, 0.0, left, branches=(*stage.branches, *more), aims=aims)
+
+
+def _next_branches(job: _Job, stage: _Stage, share: float) -> list[Branch]:
+    """The branches without which the outputs are nearest, until `share` of the arithmetic has gone; one at least."""
+    costs = dict(zip((each.name for each in stage.costs.layers), stage.costs.amounts, strict=True))
+    gone = 1 - stage.costs.total / job.total
+    known = find_branches(stage.model.graph, stage.layers, Shapes(stage.model))
+    kept = re.compile(job.request.dense or "(?!)")
+    found: list[Branch] = []
+    for branch in _ranked(job, stage, [b for b in known if not any(map(kept.search, b.layers))]):
+        spent = sum(costs[name] for name in branch.layers) / job.total
+        limit = share if found else job.share
+        if spent > 0 and gone + spent <= limit and not any(branch.layers & b.layers for b in found):
+            found.append(branch)
+            gone += spent
+    return found
+
+
+def _ranked(job: _Job, stage: _Stage, branches: Sequence[Branch]) -> list[Branch]:
+    """Those first without which the outputs are nearest, before anything is fitted to that."""
+    feeds, size = [], 0
+    for feed in job.unseen:
+        feeds.append(feed)
+        size += max((len(array) for array in feed.values() if array.ndim), default=1)
+        if size >= RANKED_ON:
+            break
+    errors = {}
+    for branch in branches:
+        made = load_model(stage.model)
+        drop_branches(made, [branch])
+        errors[branch] = divergence(job.wanted[: len(feeds)], made, feeds)
+    return sorted(branches, key=lambda branch: errors[branch])
 
 
 def composed(before: Keep, cut: Keep) -> Keep:
@@ -300,7 +473,7 @@ def composed(before: Keep, cut: Keep) -> Keep:
 
 def _share_by_latency(job: _Job, stage: _Stage) -> float:
     """The least share of the arithmetic that saves the share of the time asked for, by bisection."""
-    way = (next(iter(stage.scores)), THRIFTS[0])
+    way = Way(next(iter(stage.scores)), THRIFTS[0])
     low, high = 0.0, 0.97
     for _ in range(SEARCHES):
         middle = (low + high) / 2

@@ -53,7 +53,8 @@ def test_thrift_takes_the_dear_ones_first_and_its_contrary_spares_them(facts: Fa
     narrow = next(group for group in groups if len(group.classes) == 6)
     left = []
     for thrift in (1.0, 0.0, -1.0):
-        dropped = choose(groups, weight_norms(groups), labels, costs, 0.3, thrift)
+        dear = {group: expense(group, costs) ** thrift for group in groups}
+        dropped = choose(groups, weight_norms(groups), labels, costs, 0.3, dear)
         left.append(len(set(narrow.classes) - dropped))
     assert left[0] <= left[1] <= left[2]
     assert left[0] < left[2]

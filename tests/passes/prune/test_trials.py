@@ -172,7 +172,7 @@ class TestFisher:
         pytest.importorskip("torch")
         found = best(WIDE, "channels:0.4,importance=fisher", samples)
         assert found is not None
-        assert found.importance is Importance.FISHER
+        assert found.way.importance is Importance.FISHER
 
     def test_needs_samples(self) -> None:
         with pytest.raises(OptionError, match="needs samples"):
@@ -184,7 +184,7 @@ class TestFisher:
             best(WIDE, "channels:0.4,importance=fisher", samples)
         found = best(WIDE, "channels:0.4", samples)
         assert found is not None
-        assert found.importance is not Importance.FISHER
+        assert found.way.importance is not Importance.FISHER
 
 
 @pytest.mark.parametrize("text", [GROUPED, SPLIT])
