@@ -1,4 +1,4 @@
-"""What is added to the scores of attention, brought together: two masks, and a mask added to a view of the scores.
+"""What is added to the scores of attention, brought together: two masks, a choice and a mask, a mask of a view.
 
     Before:  z = Reshape(Reshape(q kT + a, [B, W, H, S, L]) + b, [B W, H, S, L])     b: [1, W, 1, S, L]
     After:   z = q kT + (a + Tile(b, [B, 1, 1, 1]))
@@ -9,12 +9,19 @@ before.  Changes numerics: reordered.
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import onnx_ir as ir
 
+from graphopt.ir import values
 from graphopt.ir.build import Builder
-from graphopt.ir.shapes import Dim
-from graphopt.rewrite import Match, Op, Rule, Var, exact, rule
+from graphopt.ir.shapes import Dim, is_cut_to
+from graphopt.rewrite import Either, Match, Op, Rule, Skip, Var, exact, rule
 from graphopt_passes.constants import live_uses
+
+VANISHING = -1e30
+"""In float32, a number beside which any score vanishes."""
 
 scores, mask = Var(), Var()
 parted = Op("Reshape", scores, ...)
@@ -73,13 +80,53 @@ def join_masks(m: Match, g: Builder) -> ir.Value | None:
 
     As T5 adds the bias of relative positions and a mask.  Source: Add-7, Softmax-13.
     """
-    if not _may_be_attention(m, m.dtype(x)) or len(m.dims(twice) or ()) != 4:
+    if not _weighs(live_uses(m.out(twice))) or len(m.dims(twice) or ()) != 4:  # few sums do
         return None
-    if not _weighs(live_uses(m.out(twice))) or m.dims(x) != m.dims(twice):
+    if not _may_be_attention(m, m.dtype(x)) or m.dims(x) != m.dims(twice):
         return None
     if not _is_product(m[x]) or _is_product(m[one]) or _is_product(m[other]):
         return None
     return g.op("Add", m[x], g.op("Add", m[one], m[other]))
+
+
+condition, low = Var(), Var(const=True)
+kept = Op("Where", condition, scores, low)
+dropped = Op("Where", condition, low, scores)
+chosen = Either(kept, dropped)
+masked_choice = Op("Add", chosen, mask)
+
+
+@rule(masked_choice, opset=(9, 10_000))
+def join_choice_and_mask(m: Match, g: Builder) -> ir.Value | None:
+    """`Where(c, q kT, low) + b` -> `q kT + (Where(c, 0, low) + b)`, before a Softmax.
+
+    As eager GPT-2 chooses the past, and adds a mask of padding.  low is -infinity, or so low in float32 that any score
+    vanishes beside it; a b above 1e30 would bring it back.  Leaves alone: -1e4, beside which scores count in a row
+    that both mask, and half precision.  Source: Where-9, Add-7.
+    """
+    if not _weighs(live_uses(m.out(masked_choice))) or len(m.dims(scores) or ()) != 4:
+        return None
+    if not _is_product(m[scores]) or not _may_be_attention(m, m.dtype(scores)):
+        return None
+    broad = next((each for each in (m[condition], m[mask]) if not _broadcasts(m, each)), None)
+    if broad is not None:
+        raise Skip("it is not known to broadcast to the scores", broad)
+    number, dtype = values.fill(m[low]), m.dtype(scores)
+    if number is None or dtype is None:
+        return None
+    if number != -math.inf and (number > VANISHING or dtype != ir.DataType.FLOAT):
+        raise Skip("a row that both choice and mask hide would mix them", m[masked_choice])
+    zero = g.const(np.zeros((), dtype.numpy()))
+    branches = (zero, m[low]) if m.has(kept) else (m[low], zero)
+    return g.op("Add", m[scores], g.op("Add", g.op("Where", m[condition], *branches), m[mask]))
+
+
+def _broadcasts(m: Match, value: ir.Value) -> bool:
+    """Whether a value goes to the scores' shape, perhaps out of a table that is cut to their length."""
+    own, whole = m.dims(value), m.dims(scores)
+    if own is None or whole is None or len(own) > len(whole):
+        return False
+    return all(a == 1 or is_cut_to(a, b) for a, b in zip(own[::-1], whole[::-1], strict=False))
 
 
 def _is_product(value: ir.Value, depth: int = 4) -> bool:
@@ -102,4 +149,4 @@ def _may_be_attention(m: Match, dtype: ir.DataType | None) -> bool:
     return target.emits("Attention", opset=target.opset[1], dtype=dtype)
 
 
-RULES: tuple[Rule, ...] = (mask_windows_in_place, join_masks)
+RULES: tuple[Rule, ...] = (mask_windows_in_place, join_masks, join_choice_and_mask)

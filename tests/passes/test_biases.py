@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 from graphopt_passes import biases
@@ -91,3 +92,62 @@ def test_other_masks_of_views_stay(batch: str, mask: str, change: tuple[str, str
 
 def test_portable_models_of_unknown_batch_stay() -> None:
     check(biases.RULES, _text("N", "float[3,1,5,5]"), opset=17, target="portable", dims=(6, 3))
+
+
+def _choice(choose: str, low: str, dtype: str = "float", tail: str = "p = Softmax(w)") -> str:
+    io = f"g ({QKV}, bool[1,1,S,L] c, float[B,1,1,L] b) => (float[B,2,S,4] y)".replace(
+        "float", dtype
+    )
+    return (
+        f"{io} <{dtype} low = {{{low}}}, {dtype} scale = {{{'0.5' if dtype == 'float' else '14336'}}}> {{ {KT}"
+        f" m = MatMul(q, t) a = Mul(m, scale) z = {choose} w = Add(z, b) {tail} y = MatMul(p, v) }}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("choose", "joined"),
+    [("Where(c, a, low)", "Where(c, zero, low)"), ("Where(c, low, a)", "Where(c, low, zero)")],
+)
+@pytest.mark.parametrize("low", ["-3.4028234663852886e38", "-inf"])
+def test_choice_and_mask_become_one_mask(choose: str, joined: str, low: str) -> None:
+    """As of GPT-2: rows that both hide are what they were."""
+    before = _choice(choose, low)
+    after = before.replace(
+        f"z = {choose} w = Add(z, b)", f"h = {joined} n = Add(h, b) w = Add(a, n)"
+    )
+    after = after.replace("> {", ", float zero = {0.0}> {", 1)
+    rng, feeds = np.random.default_rng(0), []
+    for hidden in (-1e4, -3.4028234663852886e38, *([] if low == "-inf" else [-np.inf])):
+        feed = make_feeds(parse(before), 0, dim=5)
+        feed["c"] = rng.random((1, 1, 5, 5)) < 0.5
+        feed["c"][..., 0, 1:], feed["c"][..., 0] = False, True
+        feed["b"][:] = np.where(np.arange(5) < 2, np.float32(hidden), np.float32(0))
+        feeds.append(feed)
+    check(biases.RULES, before, after, feeds=feeds, tolerance=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("body", "missed"),
+    [
+        (_choice("Where(c, a, low)", "-1e4"), "would mix"),  # scores count beside it
+        (_choice("Where(c, a, low)", "64511", "float16"), "would mix"),
+        (_choice("Where(c, b, low)", "-inf").replace("Add(z, b)", "Add(z, a)"), ""),
+        (_choice("Where(c, a, low)", "-inf", tail="p = Relu(w)"), ""),
+        (
+            _choice("Where(c, a, low)", "-inf").replace("float[B,1,1,L] b", "float[B,1,1,M] b"),
+            "known",
+        ),
+    ],
+)
+def test_choice_and_mask_stay(body: str, missed: str) -> None:
+    check(biases.RULES, body, missed=missed, tolerance=1e-2)
+
+
+def test_choice_and_mask_of_half_precision_join_where_nothing_is_left() -> None:
+    model = ir.from_proto(parse(_choice("Where(c, a, low)", "64512", "float16")))
+    apply(biases.RULES, model)
+    kinds = [node.op_type for node in model.graph]
+    assert kinds.index("Where") < kinds.index("Softmax")
+    where = next(node for node in model.graph if node.op_type == "Where")
+    assert [user.op_type for user, _ in where.outputs[0].uses()] == ["Add"]
+    assert all(v.producer() is None or v.producer().op_type != "Mul" for v in where.inputs if v)  # type: ignore[union-attr]
