@@ -13,13 +13,15 @@ from typing import TypeAlias
 import onnx_ir as ir
 
 from graphopt.ir.operators import HOLDERS, describe, subgraphs
-from graphopt.ir.scopes import Scope, all_graphs
+from graphopt.ir.scopes import Census, Scope
 
 Visible: TypeAlias = dict[str | None, ir.Value]
 
 
-def violations(model: ir.Model) -> Iterator[str]:
+def violations(model: ir.Model, census: Census | None = None) -> Iterator[str]:
     """What is wrong with `model`, a sentence each; nothing for a sound one.
+
+    `census` spares the walk over the model to whoever has just made one.
 
     Checked: a graph defines every name once, no node of a subgraph takes the name of an outer value, every use comes
     after its definition and within its scope, every value knows its producer, initializers hold a tensor and go by
@@ -28,12 +30,12 @@ def violations(model: ir.Model) -> Iterator[str]:
     An input or initializer of a subgraph may hide an outer value of its name: exporters write such models, onnx.checker
     and ONNX Runtime take them.  The hidden value must not be read inside.
     """
-    for scope in all_graphs(model):
+    for scope, nodes in (census or Census(model)).parts:
         if scope.parent is None:
-            yield from _graph(scope, {})
+            yield from _graph(scope, nodes, {})
 
 
-def _graph(scope: Scope, visible: Visible) -> Iterator[str]:
+def _graph(scope: Scope, nodes: Iterable[ir.Node], visible: Visible) -> Iterator[str]:
     """Checks one graph; `visible` is as before afterwards, so that no graph pays for the size of those around it."""
     graph = scope.graph
     own: Visible = {}
@@ -43,7 +45,7 @@ def _graph(scope: Scope, visible: Visible) -> Iterator[str]:
         if value.name in visible and value.name not in own:
             hidden[value.name] = visible.pop(value.name)
         yield from _define(value, visible, own, scope)
-    for node in graph:
+    for node in nodes:
         if not _is_sound(node, graph, visible):
             yield from _node(node, scope, visible)
         for value in node.outputs:
@@ -98,9 +100,8 @@ def _node(node: ir.Node, scope: Scope, visible: Visible) -> Iterator[str]:
                 "a pass moved or removed its producer"
             )
     for inner in subgraphs(node) if node.attributes else ():
-        yield from _graph(
-            dataclasses.replace(scope, graph=inner, owner=node, parent=scope), visible
-        )
+        held = dataclasses.replace(scope, graph=inner, owner=node, parent=scope)
+        yield from _graph(held, inner, visible)
 
 
 def _output(

@@ -255,24 +255,26 @@ class _Decoder:
         # All outputs are declared first: a subgraph, or a node out of order, may use what comes later.
         scope = scopes[-1]
         for proto in protos:
-            for name in filter(None, proto.output):
-                scope.define(name, "an output", scope.place._replace(node=proto))
-                scope.pending.add(name)
+            place = _Place(scope.place.graph, proto)
+            for name in proto.output:
+                if name:
+                    scope.define(name, "an output", place)
+                    scope.pending.add(name)
         return [self._node(proto, scopes) for proto in protos]
 
     def _node(self, proto: onnx.NodeProto, scopes: _Scopes) -> ir.Node:
         scope = scopes[-1]
-        place = scope.place._replace(node=proto)
+        place = _Place(scope.place.graph, proto)
         node = ir.Node(
             notes.name(proto.domain),
             notes.name(proto.op_type),
             [_lookup(name, scopes, place) if name else None for name in proto.input],
-            self._attributes(proto, scopes, place),
+            self._attributes(proto, scopes, place) if proto.attribute else (),
             overload=notes.name(proto.overload),
             outputs=[scope.values[name] if name else ir.Value(name="") for name in proto.output],
             name=notes.name(proto.name),
             doc_string=notes.text(proto, "doc_string"),
-            metadata_props=notes.props(proto),
+            metadata_props=notes.props(proto) if proto.metadata_props else None,
         )
         if configurations := getattr(proto, "device_configurations", ()):
             node.device_configurations = tuple(self._device(c, scopes) for c in configurations)

@@ -63,19 +63,47 @@ def all_graphs(model: ir.Model) -> Iterator[Scope]:
         yield from nested(Scope(function.graph, function.opset_imports, function=function))
 
 
+class Census:
+    """Every graph of a model with its nodes, as they are now: `all_graphs` for those who look at each node as well.
+
+    Attributes:
+        parts: each graph and its nodes, in the order of `all_graphs`.
+    """
+
+    def __init__(self, model: ir.Model) -> None:
+        parts: list[tuple[Scope, tuple[ir.Node, ...]]] = []
+        bodies = [Scope(f.graph, f.opset_imports, function=f) for f in model.functions.values()]
+        stack = [*reversed(bodies), Scope(model.graph, model.opset_imports)]
+        while stack:
+            scope = stack.pop()
+            nodes = tuple(scope.graph)
+            parts.append((scope, nodes))
+            stack.extend(reversed(_held(scope, nodes)))
+        self.parts = tuple(parts)
+
+    @property
+    def size(self) -> int:
+        """How many nodes there are."""
+        return sum(len(nodes) for _, nodes in self.parts)
+
+
 def nested(scope: Scope) -> Iterator[Scope]:
     """A scope and every scope within it, outer before inner, in the order of the nodes."""
     stack = [scope]
     while stack:
         current = stack.pop()
         yield current
-        inner = [
-            dataclasses.replace(current, graph=graph, owner=node, parent=current)
-            for node in current.graph
-            if node.op_type in operators.HOLDERS or node.domain
-            for graph in operators.subgraphs(node)
-        ]
-        stack.extend(reversed(inner))
+        stack.extend(reversed(_held(current, current.graph)))
+
+
+def _held(scope: Scope, nodes: Iterable[ir.Node]) -> list[Scope]:
+    """The scopes of the graphs that nodes of a scope hold."""
+    return [
+        dataclasses.replace(scope, graph=graph, owner=node, parent=scope)
+        for node in nodes
+        if node.op_type in operators.HOLDERS or node.domain
+        for graph in operators.subgraphs(node)
+    ]
 
 
 def all_nodes(graph: ir.Graph) -> Iterator[ir.Node]:

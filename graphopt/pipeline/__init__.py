@@ -1,7 +1,7 @@
 """Passes, pipelines, recipes, and where passes are found."""
 
 from graphopt.pipeline.passes import Pass, PassRun, Repeat, RewritePass, drops_defaults
-from graphopt.pipeline.runner import Step, count, flatten, run_pipeline
+from graphopt.pipeline.runner import Step, flatten, run_pipeline
 
 __all__ = [
     "Pass",
@@ -9,7 +9,6 @@ __all__ = [
     "Repeat",
     "RewritePass",
     "Step",
-    "count",
     "drops_defaults",
     "flatten",
     "run_pipeline",

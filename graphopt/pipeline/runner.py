@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from graphopt.errors import GraphoptError, PassError
 from graphopt.ir.check import violations
-from graphopt.ir.scopes import all_graphs
+from graphopt.ir.scopes import Census
 from graphopt.pipeline.passes import Pass, PassRun, Repeat
 from graphopt.rewrite import Context, RemarkKind
 
@@ -44,13 +44,13 @@ def run_pipeline(
         if observer is not None:
             observer(run, model)
 
-    nodes = count(model)
+    census = Census(model)
     for step in steps:
         if isinstance(step, Repeat):
-            nodes = _repeat(step, model, ctx, nodes, record)
+            census = _repeat(step, model, ctx, census, record)
         else:
-            record(_run(step, model, ctx, nodes))
-            nodes = runs[-1].nodes_after
+            run, census = _run(step, model, ctx, census)
+            record(run)
     ctx.settle_remarks()
     return tuple(runs)
 
@@ -64,21 +64,20 @@ def flatten(steps: Iterable[Step]) -> tuple[Pass, ...]:
 
 
 def _repeat(
-    group: Repeat, model: ir.Model, ctx: Context, nodes: int, record: Callable[[PassRun], None]
-) -> int:
+    group: Repeat, model: ir.Model, ctx: Context, census: Census, record: Callable[[PassRun], None]
+) -> Census:
     """Runs the passes of a group in turn; a pass is left out while nothing changed since its last run.
 
-    Returns how many nodes there are then; `nodes` is how many there were before.
+    Returns the graphs and nodes that there are then; `census` are those before.
     """
     quiet = 0
     for turn in range(group.limit):
         for each in group.passes:
-            run = _run(each, model, ctx, nodes)
+            run, census = _run(each, model, ctx, census)
             record(run)
-            nodes = run.nodes_after
             quiet = 0 if run.changed else quiet + 1
             if quiet >= len(group.passes):
-                return nodes
+                return census
         if turn == group.limit - 1:
             ctx.pass_name = group.name
             ctx.remark(
@@ -88,14 +87,16 @@ def _repeat(
                 f"still changing after {group.limit} turns of {', '.join(p.name for p in group.passes)}; "
                 "a second optimisation of the result may find more",
             )
-    return nodes
+    return census
 
 
-def _run(step: Pass, model: ir.Model, ctx: Context, nodes: int) -> PassRun:
-    """One execution of a pass over a model of `nodes` nodes, which are counted again only if it changed anything."""
+def _run(step: Pass, model: ir.Model, ctx: Context, census: Census) -> tuple[PassRun, Census]:
+    """One execution of a pass over a model whose nodes are `census`; they are counted again only if it changed any."""
     if step.name in ctx.gate.passes:
-        return PassRun(step.name, changed=False, rewrites=0, seconds=0.0, nodes_after=nodes)
+        quiet = PassRun(step.name, changed=False, rewrites=0, seconds=0.0, nodes_after=census.size)
+        return quiet, census
     ctx.pass_name = step.name
+    ctx.census = census
     before = len(ctx.rewrites)
     started = time.process_time()
     try:
@@ -108,23 +109,20 @@ def _run(step: Pass, model: ir.Model, ctx: Context, nodes: int) -> PassRun:
             f"without it: --disable {step.name}",
             pass_name=step.name,
         ) from fault
+    finally:
+        ctx.census = None
     seconds = time.process_time() - started
     if changed:
-        _check(step, model)
-        nodes = count(model)
-    return PassRun(step.name, changed, len(ctx.rewrites) - before, seconds, nodes)
+        census = Census(model)
+        _check(step, model, census)
+    return PassRun(step.name, changed, len(ctx.rewrites) - before, seconds, census.size), census
 
 
-def _check(step: Pass, model: ir.Model) -> None:
-    found = list(islice(violations(model), 3))
+def _check(step: Pass, model: ir.Model, census: Census) -> None:
+    found = list(islice(violations(model, census), 3))
     if found:
         raise PassError(
             f"pass {step.name} left an invalid model: {'; '.join(found)}. This is a bug in the pass; the run can go on "
             f"without it: --disable {step.name}",
             pass_name=step.name,
         )
-
-
-def count(model: ir.Model) -> int:
-    """Nodes of a model, subgraphs and functions included."""
-    return sum(len(scope.graph) for scope in all_graphs(model))

@@ -11,7 +11,9 @@ from typing import Any, Protocol
 
 import onnx_ir as ir
 
+from graphopt.ir.annotations import annotation_names
 from graphopt.ir.build import Names
+from graphopt.ir.scopes import Census
 from graphopt.ir.shapes import Shapes
 from graphopt.numerics import Numerics
 from graphopt.targets import Target
@@ -209,9 +211,13 @@ class Context:
 
     tuner: Tuner | None = None
 
+    census: Census | None = None
+    """The graphs and nodes of the model, where whoever runs the passes knows that nothing changed since; else None."""
+
     _said: set[Remark] = dataclasses.field(default_factory=set, init=False, repr=False)
     _shapes: Shapes | None = dataclasses.field(default=None, init=False, repr=False)
     _names: Names | None = dataclasses.field(default=None, init=False, repr=False)
+    _unannotated: bool = dataclasses.field(default=False, init=False, repr=False)
 
     @property
     def shapes(self) -> Shapes:
@@ -226,6 +232,18 @@ class Context:
         if self._names is None:
             self._names = Names.of(self.model)
         return self._names
+
+    def walk(self, model: ir.Model) -> Census:
+        """The graphs and nodes of the model as they are now."""
+        return self.census or Census(model)
+
+    def annotated(self, model: ir.Model) -> frozenset[str]:
+        """The tensors that quantization annotations name; where there were none, no pass has made any."""
+        if self._unannotated:
+            return frozenset()
+        found = annotation_names(self.walk(model))
+        self._unannotated = not found
+        return found
 
     def refresh(self) -> None:
         """Drops shapes and names, to be taken anew when next asked for.
@@ -249,6 +267,7 @@ class Context:
         if not self.gate.allows(rewrite, len(self.rewrites)):
             return False
         self.rewrites.append(rewrite)
+        self.census = None  # whoever asked will change something now
         return True
 
     def remark(

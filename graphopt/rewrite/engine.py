@@ -15,7 +15,6 @@ import onnx_ir as ir
 from graphopt.errors import PassError
 from graphopt.ir import collector
 from graphopt.ir.build import Builder
-from graphopt.ir.scopes import all_graphs
 from graphopt.rewrite.commit import Site, commit, discard, is_dead, remove
 from graphopt.rewrite.context import Context
 from graphopt.rewrite.index import RuleIndex
@@ -65,7 +64,7 @@ class Rewriter:
         self._ctx = ctx
         self._budget = budget
         self._index = RuleIndex(rules, keep_near_misses=ctx.options.trace_misses)
-        self._sites: dict[ir.Graph, Site] = {}
+        self._sites: dict[ir.Graph | None, tuple[Site, int]] = {}
         self._work = Worklist()
 
     def run(self, model: ir.Model) -> bool:
@@ -88,11 +87,12 @@ class Rewriter:
         self._sites.clear()
         if not model.graph.outputs:  # all of it would be dead, and no runtime takes an empty graph
             return False
-        for scope in all_graphs(model):
+        for scope, nodes in self._ctx.walk(model).parts:
             facts = Facts(self._ctx.shapes, self._ctx.target, scope.opsets)
             body = scope.function is not None and scope.owner is None
-            self._sites[scope.graph] = Site(scope.graph, facts, is_function=body)
-            self._work.push(scope.graph)
+            site = Site(scope.graph, facts, is_function=body)
+            self._sites[scope.graph] = (site, scope.opsets.get("", 0))
+            self._work.push(nodes)
         return self._drain(start)
 
     def _drain(self, start: int) -> bool:
@@ -100,12 +100,15 @@ class Rewriter:
         changed = False
         for node in self._work:
             if is_dead(node):
+                self._ctx.census = None
                 self._work.push(remove(node, self._ctx))
                 changed = True
                 continue
             fired = self._visit(node)
-            changed = changed or fired is not None
-            if fired is not None and len(self._ctx.rewrites) - start > self._budget:
+            if fired is None:
+                continue
+            changed = True
+            if len(self._ctx.rewrites) - start > self._budget:
                 raise PassError(
                     f"no fixed point within {self._budget} rewrites; the last rule was {fired.name} at "
                     f"{self._ctx.rewrites[-1].site!r}: leave it out with --disable {self._ctx.pass_name}/{fired.name}",
@@ -115,21 +118,18 @@ class Rewriter:
 
     def _visit(self, node: ir.Node) -> Rule | None:
         """Applies the first rule that fires at `node`; returns it, or None."""
-        graph = node.graph
-        assert graph is not None
-        site = self._sites.get(graph)
-        if site is None:  # a graph that came with a rewrite: the next turn knows where it is
+        place = self._sites.get(node.graph)
+        if place is None:  # a graph that came with a rewrite: the next turn knows where it is
             return None
-        for rule in self._index.candidates(node, site.facts.opsets.get("", 0)):
+        site, opset = place
+        for rule in self._index.candidates(node, opset):
             if self._apply(rule, node, site):
                 return rule
         return None
 
     def _apply(self, rule: Rule, root: ir.Node, site: Site) -> bool:
-        trace = Trace() if self._ctx.options.trace_misses else None
-        env = next(rule.pattern.match_node(root, {}, trace), None)
+        env = self._bound(rule, root)
         if env is None:
-            self._near_miss(rule, root, trace)
             return False
         tape = Builder()
         new = self._built(rule, env, root, tape, site)
@@ -140,6 +140,16 @@ class Rewriter:
             return False
         self._work.push(commit(rule.name, root, new, tape, site, self._ctx))
         return True
+
+    def _bound(self, rule: Rule, root: ir.Node) -> Binding | None:
+        """What the pattern binds at `root`; None where it does not match, which may be a near miss."""
+        if not self._ctx.options.trace_misses:
+            return rule.pattern.first(root)
+        trace = Trace()
+        env = next(rule.pattern.match_node(root, {}, trace), None)
+        if env is None:
+            self._near_miss(rule, root, trace)
+        return env
 
     def _built(
         self, rule: Rule, env: Binding, root: ir.Node, tape: Builder, site: Site
@@ -181,8 +191,8 @@ class Rewriter:
         self._ctx.missed(rule.name, root, f"measured on this machine: {gain:.2f} times as fast")
         return True
 
-    def _near_miss(self, rule: Rule, root: ir.Node, trace: Trace | None) -> None:
-        if trace is None or trace.depth < NEAR_MISS_NODES:
+    def _near_miss(self, rule: Rule, root: ir.Node, trace: Trace) -> None:
+        if trace.depth < NEAR_MISS_NODES:
             return
         if trace.depth < NEAR_MISS_SHARE * len(least(rule.pattern)):
             return

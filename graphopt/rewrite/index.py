@@ -35,28 +35,31 @@ class RuleIndex:
         self._by_root: dict[tuple[str, str], list[Rule]] = collections.defaultdict(list)
         for rule in sorted(rules, key=lambda r: -r.benefit):
             for op_type in rule.pattern.types:
-                self._by_root[rule.pattern.domain, op_type].append(rule)
+                self._by_root[op_type, rule.pattern.domain].append(rule)
         self._keep_near_misses = keep_near_misses
-        self._known: dict[tuple[int, str, str, Sight], Sequence[Rule]] = {}
+        self._known: dict[int, dict[tuple[str, str], dict[Sight, Sequence[Rule]]]] = {}
 
     def candidates(self, node: ir.Node, opset: int) -> Sequence[Rule]:
         """The rules that may fit `node` at that opset of ai.onnx; those left out cannot."""
-        domain, op_type = node.domain, node.op_type
-        rules = self._by_root.get((domain, op_type))
-        if rules is None:
+        known = self._known.get(opset)
+        if known is None:
+            known = self._known[opset] = {root: {} for root in self._by_root}
+        by_sight = known.get((node.op_type, node.domain))
+        if by_sight is None:
             return ()
         sight = sight_of(node)
-        key = (opset, domain, op_type, sight)
-        found = self._known.get(key)
+        found = by_sight.get(sight)
         if found is None:
-            now = (rule for rule in rules if rule.opset[0] <= opset <= rule.opset[1])
-            if self._keep_near_misses:
-                found = tuple(rule for rule in now if _may_nearly_fit(rule.pattern, sight))
-            else:
-                swaps = operators.is_commutative(node)
-                found = tuple(r for r in now if _may_fit(r.pattern, sight, swaps=swaps))
-            self._known[key] = found
+            found = by_sight[sight] = self._fitting(node, opset, sight)
         return found
+
+    def _fitting(self, node: ir.Node, opset: int, sight: Sight) -> Sequence[Rule]:
+        rules = self._by_root[node.op_type, node.domain]
+        now = (rule for rule in rules if rule.opset[0] <= opset <= rule.opset[1])
+        if self._keep_near_misses:
+            return tuple(rule for rule in now if _may_nearly_fit(rule.pattern, sight))
+        swaps = operators.is_commutative(node)
+        return tuple(rule for rule in now if _may_fit(rule.pattern, sight, swaps=swaps))
 
 
 def sight_of(node: ir.Node) -> Sight:
@@ -67,19 +70,24 @@ def sight_of(node: ir.Node) -> Sight:
             seen.append(ABSENT)
         elif (producer := value.producer()) is not None:
             seen.append(producer.op_type)
-        else:
-            seen.append(WEIGHT if value.is_initializer() else GIVEN)
+        else:  # an initializer that callers may replace is none
+            weight = value.is_initializer() and not value.is_graph_input()
+            seen.append(WEIGHT if weight else GIVEN)
     return tuple(seen)
 
 
 def _may_nearly_fit(pattern: Op, sight: Sight) -> bool:
     """Whether operators of every kind that `pattern` wants to see feed the node, in any order."""
+    if pattern.fed_by and not any(word in pattern.fed_by for word in sight):
+        return False
     return all(any(t in sight for t in p.types) for p in pattern.inputs if isinstance(p, Op))
 
 
 def _may_fit(pattern: Op, sight: Sight, *, swaps: bool) -> bool:
     """Whether each input may be what `pattern` wants there; where operands swap, in one of two orders."""
     width = len(pattern.inputs)
+    if pattern.fed_by and not any(word in pattern.fed_by for word in sight):
+        return False
     if not pattern.open and any(word != ABSENT for word in sight[width:]):
         return False
     words = (*sight[:width], *[ABSENT] * (width - len(sight)))
@@ -97,4 +105,6 @@ def _may_be(pattern: Pattern, word: str) -> bool:
         return word in _MAYBE_CONSTANT
     if word == ABSENT:
         return pattern.optional
+    if pattern.computed:
+        return word != WEIGHT
     return not pattern.const or word in _MAYBE_CONSTANT

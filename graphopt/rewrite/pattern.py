@@ -38,10 +38,11 @@ class Trace:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Var:
-    """Any value; `const` demands one that no feed can change, `optional` admits an absent input."""
+    """Any value: `const` wants one that no feed can change, `computed` any other; `optional` admits an absent input."""
 
     const: bool = False
     optional: bool = False
+    computed: bool = False
 
     def match(
         self, value: ir.Value | None, env: Binding, trace: Trace | None = None
@@ -53,10 +54,18 @@ class Var:
         elif value is None:
             if self.optional:
                 yield {**env, self: None}
-        elif not self.const or values.is_constant(value):
+        elif self.takes(value):
             yield {**env, self: value}
-        elif trace is not None:
+        elif trace is not None and self.const:
             trace.stop(env, value, "a constant")
+
+    def takes(self, value: ir.Value | None) -> bool:
+        """Whether this variable alone, unbound as yet, may stand for `value`."""
+        if value is None:
+            return self.optional
+        if self.const:
+            return values.is_constant(value)
+        return not (self.computed and values.is_constant(value))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -91,6 +100,8 @@ class Op:
         domain: operator domain, "" for ai.onnx.
         output: which output of the node the matched value is.
         shared: the node may have other uses, which keep it alive beside the rewrite.
+        fed_by: operators one of which, of whatever domain, feeds the node, given as "Expand|Tile"; none: any or none.
+        flat: the inputs where every one is a variable of its own, else None.
     """
 
     types: tuple[str, ...]
@@ -99,6 +110,8 @@ class Op:
     domain: str
     output: int
     shared: bool
+    fed_by: tuple[str, ...]
+    flat: tuple[Var, ...] | None
 
     def __init__(
         self,
@@ -107,6 +120,7 @@ class Op:
         domain: str = "",
         output: int = 0,
         shared: bool = False,
+        fed_by: str = "",
     ) -> None:
         fixed = tuple(p for p in inputs if not isinstance(p, EllipsisType))
         object.__setattr__(self, "types", tuple(types.split("|")))
@@ -115,6 +129,10 @@ class Op:
         object.__setattr__(self, "domain", domain)
         object.__setattr__(self, "output", output)
         object.__setattr__(self, "shared", shared)
+        object.__setattr__(self, "fed_by", tuple(fed_by.split("|")) if fed_by else ())
+        flat = tuple(p for p in fixed if isinstance(p, Var))
+        is_flat = len(set(flat)) == len(fixed)
+        object.__setattr__(self, "flat", flat if is_flat else None)
 
     def match(
         self, value: ir.Value | None, env: Binding, trace: Trace | None = None
@@ -136,9 +154,32 @@ class Op:
         width = len(self.inputs)
         if not self.open and len(node.inputs) > width and any(node.inputs[width:]):
             return
+        if not self._is_fed(node):
+            return
         env = {**env, self: node}
         for args in _orders(node, width):
             yield from _match_each(self.inputs, args, 0, env, trace)
+
+    def first(self, node: ir.Node) -> Binding | None:
+        """The first binding of `match_node` under nothing; None where there is none.
+
+        Most patterns are flat, and most matches come to nothing: those are bound without a generator each.
+        """
+        inputs, flat = node.inputs, self.flat
+        if flat is None or len(inputs) < len(flat) or (len(inputs) > len(flat) and not self.open):
+            return next(self.match_node(node, {}), None)
+        if not self._is_fed(node):
+            return None
+        args = inputs[: len(flat)]
+        if all(map(Var.takes, flat, args)):
+            return {self: node, **dict(zip(flat, args, strict=True))}
+        if len(flat) == 2 and operators.is_commutative(node) and all(map(Var.takes, flat, args[::-1])):
+            return {self: node, **dict(zip(flat, args[::-1], strict=True))}
+        return None
+
+    def _is_fed(self, node: ir.Node) -> bool:
+        """Whether one of the operators that shall feed the node does."""
+        return not self.fed_by or any(_is_from(value, self.fed_by) for value in node.inputs)
 
     def _heads(self, node: ir.Node) -> bool:
         return (
@@ -167,6 +208,11 @@ class Either:
             return
         for option in self.options:
             yield from option.match(value, {**env, self: value}, trace)
+
+
+def _is_from(value: ir.Value | None, types: Sequence[str]) -> bool:
+    producer = None if value is None else value.producer()
+    return producer is not None and producer.op_type in types
 
 
 def _orders(node: ir.Node, width: int) -> Iterator[Sequence[ir.Value | None]]:

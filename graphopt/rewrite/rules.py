@@ -44,7 +44,9 @@ class Facts:
     opsets: operators.Opsets
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(
+    slots=True, eq=False
+)  # not frozen, which takes longer to make: one for each attempt
 class Match:
     """What a pattern bound: `m[var]` is a value, `m[op]` a node, `m.array(var)` a constant's data."""
 

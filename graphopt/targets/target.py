@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -188,13 +189,17 @@ class Target:
     ) -> bool:
         """Whether a rewrite may introduce `op_type` in a model of ai.onnx `opset` on elements of `dtype`."""
         return any(
-            fused.op_type == op_type
-            and fused.domain == domain
-            and fused.form == form
-            and (opset >= fused.since or domain != "")
-            and (dtype is None or dtype.name in fused.dtypes)
-            for fused in self.fused
+            (opset >= fused.since or domain != "") and (dtype is None or dtype.name in fused.dtypes)
+            for fused in self._by_form.get((op_type, domain, form), ())
         )
+
+    @functools.cached_property
+    def _by_form(self) -> Mapping[tuple[str, str, str], Sequence[FusedOp]]:
+        """The fused operators by type, domain and form: rules ask at every match."""
+        found: dict[tuple[str, str, str], list[FusedOp]] = {}
+        for fused in self.fused:
+            found.setdefault((fused.op_type, fused.domain, fused.form), []).append(fused)
+        return found
 
     def has_domain(self, domain: str) -> bool:
         """Whether the runtime knows operators of `domain`."""

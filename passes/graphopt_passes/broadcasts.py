@@ -36,13 +36,7 @@ def broadcast_dims(*shapes: Sequence[Dim]) -> tuple[Dim, ...]:
 
 # --- before an operator that broadcasts
 
-broadcasting = Op(_BROADCASTING, ...)
-
-
-def _is_widened(value: ir.Value | None) -> bool:
-    """Whether an Expand or ConstantOfShape makes a value, of whatever domain."""
-    node = None if value is None else value.producer()
-    return node is not None and node.op_type in ("Expand", "ConstantOfShape")
+broadcasting = Op(_BROADCASTING, ..., fed_by="Expand|ConstantOfShape")
 
 
 def _thinner(value: ir.Value | None, g: Builder) -> ir.Value | None:
@@ -73,8 +67,6 @@ def drop_covered_expand(m: Match, g: Builder) -> ir.Value | None:
     Source: ONNX Expand-8, ConstantOfShape-9, multidirectional broadcasting.
     """
     node = m[broadcasting]
-    if not any(map(_is_widened, node.inputs)):  # asked of nearly every node there is
-        return None
     wanted, operands = m.dims(broadcasting), list(node.inputs)
     shapes = [None if value is None else m.dims(value) for value in operands]
     known = [dims for dims in shapes if dims is not None]

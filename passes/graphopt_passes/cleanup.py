@@ -12,7 +12,6 @@ import onnx.defs
 import onnx_ir as ir
 
 from graphopt.ir import operators, values
-from graphopt.ir.annotations import annotation_names
 from graphopt.ir.scopes import Scope, all_graphs
 from graphopt.numerics import Numerics
 from graphopt.rewrite import Context, RemarkKind, is_dead, remove
@@ -125,10 +124,10 @@ class LiftConstants:
     def run(self, model: ir.Model, ctx: Context) -> bool:
         """Rewrites `model`; returns whether anything changed."""
         changed = False
-        for scope in all_graphs(model):
+        for scope, nodes in ctx.walk(model).parts:
             if scope.function is not None:
                 continue
-            for node in tuple(scope.graph):
+            for node in nodes:
                 changed = _lift(node, scope.graph, ctx) or changed
         if changed:
             ctx.refresh()  # one inference over the whole model costs less than an update for each constant
@@ -181,11 +180,12 @@ class LiftSubgraphConstants:
 
     def run(self, model: ir.Model, ctx: Context) -> bool:
         """Rewrites `model`; returns whether anything changed."""
-        inner = [s for s in all_graphs(model) if s.parent is not None and s.graph.initializers]
+        scopes = [scope for scope, _ in ctx.walk(model).parts]
+        inner = [s for s in scopes if s.parent is not None and s.graph.initializers]
         inner = [scope for scope in inner if scope.function is None and scope.is_plain]
         if not inner:
             return False
-        annotated = annotation_names(model)
+        annotated = ctx.annotated(model)
         counts = Counter(value.name for scope in all_graphs(model) for value in _named(scope.graph))
         changed = False
         for scope in inner:
@@ -259,7 +259,7 @@ class RemoveDeadCode:
 def _remove_nodes(model: ir.Model, ctx: Context) -> bool:
     """Users come before producers in the reversed walk, inner graphs before outer ones: one sweep is enough."""
     changed = False
-    nodes = [node for scope in all_graphs(model) for node in scope.graph]
+    nodes = [node for _, nodes in ctx.walk(model).parts for node in nodes]
     for node in reversed(nodes):
         if node.graph is not None and is_dead(node) and ctx.permit("dead-node", node):
             remove(node, ctx)
@@ -269,8 +269,8 @@ def _remove_nodes(model: ir.Model, ctx: Context) -> bool:
 
 def _omit_outputs(model: ir.Model, ctx: Context) -> bool:
     changed = False
-    for scope in all_graphs(model):
-        for node in scope.graph:
+    for scope, nodes in ctx.walk(model).parts:
+        for node in nodes:
             if len(node.outputs) > 1:
                 changed = _omit(node, scope, ctx) or changed
     return changed
@@ -323,9 +323,9 @@ def _optional_outputs(op_type: str, version: int, domain: str) -> tuple[bool, ..
 
 
 def _remove_initializers(model: ir.Model, ctx: Context) -> bool:
-    kept = annotation_names(model)
+    kept = ctx.annotated(model)
     changed = False
-    for scope in all_graphs(model):
+    for scope, _ in ctx.walk(model).parts:
         for name, value in tuple(scope.graph.initializers.items()):
             needed = value.uses() or value.is_graph_output() or value.is_graph_input()
             if not needed and name not in kept and ctx.permit("unused-initializer", value):

@@ -49,7 +49,9 @@ class InlineControlFlow:
     def run(self, model: ir.Model, ctx: Context) -> bool:
         """Rewrites `model`; returns whether anything changed."""
         changed = False
-        inner_first = [*all_graphs(model)][::-1]  # what they become moves outwards once
+        inner_first = [scope for scope, _ in ctx.walk(model).parts][
+            ::-1
+        ]  # what they become moves outwards once
         if all(scope.owner is None for scope in inner_first):
             return False
         inliner = _Inliner(model, ctx)

@@ -13,9 +13,8 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.ir import operators, values
-from graphopt.ir.annotations import annotation_names
 from graphopt.ir.mapped import MappedTensor
-from graphopt.ir.scopes import Scope, all_graphs
+from graphopt.ir.scopes import Scope
 from graphopt.ir.sparse import CooTensor
 from graphopt.numerics import Numerics
 from graphopt.rewrite import Context, name_of, remove
@@ -53,15 +52,15 @@ class MergeDuplicateConstants:
     def run(self, model: ir.Model, ctx: Context) -> bool:
         """Rewrites `model`; returns whether anything changed."""
         changed = False
-        for group in _equal_groups(_candidates(model)):
+        for group in _equal_groups(_candidates(model, ctx)):
             changed = _merge_constants(group, model.graph, ctx) or changed
         return changed
 
 
-def _candidates(model: ir.Model) -> Iterator[Held]:
+def _candidates(model: ir.Model, ctx: Context) -> Iterator[Held]:
     """The initializers that may be exchanged for an equal one, outer graphs first."""
-    named = annotation_names(model)
-    for scope in all_graphs(model):
+    named = ctx.annotated(model)
+    for scope, _ in ctx.walk(model).parts:
         if scope.function is not None or not scope.is_plain:
             continue
         for value in scope.graph.initializers.values():
@@ -191,12 +190,10 @@ class MergeCommonSubexpressions:
     def run(self, model: ir.Model, ctx: Context) -> bool:
         """Rewrites `model`; returns whether anything changed."""
         changed = False
-        for scope in all_graphs(model):
+        for scope, nodes in ctx.walk(model).parts:
             if scope.parent is None:
-                changed = (
-                    _Merger(scope.opsets, frozenset(model.functions), ctx).run(scope.graph)
-                    or changed
-                )
+                merger = _Merger(scope.opsets, frozenset(model.functions), ctx)
+                changed = merger.run(nodes) or changed
         return changed
 
 
@@ -210,12 +207,12 @@ class _Merger:
         self._ctx = ctx
         self._known: dict[Key, ir.Node] = {}
 
-    def run(self, graph: ir.Graph) -> bool:
+    def run(self, nodes: Sequence[ir.Node]) -> bool:
         changed = False
         opened: list[Key] = []
-        for node in tuple(graph):
+        for node in nodes:
             for inner in operators.subgraphs(node):
-                changed = self.run(inner) or changed
+                changed = self.run(tuple(inner)) or changed
             changed = self._decide(node) or changed
             key = self._keys.of(node)
             if key is None:

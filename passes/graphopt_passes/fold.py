@@ -11,7 +11,7 @@ import onnx_ir as ir
 from graphopt.ir import operators, values
 from graphopt.ir.evaluate import evaluate
 from graphopt.ir.mapped import MappedTensor
-from graphopt.ir.scopes import Scope, all_graphs, all_nodes, captures, dependencies
+from graphopt.ir.scopes import Census, Scope, all_nodes, captures, dependencies
 from graphopt.ir.sparse import CooTensor
 from graphopt.numerics import Numerics
 from graphopt.rewrite import Context, is_dead, name_of, remove
@@ -80,9 +80,10 @@ class Region:
 def collect(model: ir.Model, ctx: Context) -> Region:
     """Finds all nodes that can be computed without a feed, in one walk."""
     functions = frozenset(model.functions)
-    region = Region({}, {}, {}, {}, _constant_bytes(model))
-    for scope in all_graphs(model):
-        for node in scope.graph:
+    census = ctx.walk(model)
+    region = Region({}, {}, {}, {}, _constant_bytes(census))
+    for scope, nodes in census.parts:
+        for node in nodes:
             if node in region.inside or _is_constant_node(node):
                 continue
             if _is_foldable(node, scope, region, functions) and not _explodes(node, ctx):
@@ -98,10 +99,10 @@ def _is_constant_node(node: ir.Node) -> bool:
     return node.op_type == "Constant" and not node.domain
 
 
-def _constant_bytes(model: ir.Model) -> int:
+def _constant_bytes(census: Census) -> int:
     return sum(
         stored_bytes(value.const_value)
-        for scope in all_graphs(model)
+        for scope, _ in census.parts
         for value in scope.graph.initializers.values()
         if value.const_value is not None
     )

@@ -49,7 +49,7 @@ class HoistInvariants:
         """Rewrites `model`; returns whether anything changed."""
         bodies = [
             scope
-            for scope in all_graphs(model)
+            for scope, _ in ctx.walk(model).parts
             if scope.owner is not None
             and scope.owner.op_type in ("Loop", "Scan")
             and scope.owner.domain in ("", "ai.onnx")

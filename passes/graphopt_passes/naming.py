@@ -7,8 +7,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from graphopt.ir.annotations import annotation_names
-from graphopt.ir.scopes import Scope, all_graphs
+from graphopt.ir.scopes import Census, Scope
 from graphopt.numerics import Numerics
 from graphopt.rewrite import Context
 
@@ -36,25 +35,26 @@ class NameNodes:
 
     def run(self, model: ir.Model, ctx: Context) -> bool:
         """Rewrites `model`; returns whether anything changed."""
-        nameless = _nameless(model)
+        census = ctx.walk(model)
+        nameless = _nameless(census)
         changed = False
         if nameless and ctx.permit(RULE, model.graph.name or "main"):
             for node in nameless:
                 node.name = ctx.names.fresh(_base(node))
             changed = True
-        kept = annotation_names(model)
-        for scope in all_graphs(model):
+        kept = ctx.annotated(model)
+        for scope, _ in census.parts:
             if scope.parent is not None and scope.is_plain:
                 changed = _unhide(scope, kept, ctx) or changed
         return changed
 
 
-def _nameless(model: ir.Model) -> list[ir.Node]:
+def _nameless(census: Census) -> list[ir.Node]:
     """The nodes without a name, or with that of an earlier node."""
     found: list[ir.Node] = []
     seen: set[str] = set()
-    for scope in all_graphs(model):
-        for node in scope.graph:
+    for _, nodes in census.parts:
+        for node in nodes:
             if node.name and node.name not in seen:
                 seen.add(node.name)
             else:

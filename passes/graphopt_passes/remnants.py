@@ -89,7 +89,8 @@ def drop_operation_on_equals(m: Match, _g: Builder) -> ir.Value | None:
     return m[x] if all(value is m[x] for value in m[_twins].inputs) else None
 
 
-_concat = Op("Concat", x, ...)
+_concat = Op("Concat", x, ..., fed_by="Split")
+_concat_of_slices = Op("Concat", ..., fed_by="Slice")
 
 
 @exact(_concat)
@@ -110,18 +111,18 @@ def join_split(m: Match, _g: Builder) -> ir.Value | None:
     return whole if along[0] == along[1] else None
 
 
-@exact(_concat)
+@exact(_concat_of_slices)
 def join_slices(m: Match, _g: Builder) -> ir.Value | None:
     """Concat(x[..:a], x[a:b], x[b:..]) -> x, sliced along the axis of the Concat in steps of 1.
 
     Source: ONNX Slice-10 .. 13, Concat-4 .. 13.
     """
-    slices = [_slice_of(value) for value in m[_concat].inputs]
+    slices = [_slice_of(value) for value in m[_concat_of_slices].inputs]
     whole = slices[0][0] if slices and slices[0] is not None else None
     dims = None if whole is None else m.dims(whole)
     if whole is None or dims is None:
         return None
-    axis, at = m.attr(_concat, "axis", 1) % len(dims), 0
+    axis, at = m.attr(_concat_of_slices, "axis", 1) % len(dims), 0
     for each in slices:
         if each is None or each[0] is not whole or each[1] % len(dims) != axis or each[2] != at:
             return None

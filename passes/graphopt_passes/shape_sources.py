@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.ir import operators, values
-from graphopt.ir.scopes import Scope, all_graphs, all_nodes
+from graphopt.ir.scopes import Scope, all_nodes
 from graphopt.ir.shapes import Dim, Dims
 from graphopt.numerics import Numerics
 from graphopt.rewrite import Context, is_dead, name_of, remove
@@ -92,8 +92,8 @@ class RebuildShapes:
     def run(self, model: ir.Model, ctx: Context) -> bool:
         """Rewrites `model`; returns whether anything changed."""
         changed = False
-        for scope in list(all_graphs(model)):
-            survey = Survey(scope.graph, ctx)
+        for scope, nodes in ctx.walk(model).parts:
+            survey = Survey(scope.graph, tuple(scope.graph) if changed else nodes, ctx)
             if not survey.arithmetic:
                 continue
             opset = scope.opsets.get("", 0)
@@ -113,10 +113,10 @@ class Survey:
         positions: where each node stands; a node within a subgraph stands where its holder does.
     """
 
-    def __init__(self, graph: ir.Graph, ctx: Context) -> None:
+    def __init__(self, graph: ir.Graph, nodes: tuple[ir.Node, ...], ctx: Context) -> None:
         self.graph = graph
         self.shapes = ctx.shapes
-        self.nodes = tuple(graph)
+        self.nodes = nodes
         self.arithmetic = {node: None for node in self.nodes if self._is_arithmetic(node)}
         self.positions: dict[ir.Node, int] = {}
         self._stretches: dict[Dims, tuple[int, Stretch]] = {}

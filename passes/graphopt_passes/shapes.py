@@ -12,7 +12,7 @@ from graphopt.ir.shapes import Dim, product
 from graphopt.rewrite import Match, Op, Skip, Var, exact
 from graphopt_passes.constants import given_axes
 
-x, s = Var(), Var()
+x, s = Var(), Var(computed=True)
 
 _VIEWS = "Reshape|Squeeze|Unsqueeze|Flatten"
 
@@ -290,8 +290,6 @@ def reshape_to_constant(m: Match, g: Builder) -> ir.Value | None:
 
     `[d0, d1, 4, d2/4]` of x: [d0, d1, 256] becomes `[0, 0, 4, 64]`.  Source: ONNX Reshape-5, -14.
     """
-    if values.is_constant(m[s]):
-        return None
     before, after = m.dims(x), m.dims(computed_reshape)
     if before is None or after is None:
         return None

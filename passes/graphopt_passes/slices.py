@@ -230,6 +230,7 @@ def gather_from_operand_of_concat(m: Match, g: Builder) -> ir.Value | None:
 # --- operands of a Concat
 
 concat = Op("Concat", ...)
+concat_of_parts = Op("Concat", ..., fed_by="Slice|Split")
 
 
 def _is_only_use(value: ir.Value) -> bool:
@@ -322,13 +323,13 @@ def _stretches(pieces: Sequence[_Piece]) -> Iterator[_Piece]:
     yield last
 
 
-@exact(concat)
+@exact(concat_of_parts)
 def join_adjacent_parts(m: Match, g: Builder) -> ir.Value | None:
     """`Concat(x[0:a], x[a:b], y)` -> `Concat(x[0:b], y)`; all parts of a Split or of x -> `x`.
 
     Source: ONNX Concat-4, Split-2, Slice-10.
     """
-    node = m[concat]
+    node = m[concat_of_parts]
     axis = _axis(m, node, node.outputs[0])
     if axis is None or len(node.inputs) < 2:
         return None

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.ir import operators, values
-from graphopt.ir.scopes import Scope, all_graphs
+from graphopt.ir.scopes import Scope
 from graphopt.numerics import Numerics
 from graphopt.rewrite import Context, is_dead, name_of, remove
 from graphopt.rewrite.commit import take_over
@@ -76,8 +76,9 @@ class CancelTransposes:
     def run(self, model: ir.Model, ctx: Context) -> bool:
         """Rewrites `model`; returns whether anything changed."""
         changed = False
-        for scope in list(all_graphs(model)):
-            for node in [n for n in scope.graph if _permutation(n) is not None]:
+        for scope, nodes in ctx.walk(model).parts:
+            now = scope.graph if changed else nodes
+            for node in [n for n in now if _permutation(n) is not None]:
                 if node.graph is None:
                     continue
                 region = best_region(node, scope, ctx, wide=self.through_slices)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 
 from graphopt.ir import operators, values
-from graphopt.ir.scopes import Scope, all_graphs, dependencies
+from graphopt.ir.scopes import Scope, dependencies
 from graphopt.numerics import Numerics
 from graphopt.rewrite import Context, is_dead, name_of, remove
 from graphopt.rewrite.commit import take_over
@@ -49,7 +49,9 @@ class TrimControlFlow:
 
 def _trim_all(model: ir.Model, ctx: Context) -> bool:
     changed = False
-    inner_first = [*all_graphs(model)][::-1]  # what they free may go outside
+    inner_first = [scope for scope, _ in ctx.walk(model).parts][
+        ::-1
+    ]  # what they free may go outside
     if all(scope.owner is None for scope in inner_first):
         return False
     for scope in inner_first:

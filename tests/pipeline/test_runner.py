@@ -11,7 +11,8 @@ import pytest
 
 from graphopt.errors import ModelError, PassError
 from graphopt.numerics import Numerics
-from graphopt.pipeline import PassRun, Repeat, count, flatten, run_pipeline
+from graphopt.ir.scopes import Census
+from graphopt.pipeline import PassRun, Repeat, flatten, run_pipeline
 from graphopt.rewrite import Context, Gate, RemarkKind
 from graphopt.targets import get_target
 from tests.rewriting import parse
@@ -168,4 +169,4 @@ def test_nodes_of_subgraphs_and_functions_count() -> None:
     }
     <domain: "my", opset_import: ["" : 18]> f (a) => (b) { b = Neg(a) }
     """
-    assert count(ir.from_proto(parse(text))) == 5
+    assert Census(ir.from_proto(parse(text))).size == 5

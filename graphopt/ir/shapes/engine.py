@@ -29,6 +29,7 @@ from graphopt.ir.shapes import (
 )
 from graphopt.ir.shapes.dim import Dim, Kind, Symbol
 from graphopt.ir.shapes.facts import FOLLOWED, UNKNOWN, Array, Dims, Facts
+from graphopt.ir.shapes.likeness import Inputs, Likeness, likeness_of
 from graphopt.ir.shapes.query import Query, Rule, Rules
 
 STANDARD: Rules = {
@@ -57,6 +58,8 @@ class Frame:
         depth: how many repeated bodies and calls surround it.
         facts: what is known of each value.
         calls: the frame of each call made from here.
+        symbols: what stands for axes and elements that are not known.
+        alike: the facts that nodes of each likeness were found to give.
     """
 
     opsets: operators.Opsets
@@ -65,6 +68,7 @@ class Frame:
     facts: dict[ir.Value, Facts] = dataclasses.field(default_factory=dict)
     calls: dict[ir.Node, Frame] = dataclasses.field(default_factory=dict)
     symbols: dict[tuple[ir.Value, int, Kind], Dim] = dataclasses.field(default_factory=dict)
+    alike: dict[Likeness, Sequence[Facts]] = dataclasses.field(default_factory=dict)
 
 
 class Engine:
@@ -81,6 +85,7 @@ class Engine:
         self._symbol_depths: dict[Symbol, int] = {}
         self._constants: dict[ir.Value, tuple[ir.TensorProtocol, Facts]] = {}
         self._numbers = itertools.count()
+        self._asked = 0  # how often a symbol was
         self._nesting = 0
 
     def lookup(self, frame: Frame, value: ir.Value) -> Facts:
@@ -98,21 +103,39 @@ class Engine:
 
     def infer(self, frame: Frame, node: ir.Node) -> Sequence[Facts]:
         """The facts of each output of a node, from the facts of its inputs."""
-        query = self._query(frame, node)
         function = self.functions.get(node.op_identifier()) if self.functions else None
         if function is not None:
-            found: Sequence[Facts] | None = self._call(frame, query, function)
+            query = self._query(frame, node, self._inputs(frame, node))
+            outputs: Sequence[Facts] = _filled(self._call(frame, query, function), node)
         elif node.op_type == "Constant" and not node.domain:
             return [self._constant(frame, node)]
         else:
-            found = self._by_rule(frame, query)
-        outputs = [*(found or ()), *[UNKNOWN] * len(node.outputs)][: len(node.outputs)]
-        if function is None:
-            outputs = self._with_elements(frame, query, outputs)
+            outputs = self._of_operator(frame, node)
         return [
             self.completed(frame, value, _or_declared(self, frame, value, given))
             for value, given in zip(node.outputs, outputs, strict=True)
         ]
+
+    def _of_operator(self, frame: Frame, node: ir.Node) -> Sequence[Facts]:
+        """What an operator gives of itself: the same for every node that cannot be told from this one.
+
+        Models are made of blocks that repeat, so most nodes were seen before.  A symbol belongs to one value, so what
+        holds a new one is found for each node anew.
+        """
+        inputs = self._inputs(frame, node)
+        version = operators.opset(node, frame.opsets) or 0
+        reads_dims = node.op_type in elementwise.RULES and not node.domain
+        likeness = likeness_of(node, version, inputs, reads_dims=reads_dims)
+        known = None if likeness is None else frame.alike.get(likeness)
+        if known is not None:
+            return known
+        asked = self._asked
+        query = self._query(frame, node, inputs)
+        outputs = _filled(self._by_rule(frame, query), node)
+        outputs = self._with_elements(frame, query, outputs)
+        if likeness is not None and self._asked == asked:
+            frame.alike[likeness] = outputs
+        return outputs
 
     def run_graph(self, frame: Frame, graph: ir.Graph) -> None:
         """Infers every node of a graph, in order."""
@@ -139,6 +162,7 @@ class Engine:
 
     def symbol(self, frame: Frame, value: ir.Value, index: int, kind: Kind) -> Dim:
         """The symbol that stands for an axis or an element of a value, the same each time."""
+        self._asked += 1
         key = (value, index, kind)
         known = frame.symbols.get(key)
         if known is None:
@@ -173,11 +197,12 @@ class Engine:
                 frame.facts[value] = self.completed(frame, value, given)
         self.run_graph(frame, function.graph)
 
-    def _query(self, frame: Frame, node: ir.Node) -> Query:
+    def _inputs(self, frame: Frame, node: ir.Node) -> Inputs:
+        """The facts of the inputs of a node."""
+        return tuple(None if value is None else self.lookup(frame, value) for value in node.inputs)
+
+    def _query(self, frame: Frame, node: ir.Node, inputs: Inputs) -> Query:
         """A node with the facts of its inputs."""
-        inputs = tuple(
-            None if value is None else self.lookup(frame, value) for value in node.inputs
-        )
         version = operators.opset(node, frame.opsets) or 0
         operation = kernels.Operation(node, version, frame.bindings)
 
@@ -323,6 +348,11 @@ def _rule(node: ir.Node) -> Rule | None:
     if not node.domain:
         return STANDARD.get(node.op_type)
     return contrib.RULES.get(node.op_type) if node.domain == operators.MICROSOFT else None
+
+
+def _filled(found: Sequence[Facts] | None, node: ir.Node) -> list[Facts]:
+    """The facts of every output of a node, of which fewer or more may have been found."""
+    return [*(found or ()), *[UNKNOWN] * len(node.outputs)][: len(node.outputs)]
 
 
 def _is_followed(given: Facts) -> bool:

@@ -40,11 +40,12 @@ class SymbolicData:
     Immutable; equal when dtype, shape and every element are.
     """
 
-    __slots__ = ("array", "dtype")
+    __slots__ = ("_hash", "array", "dtype")
 
     def __init__(self, array: Array, dtype: ir.DataType) -> None:
         self.array = array
         self.dtype = dtype
+        self._hash: int | None = None
 
     @staticmethod
     def of(elements: Iterable[DimLike | Ratio | float], dtype: ir.DataType) -> SymbolicData:
@@ -100,11 +101,15 @@ class SymbolicData:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SymbolicData):
             return NotImplemented
+        if self is other:
+            return True
         same = self.dtype == other.dtype and self.shape == other.shape
         return same and self.elements == other.elements
 
     def __hash__(self) -> int:
-        return hash((self.dtype, self.shape, self.elements))
+        if self._hash is None:
+            self._hash = hash((self.dtype, self.shape, self.elements))
+        return self._hash
 
     def __repr__(self) -> str:
         return f"SymbolicData({self.array.tolist()}, {self.dtype.name})"

@@ -26,9 +26,10 @@ def _concat(q: Query) -> Sequence[Facts]:
     rank = len(known[0])
     axis = q.axis("axis", 1, rank)
     result = [_agreed([dims[i] for dims in known]) for i in range(rank)]
-    result[axis] = q.fresh(0, axis)
     if len(known) == len(shapes):
         result[axis] = sum((dims[axis] for dims in known), Dim.of(0))
+    else:
+        result[axis] = q.fresh(0, axis)
     return [facts.tensor(dtype, result)]
 
 
