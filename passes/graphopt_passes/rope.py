@@ -120,13 +120,37 @@ def _fuse_parts(m: Match, g: Builder, whole: Op, parts: _Parts) -> ir.Value | No
         (m[first], m[second], (m[cos], m[sin])),
         (m[cos], m[sin], (m[first], m[second])),
     ):
-        source = _common_source(m, one, other, parts)
+        source, dims = _common_source(m, one, other, parts), None
+        if source is None and parts is _pairs:
+            source, dims = _joined_pairs(m, g, one, other)
         if source is not None:
-            layout = _Layout.of(m, source, angles[0], doubled=False)
-            _refuse_without_operator(m, source, layout)
+            layout = _Layout.of(m, source, angles[0], doubled=False, dims=dims)
+            _refuse_without_operator(m, one, layout)
             caches = [_cache(m, g, each, layout, doubled=False) for each in angles]
             return layout.rotate(g, source, caches, interleaved=parts is _pairs)
     return None
+
+
+def _joined_pairs(
+    m: Match, g: Builder, one: ir.Value, other: ir.Value
+) -> tuple[ir.Value | None, tuple[Dim, ...] | None]:
+    """The tensor [B, H, S, D], and its dims, of whose view [B, H, S, D/2, 2] two values are the even and odd elements.
+
+    Where there is only `Transpose(…[B, S, H, D/2, 2])`, the view having been moved before the Transpose.
+    """
+    nodes = [each.producer() for each in (one, other)]
+    at = [None if n is None or not n.inputs else _index_of_last(m, n) for n in nodes]
+    if at[0] is None or at[1] is None or at[0][0] is not at[1][0] or (at[0][1], at[1][1]) != (0, 1):
+        return None, None
+    maker = at[0][0].producer()
+    if maker is None or maker.op_type != "Transpose" or maker.inputs[0] is None:
+        return None, None
+    dims, perm = m.known_dims(at[0][0]), tuple(m.attr(maker, "perm", ()))
+    width = dims[-2].value if len(dims) == 5 and dims[-1] == 2 else None
+    if not width or perm[3:] != (3, 4):
+        return None, None
+    flat = g.op("Reshape", maker.inputs[0], g.ints([0, 0, 0, 2 * width]))
+    return g.op("Transpose", flat, perm=(*perm[:3], 3)), (*dims[:3], Dim.of(2 * width))
 
 
 head, tail = Op("Slice", x, ..., shared=True), Op("Slice", x, ..., shared=True)
@@ -168,6 +192,7 @@ class _Layout:
         rank: of the tensor.
         width: of a head.
         source: the tensor.
+        dims: of the tensor.
     """
 
     batch: Dim
@@ -176,32 +201,40 @@ class _Layout:
     rank: int
     width: int
     source: ir.Value
+    dims: tuple[Dim, ...]
 
     @staticmethod
-    def of(m: Match, source: ir.Value, angles: ir.Value, *, doubled: bool) -> _Layout:
-        """The layout of `source`, told by the axis along which the angles vary.
+    def of(
+        m: Match,
+        source: ir.Value,
+        angles: ir.Value,
+        *,
+        doubled: bool,
+        dims: tuple[Dim, ...] | None = None,
+    ) -> _Layout:
+        """The layout of `source`, told by the axis along which the angles vary; `dims` where it is a new value.
 
         Raises:
             Skip: they vary along none or several, or a size is unknown.
         """
-        dims, own = m.known_dims(source), m.known_dims(angles)
+        dims, own = dims or m.known_dims(source), m.known_dims(angles)
         width = dims[-1].value
         if len(dims) not in (3, 4) or width is None:
             raise Skip("not [B, H, S, D], [B, S, H, D] or [B, S, D]", source)
         fits = len(own) > 1 and own[-1] == (width if doubled else width // 2)
         if fits and len(dims) == 3 and is_cut_to(own[-2], dims[1]):
-            return _Layout(dims[0], dims[1], Dim.of(1), 3, width, source)
+            return _Layout(dims[0], dims[1], Dim.of(1), 3, width, source, dims)
         if (
             fits
             and len(dims) == 4
             and is_cut_to(own[-2], dims[2])
             and (len(own) < 3 or own[-3] == 1)
         ):
-            return _Layout(dims[0], dims[2], None, 4, width, source)
+            return _Layout(dims[0], dims[2], None, 4, width, source, dims)
         apart = fits and len(dims) == 4 and len(own) > 2 and own[-2] == 1
         apart = apart and is_cut_to(own[-3], dims[1])
         if apart and dims[2].is_static:
-            return _Layout(dims[0], dims[1], dims[2], 4, width, source)
+            return _Layout(dims[0], dims[1], dims[2], 4, width, source, dims)
         raise Skip("the angles are not one per position and pair", angles)
 
     def rotate(
@@ -389,7 +422,7 @@ def _cache(
         Skip: their copies are not known to be equal, or they differ between heads.
     """
     own = m.known_dims(angles)
-    if _Layout.of(m, layout.source, angles, doubled=doubled) != layout:
+    if _Layout.of(m, layout.source, angles, doubled=doubled, dims=layout.dims) != layout:
         raise Skip("cosines and sines are laid out differently", angles)
     if len(own) == layout.rank and own[0] not in (1, layout.batch):
         raise Skip("the angles broaden the batch", angles)

@@ -349,3 +349,37 @@ def test_angles_doubled_into_a_view_of_higher_rank() -> None:
         " g1 = Unsqueeze(h, two) c = Cos(g1) d = Squeeze(c, one) g2 = Unsqueeze(h, two) s = Sin(g2)"
         " e = Squeeze(s, one) y = RotaryEmbedding<interleaved=1>(x, d, e) }",
     )
+
+
+MOVED = (
+    "g (float[B,S,3,2,2] x, float[S,2] c, float[S,2] s) => (float[B,3,S,4] y) <"
+    + MORE.replace("int64[4] whole = {1, 2, 3, 4}", "int64[4] whole = {0, 0, 0, -1}")
+    + "> { v = Transpose<perm=[0,2,1,3,4]>(x) a = Gather<axis=-1>(v, first) b = Gather<axis=-1>(v, second)"
+    + f" {PRODUCTS} {WOVEN.format('lo', 'hi', 'y')} }}"
+)
+
+
+def test_neighbours_of_heads_that_were_moved_in_pairs() -> None:
+    """The view of neighbours made before the heads were moved: the heads are joined again first."""
+    _check(
+        MOVED,
+        "g (float[B,S,3,2,2] x, float[S,2] c, float[S,2] s) => (float[B,3,S,4] y)"
+        " <int64[4] joined = {0, 0, 0, 4}, int64[1] zero = {0}, int64[2] ones = {1, 1}> {"
+        " f = Reshape(x, joined) t = Transpose<perm=[0,2,1,3]>(f) d = Unsqueeze(c, zero)"
+        " n = Shape<start=0, end=1>(t) m = Concat<axis=0>(n, ones) e = Expand(d, m)"
+        " h = Unsqueeze(s, zero) n2 = Shape<start=0, end=1>(t) m2 = Concat<axis=0>(n2, ones)"
+        " i = Expand(h, m2) y = RotaryEmbedding<interleaved=1>(t, e, i) }",
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("Gather<axis=-1>(v, second)", "Gather<axis=-1>(v, first)"),
+        ("b = Gather<axis=-1>(v", "w = Neg(v) b = Gather<axis=-1>(w"),  # of another value
+        ("[0,2,1,3,4]", "[0,2,1,4,3]"),  # the pairs are no neighbours
+        ("v = Transpose<perm=[0,2,1,3,4]>(x)", "w = Identity(x) u = Transpose<perm=[0,2,1,3,4]>(w) v = Relu(u)"),
+    ],
+)  # fmt: skip
+def test_other_moved_neighbours_stay(change: tuple[str, str]) -> None:
+    _check(MOVED.replace(*change))
