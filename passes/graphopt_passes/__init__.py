@@ -45,6 +45,7 @@ from graphopt_passes import (
     remnants,
     residuals,
     rope,
+    scales,
     sequences,
     shapes,
     slices,
@@ -106,7 +107,7 @@ FUSE_ATTENTION = RewritePass(
 )
 FUSE_GEMM = RewritePass("fuse-gemm", (*gemm.RULES, *linear.RULES))
 FUSE_ACTIVATION = RewritePass("fuse-activation", (*activation.RULES, *softmax.RULES))
-FUSE_NORM = RewritePass("fuse-norm", (*norm.RULES, *groupnorm.RULES))
+FUSE_NORM = RewritePass("fuse-norm", (*norm.RULES, *groupnorm.RULES, *scales.RULES))
 LIFT_OPSET = LiftOpset(rules=(*FUSE_ATTENTION.rules, *norm.RULES, *activation.RULES))
 LIFT_FOR_HALF: Mapping[str, LiftOpset] = {
     precision: LiftOpset(
