@@ -9,6 +9,7 @@ import onnx_ir as ir
 from graphopt.ir import values
 from graphopt.ir.build import Builder
 from graphopt.rewrite import Either, Match, Op, Var, exact
+from graphopt_passes.constants import live_uses
 
 FAR = 2**31 - 1
 """Exporters write INT32_MAX or INT64_MAX for "to the end"."""
@@ -22,6 +23,8 @@ _split = Op("Reshape", Either(Op("Reshape", Op("Unsqueeze", x, ...), ...), x), .
 _moved = Op("Transpose", _split)
 rearranged = Op("Reshape", _moved, ...)
 _joined = Op("Squeeze", rearranged, ...)
+_measured = Op("Transpose", _split, shared=True)
+_remeasured = Op("Reshape", _measured, ...)
 
 _CRD, _DCR = (0, 1, 4, 2, 5, 3), (0, 3, 4, 1, 5, 2)
 _TO_DEPTH, _UNSHUFFLED = (0, 3, 5, 1, 2, 4), (0, 1, 3, 5, 2, 4)
@@ -63,26 +66,48 @@ def fuse_space_to_depth(m: Match, g: Builder) -> ir.Value | None:
     return _to_depth(m, g, rearranged)
 
 
+@exact(_remeasured, opset=(13, 10_000))
+def fuse_measured_views_into_space_to_depth(m: Match, g: Builder) -> ir.Value | None:
+    """As `fuse_space_to_depth`, where a view of the moved blocks is made for its sizes alone, as torch.export does.
+
+    The last view names all sizes, N too, so that it holds where H and W are multiples of b alone.  Source: as there.
+    """
+    moved = m.out(_measured)
+    views = [node for node in live_uses(moved) if node is not m[_remeasured]]
+    if moved.is_graph_output() or not all(map(_is_measured_alone, views)):
+        return None
+    return _to_depth(m, g, _remeasured, _measured)
+
+
+def _is_measured_alone(node: ir.Node) -> bool:
+    """Whether of a view nothing is asked but its shape."""
+    users = live_uses(node.outputs[0])
+    known = node.op_type == "Reshape" and not node.outputs[0].is_graph_output()
+    return known and bool(users) and all(user.op_type == "Shape" for user in users)
+
+
 @exact(_joined)
 def fuse_axis_by_axis_into_space_to_depth(m: Match, g: Builder) -> ir.Value | None:
     """As `fuse_space_to_depth`, where views of unknown sizes are made axis by axis: torch's PixelUnshuffle."""
     return _to_depth(m, g, _joined)
 
 
-def _to_depth(m: Match, g: Builder, root: Op) -> ir.Value | None:
+def _to_depth(m: Match, g: Builder, root: Op, moved: Op = _moved) -> ir.Value | None:
     before, middle, after = m.dims(x), m.dims(_split), m.dims(root)
     if before is None or middle is None or after is None or m.dtype(x) not in _KERNELS:
         return None
     if [len(before), len(middle), len(after)] != [4, 6, 4]:
         return None
     n, c, h, b, w, b2 = middle
-    block, perm = b.value, tuple(m.attr(_moved, "perm", ()))
+    block, perm = b.value, tuple(m.attr(moved, "perm", ()))
     if perm not in (_TO_DEPTH, _UNSHUFFLED) or block is None or block < 2 or b != b2:
         return None
     whole = all(
         size == part * block or part == size // block
         for size, part in ((before[2], h), (before[3], w))
     )
+    # As many elements leave as came: where the last view keeps the batch, no row or column was lost.
+    n = before[0] if after[0] == before[0] else n
     if not whole or before[:2] != (n, c) or after != (n, c * block * block, h, w):
         return None
     if perm == _UNSHUFFLED and c.value is None:
@@ -155,6 +180,7 @@ def fuse_focus_into_space_to_depth(m: Match, g: Builder) -> ir.Value | None:
 RULES = (
     fuse_depth_to_space,
     fuse_space_to_depth,
+    fuse_measured_views_into_space_to_depth,
     fuse_axis_by_axis_into_space_to_depth,
     fuse_focus_into_space_to_depth,
 )

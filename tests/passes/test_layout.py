@@ -112,6 +112,47 @@ def test_unshuffle_of_unknown_sizes_axis_by_axis() -> None:
     compare(run(parse(text), feeds), run(ir.to_proto(model), feeds), Numerics.EXACT, 0)
 
 
+MEASURED = """g (float[N,2,H,W] x) => (float[N,8,I,J] y)
+    <int64[1] any = {{-1}}, int64[1] two = {{2}}, int64[1] eight = {{8}}, int64[1] c = {{2}}>
+    {{ n = Shape<start = 0, end = 1>(x)  h = Shape<start = 2, end = 3>(x)  w = Shape<start = 3>(x)
+       i = Div(h, two)  j = Div(w, two)  m = Concat<axis = 0>(any, c, i, two, j, two)  r = Reshape(x, m)
+       t = Transpose<perm = [0, 1, 3, 5, 2, 4]>(r)  o = Concat<axis = 0>({first}, eight, i, j)  v = Reshape(t, o)
+       z = {use}(v)  k = Shape<start = 1>({of})  p = Concat<axis = 0>({batch}, k)
+       y = Reshape<allowzero = 1>(t, p) }}"""
+
+
+def test_unshuffle_whose_view_is_measured() -> None:
+    """As torch.export writes PixelUnshuffle with dynamic axes: sizes are halved, and the batch is stated."""
+    text = MEASURED.format(first="any", use="Identity", of="z", batch="n")
+    text = text.replace("z = Identity(v)  ", "").replace("(z)", "(v)")
+    model = ir.from_proto(parse(text))
+    apply(RULES, model)
+    assert [n.op_type for n in model.graph if n.op_type != "Constant"] == ["SpaceToDepth", "Gather"]
+    for size in (4, 6):
+        feeds = make_feeds(parse(text), 0, dim=size)
+        compare(run(parse(text), feeds), run(ir.to_proto(model), feeds), Numerics.EXACT, 0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch": "any"},  # rows may be lost, and others be made of them
+        {"use": "Relu", "of": "v"},  # the view itself is used
+    ],
+)
+def test_unshuffle_whose_view_is_used_or_not_stated_stays(changes: dict[str, str]) -> None:
+    text = MEASURED.format(
+        **{"first": "any", "use": "Identity", "of": "z", "batch": "n", **changes}
+    )
+    text = text.replace("=> (float[N,8,I,J] y)", "=> (float[N,8,I,J] y, float[M,8,P,Q] z)")
+    if "use" not in changes:
+        text = text.replace("z = Identity(v)", "z = Identity(x)").replace("(z)", "(v)")
+        text = text.replace("float[M,8,P,Q] z", "float[N,2,H,W] z")
+    model = ir.from_proto(parse(text))
+    apply(RULES, model)
+    assert "SpaceToDepth" not in [n.op_type for n in model.graph]
+
+
 def test_unshuffle_of_other_blocks_stays() -> None:
     check(
         RULES,
