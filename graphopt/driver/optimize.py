@@ -21,7 +21,7 @@ from graphopt.driver.result import Result, check_output, is_bundle, place, place
 from graphopt.driver.search import with_amount
 from graphopt.driver.specialized import Special, compare_with_original, specialized
 from graphopt.emit import check_model
-from graphopt.errors import OptionError, PassError, VerifyError
+from graphopt.errors import ModelError, OptionError, PassError, VerifyError
 from graphopt.ir.model_file import load_model
 from graphopt.numerics import Numerics
 from graphopt.pipeline import flatten
@@ -32,6 +32,9 @@ from graphopt.rewrite import Gate, Remark, RemarkKind, Rewrite
 
 MAX_ROLLBACKS = 16
 """How many passes or rewrites may be left out before the run gives up."""
+
+MAX_REFUSALS = 2
+"""How often the checker may refuse what came of a model that does not run."""
 
 MAX_SITES = 2
 """At how many sites a rule may be wrong before it is left out everywhere."""
@@ -48,12 +51,14 @@ class Run:
     gate: Gate
     rolled_back: list[RolledBack] = dataclasses.field(default_factory=list)
     warnings: list[str] = dataclasses.field(default_factory=list)
+    refused: int = 0
 
     def settle(self) -> tuple[Attempt, VerificationFacts]:
         """The first attempt that holds, leaving out whatever fails on the way.
 
         Raises:
             PassError: a pass failed and the request is strict.
+            ModelError: the model contradicts itself.
             VerifyError: the result is wrong and nothing can be left out to mend it.
         """
         for _ in range(MAX_ROLLBACKS):
@@ -75,7 +80,7 @@ class Run:
 
         Raises:
             PassError: a pass failed, in the attempt or in a replay with fewer rewrites.
-            VerifyError: as `settle`.
+            ModelError, VerifyError: as `settle`.
         """
         try:
             made = self._compile(self.gate)
@@ -83,6 +88,7 @@ class Run:
             self._leave_out_wrong(fault.rewrites, fault.file, str(fault), fault.became)
             return None
         if reason := self._invalid(made):
+            self._refuse_contradictions()
             self._leave_out_guilty(len(made.rewrites), reason, is_valid)
             return None
         self.say("verify", None)
@@ -118,6 +124,23 @@ class Run:
         if warning not in self.warnings:
             self.warnings.append(warning)
         return ""
+
+    def _refuse_contradictions(self) -> None:
+        """Gives up on a model that does not run itself where one rewrite after another makes it invalid.
+
+        Each then only brings to light what was wrong before.
+
+        Raises:
+            ModelError: that is so.
+        """
+        self.refused += 1
+        if self.refused <= MAX_REFUSALS or not (broken := self.judge.reference.unverifiable):
+            return
+        raise ModelError(
+            f"the model contradicts itself: onnx.checker refused what was left of it {self.refused} times, each time "
+            f"without another rewrite, and the original does not run either: {broken.rstrip('.')}. Nothing was "
+            "written; export the model again, or mend the node named here"
+        )
 
     def _leave_out_pass(self, fault: PassError) -> None:
         dump = dump_before(self.request, self.gate, fault)

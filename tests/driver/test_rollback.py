@@ -13,7 +13,7 @@ import pytest
 
 from graphopt import optimize
 from graphopt.driver import judge as judge_module
-from graphopt.errors import GraphoptError, PassError, VerifyError
+from graphopt.errors import GraphoptError, ModelError, PassError, VerifyError
 from graphopt.ir.build import Builder
 from graphopt.numerics import Numerics
 from graphopt.pipeline import RewritePass
@@ -252,6 +252,22 @@ def test_after_too_many_faults_the_run_gives_up(source: Path, out: Path) -> None
     ):
         optimize(source, output=out, recipe=only(*steps))
     assert not list(out.parent.iterdir())
+
+
+def test_a_model_that_does_not_run_itself_is_to_blame_for_what_the_checker_refuses(
+    tmp_path: Path,
+) -> None:
+    text = "g (float[N,4] x) => (float[7] y) <int64[1] s = {7}> { z = Reshape(x, s) y = Neg(z) }"
+    source = put(tmp_path / "model.onnx", text)
+
+    @exact(Op("Neg", x))
+    def unknown(m: Match, g: Builder) -> ir.Value:
+        return g.op("NoSuchOperator", m[x])
+
+    steps = [RewritePass(f"bad{i}", (unknown,)) for i in range(4)]
+    with pytest.raises(ModelError, match=r"contradicts itself.*does not run either.*Reshape"):
+        optimize(source, output=tmp_path / "out.onnx", recipe=only(*steps))
+    assert list(tmp_path.iterdir()) == [source]
 
 
 def test_a_pass_that_fails_in_a_replay_alone_is_left_out_too(source: Path, out: Path) -> None:
