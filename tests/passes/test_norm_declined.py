@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import onnx_ir as ir
+import pytest
 from graphopt_passes import norm
 
 from tests.rewriting import apply, check, parse
@@ -40,5 +41,26 @@ def test_norm_of_nothing_stays() -> None:
         "{ m = ReduceMean<axes=[-1]>(x) d = Sub(x, m) q = Mul(d, d) v = ReduceMean<axes=[-1]>(q)"
         " l = Add(v, e) s = Sqrt(l) y = Div(d, s) }",
         missed="the normalised axes are empty",
+        opset=17,
+    )
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        # the variance as a difference of two means: nothing is left of it where the mean is large
+        "m = ReduceMean<axes=[-1]>(x) d = Sub(x, m) q = Mul(x, x) s = ReduceMean<axes=[-1]>(q) k = Mul(m, m)"
+        " v = Sub(s, k) l = Add(v, e) r = Sqrt(l) y = Div(d, r)",
+        # epsilon beside the root, not under it: near zero, another function
+        "q = Mul(x, x) s = ReduceMean<axes=[-1]>(q) r = Sqrt(s) l = Add(r, e) y = Div(x, l)",
+        "r = ReduceL2<axes=[-1]>(x) s = Mul(r, h) l = Add(s, e) y = Div(x, l)",
+        # a length that is limited from below: as F.normalize
+        "r = ReduceL2<axes=[-1]>(x) l = Clip(r, e) y = Div(x, l)",
+    ],
+)
+def test_other_functions_stay(body: str) -> None:
+    check(
+        norm.RULES,
+        f"g (float[2,3,8] x) => (float[2,3,8] y) <float e = {{1e-5}}, float h = {{0.35355339}}> {{ {body} }}",
         opset=17,
     )
