@@ -31,13 +31,18 @@ _REMEDY = {
 
 
 class FileSet:
-    """Files that appear together: written under temporary names beside their places, renamed by `commit`."""
+    """Files that appear together: written under temporary names beside their places, renamed by `commit`.
 
-    def __init__(self) -> None:
+    Args:
+        durable: whether they shall survive the machine's end; files that are soon gone need not reach the disk.
+    """
+
+    def __init__(self, *, durable: bool = True) -> None:
         self._temporary: dict[Path, Path] = {}
+        self._durable = durable
 
     def write(self, path: Path, pieces: Iterable[Piece]) -> None:
-        """Writes and syncs one file, under a temporary name.
+        """Writes one file, under a temporary name.
 
         Raises:
             OptionError: the file system refuses.
@@ -51,7 +56,8 @@ class FileSet:
             self._temporary[path] = temporary
             try:
                 _stream(fd, pieces)
-                os.fsync(fd)
+                if self._durable:
+                    os.fsync(fd)
             finally:
                 os.close(fd)
 
@@ -85,7 +91,7 @@ class FileSet:
         for _, kept in replaced:
             if kept is not None:
                 kept.unlink(missing_ok=True)
-        for folder in {path.parent for path in self._temporary}:
+        for folder in {path.parent for path in self._temporary} if self._durable else ():
             _sync_folder(folder)
         self._temporary.clear()
 

@@ -76,14 +76,18 @@ def load_model(source: Source) -> ir.Model:
 
 
 def save_model(
-    model: ir.Model, path: str | os.PathLike[str], *, external: ExternalData = ExternalData.AUTO
+    model: ir.Model,
+    path: str | os.PathLike[str],
+    *,
+    external: ExternalData = ExternalData.AUTO,
+    durable: bool = True,
 ) -> tuple[Path, ...]:
     """Writes a model; returns the files written, the model first.
 
     The weights are streamed. All files appear whole, together, or not at all; the same model gives the
     same bytes. AUTO keeps the weights in
     the model up to protobuf's 2 GiB and moves them to `<name>.data` above. FILE_PER_TENSOR writes
-    `<name>.data.00000` and so on.
+    `<name>.data.00000` and so on. What is not `durable` need not have reached the disk.
 
     Raises:
         OptionError: the path cannot be written, or the model does not fit into one file and `external` is
@@ -91,7 +95,7 @@ def save_model(
     """
     path = Path(path)
     message, files = _laid_out(model, path.name, external)
-    outputs = FileSet()
+    outputs = FileSet(durable=durable)
     try:
         for name, pieces in files.items():
             outputs.write(path.with_name(name), pieces)

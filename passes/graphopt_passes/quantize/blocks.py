@@ -50,13 +50,18 @@ def encode(rows: Array, block: int, bits: int, moments: Wide | None = None) -> t
     scales = np.empty((count, len(rows)), np.float32)
     half = rows.dtype == np.float16
     many = max(CHUNK // block, 1)
-    work = np.empty(3 * block * many, np.float32)
-    for index in range(count):
-        whole = slice(index * block, (index + 1) * block)
+    work = np.empty(4 * block * many, np.float32)
+    # Blocks lie along the first axis, those of one row along the second.
+    parted, found = (
+        each.reshape(count, block, len(rows)).transpose(1, 0, 2) for each in (columns, codes)
+    )
+    at_once = max(many // max(len(rows), 1), 1)
+    for first in range(0, count, at_once):
+        some = slice(first, first + at_once)
         for start in range(0, len(rows), many):
             part = slice(start, start + many)
-            scales[index, part] = _nearest(
-                columns[whole, part], codes[whole, part], bits, work, half
+            scales[some, part] = _nearest(
+                parted[:, some, part], found[:, some, part], bits, work, half
             )
     if moments is not None and len(moments) == width:
         codes[:width] = _by_moments(rows, codes.T, scales.T, moments, bits).T
@@ -64,39 +69,60 @@ def encode(rows: Array, block: int, bits: int, moments: Wide | None = None) -> t
 
 
 def _nearest(columns: Array, codes: Array, bits: int, work: Array, half: bool) -> Array:
-    """Puts the nearest codes of each column, one block, into `codes`; returns its scale.
+    """Puts the nearest codes of each column, one block, into `codes` [block, blocks, rows]; returns their scales.
 
     Errors are compared in units of the longer end: each step is one pass over what stays in the cache.
     """
     low, high = limits(bits)
-    held, scaled, rounded = work[: 3 * columns.size].reshape(3, *columns.shape)
-    if columns.strides[1] != columns.itemsize:
-        for start in range(0, columns.shape[1], _TURNED):
+    held, scaled = work[: 2 * columns.size].reshape(2, *columns.shape)
+    if columns.strides[2] != columns.itemsize:
+        for start in range(0, columns.shape[2], _TURNED):
             part = slice(start, start + _TURNED)
-            held[:, part] = columns[:, part]
+            held[:, :, part] = columns[:, :, part]
         columns = held
     least, most = columns.min(axis=0), columns.max(axis=0)
     peak = np.where(-least > most, least, most)
     peak[np.abs(peak) < np.finfo(np.float32).tiny] = low
-    clips = CLIPS if bits == 4 else CLIPS[:1]
-    best, chosen = np.full(len(peak), np.inf, np.float32), np.ones_like(peak)
-    for clip in clips if len(clips) > 1 else ():
-        np.multiply(columns, np.float32(low / clip) / peak, out=scaled)
-        np.rint(scaled, out=rounded)
-        np.clip(rounded, low, high, out=rounded)
-        np.subtract(rounded, scaled, out=rounded)
-        error = np.einsum("kb,kb->b", rounded, rounded) * np.float32(clip**2)
-        better = error < best
-        np.copyto(best, error, where=better)
-        np.copyto(chosen, np.float32(clip), where=better)
-    scales = peak * (chosen / np.float32(low))
+    scales = peak / np.float32(low)
+    if bits == 4:
+        np.multiply(columns, np.float32(low) / peak, out=scaled)
+        flat = scaled.reshape(len(scaled), -1)
+        scales = scales * _best_clips(flat, low, high, work[2 * columns.size :]).reshape(peak.shape)
     if half:  # codes are those of the scale as it is stored
         stored = scales.astype(np.float16)
         scales = np.where(stored == 0, LEAST_HALF, stored.astype(np.float32))
     np.divide(columns, scales, out=scaled)
     np.rint(scaled, out=scaled)
-    np.clip(scaled, low, high, out=codes, casting="unsafe")
+    scaled.clip(low, high, out=codes, casting="unsafe")
     return np.asarray(scales)
+
+
+def _best_clips(scaled: Array, low: int, high: int, work: Array) -> Array:
+    """The share of its range that loses the least of each column, whose longer end is `low`.
+
+    What a clip takes from that end alone is known beforehand: only columns that lose more without it are tried.
+    """
+    rounded, other = work[: 2 * scaled.size].reshape(2, *scaled.shape)
+    np.rint(scaled, out=rounded)
+    np.minimum(rounded, np.float32(high), out=rounded)
+    np.subtract(rounded, scaled, out=rounded)
+    best = np.einsum("kb,kb->b", rounded, rounded)
+    chosen: Array = np.ones_like(best)
+    for clip in CLIPS[1:]:
+        near = np.flatnonzero(best > np.float32((low * (1 - clip)) ** 2))
+        every = 2 * len(near) > len(best)
+        kept = slice(None) if every else near
+        part = scaled if every else scaled[:, near]
+        shrunk, found = other[:, : part.shape[1]], rounded[:, : part.shape[1]]
+        np.multiply(part, np.float32(1 / clip), out=shrunk)
+        np.rint(shrunk, out=found)
+        found.clip(low, high, out=found)
+        np.subtract(found, shrunk, out=found)
+        error = np.einsum("kb,kb->b", found, found) * np.float32(clip**2)
+        better = error < best[kept]
+        best[kept] = np.where(better, error, best[kept])
+        chosen[kept] = np.where(better, np.float32(clip), chosen[kept])
+    return chosen
 
 
 def _by_moments(rows: Array, codes: Array, scales: Array, moments: Wide, bits: int) -> Array:

@@ -25,6 +25,7 @@ from graphopt.calibrate.statistics import Statistics
 from graphopt.ir import operators, values
 from graphopt.ir.build import Names
 from graphopt.rewrite import name_of
+from graphopt_passes.quantize.files import outside
 from graphopt_passes.quantize.lanes import Lane, Reader, Space, trace
 
 Wide: TypeAlias = npt.NDArray[np.float64]
@@ -88,7 +89,7 @@ def apply(graph: ir.Graph, scalings: Sequence[Scaling], names: Names) -> None:
             assert array is not None
             assert value is not None
             scaled = (array.astype(np.float64) * each.factors).astype(array.dtype)
-            tensor = ir.tensor(scaled, name=names.fresh(f"{value.name}_scaled"))
+            tensor = outside(scaled, names.fresh(f"{value.name}_scaled"))
             held = ir.Value(
                 name=tensor.name, type=value.type, shape=ir.Shape(scaled.shape), const_value=tensor
             )

@@ -14,9 +14,10 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.ir import values
-from graphopt.ir.model_file import load_model, save_model
+from graphopt.ir.model_file import load_model
 from graphopt.rewrite import name_of
 from graphopt.runtime.session import OptimizationLevel, Session, SessionOptions
+from graphopt_passes.quantize.files import on_disk
 
 ENCODE = "QuantizeLinear"
 DECODE = "DequantizeLinear"
@@ -43,10 +44,13 @@ def read_fusion(model: ir.Model, integer: Sequence[str]) -> Fusion:
         integer: names of outputs of the nodes that shall run on integers.
     """
     with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
-        source, optimized = Path(folder) / "model.onnx", Path(folder) / "optimized.onnx"
-        save_model(model, source)
-        options = SessionOptions(optimized_path=optimized)
-        Session(source, level=OptimizationLevel.EXTENDED, options=options)
+        optimized = Path(folder) / "optimized.onnx"
+        # Weights of the written graph lie beside it: as one message it could pass 2 GiB.
+        options = SessionOptions(
+            prepack=False, optimized_path=optimized, optimized_weights="weights.bin"
+        )
+        with on_disk(model) as source:
+            Session(source, level=OptimizationLevel.EXTENDED, options=options)
         return _classified(model, load_model(optimized), frozenset(integer))
 
 

@@ -273,10 +273,10 @@ class Trials:
         key = f"speed:{self.key}:{_digest(sites)}"
         if key not in self.ctx.cache:
             assert self.judge is not None
-            emitted = self.emitted(sites)[0]
+            speed = self.judge.race(self.emitted(sites)[0])
             found: list[float] = []
             while max(sum(r >= GAIN for r in found), sum(r < GAIN for r in found)) <= TIMED // 2:
-                found.append(self.judge.speed(emitted))
+                found.append(speed())
             self.ctx.cache[key] = statistics.median(found)
         return float(self.ctx.cache[key])
 

@@ -308,7 +308,7 @@ def _measured(
     found = judge.accuracy(clone, budget)
     stated = ctx.options.budget is not None or precision is not Precision.INT8_DYNAMIC
     passed = found.passed and (stated or found.sqnr_db >= LEAST_SQNR_DB)
-    return judge.speed(clone), passed, found.sqnr_db
+    return judge.race(clone)(), passed, found.sqnr_db
 
 
 def _feeds(model: ir.Model, ctx: Context) -> list[Feed]:

@@ -55,6 +55,7 @@ def pack(
     A row saturates in the worst case when its two largest weights of one sign, times the largest activation, pass
     32767; then its scale is raised to the least that avoids it.  A row of zeros gets the scale 1.
     """
+    rows = _unfolded(rows)
     peak = _peaks(rows)
     scales = peak / 127
     raised = 0
@@ -81,11 +82,28 @@ def _chunks(rows: Array) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, len(rows), step))
 
 
+def _unfolded(rows: Array) -> Array:
+    """The same rows, turned in memory where they are short: NumPy works along what is contiguous."""
+    is_short = rows.shape[1] < _SHORT and rows.flags.c_contiguous
+    return np.ascontiguousarray(rows.T).T if is_short else rows
+
+
+_SHORT = 64
+
+
 def _peaks(rows: Array) -> Wide:
     """The largest magnitude of each row."""
-    if rows.size == 0:
-        return np.zeros(len(rows))
-    return np.asarray(np.maximum(rows.max(axis=1), -rows.min(axis=1)), np.float64)
+    found = np.zeros(len(rows))
+    if rows.T.flags.c_contiguous:
+        for part in _chunks(rows.T):
+            near = rows.T[part]
+            np.maximum(found, np.maximum(near.max(axis=0), -near.min(axis=0)), out=found)
+        return found
+    for part in _chunks(rows):
+        near = rows[part]
+        if near.size:
+            found[part] = np.maximum(near.max(axis=1), -near.min(axis=1))
+    return found
 
 
 def _rounded(rows: Array, scales: Array) -> tuple[Array, float]:
@@ -199,7 +217,18 @@ def bias_shift(
     width = rows.shape[1] // taps
     if means.shape != (group * width,):
         return None
-    lost = rows.astype(np.float64) - packed.codes * packed.scales[:, None].astype(np.float64)
-    by_channel = lost.reshape(group, rows.shape[0] // group, width, taps).sum(axis=3)
-    shift = np.einsum("grw,gw->gr", by_channel, means.reshape(group, width))
-    return np.asarray(shift.reshape(-1))
+    each = np.repeat(means.reshape(group, width).astype(np.float32), taps, axis=1)
+    shift = np.zeros(len(rows))
+    if rows.T.flags.c_contiguous and group == 1:
+        for part in _chunks(rows.T):
+            lost = rows.T[part] - packed.codes.T[part] * packed.scales
+            shift += np.einsum("kr,k->r", lost, each[0, part])
+        return shift
+    step = len(rows) // group
+    for index in range(group):
+        own = slice(index * step, (index + 1) * step)
+        for part in _chunks(rows[own]):
+            within = slice(own.start + part.start, min(own.start + part.stop, own.stop))
+            lost = rows[within] - packed.codes[within] * packed.scales[within, None]
+            shift[within] = np.einsum("rk,k->r", lost, each[index])
+    return shift

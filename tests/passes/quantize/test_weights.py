@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from graphopt_passes.quantize.blocks import encode, limits, packed
-from graphopt_passes.quantize.weights import PAIR_LIMIT, pack
+from graphopt_passes.quantize.weights import PAIR_LIMIT, bias_shift, pack
 
 RNG = np.random.default_rng(0)
 SHAPES = [(5, 1), (7, 2), (4, 3), (9, 27), (64, 576), (3, 70001)]
@@ -67,3 +67,38 @@ def test_halves_of_bytes_hold_codes_from_the_least_on() -> None:
     codes = np.array([[-8, 7, 0, -1]], np.int8)
     assert packed(codes, 4).tolist() == [[0xF0, 0x78]]
     assert packed(np.array([[-128, 127]], np.int8), 8).tolist() == [[0, 255]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "channels", "taps", "group"),
+    [(9, 700, 1, 1), (300, 600, 1, 1), (6, 5, 9, 1), (12, 3, 9, 4), (8, 1, 25, 8)],
+)
+def test_the_shift_is_what_rounding_takes_on_average(
+    rows: int, channels: int, taps: int, group: int
+) -> None:
+    weight = RNG.normal(size=(rows, channels * taps)).astype(np.float32)
+    means = RNG.normal(size=group * channels)
+    for given in laid(weight):
+        found = pack(given, top_code=None)
+        shift = bias_shift(given, found, means, taps, group)
+        assert shift is not None
+        assert bias_shift(given, found, means[1:], taps, group) is None
+        assert bias_shift(given, found, None, taps, group) is None
+        lost = weight.astype(np.float64) - found.codes * found.scales[:, None].astype(np.float64)
+        each = np.repeat(means.reshape(group, channels), taps, axis=1)
+        wanted = np.einsum("grk,gk->gr", lost.reshape(group, -1, channels * taps), each)
+        np.testing.assert_allclose(shift, wanted.reshape(-1), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_blocks_are_the_same_however_many_are_worked_on_at_once(
+    monkeypatch: pytest.MonkeyPatch, bits: int
+) -> None:
+    rows = RNG.normal(size=(50, 320)).astype(np.float32) ** 3
+    found = []
+    for chunk in (1, 700, 1 << 16):
+        monkeypatch.setattr("graphopt_passes.quantize.blocks.CHUNK", chunk)
+        found += [encode(given, 32, bits) for given in laid(rows)]
+    for codes, scales in found[1:]:
+        np.testing.assert_array_equal(codes, found[0][0])
+        np.testing.assert_array_equal(scales, found[0][1])
