@@ -85,7 +85,9 @@ def _repeated(values: Iterable[ir.Value], what: str) -> Iterator[str]:
 def _is_sound(node: ir.Node, graph: ir.Graph, visible: Visible) -> bool:
     """Whether a node without graphs of its own knows where it is, and reads what is in reach: true of nearly all."""
     for value in node.inputs:
-        if value is not None and ((name := value.name) is None or visible.get(name) is not value):
+        if (
+            value is not None and visible.get(value.name) is not value
+        ):  # nothing is visible without a name
             return False
     return node.graph is graph and node.op_type not in HOLDERS and not node.domain
 

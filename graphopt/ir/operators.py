@@ -347,7 +347,12 @@ def is_elementwise(node: ir.Node) -> bool:
 
 def is_commutative(node: ir.Node) -> bool:
     """Whether the inputs may be exchanged without any change of the result (NaN payloads aside)."""
-    return not node.domain and node.op_type in _COMMUTATIVE
+    return commutes(node.op_type, node.domain)
+
+
+def commutes(op_type: str, domain: str) -> bool:
+    """As `is_commutative`, of the operator."""
+    return not domain and op_type in _COMMUTATIVE
 
 
 def is_quantization(node: ir.Node) -> bool:

@@ -7,11 +7,13 @@ and perhaps `PIPELINES`, (target, precision) -> steps.  graphopt's own passes co
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from graphopt.deferred import Late
 from graphopt.errors import GraphoptError, OptionError
 from graphopt.numerics import Numerics
 from graphopt.pipeline.loading import load
@@ -235,13 +237,13 @@ def _infos(package: _Package) -> Iterator[PassInfo]:
 
 def _pipelines(package: _Package) -> Mapping[tuple[str, str], Any]:
     held = getattr(package.module, "PIPELINES", {})
-    keys = list(held) if isinstance(held, Mapping) else [None]
-    if not all(isinstance(key, tuple) and len(key) == 2 for key in keys):
+    if not isinstance(held, Mapping) or not all(isinstance(k, tuple) and len(k) == 2 for k in held):
         raise OptionError(
             f"{package.source}: PIPELINES of {_module_name(package)} must map (target, precision) to a tuple of "
             "passes; update or uninstall that package"
         )
-    return {(str(target), str(precision)): steps for (target, precision), steps in held.items()}
+    makers = {(str(k[0]), str(k[1])): functools.partial(held.__getitem__, k) for k in held}
+    return Late(makers)  # of which a run asks for one
 
 
 def _checked_steps(steps: Any, where: str) -> tuple[Step, ...]:  # noqa: ANN401

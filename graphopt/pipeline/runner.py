@@ -113,7 +113,7 @@ def _run(step: Pass, model: ir.Model, ctx: Context, census: Census) -> tuple[Pas
         ctx.census = None
     seconds = time.process_time() - started
     if changed:
-        census = Census(model)
+        census, ctx.looks = Census(model), None
         _check(step, model, census)
     return PassRun(step.name, changed, len(ctx.rewrites) - before, seconds, census.size), census
 

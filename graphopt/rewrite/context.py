@@ -7,7 +7,7 @@ import enum
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import onnx_ir as ir
 
@@ -17,6 +17,9 @@ from graphopt.ir.scopes import Census
 from graphopt.ir.shapes import Shapes
 from graphopt.numerics import Numerics
 from graphopt.targets import Target
+
+if TYPE_CHECKING:
+    from graphopt.rewrite.index import Looks
 
 
 class RemarkKind(enum.StrEnum):
@@ -213,6 +216,9 @@ class Context:
 
     census: Census | None = None
     """The graphs and nodes of the model, where whoever runs the passes knows that nothing changed since; else None."""
+
+    looks: Looks | None = None
+    """How the nodes of `census` look, kept for the passes that find the model as the last one did."""
 
     _said: set[Remark] = dataclasses.field(default_factory=set, init=False, repr=False)
     _shapes: Shapes | None = dataclasses.field(default=None, init=False, repr=False)

@@ -17,7 +17,7 @@ from graphopt.ir import collector
 from graphopt.ir.build import Builder
 from graphopt.rewrite.commit import Site, commit, discard, is_dead, remove
 from graphopt.rewrite.context import Context
-from graphopt.rewrite.index import RuleIndex
+from graphopt.rewrite.index import Looks, RuleIndex
 from graphopt.rewrite.pattern import Binding, Op, Trace, least, walk
 from graphopt.rewrite.rules import Facts, Match, Replacement, Rule, Skip
 
@@ -36,24 +36,36 @@ NEAR_MISS_SHARE = 0.5
 
 @dataclasses.dataclass
 class Worklist:
-    """First in, first out, each node at most once."""
+    """First in, first out, each node at most once.
 
-    _queue: collections.deque[ir.Node] = dataclasses.field(default_factory=collections.deque)
-    _queued: set[ir.Node] = dataclasses.field(default_factory=set)
+    Args:
+        nodes: those that wait from the start, in order.
+        idle: those of them that need no visit, unless they are pushed before it is their turn.
+    """
 
-    def push(self, nodes: Iterable[ir.Node]) -> None:
+    nodes: Iterable[ir.Node] = ()
+    idle: Iterable[ir.Node] = ()
+
+    def __post_init__(self) -> None:
+        self._queue = collections.deque(self.nodes)
+        self._queued = set(self._queue)
+        self._idle = set(self.idle)
+
+    def push(self, nodes: Sequence[ir.Node]) -> None:
         """Adds the nodes that are not waiting already."""
         queued, append = self._queued, self._queue.append
+        self._idle.difference_update(nodes)
         for node in nodes:
             if node not in queued:
                 queued.add(node)
                 append(node)
 
     def __iter__(self) -> Iterator[ir.Node]:
-        while self._queue:
-            node = self._queue.popleft()
-            self._queued.discard(node)
-            if node.graph is not None:
+        queue, queued, idle = self._queue, self._queued, self._idle
+        while queue:
+            node = queue.popleft()
+            queued.discard(node)
+            if node not in idle and node.graph is not None:
                 yield node
 
 
@@ -87,13 +99,22 @@ class Rewriter:
         self._sites.clear()
         if not model.graph.outputs:  # all of it would be dead, and no runtime takes an empty graph
             return False
-        for scope, nodes in self._ctx.walk(model).parts:
+        looks = self._looks(model)
+        for scope, _ in looks.census.parts:
             facts = Facts(self._ctx.shapes, self._ctx.target, scope.opsets)
             body = scope.function is not None and scope.owner is None
             site = Site(scope.graph, facts, is_function=body)
             self._sites[scope.graph] = (site, scope.opsets.get("", 0))
-            self._work.push(nodes)
+        waiting = (node for _, nodes in looks.census.parts for node in nodes)
+        self._work = Worklist(waiting, looks.idle(self._index))
         return self._drain(start)
+
+    def _looks(self, model: ir.Model) -> Looks:
+        """The model's nodes and how they look; what changes a node's look pushes it, so the rest can be relied on."""
+        census, kept = self._ctx.walk(model), self._ctx.looks
+        if kept is None or kept.census is not census:
+            kept = self._ctx.looks = Looks(census)
+        return kept
 
     def _drain(self, start: int) -> bool:
         """Visits the waiting nodes until none waits; returns whether anything changed."""

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeAlias
 
 import onnx_ir as ir
 
 from graphopt.ir import operators
+from graphopt.ir.scopes import Census
+from graphopt.rewrite.commit import is_dead
 from graphopt.rewrite.pattern import Either, Lit, Op, Pattern
 from graphopt.rewrite.rules import Rule
 
 Sight: TypeAlias = tuple[str, ...]
 """What feeds each input of a node: an operator, or one of the words below."""
+
+Look: TypeAlias = tuple[str, str, Sight]
+"""Operator and domain of a node, and what feeds it."""
 
 ABSENT, GIVEN, WEIGHT = "", "<", "#"  # no operator has an empty name
 _MAYBE_CONSTANT = frozenset({WEIGHT, "Constant"})
@@ -37,29 +42,54 @@ class RuleIndex:
             for op_type in rule.pattern.types:
                 self._by_root[op_type, rule.pattern.domain].append(rule)
         self._keep_near_misses = keep_near_misses
-        self._known: dict[int, dict[tuple[str, str], dict[Sight, Sequence[Rule]]]] = {}
+        self._known: dict[int, dict[Look, Sequence[Rule]]] = {}
 
     def candidates(self, node: ir.Node, opset: int) -> Sequence[Rule]:
         """The rules that may fit `node` at that opset of ai.onnx; those left out cannot."""
+        root = node.op_type, node.domain
+        return self.fitting((*root, sight_of(node)), opset) if root in self._by_root else ()
+
+    def fitting(self, look: Look, opset: int) -> Sequence[Rule]:
+        """The rules that may fit nodes that look like that, at that opset of ai.onnx."""
         known = self._known.get(opset)
         if known is None:
-            known = self._known[opset] = {root: {} for root in self._by_root}
-        by_sight = known.get((node.op_type, node.domain))
-        if by_sight is None:
-            return ()
-        sight = sight_of(node)
-        found = by_sight.get(sight)
+            known = self._known[opset] = {}
+        found = known.get(look)
         if found is None:
-            found = by_sight[sight] = self._fitting(node, opset, sight)
+            found = known[look] = self._fitting(look, opset)
         return found
 
-    def _fitting(self, node: ir.Node, opset: int, sight: Sight) -> Sequence[Rule]:
-        rules = self._by_root[node.op_type, node.domain]
+    def _fitting(self, look: Look, opset: int) -> Sequence[Rule]:
+        op_type, domain, sight = look
+        rules = self._by_root.get((op_type, domain), ())
         now = (rule for rule in rules if rule.opset[0] <= opset <= rule.opset[1])
         if self._keep_near_misses:
             return tuple(rule for rule in now if _may_nearly_fit(rule.pattern, sight))
-        swaps = operators.is_commutative(node)
+        swaps = operators.commutes(op_type, domain)
         return tuple(rule for rule in now if _may_fit(rule.pattern, sight, swaps=swaps))
+
+
+class Looks:
+    """How each node of a model looks, as long as nobody changes it: passes after one another ask the same.
+
+    Attributes:
+        census: the graphs and nodes.
+    """
+
+    def __init__(self, census: Census) -> None:
+        self.census = census
+        self._looks = tuple(tuple(map(_look_of, nodes)) for _, nodes in census.parts)
+
+    def idle(self, index: RuleIndex) -> Iterator[ir.Node]:
+        """The nodes that no rule of `index` may fit, and that are not dead."""
+        for (scope, nodes), looks in zip(self.census.parts, self._looks, strict=True):
+            opset = scope.opsets.get("", 0)
+            calls = {look: look is None or bool(index.fitting(look, opset)) for look in set(looks)}
+            yield from (n for n, look in zip(nodes, looks, strict=True) if not calls[look])
+
+
+def _look_of(node: ir.Node) -> Look | None:
+    return None if is_dead(node) else (node.op_type, node.domain, sight_of(node))
 
 
 def sight_of(node: ir.Node) -> Sight:

@@ -173,7 +173,11 @@ class Op:
         args = inputs[: len(flat)]
         if all(map(Var.takes, flat, args)):
             return {self: node, **dict(zip(flat, args, strict=True))}
-        if len(flat) == 2 and operators.is_commutative(node) and all(map(Var.takes, flat, args[::-1])):
+        if (
+            len(flat) == 2
+            and operators.is_commutative(node)
+            and all(map(Var.takes, flat, args[::-1]))
+        ):
             return {self: node, **dict(zip(flat, args[::-1], strict=True))}
         return None
 

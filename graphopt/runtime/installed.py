@@ -7,10 +7,11 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from graphopt.runtime import onnxruntime_api
-from graphopt.targets.kernels import Kernel, KernelTable, merged
+from graphopt.targets.kernels import Kernel, KernelTable, Key, merged
 
 _OPEN = (1 << 31) - 1
 CPU = "CPUExecutionProvider"
@@ -23,25 +24,43 @@ def installed_kernels(provider: str = CPU) -> KernelTable | None:
     listing = getattr(state, "get_all_opkernel_def", None)
     if listing is None:
         return None
-    found: dict[tuple[str, str], list[Kernel]] = defaultdict(list)
+    found: dict[Key, list[Any]] = defaultdict(list)
     for each in listing():
-        if each.provider != provider:
-            continue
-        since, until = each.version_range
-        types = {
-            name: frozenset(element_type(text) for text in allowed)
-            for name, allowed in each.type_constraints.items()
-        }
-        found[each.domain, each.op_name].append(
-            Kernel(since, None if until >= _OPEN else until, types)
-        )
+        if each.provider == provider:
+            found[each.domain, each.op_name].append(each)
     if not found:
         return None
     version = onnxruntime_api.version()
     source = f"get_all_opkernel_def() of the installed ONNX Runtime {version}"
-    return KernelTable(
-        provider, version, source, {key: merged(rows) for key, rows in found.items()}
-    )
+    return KernelTable(provider, version, source, _Merged(found))
+
+
+class _Merged(Mapping[Key, tuple[Kernel, ...]]):
+    """Registrations by operator, read and joined when somebody asks for them: a run asks for a few of a thousand."""
+
+    def __init__(self, listed: Mapping[Key, Sequence[Any]]) -> None:
+        self._listed = listed
+        self._known: dict[Key, tuple[Kernel, ...]] = {}
+
+    def __getitem__(self, key: Key) -> tuple[Kernel, ...]:
+        if key not in self._known:
+            self._known[key] = merged(map(_kernel, self._listed[key]))
+        return self._known[key]
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._listed)
+
+    def __len__(self) -> int:
+        return len(self._listed)
+
+
+def _kernel(listed: Any) -> Kernel:  # noqa: ANN401  an object of the extension
+    since, until = listed.version_range
+    types = {
+        name: frozenset(element_type(text) for text in allowed)
+        for name, allowed in listed.type_constraints.items()
+    }
+    return Kernel(since, None if until >= _OPEN else until, types)
 
 
 @functools.cache

@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, TypeAlias
 
 import onnx_ir as ir
 
+from graphopt.deferred import Late
 from graphopt.pipeline import Pass, Repeat, RewritePass, Step
+from graphopt.rewrite import Context
 from graphopt_passes import (
     activation,
     algebra,
@@ -74,11 +77,8 @@ from graphopt_passes.legalize import (
 )
 from graphopt_passes.naming import NameNodes
 from graphopt_passes.opset import LiftOpset
-from graphopt_passes.precision import CastToHalf, QuantizeFp8, StoreHalf, opsets_for
 from graphopt_passes.prune import DropTraces, Prune, SweepChannels
-from graphopt_passes.quantize.static import QuantizeStatic
-from graphopt_passes.quantize.weight_only import QuantizeDynamic, QuantizeWeights
-from graphopt_passes.requantize import SymmetrizeQuantization
+from graphopt_passes.seldom import precision, requantize, static, weight_only
 from graphopt_passes.shape_sources import RebuildShapes
 from graphopt_passes.transposes import CancelTransposes
 from graphopt_passes.trimming import TrimControlFlow
@@ -108,12 +108,20 @@ FUSE_ATTENTION = RewritePass(
 FUSE_GEMM = RewritePass("fuse-gemm", (*gemm.RULES, *linear.RULES))
 FUSE_ACTIVATION = RewritePass("fuse-activation", (*activation.RULES, *softmax.RULES))
 FUSE_NORM = RewritePass("fuse-norm", (*norm.RULES, *groupnorm.RULES, *scales.RULES))
+
+
+def _opsets_for_half(dtype: ir.DataType, model: ir.Model, ctx: Context) -> Iterable[int]:
+    return precision.opsets_for(dtype)(model, ctx)
+
+
 LIFT_OPSET = LiftOpset(rules=(*FUSE_ATTENTION.rules, *norm.RULES, *activation.RULES))
 LIFT_FOR_HALF: Mapping[str, LiftOpset] = {
-    precision: LiftOpset(
-        f"lift-opset-{precision}", wishes=opsets_for(dtype), use=f"compute in {precision}"
+    half: LiftOpset(
+        f"lift-opset-{half}",
+        wishes=functools.partial(_opsets_for_half, dtype),
+        use=f"compute in {half}",
     )
-    for precision, dtype in (("fp16", ir.DataType.FLOAT16), ("bf16", ir.DataType.BFLOAT16))
+    for half, dtype in (("fp16", ir.DataType.FLOAT16), ("bf16", ir.DataType.BFLOAT16))
 }
 LIFT_FOR_INT8 = LiftOpset(
     "lift-opset-int8", wishes=lambda _model, _ctx: (13,), use="run on integers"
@@ -150,7 +158,7 @@ _FAMILIES = (
     WRITE_OUT_INTEGERS,
 )
 
-PASSES: Mapping[str, Maker] = {
+_AT_HAND: Mapping[str, Maker] = {
     **{
         each.name: each
         for each in (
@@ -173,17 +181,10 @@ PASSES: Mapping[str, Maker] = {
             Distill,
             SweepChannels,
             DropTraces,
-            CastToHalf,
-            StoreHalf,
-            QuantizeFp8,
-            QuantizeStatic,
-            QuantizeDynamic,
-            QuantizeWeights,
             CastDoubles,
             ConvertOpset,
             RenameBranchOutputs,
             WriteQuantizationAxes,
-            SymmetrizeQuantization,
             NameNodes,
         )
     },
@@ -194,6 +195,19 @@ PASSES: Mapping[str, Maker] = {
     LOWER_POWERS.name: LOWER_POWERS,
     **{family.name: family for family in _FAMILIES},
 }
+
+PASSES: Mapping[str, Maker] = Late(
+    {
+        **{name: functools.partial(_AT_HAND.__getitem__, name) for name in _AT_HAND},
+        "cast-to-half": lambda: precision.CastToHalf,
+        "store-half": lambda: precision.StoreHalf,
+        "quantize-fp8": lambda: precision.QuantizeFp8,
+        "quantize-static": lambda: static.QuantizeStatic,
+        "quantize-dynamic": lambda: weight_only.QuantizeDynamic,
+        "quantize-weights": lambda: weight_only.QuantizeWeights,
+        "symmetrize-quantization": lambda: requantize.SymmetrizeQuantization,
+    }
+)
 
 PREPARE: tuple[Step, ...] = (
     UpgradeIr(),  # before anything asks what is constant: old files list their weights as inputs
@@ -265,12 +279,12 @@ _FP32 = (*_SPARSE, Distill(), LOWER_POWERS)  # nothing without --distill
 _EVADE = (EVADE, RemoveDeadCode())
 
 
-def _half(precision: Literal["fp16", "bf16"]) -> tuple[Step, ...]:
+def _half(half: Literal["fp16", "bf16"]) -> tuple[Step, ...]:
     """The float32 pipeline, the casts, and what removes double ones; nothing after the casts makes float32 nodes."""
     return (
         *_FP32,
-        LIFT_FOR_HALF[precision],  # last before the casts: what fused needs no newer opset
-        CastToHalf(precision),
+        LIFT_FOR_HALF[half],  # last before the casts: what fused needs no newer opset
+        precision.CastToHalf(half),
         TIDY,
         MergeDuplicateConstants(),
         MergeCommonSubexpressions(),
@@ -299,25 +313,25 @@ def _trained(step: Pass) -> tuple[Step, ...]:
     )
 
 
-_PLAIN: Mapping[tuple[str, str], tuple[Step, ...]] = {
-    **{
-        (target, "fp32"): (*_FP32, FUSE_RESIDUALS, *_EVADE)
-        for target in ("cpu", "cuda", "tensorrt", "portable")
-    },
-    **{(target, "fp16"): _half("fp16") for target in ("cpu", "cuda", "tensorrt", "portable")},
-    **{(target, "bf16"): _half("bf16") for target in ("cpu", "cuda", "tensorrt", "portable")},
-    **{
-        (target, "fp16-weights"): (*_FP32, FUSE_RESIDUALS, *_EVADE)
-        for target in ("cpu", "cuda", "tensorrt", "portable")
-    },
-    ("tensorrt", "fp8"): (*_FP32, LIFT_FOR_FP8, QuantizeFp8(), RemoveDeadCode()),
-    ("cpu", "int8"): _trained(QuantizeStatic()),
-    ("tensorrt", "int8"): _trained(QuantizeStatic("tensorrt")),
-    ("cpu", "int8-dynamic"): _quantized(QuantizeDynamic()),
-    ("cpu", "int4-weights"): _quantized(QuantizeWeights()),
-    ("cuda", "int4-weights"): _quantized(QuantizeWeights()),
-    ("cuda", "int8"): _quantized(QuantizeWeights(bits=8)),
-    ("tensorrt", "int4-weights"): _quantized(QuantizeWeights(block=128, form="qdq", tables=False)),
+def _plain() -> tuple[Step, ...]:
+    return (*_FP32, FUSE_RESIDUALS, *_EVADE)
+
+
+_RUNTIMES = ("cpu", "cuda", "tensorrt", "portable")
+_PLAIN: Mapping[tuple[str, str], Callable[[], tuple[Step, ...]]] = {
+    **{(target, kind): _plain for target in _RUNTIMES for kind in ("fp32", "fp16-weights")},
+    **{(target, "fp16"): lambda: _half("fp16") for target in _RUNTIMES},
+    **{(target, "bf16"): lambda: _half("bf16") for target in _RUNTIMES},
+    ("tensorrt", "fp8"): lambda: (*_FP32, LIFT_FOR_FP8, precision.QuantizeFp8(), RemoveDeadCode()),
+    ("cpu", "int8"): lambda: _trained(static.QuantizeStatic()),
+    ("tensorrt", "int8"): lambda: _trained(static.QuantizeStatic("tensorrt")),
+    ("cpu", "int8-dynamic"): lambda: _quantized(weight_only.QuantizeDynamic()),
+    ("cpu", "int4-weights"): lambda: _quantized(weight_only.QuantizeWeights()),
+    ("cuda", "int4-weights"): lambda: _quantized(weight_only.QuantizeWeights()),
+    ("cuda", "int8"): lambda: _quantized(weight_only.QuantizeWeights(bits=8)),
+    ("tensorrt", "int4-weights"): lambda: _quantized(
+        weight_only.QuantizeWeights(block=128, form="qdq", tables=False)
+    ),
 }
 
 # What TensorRT's parser wants to see written is written last: no pass before it would keep it.
@@ -326,16 +340,19 @@ _SPELLED = (RenameBranchOutputs(), WriteQuantizationAxes())
 # Rounding makes steps of the least difference: nothing that reorders sums may come after, or between.
 _WRITTEN_OUT = (WRITE_OUT_INTEGERS, FoldConstants(), RemoveDeadCode())
 
-# Names come after everything that makes nodes.
-PIPELINES: Mapping[tuple[str, str], tuple[Step, ...]] = {
-    (target, precision): (
-        *steps,
+
+def _pipeline(target: str, kind: str) -> tuple[Step, ...]:
+    return (
+        *_PLAIN[target, kind](),
         *(_WRITTEN_OUT if target in ("tensorrt", "portable") else ()),
         *(
-            (StoreHalf(),) if precision == "fp16-weights" else ()
+            (precision.StoreHalf(),) if kind == "fp16-weights" else ()
         ),  # after folding: it would fold the casts
         *(_SPELLED if target == "tensorrt" else ()),
-        NameNodes(),
+        NameNodes(),  # after everything that makes nodes
     )
-    for (target, precision), steps in _PLAIN.items()
-}
+
+
+PIPELINES: Mapping[tuple[str, str], tuple[Step, ...]] = Late(
+    {(target, kind): functools.partial(_pipeline, target, kind) for target, kind in _PLAIN}
+)

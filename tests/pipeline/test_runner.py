@@ -10,8 +10,8 @@ import onnx_ir as ir
 import pytest
 
 from graphopt.errors import ModelError, PassError
-from graphopt.numerics import Numerics
 from graphopt.ir.scopes import Census
+from graphopt.numerics import Numerics
 from graphopt.pipeline import PassRun, Repeat, flatten, run_pipeline
 from graphopt.rewrite import Context, Gate, RemarkKind
 from graphopt.targets import get_target
