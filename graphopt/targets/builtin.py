@@ -34,6 +34,9 @@ _ORT_DOMAINS = {
 _STATISTICS = frozenset({"FLOAT", "FLOAT16", "BFLOAT16"})
 """Types whose statistics LayerNormalization keeps: it computes them in float32, so float64 would lose."""
 
+_HALVES = frozenset({"FLOAT", "FLOAT16"})
+_DOUBLES = frozenset({"FLOAT", "DOUBLE"})
+
 _TABLE = "kernel registered in ONNX Runtime 1.31.1 (get_all_opkernel_def)"
 
 _LAYER_NORM = FusedOp(
@@ -42,9 +45,12 @@ _LAYER_NORM = FusedOp(
     since=17,
     dtypes=_STATISTICS,
 )
+_BFLOAT16 = frozenset({"BFLOAT16"})
 _RELAXED = (
-    FusedOp("HardSwish", _TABLE, since=14, dtypes=_STATISTICS),
-    FusedOp("Softplus", _TABLE, dtypes=_STATISTICS),
+    FusedOp("HardSwish", _TABLE, since=14, dtypes=_HALVES),
+    FusedOp("Softplus", _TABLE, dtypes=_HALVES),
+    FusedOp("HardSwish", _TABLE, since=22, dtypes=_BFLOAT16),
+    FusedOp("Softplus", _TABLE, since=22, dtypes=_BFLOAT16),
 )
 
 # Measured on one thread with ONNX Runtime 1.31.1 and left out on purpose: Softplus (0.2x of Log(Exp(x) + 1): its kernel
@@ -157,6 +163,10 @@ CPU = Target(
             dtypes=frozenset({"FLOAT16"}),
             form="softmax-in-float",
         ),
+        *(
+            FusedOp(name, f"ONNX Runtime 1.31 CPU: {gain}", dtypes=_DOUBLES)
+            for name, gain in (("DepthToSpace", "2.4x"), ("SpaceToDepth", "3.6-5.3x"))
+        ),
         FusedOp(
             "GroupQueryAttention",
             "ONNX Runtime 1.31 CPU: 1.2x (32 tokens) and 2.0x (128, 512) of Attention with a causal mask, bit-equal",
@@ -241,8 +251,28 @@ CUDA = Target(
             form="always-in-float",
         ),
         FusedOp("RotaryEmbedding", _TABLE, since=23, dtypes=_STATISTICS, form="heads-in-place"),
-        FusedOp("InstanceNormalization", _TABLE, since=6, dtypes=frozenset({"FLOAT", "FLOAT16"})),
-        FusedOp("Gemm", _TABLE, since=7),
+        FusedOp(
+            "InstanceNormalization", f"{_TABLE} up to opset 21", since=6, until=21, dtypes=_HALVES
+        ),
+        FusedOp(
+            "InstanceNormalization",
+            "ONNX Runtime 1.31 has no kernel for GroupNormalization, and expands it into 29 nodes; not measured",
+            since=6,
+            until=21,
+            dtypes=_HALVES,
+            form="groups",
+        ),
+        FusedOp(
+            "LayerNormalization",
+            "ONNX Runtime 1.31 runs InstanceNormalization of opset 22 and later on the CPU; not measured",
+            since=22,
+            dtypes=_HALVES,
+            form="groups",
+        ),
+        FusedOp("DepthToSpace", _TABLE, dtypes=_DOUBLES | _HALVES),
+        FusedOp("SpaceToDepth", _TABLE, dtypes=_DOUBLES | _HALVES),
+        FusedOp("Gemm", _TABLE, since=7, dtypes=_DOUBLES | _HALVES),
+        FusedOp("Gemm", _TABLE, since=13, dtypes=_BFLOAT16),
         FusedOp("Gelu", _TABLE, since=20),
         FusedOp("Gelu", _TABLE, domain=_MS),
         FusedOp("FastGelu", _TABLE, domain=_MS),
@@ -287,7 +317,6 @@ CUDA = Target(
 )
 
 _PARSER = "imported by TensorRT's ONNX parser (onnx-tensorrt docs/operators.md, 11.1)"
-_HALVES = frozenset({"FLOAT", "FLOAT16"})
 
 TENSORRT = Target(
     name="tensorrt",
@@ -314,6 +343,8 @@ TENSORRT = Target(
         FusedOp("Mish", _PARSER, since=18, dtypes=_HALVES),
         FusedOp("GroupNormalization", _PARSER, since=21, dtypes=_STATISTICS),
         FusedOp("Softplus", _PARSER, dtypes=_STATISTICS),
+        FusedOp("DepthToSpace", _PARSER, dtypes=_STATISTICS),
+        FusedOp("SpaceToDepth", _PARSER, dtypes=_STATISTICS),
         FusedOp("Softmax", _PARSER, since=13, dtypes=_STATISTICS, form="inner-axis"),
         FusedOp("Gemm", _PARSER, since=7, dtypes=_STATISTICS),
     ),
@@ -362,6 +393,8 @@ PORTABLE = Target(
         FusedOp("Mish", "standard since opset 18", since=18, dtypes=_STATISTICS),
         FusedOp("GroupNormalization", "standard since opset 21", since=21, dtypes=_STATISTICS),
         FusedOp("Softplus", "standard since opset 1", dtypes=_STATISTICS),
+        FusedOp("DepthToSpace", "standard since opset 1", dtypes=_DOUBLES),
+        FusedOp("SpaceToDepth", "standard since opset 1", dtypes=_DOUBLES),
         FusedOp("Softmax", "any axis since opset 13", since=13, form="inner-axis"),
         FusedOp("Gemm", "standard; broadcasts its addend since opset 7", since=7),
     ),

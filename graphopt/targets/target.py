@@ -33,6 +33,7 @@ class FusedOp:
         op_type: operator name.
         domain: operator domain, "" for ai.onnx.
         since: first opset of the domain that defines it.
+        until: last opset of ai.onnx at which the target has a kernel; None for all.
         dtypes: element types (names of `ir.DataType`) that the kernel takes.
         form: a use of the operator that pays or not for itself ("inner-axis"); "" for the usual one.
         source: the measurement or documentation that says it pays.
@@ -44,6 +45,7 @@ class FusedOp:
     since: int = 1
     dtypes: frozenset[str] = FLOATS
     form: str = ""
+    until: int | None = None
 
 
 class SparseStyle(enum.StrEnum):
@@ -189,7 +191,9 @@ class Target:
     ) -> bool:
         """Whether a rewrite may introduce `op_type` in a model of ai.onnx `opset` on elements of `dtype`."""
         return any(
-            (opset >= fused.since or domain != "") and (dtype is None or dtype.name in fused.dtypes)
+            (opset >= fused.since or domain != "")
+            and (fused.until is None or opset <= fused.until)
+            and (dtype is None or dtype.name in fused.dtypes)
             for fused in self._by_form.get((op_type, domain, form), ())
         )
 

@@ -3,12 +3,14 @@
     Before:  y = GroupNormalization<num_groups = G>(x, scale, bias)
     After:   y = Reshape(InstanceNormalization(Reshape(x, [0, G, -1]), 1, 0), Shape(x)) * scale + bias
 
-ONNX Runtime has no kernel for GroupNormalization: it expands the operator into 29 nodes.  Changes numerics: reordered.
+ONNX Runtime has no kernel for GroupNormalization: it expands the operator into 29 nodes; on CUDA, it has none for
+InstanceNormalization of opset 22 and later.  Changes numerics: reordered.
 """
 
 from __future__ import annotations
 
-import numpy as np
+import math
+
 import onnx_ir as ir
 
 from graphopt.ir import values
@@ -16,6 +18,7 @@ from graphopt.ir.build import Builder
 from graphopt.ir.shapes import Dim
 from graphopt.rewrite import Match, Op, Rule, Skip, Var, rule
 from graphopt_passes.constants import along, narrow
+from graphopt_passes.means import filled, scale_of_ones
 
 x, scale, bias = Var(), Var(), Var()
 grouped = Op("GroupNormalization", x, scale, bias)
@@ -23,25 +26,71 @@ grouped = Op("GroupNormalization", x, scale, bias)
 
 @rule(grouped, opset=(21, 10_000))
 def lower_group_norm(m: Match, g: Builder) -> ir.Value | None:
-    """`GroupNormalization(x, s, b)` -> `InstanceNormalization` over [N, G, -1], and `* s + b`.
+    """`GroupNormalization(x, s, b)` -> a normalisation of [N, G, -1], and `* s + b`.
 
-    x: [N, C, …], s, b: [C].  Source: GroupNormalization-21 (18, with numbers per group, is deprecated),
-    InstanceNormalization-6.
+    x: [N, C, …], s, b: [C].  An instance normalisation, or, where the target has that for older opsets alone, a layer
+    normalisation, if the sizes are known.  Source: GroupNormalization-21 (18, with numbers per group, is deprecated),
+    InstanceNormalization-6, LayerNormalization-17.
     """
-    dtype, groups = m.dtype(x), int(m.attr(grouped, "num_groups"))
-    if not m.emits("InstanceNormalization", dtype=dtype, form="groups"):
+    kind = _kind(m)
+    if kind is None:
         return None
     dims = m.known_dims(x)
-    if dtype != ir.DataType.FLOAT or m.attr(grouped, "stash_type", 1) != 1:
-        raise Skip("its statistics are kept in another type than x", m[x])
-    ones, zeros = (g.const(np.full(groups, number, np.float32), name="group") for number in (1, 0))
-    flat = g.op("Reshape", m[x], g.ints([0, groups, -1]))
+    if m.attr(grouped, "stash_type", 1) != 1:
+        raise Skip("its statistics are kept in another type than float32", m[x])
+    back = g.op("Reshape", _normal_groups(m, g, kind, dims), _shape(m, g, dims))
+    return _affine(m, g, back, len(dims))
+
+
+single = Op("InstanceNormalization", x, scale, bias)
+
+
+@rule(single, opset=(22, 10_000))
+def lower_instance_norm(m: Match, g: Builder) -> ir.Value | None:
+    """`InstanceNormalization(x, s, b)` -> `LayerNormalization` over all behind the channels, and `* s + b`.
+
+    x: [N, C, …] of known sizes, s, b: [C].  Where the target has the one for older opsets alone.
+    Source: InstanceNormalization-22, LayerNormalization-17.
+    """
+    dtype = m.dtype(x)
+    if m.emits("InstanceNormalization", dtype=dtype) or _kind(m) != "LayerNormalization":
+        return None
+    dims, epsilon = m.known_dims(x), float(m.attr(single, "epsilon", 1e-5))
+    ones = scale_of_ones(g, dtype, list(dims[2:]), m[x])
+    normal = g.op("LayerNormalization", m[x], ones, axis=2, epsilon=epsilon)
+    return _affine(m, g, normal, len(dims))
+
+
+def _kind(m: Match) -> str | None:
+    """The normalisation that the target takes groups to."""
+    kinds = ("InstanceNormalization", "LayerNormalization")
+    return next((each for each in kinds if m.emits(each, dtype=m.dtype(x), form="groups")), None)
+
+
+def _normal_groups(m: Match, g: Builder, kind: str, dims: tuple[Dim, ...]) -> ir.Value:
+    """The normalisation of [N, G, K] over K, without scale.
+
+    Raises:
+        Skip: it takes a scale of K numbers, and K is not known.
+    """
+    dtype, groups = m.dtype(x), int(m.attr(grouped, "num_groups"))
     epsilon = float(m.attr(grouped, "epsilon", 1e-5))
-    normal = g.op("InstanceNormalization", flat, ones, zeros, epsilon=epsilon)
-    back = g.op("Reshape", normal, _shape(m, g, dims))
-    axes = g.ints(range(1, len(dims) - 1))
+    flat = g.op("Reshape", m[x], g.ints([0, groups, -1]))
+    if kind == "InstanceNormalization":
+        ones = filled(g, 1.0, dtype, [Dim.of(groups)], m[x])
+        zeros = filled(g, 0.0, dtype, [Dim.of(groups)], m[x])
+        return g.op(kind, flat, ones, zeros, epsilon=epsilon)
+    if not all(each.is_static for each in dims[1:]):
+        raise Skip("the size of the groups is unknown", m[x])
+    size = math.prod(int(each) for each in dims[1:]) // groups
+    ones = scale_of_ones(g, dtype, [Dim.of(size)], m[x])
+    return g.op(kind, flat, ones, axis=-1, epsilon=epsilon)
+
+
+def _affine(m: Match, g: Builder, normal: ir.Value, rank: int) -> ir.Value:
+    axes = g.ints(range(1, rank - 1))
     weight, shift = (g.op("Unsqueeze", m[v], axes) for v in (scale, bias))
-    return g.op("Add", g.op("Mul", back, weight), shift)
+    return g.op("Add", g.op("Mul", normal, weight), shift)
 
 
 def _shape(m: Match, g: Builder, dims: tuple[Dim, ...]) -> ir.Value:
@@ -91,4 +140,4 @@ def _is_bare(m: Match, rank: int) -> bool:
     return plain and int(m.attr(normal, "axis", -1)) % rank == 2 and len(m[normal].outputs) == 1
 
 
-RULES: tuple[Rule, ...] = (lower_group_norm, fuse_group_norm)
+RULES: tuple[Rule, ...] = (lower_group_norm, lower_instance_norm, fuse_group_norm)

@@ -8,16 +8,13 @@ import onnx_ir as ir
 
 from graphopt.ir import values
 from graphopt.ir.build import Builder
-from graphopt.rewrite import Either, Match, Op, Var, exact
-from graphopt_passes.constants import live_uses
+from graphopt.rewrite import Either, Match, Op, Skip, Var, exact
+from graphopt_passes.constants import live_uses, no_operator
 
 FAR = 2**31 - 1
 """Exporters write INT32_MAX or INT64_MAX for "to the end"."""
 
 x = Var()
-
-# the element types that ONNX Runtime 1.31 has kernels for on every provider
-_KERNELS = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE})
 
 _split = Op("Reshape", Either(Op("Reshape", Op("Unsqueeze", x, ...), ...), x), ...)
 _moved = Op("Transpose", _split)
@@ -39,7 +36,7 @@ def fuse_depth_to_space(m: Match, g: Builder) -> ir.Value | None:
     """
     before, middle, after = m.dims(x), m.dims(_split), m.dims(rearranged)
     perm = tuple(m.attr(_moved, "perm", ()))
-    if before is None or middle is None or after is None or m.dtype(x) not in _KERNELS:
+    if before is None or middle is None or after is None:
         return None
     if [len(before), len(middle), len(after)] != [4, 6, 4] or perm not in (_CRD, _DCR):
         return None
@@ -52,6 +49,8 @@ def fuse_depth_to_space(m: Match, g: Builder) -> ir.Value | None:
         return None
     if before != (n, c * block * block, h, w) or after != (n, c, h * block, w * block):
         return None
+    if not m.emits("DepthToSpace", dtype=m.dtype(x)):
+        raise Skip(no_operator(m, "DepthToSpace", m.dtype(x)), m[x])
     return g.op("DepthToSpace", m[x], blocksize=block, mode=mode)
 
 
@@ -94,7 +93,7 @@ def fuse_axis_by_axis_into_space_to_depth(m: Match, g: Builder) -> ir.Value | No
 
 def _to_depth(m: Match, g: Builder, root: Op, moved: Op = _moved) -> ir.Value | None:
     before, middle, after = m.dims(x), m.dims(_split), m.dims(root)
-    if before is None or middle is None or after is None or m.dtype(x) not in _KERNELS:
+    if before is None or middle is None or after is None:
         return None
     if [len(before), len(middle), len(after)] != [4, 6, 4]:
         return None
@@ -112,6 +111,8 @@ def _to_depth(m: Match, g: Builder, root: Op, moved: Op = _moved) -> ir.Value | 
         return None
     if perm == _UNSHUFFLED and c.value is None:
         return None
+    if not m.emits("SpaceToDepth", dtype=m.dtype(x)):
+        raise Skip(no_operator(m, "SpaceToDepth", m.dtype(x)), m[x])
     made = g.op("SpaceToDepth", m[x], blocksize=block)
     channels = c.value or 0
     if perm == _TO_DEPTH or channels == 1:
@@ -156,7 +157,7 @@ def fuse_focus_into_space_to_depth(m: Match, g: Builder) -> ir.Value | None:
     first = makers[0]
     source = first.inputs[0] if first is not None and first.inputs else None
     dims = None if source is None else m.dims(source)
-    if source is None or dims is None or len(dims) != 4 or source.dtype not in _KERNELS:
+    if source is None or dims is None or len(dims) != 4:
         return None
     order = []
     for maker in makers:
@@ -166,6 +167,8 @@ def fuse_focus_into_space_to_depth(m: Match, g: Builder) -> ir.Value | None:
         order.append(at[0] * block + at[1])
     if sorted(order) != list(range(block * block)):
         return None
+    if not m.emits("SpaceToDepth", dtype=source.dtype):
+        raise Skip(no_operator(m, "SpaceToDepth", source.dtype), source)
     made = g.op("SpaceToDepth", source, blocksize=block)
     if order == sorted(order):
         return made

@@ -237,8 +237,10 @@ def _centred(m: Match, g: Builder, root: Op) -> ir.Value | None:
     dims, dtype = m.known_dims(x), m.dtype(x)
     epsilon = epsilon_of(m, eps, m[x])
     emits = m.emits("LayerNormalization", dtype=dtype)
-    known = all(dims[a].is_static for a in over)
-    if len(over) == len(dims) - 2 > 1 and not (emits and known and not _is_scaled(m, root, dims)):
+    layers = emits and all(dims[a].is_static for a in over)
+    instances = m.emits("InstanceNormalization", dtype=dtype) or not layers
+    scaled = not layers or _is_scaled(m, root, dims)
+    if len(over) == len(dims) - 2 > 1 and instances and scaled:
         return _instance(m, g, dims[1], epsilon)
     if not emits:
         raise Skip(no_operator(m, "LayerNormalization", dtype), m[x])

@@ -418,7 +418,7 @@ def gather_instead_of_squeezed_slice(m: Match, g: Builder) -> ir.Value | None:
 # --- rows by a column of indices
 
 rows = Var()
-column = Op("Unsqueeze|Reshape", rows, ...)
+column = Op("Unsqueeze|Reshape", rows, ..., shared=True)
 by_tuples = Op("GatherND", x, column)
 
 

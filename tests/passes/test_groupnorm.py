@@ -101,3 +101,80 @@ def test_group_norm_of_other_parts_stays(text: str, new: str, missed: str) -> No
         " t = Mul(w, s) y = Add(t, b) }"
     )
     check(groupnorm.RULES, before.replace(text, new), opset=21, target="tensorrt", missed=missed)
+
+
+@pytest.mark.parametrize("dtype", ["float", "float16"])
+def test_groups_on_cuda_below_opset_22(dtype: str) -> None:
+    """Its kernel of InstanceNormalization is of versions up to 21."""
+    head = f"g ({dtype}[2,4,3] x, {dtype}[4] s, {dtype}[4] b) => ({dtype}[2,4,3] y)"
+    check(
+        groupnorm.RULES,
+        f"{head} {{ y = GroupNormalization<num_groups=2>(x, s, b) }}",
+        f"{head} <int64[3] f = {{0, 2, -1}}, int64[3] d = {{2, 4, 3}}, {dtype}[2] o, {dtype}[2] z, int64[1] a = {{1}}>"
+        " { r = Reshape(x, f) n = InstanceNormalization<epsilon=0.00001>(r, o, z) t = Reshape(n, d)"
+        " w = Unsqueeze(s, a) v = Unsqueeze(b, a) m = Mul(t, w) y = Add(m, v) }",
+        opset=21,
+        target="cuda",
+        feeds=None if dtype == "float" else (),  # no kernel for halves on a CPU
+        tolerance=1e-5,
+    )
+
+
+def test_groups_on_cuda_from_opset_22() -> None:
+    head = "g (float[N,4,3] x, float[4] s, float[4] b) => (float[N,4,3] y)"
+    check(
+        groupnorm.RULES,
+        f"{head} {{ y = GroupNormalization<num_groups=2>(x, s, b) }}",
+        f"{head} <int64[3] f = {{0, 2, -1}}, float[6] o, int64[1] a = {{1}}> {{ r = Reshape(x, f)"
+        " n = LayerNormalization<axis=-1, epsilon=0.00001>(r, o) d = Shape(x) t = Reshape(n, d)"
+        " w = Unsqueeze(s, a) v = Unsqueeze(b, a) m = Mul(t, w) y = Add(m, v) }",
+        opset=23,
+        target="cuda",
+        tolerance=1e-5,
+    )
+
+
+def test_groups_of_unknown_size_on_cuda_stay() -> None:
+    check(
+        groupnorm.RULES,
+        "g (float[N,4,W] x, float[4] s, float[4] b) => (float[N,4,W] y)"
+        " { y = GroupNormalization<num_groups=2>(x, s, b) }",
+        opset=23,
+        target="cuda",
+        missed="size of the groups is unknown",
+    )
+
+
+SINGLE = "{ y = InstanceNormalization<epsilon=0.001>(x, s, b) }"
+
+
+def test_instance_norm_on_cuda_from_opset_22() -> None:
+    head = "g (float[N,4,3,5] x, float[4] s, float[4] b) => (float[N,4,3,5] y)"
+    check(
+        groupnorm.RULES,
+        f"{head} {SINGLE}",
+        f"{head} <float[3,5] o, int64[2] a = {{1, 2}}> {{ n = LayerNormalization<axis=2, epsilon=0.001>(x, o)"
+        " w = Unsqueeze(s, a) v = Unsqueeze(b, a) m = Mul(n, w) y = Add(m, v) }",
+        opset=23,
+        target="cuda",
+        tolerance=1e-5,
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "opset", "target", "missed"),
+    [
+        ("N,4,H,5", 23, "cuda", "unknown"),
+        ("N,4,3,5", 21, "cuda", ""),
+        ("N,4,3,5", 23, "cpu", ""),
+        ("N,4,3,5", 23, "tensorrt", ""),
+    ],
+)
+def test_instance_norm_stays(sizes: str, opset: int, target: str, missed: str) -> None:
+    check(
+        groupnorm.RULES,
+        f"g (float[{sizes}] x, float[4] s, float[4] b) => (float[{sizes}] y) {SINGLE}",
+        opset=opset,
+        target=target,
+        missed=missed,
+    )

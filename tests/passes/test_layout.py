@@ -64,6 +64,22 @@ def test_type_without_kernel_stays() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("target", "fuses"), [("cuda", True), ("tensorrt", True), ("cpu", False), ("portable", False)]
+)
+def test_halves_where_the_target_has_a_kernel(target: str, fuses: bool) -> None:
+    head = "g (float16[1,12,4,5] x) => (float16[1,3,8,10] y)"
+    check(
+        RULES,
+        before=f"""{head} <int64[6] m = {{1, 3, 2, 2, 4, 5}}, int64[4] o = {{1, 3, 8, 10}}>
+            {{ r = Reshape(x, m)  t = Transpose<perm = [0, 1, 4, 2, 5, 3]>(r)  y = Reshape(t, o) }}""",
+        after=f'{head} {{ y = DepthToSpace<blocksize = 2, mode = "CRD">(x) }}' if fuses else None,
+        target=target,
+        missed="" if fuses else "no DepthToSpace for FLOAT16",
+        feeds=(),  # no kernel for halves on a CPU
+    )
+
+
 def test_space_to_depth() -> None:
     head = "g (float[N,3,8,10] x) => (float[N,12,4,5] y)"
     check(

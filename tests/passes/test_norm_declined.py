@@ -6,7 +6,8 @@ import onnx_ir as ir
 import pytest
 from graphopt_passes import norm
 
-from tests.rewriting import apply, check, parse
+from graphopt.numerics import Numerics
+from tests.rewriting import apply, check, compare, make_feeds, parse, run
 
 
 def test_factor_beside_a_scale_of_unknown_size_stays() -> None:
@@ -64,3 +65,21 @@ def test_other_functions_stay(body: str) -> None:
         f"g (float[2,3,8] x) => (float[2,3,8] y) <float e = {{1e-5}}, float h = {{0.35355339}}> {{ {body} }}",
         opset=17,
     )
+
+
+@pytest.mark.parametrize(
+    ("opset", "kind"), [(20, "InstanceNormalization"), (23, "LayerNormalization")]
+)
+def test_norm_of_images_on_a_target_whose_kernel_is_old(opset: int, kind: str) -> None:
+    """CUDA's kernel of InstanceNormalization serves no version from opset 22 on."""
+    proto = parse(
+        "g (float[N,3,4,5] x) => (float[N,3,4,5] y) <int64[2] a = {2, 3}, float e = {1e-5}, float[1,3,1,1] s>"
+        "{ m = ReduceMean(x, a) d = Sub(x, m) q = Mul(d, d) v = ReduceMean(q, a) l = Add(v, e) r = Sqrt(l)"
+        " n = Div(d, r) y = Mul(n, s) }",
+        opset=opset,
+    )
+    model = ir.from_proto(proto)
+    apply(norm.RULES, model, target="cuda")
+    assert kind in [node.op_type for node in model.graph]
+    feed = make_feeds(proto, 0)
+    compare(run(proto, feed), run(ir.to_proto(model), feed), Numerics.REORDERED, 1e-5)

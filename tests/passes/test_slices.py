@@ -271,6 +271,16 @@ def test_tuples_of_one_index_are_indices() -> None:
     )
 
 
+def test_tuples_of_one_index_that_two_tables_share() -> None:
+    """As the cosines and sines of rotary embeddings."""
+    g = "g (float[5,3] c, float[5,3] s, int64[4] i) => (float[4,3] y, float[4,3] z)"
+    check(
+        RULES,
+        before=f"{g} <int64[1] last = {{-1}}> {{ t = Unsqueeze(i, last)  y = GatherND(c, t)  z = GatherND(s, t) }}",
+        after=f"{g} {{ y = Gather<axis = 0>(c, i)  z = Gather<axis = 0>(s, i) }}",
+    )
+
+
 def test_tuples_within_a_batch_stay() -> None:
     check(
         RULES,
