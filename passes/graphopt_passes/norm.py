@@ -53,7 +53,13 @@ centred = Op("Sub", x, mean)
 mean_again = Op("ReduceMean", x, ...)
 centred_again = Op("Sub", x, mean_again)
 """As torch.export spells a variance: with a mean of its own, its axes counted from the other end."""
-variance, lifted_variance = _mean_square(centred, centred_again)
+variance, _ = _mean_square(centred, centred_again)
+wide = Op("Cast", x)
+wide_mean = Op("ReduceMean", wide, ...)
+wide_variance, _ = _mean_square(Op("Sub", wide, wide_mean))
+"""As torch.export spells a variance in half precision: in float32."""
+_any_variance = Either(variance, Op("Cast", wide_variance))
+lifted_variance = Either(Op("Add", _any_variance, eps), _any_variance)
 centred_quotient, centred_product = _normalized(centred, lifted_variance)
 
 power, lifted_power = _mean_square(x)
@@ -250,7 +256,7 @@ def _centred(m: Match, g: Builder, root: Op) -> ir.Value | None:
 
 def _moments(m: Match) -> list[Op]:
     """The reductions beside the first mean."""
-    return [variance, *([mean_again] if m.has(mean_again) else [])]
+    return [op for op in (variance, mean_again, wide_variance, wide_mean) if m.has(op)]
 
 
 def _channels_first(m: Match, g: Builder) -> ir.Value | None:
