@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from graphopt.deferred import Deferring
+from graphopt.deferred import Deferring, Late
 
 
 @pytest.fixture
@@ -60,3 +60,31 @@ def test_symbolic_arithmetic_of_onnx_ir_still_works() -> None:
     code = "import graphopt.driver, onnx_ir; print(onnx_ir.SymbolicDim('n') + 1)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "n + 1"
+
+
+def test_late_values_are_made_when_asked_for() -> None:
+    made: list[str] = []
+
+    def make() -> int:
+        made.append("one")
+        return 1
+
+    late = Late({"one": make})
+    assert list(late) == ["one"]
+    assert len(late) == 1
+    assert not made
+    assert late["one"] == late.get("one") == 1
+    assert len(made) == 2
+    assert late.get("two") is None
+
+
+def test_a_run_in_float32_imports_neither_casts_nor_quantisation() -> None:
+    code = (
+        "import sys, graphopt; from graphopt.pipeline.registry import pipeline_for\n"
+        "from graphopt.targets import get_target\n"
+        "pipeline_for(get_target('cpu'), graphopt.Precision.FP32)\n"
+        "names = ('precision.cast', 'quantize.trials', 'quantize.blocks')\n"
+        "print([n for n in names if 'graphopt_passes.' + n in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

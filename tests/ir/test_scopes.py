@@ -80,3 +80,10 @@ def test_dead_nodes_have_no_use_at_all(model: ir.Model) -> None:
     assert scopes.is_dead(absolute)
     assert not scopes.is_dead(relu)
     assert not scopes.is_dead(branch)
+
+
+def test_a_census_is_every_graph_with_its_nodes(model: ir.Model) -> None:
+    census = scopes.Census(model)
+    walked = [(scope.path, tuple(scope.graph)) for scope in scopes.all_graphs(model)]
+    assert [(scope.path, nodes) for scope, nodes in census.parts] == walked
+    assert census.size == sum(len(nodes) for _, nodes in walked) == 8

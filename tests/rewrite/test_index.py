@@ -8,8 +8,9 @@ import onnx_ir as ir
 import pytest
 
 from graphopt.ir.build import Builder
+from graphopt.ir.scopes import Census
 from graphopt.rewrite import Either, Lit, Match, Op, Rule, Var
-from graphopt.rewrite.index import RuleIndex, sight_of
+from graphopt.rewrite.index import Looks, RuleIndex, sight_of
 from tests.rewriting import parse
 
 BODY = """
@@ -36,6 +37,8 @@ PATTERNS = (
     Op("Clip", x),
     Op("Clip", x, ...),
     Op("Sum|Abs", ...),
+    Op("Add", Var(computed=True), Var(computed=True)),
+    Op("Add", ..., fed_by="Neg"),
 )
 
 
@@ -66,9 +69,9 @@ def test_what_matches_is_a_candidate(keep: bool) -> None:
     [
         ("s1", [0, 2, 3]),
         ("s2", [0, 2, 3]),
-        ("s3", [1, 3]),
-        ("s4", [2, 3]),
-        ("s5", []),  # callers may replace `a`
+        ("s3", [1, 3, 11, 12]),
+        ("s4", [2, 3, 11]),
+        ("s5", [11]),  # callers may replace `a`
         ("s6", [5]),
         ("k1", [6, 9]),
         ("k2", [7, 9]),
@@ -98,3 +101,15 @@ def test_opset_and_benefit() -> None:
     assert index.candidates(node, 18) == (high, low)
     assert index.candidates(node, 17) == (high, old, low)
     assert sight_of(node) == ("Sum",)
+
+
+def test_looks_name_every_node_that_may_be_left_unvisited() -> None:
+    """Idle are those without candidates; dead nodes are not, because they have to be removed."""
+    model = ir.from_proto(parse(BODY.replace("z = Abs(y)", "z = Abs(y)  dead = Exp(x)")))
+    rules = (Rule("a", Op("Add", relu, w), build), Rule("b", Op("Abs", x), build))
+    index = RuleIndex(rules, keep_near_misses=False)
+    idle = set(Looks(Census(model)).idle(index))
+    for node in model.graph:
+        called = bool(index.candidates(node, 18)) or node.op_type == "Exp"
+        assert (node in idle) == (not called), node.name
+    assert {node.outputs[0].name for node in set(model.graph) - idle} == {"s1", "s2", "z", "dead"}

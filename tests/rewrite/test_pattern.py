@@ -185,3 +185,55 @@ def test_a_trace_says_what_stopped_the_deepest_match(pattern: Op, wanted: str) -
     trace = Trace()
     assert not bindings(pattern, g, trace)
     assert (trace.depth, trace.culprit, trace.wanted) == (2, g.inputs[0], wanted)
+
+
+def test_computed_is_what_is_no_constant() -> None:
+    g = graph("y = Add(x, w)", constants="float[2] w = {1, 2}")
+    computed = Var(computed=True)
+    (env,) = bindings(Op("Add", Var(const=True), computed), g)
+    assert env[computed] is g.inputs[0]
+    assert not bindings(Op("Add", computed, Var(computed=True)), g)
+
+
+@pytest.mark.parametrize(
+    ("fed_by", "fits"), [("Abs", True), ("Neg|Abs", True), ("Neg", False), ("Add", False)]
+)
+def test_one_of_several_operators_has_to_feed_it(fed_by: str, fits: bool) -> None:
+    g = graph("p = Abs(x)  y = Add(z, p)")
+    pattern = Op("Add", ..., fed_by=fed_by)
+    assert bool(bindings(pattern, g)) == fits
+    assert (pattern.first(g[1]) is not None) == fits
+
+
+one, two = Var(), Var()
+FIRST = [
+    Op("Clip", one),
+    Op("Clip", one, ...),
+    Op("Clip", one, two),
+    Op("Clip", one, Var(optional=True), Var(const=True)),
+    Op("Clip", one, Var(optional=True), Var(optional=True)),
+    Op("Add", one, two),
+    Op("Add", one, one),
+    Op("Add", one, Var(const=True)),
+    Op("Add", Var(const=True), Var(computed=True)),
+    Op("Add", Op("Abs", one), two),
+    Op("Add", Lit(1.0), two),
+    Op("Add", one, ..., fed_by="Abs"),
+    Op("Add"),
+    Op("Add", ...),
+]
+
+
+@pytest.mark.parametrize("pattern", FIRST)
+def test_the_first_binding_is_the_first_of_all(pattern: Op) -> None:
+    """Shortcut or not: the same nodes and values, bound in the same order."""
+    g = graph(
+        "a = Add(x, z)  b = Add(w, x)  c = Add(x, x)  p = Abs(x)  d = Add(z, p)  e = Clip(x)  f = Clip(x, w)"
+        "  h = Clip(x, , w)  i = Clip(x, w, z)  y = Sum(a, b, c, d, e, f, h, i)",
+        constants="float w = {1}",
+    )
+    for node in g:
+        if node.op_type in pattern.types:
+            expected = next(pattern.match_node(node, {}), None)
+            found = pattern.first(node)
+            assert (found and list(found.items())) == (expected and list(expected.items()))
