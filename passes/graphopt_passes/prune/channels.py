@@ -281,6 +281,7 @@ def importances(
     groups: Sequence[Group],
     energies: Mapping[str, Wide] | None,
     shares: Mapping[str, Wide] | None = None,
+    costs: Mapping[int, float] | None = None,
 ) -> dict[Importance, dict[int, float]]:
     """The scores to try: one, or all that the data allow.
 
@@ -288,6 +289,7 @@ def importances(
         which: one, or all.
         groups: of classes.
         energies: E[x^2] of the inputs of layers, where there are samples.
+        costs: of removing each class, where they are known.
         shares: what the rows of weights contribute to samples' likelihoods, where they are known.
     """
     made = {
@@ -298,6 +300,8 @@ def importances(
         made[Importance.ACTIVATION] = lambda: output_change(groups, energies)
     if shares is not None:
         made[Importance.FISHER] = lambda: information(groups, shares)
+    if costs is not None:
+        made[Importance.RECONSTRUCTION] = lambda: dict(costs)
     wanted = list(made) if energies is not None else [Importance.L2]
     if which is not Importance.AUTO:
         wanted = [which] if which in made else []

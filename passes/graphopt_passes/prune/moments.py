@@ -17,6 +17,29 @@ _WIDE_COLUMNS = 256
 _WIDE_ROWS = 640
 
 
+MAX_WIDTH = 4096
+"""Inputs of a matrix up to which their moments are kept as one: beyond, columns are fitted in parts."""
+
+
+def parts(layer: Layer) -> int:
+    """In how many parts the columns of a matrix are fitted, each as if the others made what they made before.
+
+    Moments take the square of the columns: 100 MB of weights behind a flattened image would need gigabytes.
+    """
+    if layer.window is not None or layer.columns <= MAX_WIDTH:
+        return 1
+    least = -(-layer.columns // MAX_WIDTH)
+    fit = (n for n in range(least, layer.columns) if layer.columns % n == 0)
+    whole = next((n for n in fit if layer.columns // n % 4 == 0), None)
+    return whole or next(n for n in range(least, layer.columns + 1) if layer.columns % n == 0)
+
+
+def parted(rows: Array, count: int) -> Array:
+    """[1, positions, columns + 1], ones at the end, as [parts, positions, columns of a part + 1]."""
+    plain = np.moveaxis(rows[0, :, :-1].reshape(rows.shape[1], count, -1), 1, 0)
+    return np.concatenate([plain, np.ones((*plain.shape[:-1], 1), rows.dtype)], axis=-1)
+
+
 def precision(columns: int) -> type[np.float32] | type[np.float64]:
     """In which moments of so many columns are kept and solved: what is wide takes too much memory in double."""
     return np.float32 if columns > _WIDE_ROWS else np.float64
@@ -39,6 +62,7 @@ class Moments:
         """
         self._window = layer.window
         self._rows = layer.rows
+        self._parts = parts(layer)
         most = MAX_COLUMNS_WIDE if layer.columns > _WIDE_ROWS else MAX_COLUMNS
         self._room = max(math.ceil(most / batches), 1)
         self._random = np.random.default_rng(seed)
@@ -54,8 +78,9 @@ class Moments:
             pruned: what it reads in the pruned one.
             gap: what the other summand of its output lacks there, in the form of the output.
         """
-        positions = self._positions(pruned)
-        x_dense, x = (inputs(a, self._window, positions) for a in (dense, pruned))
+        x_dense, x, lost = self.rows(dense, pruned, gap)
+        if self._parts > 1:
+            x_dense, x, lost = parted(x_dense, self._parts), parted(x, self._parts), None
         size = x.shape[-1]
         if not self.moment.size:
             self.moment = np.zeros((x.shape[0], size, size), precision(size))
@@ -65,8 +90,25 @@ class Moments:
         for block in range(len(x)):
             self.moment[block] += x[block].T @ x[block]  # two axes: half the work, by symmetry
             self.cross[block] += x_dense[block].T @ x[block]
-        if gap is not None and gap.shape == self._made(pruned):
-            self._add_lost(gap, x, positions)
+        if lost is not None:
+            self._add_lost(lost, x)
+
+    def rows(
+        self, dense: Array, pruned: Array, gap: Array | None = None
+    ) -> tuple[Array, Array, Array | None]:
+        """What the layer multiplies at some positions, [blocks, positions, columns + 1] of both, and what lacks there.
+
+        Args:
+            dense: what the layer reads in the dense model.
+            pruned: what it reads in the pruned one.
+            gap: in the form of the output; what comes back is [positions, blocks, rows], None where it does not fit.
+        """
+        positions = self._positions(pruned)
+        x_dense, x = (inputs(a, self._window, positions) for a in (dense, pruned))
+        if gap is None or gap.shape != self._made(pruned):
+            return x_dense, x, None
+        last = gap if self._window is None else np.moveaxis(gap, 1, -1)
+        return x_dense, x, _rows(last)[positions].reshape(len(positions), len(x), -1)
 
     def _made(self, pruned: Array) -> tuple[int, ...]:
         """The shape of the output: a summand of another one is repeated, or repeats it."""
@@ -74,14 +116,12 @@ class Moments:
             return (*pruned.shape[:-1], self._rows)
         return (len(pruned), self._rows, *output_size(pruned.shape[2:], self._window))
 
-    def _add_lost(self, gap: Array, x: Array, positions: Array) -> None:
-        last = gap if self._window is None else np.moveaxis(gap, 1, -1)
-        chosen = _rows(last)[positions].reshape(len(positions), len(x), -1)
+    def _add_lost(self, lost: Array, x: Array) -> None:
         if not self._lost.size:
-            shape = (len(x), chosen.shape[-1], x.shape[-1])
+            shape = (len(x), lost.shape[-1], x.shape[-1])
             self._lost = np.zeros(shape, precision(x.shape[-1]))
         for block in range(len(x)):
-            self._lost[block] += chosen[:, block].astype(x.dtype).T @ x[block]
+            self._lost[block] += lost[:, block].astype(x.dtype).T @ x[block]
 
     def aim(self, full: Wide, block: int, size: int) -> Wide:
         """What a block shall make, against its inputs in the pruned model: full G + E, the first `size` columns.

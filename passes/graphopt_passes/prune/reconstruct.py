@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -14,8 +15,8 @@ from graphopt.runtime.session import Session, SessionOptions
 from graphopt_passes.prune.book import Ids
 from graphopt_passes.prune.channels import row_axis
 from graphopt_passes.prune.layers import Array, Layer, Wide, find_layers, find_turned
-from graphopt_passes.prune.moments import Moments
-from graphopt_passes.prune.roots import ridge
+from graphopt_passes.prune.moments import Moments, parts
+from graphopt_passes.prune.roots import RIDGE, ridge
 from graphopt_passes.prune.samples import Feeds
 from graphopt_passes.prune.slim import Keep
 from graphopt_passes.prune.streams import Streams, cut, partners
@@ -124,8 +125,7 @@ def reconstruct(
     for (mine, theirs), group in zip(pieces, groups, strict=True):
         streams.run_apart(mine, theirs, slim_model)
         for pair in group:
-            if pair.slim.blocks == 1:
-                fitted += _refit(pair, keep, streams, len(feeds), seed)
+            fitted += _refit(pair, keep, streams, len(feeds), seed)
     return fitted
 
 
@@ -154,73 +154,100 @@ def _all_layers(model: ir.Model) -> list[Layer]:
 def _refit(pair: _Pair, keep: Keep, streams: Streams, batches: int, seed: int) -> bool:
     """Fits one layer; whether the fit stands."""
     layer = pair.slim
-    fit, check = Moments(layer, batches, seed), Moments(layer, batches, seed)
-    names = pair.dense.source.name or "", layer.source.name or ""
-    known = zip(streams.dense, streams.pruned, _lost(pair, keep, streams), strict=True)
-    for index, (before, after, gap) in enumerate(known):
-        part = check if index % CHECKED == CHECKED - 1 else fit
-        part.add(before[names[0]], after[names[1]], gap)
     full, start = _augmented(pair.dense), _augmented(layer)
     rows = keep.get(layer.name, {}).get(row_axis(layer))
     if rows is not None:
-        full = full[rows]
-    seen = _System.of(fit, full, start)
-    if not check.moment.size:
-        _put(layer, seen.solved(1.0))
-        return True
-    unseen = _System.of(check, full, start)
-    ridges = _RIDGES if start.shape[1] <= _WIDE_COLUMNS else _RIDGES_WIDE
+        full = full.reshape(-1, full.shape[-1])[rows].reshape(len(start), -1, full.shape[-1])
+    known = [_known(pair, keep, streams, checked=checked) for checked in (False, True)]
+    if parts(layer) > 1:
+        found = _best(*(_Rows.of(layer, each, full, start, batches, seed) for each in known))
+    else:
+        found = _best(*(_System.of(layer, each, full, start, batches, seed) for each in known))
+    if found is not None:
+        _put(layer, found)
+    return found is not None
+
+
+def _best(seen: S | None, unseen: S | None) -> Wide | None:
+    """What fits both sets of samples best, as near to what was there as the second asks for; None if that is better."""
+    if seen is None or unseen is None:
+        return None if seen is None else seen.solved(1.0)
+    ridges = _RIDGES if seen.start.shape[-1] <= _WIDE_COLUMNS else _RIDGES_WIDE
     losses = {factor: unseen.loss(seen.solved(factor)) for factor in ridges}
     best = min(losses, key=lambda factor: losses[factor])
-    if losses[best] >= unseen.loss(start):
-        return False
-    _put(layer, seen.joined(unseen).solved(best))
-    return True
+    return seen.joined(unseen).solved(best) if losses[best] < unseen.loss(seen.start) else None
 
 
-def _lost(pair: _Pair, keep: Keep, streams: Streams) -> Iterator[Array | None]:
+_Known = Iterator[tuple[Array, Array, Array | None]]
+"""By batch: what a layer reads in the original and now, and what its output shall have beside."""
+
+
+def _known(pair: _Pair, keep: Keep, streams: Streams, *, checked: bool) -> _Known:
+    """What a layer is fitted to, or what chooses how far it goes."""
+    layer = pair.slim
+    names = pair.dense.source.name or "", layer.source.name or ""
+    # The groups of a depthwise convolution are its channels: those that went have no group here.
+    stay = keep.get(names[1], {}) if layer.blocks > 1 and layer.inner == 1 else {}
+    for index, (dense, slim) in enumerate(zip(streams.dense, streams.pruned, strict=True)):
+        if (index % CHECKED == CHECKED - 1) is checked:
+            yield _take(dense[names[0]], stay), slim[names[1]], _lost(pair, keep, dense, slim)
+
+
+def _lost(
+    pair: _Pair, keep: Keep, dense: Mapping[str, Array], slim: Mapping[str, Array]
+) -> Array | None:
     """What the output of a layer shall have beside what it had: what the other summand lost, and what went after it."""
     other = pair.slim.partner
-    cuts = [
-        keep.get(value.name or "", {}) if value is not None else {} for value in (other, pair.own)
-    ]
-    for dense, slim in zip(streams.dense, streams.pruned, strict=True):
-        mine = _cut(dense, pair.dense.partner, cuts[0 if other is not None else 1])
-        theirs = _cut(slim, other, {})
-        gap = None if mine is None or theirs is None or mine is theirs else mine - theirs
-        if pair.aim is not None:
-            aim, total = (_cut(dense, value, cuts[1]) for value in (pair.aim, pair.dense.total))
-            assert aim is not None
-            assert total is not None
-            extra = aim - total
-            if other is None and mine is not None:  # the sum itself went
-                extra = extra + mine
-            gap = extra if gap is None else gap + extra
-        yield gap
+    cuts = (
+        keep.get("" if other is None else other.name or "", {}),
+        keep.get(pair.own.name or "", {}),
+    )
+    mine = _cut(dense, pair.dense.partner, cuts[0 if other is not None else 1])
+    theirs = _cut(slim, other, {})
+    gap = None if mine is None or theirs is None or mine is theirs else mine - theirs
+    aim = _cut(dense, pair.aim, cuts[1])
+    if aim is None:
+        return gap
+    total = _cut(dense, pair.dense.total, cuts[1])
+    assert total is not None
+    extra = aim - total
+    if other is None and mine is not None:  # the sum itself went
+        extra = extra + mine
+    return extra if gap is None else gap + extra
 
 
 def _cut(
     live: Mapping[str, Array], value: ir.Value | None, stay: Mapping[int, Ids]
 ) -> Array | None:
     array = None if value is None else live.get(value.name or "")
-    if array is not None:
-        for axis, at in stay.items():
-            array = np.take(array, at, axis=axis)
+    return None if array is None else _take(array, stay)
+
+
+def _take(array: Array, stay: Mapping[int, Ids]) -> Array:
+    for axis, at in stay.items():
+        array = np.take(array, at, axis=axis)
     return array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _System:
-    """The normal equations of one layer: W moment ~ goal, near `start`."""
+    """The normal equations of one layer, group by group: W moment ~ goal, near `start`."""
 
     moment: Wide
     goal: Wide
     start: Wide
 
     @classmethod
-    def of(cls, moments: Moments, full: Wide, start: Wide) -> _System:
-        size = start.shape[1]
-        return cls(moments.moment[0][:size, :size], moments.aim(full, 0, size), start)
+    def of(
+        cls, layer: Layer, known: _Known, full: Wide, start: Wide, batches: int, seed: int
+    ) -> _System | None:
+        moments, size = Moments(layer, batches, seed), start.shape[-1]
+        for dense, slim, gap in known:
+            moments.add(dense, slim, gap)
+        if not moments.moment.size:
+            return None
+        goals = [moments.aim(each, block, size) for block, each in enumerate(full)]
+        return cls(moments.moment[:, :size, :size], np.stack(goals), start)
 
     def joined(self, other: _System) -> _System:
         """On the samples of both."""
@@ -228,29 +255,77 @@ class _System:
 
     def solved(self, factor: float) -> Wide:
         """The least squares solution, `factor` times the usual ridge towards the start."""
-        damp = factor * ridge(self.moment)
-        left = self.moment + damp * np.eye(len(self.moment))
-        return np.asarray(np.linalg.solve(left, (self.goal + damp * self.start).T).T, np.float64)
+        damp = factor * np.array([ridge(each) for each in self.moment])[:, None, None]
+        left = self.moment + damp * np.eye(self.moment.shape[-1])
+        right = self.goal + damp * self.start
+        found = np.linalg.solve(left, np.swapaxes(right, 1, 2))
+        return np.asarray(np.swapaxes(found, 1, 2), np.float64)
 
     def loss(self, weight: Wide) -> float:
         """Squared error of the outputs, up to a constant."""
         return float(np.sum((weight @ self.moment - 2 * self.goal) * weight))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Rows:
+    """The same for a matrix with more inputs than there are samples: the samples themselves.
+
+    W = W0 + E^T (X X^T + l I)^-1 X with E = goal - X W0^T is the same solution, from a matrix of samples by samples.
+    """
+
+    x: Wide
+    goal: Wide
+    start: Wide
+
+    @classmethod
+    def of(
+        cls, layer: Layer, known: _Known, full: Wide, start: Wide, batches: int, seed: int
+    ) -> _Rows | None:
+        moments, size = Moments(layer, batches, seed), start.shape[-1]
+        read, goal = [], []
+        for dense, slim, gap in known:
+            x_dense, x, lost = moments.rows(dense, slim, gap)
+            wanted = x_dense[0][:, : full.shape[-1]] @ full[0].T
+            goal.append(wanted if lost is None else wanted + lost[:, 0])
+            read.append(x[0][:, :size].astype(np.float64))
+        return cls(np.concatenate(read), np.concatenate(goal), start) if read else None
+
+    def joined(self, other: _Rows) -> _Rows:
+        """On the samples of both."""
+        both = np.concatenate([self.x, other.x]), np.concatenate([self.goal, other.goal])
+        return _Rows(*both, self.start)
+
+    def solved(self, factor: float) -> Wide:
+        """The least squares solution, `factor` times the usual ridge towards the start."""
+        damp = factor * RIDGE * float(np.square(self.x).sum()) / self.x.shape[1]
+        left = self.x @ self.x.T + max(damp, 1e-8) * np.eye(len(self.x))
+        wrong = self.goal - self.x @ self.start[0].T
+        return np.asarray(self.start + np.linalg.solve(left, wrong).T @ self.x, np.float64)
+
+    def loss(self, weight: Wide) -> float:
+        """Squared error of the outputs."""
+        return float(np.square(self.x @ weight[0].T - self.goal).sum())
+
+
+S = TypeVar("S", _System, _Rows)
+
+
 def _augmented(layer: Layer) -> Wide:
-    """The matrix with the bias as its last column, where there is one."""
-    matrix, bias = layer.matrix()[0], layer.bias_vector()
-    return matrix if bias is None else np.concatenate([matrix, bias[:, None]], axis=1)
+    """The matrix [groups, rows, columns] with the bias as its last column, where there is one."""
+    matrix, bias = layer.matrix(), layer.bias_vector()
+    if bias is None:
+        return matrix
+    return np.concatenate([matrix, bias.reshape(len(matrix), -1, 1)], axis=-1)
 
 
 def _put(layer: Layer, found: Wide) -> None:
     bias = layer.bias
     if bias is not None and bias.const_value is not None:
         like = bias.const_value
-        array = found[:, -1].reshape(like.shape.numpy()).astype(like.dtype.numpy())
+        array = found[..., -1].reshape(like.shape.numpy()).astype(like.dtype.numpy())
         bias.const_value = ir.Tensor(array, like.dtype, name=bias.name)
-        found = found[:, :-1]
-    stored = layer.stored(found[None])
+        found = found[..., :-1]
+    stored = layer.stored(found)
     layer.weight.const_value = ir.Tensor(stored, layer.tensor.dtype, name=layer.name)
 
 

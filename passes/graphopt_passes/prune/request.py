@@ -52,6 +52,9 @@ class Importance(enum.StrEnum):
     L2 = "l2"
     SIMILAR = "fpgm"
     ACTIVATION = "activation"
+    RECONSTRUCTION = "reconstruction"
+    """What the readers lose after the best fit of what is left, comparable over all layers."""
+
     FISHER = "fisher"
     """By gradients of the model's own answers, without labels; needs PyTorch."""
 

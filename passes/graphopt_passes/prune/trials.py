@@ -7,8 +7,8 @@ import importlib
 import importlib.util
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import onnx_ir as ir
 
@@ -19,7 +19,7 @@ from graphopt.rewrite import Calibration
 from graphopt.runtime.measure import measure
 from graphopt.runtime.session import OptimizationLevel, Session, SessionOptions
 from graphopt.runtime.specs import input_specs
-from graphopt_passes.prune.branches import Aims, Branch, drop_branches, find_branches
+from graphopt_passes.prune.branches import Branch, drop_branches, find_branches
 from graphopt_passes.prune.channels import (
     HELD_OUT,
     ROUNDING,
@@ -34,7 +34,8 @@ from graphopt_passes.prune.channels import (
 )
 from graphopt_passes.prune.clock import Clock
 from graphopt_passes.prune.labels import Labels, propagate
-from graphopt_passes.prune.layers import Array, Layer, Wide, find_layers, find_turned
+from graphopt_passes.prune.layers import Layer, Wide, find_layers, find_turned
+from graphopt_passes.prune.leftover import can_tell, leftovers
 from graphopt_passes.prune.reconstruct import (
     divergence,
     input_energies,
@@ -44,6 +45,8 @@ from graphopt_passes.prune.reconstruct import (
 from graphopt_passes.prune.request import Importance, Measure, SparsityRequest
 from graphopt_passes.prune.samples import Feeds, batched, read_singles
 from graphopt_passes.prune.slim import Keep, kept_indices
+from graphopt_passes.prune.ways import Job, Slimming, Stage, Way, unseen
+from graphopt_passes.prune.weights import dense_moments
 
 THRIFTS: tuple[float, ...] = (0.0, 0.5, -0.3)
 THRIFTS_LARGE = (0.0, -0.3)
@@ -59,7 +62,7 @@ ROUNDS_FROM, ROUNDS = 0.6, 3
 """From this share on channels go in so many rounds, each fitted before the next is chosen, where that is better."""
 
 FINALISTS = 2
-"""Ways that are tried in rounds: the best at once."""
+"""Ways that are tried with all samples, and in rounds: the best at once."""
 
 TURNS, TURNS_LARGE = 3, 1
 """In how many steps branches go, each fitted before the next are chosen."""
@@ -68,10 +71,13 @@ RANKED_ON = 32
 """Samples on which branches are ranked."""
 
 ENOUGH = 0.8
-"""Of the share of the arithmetic, what shall be saved of the time: of what does, the nearest is taken."""
+"""Of the share of the arithmetic, what shall be saved of the time too."""
 
-NEARLY = 0.9
-"""... or this much of the most that any way saves, where none does."""
+ALMOST = 1.15
+"""Of what does, the nearest is taken if its error is at most so many times the least of all."""
+
+CLOSE = 0.01
+"""Share of the arithmetic for which no channels go any more where branches went."""
 
 FISHER_SAMPLES = 64
 
@@ -79,91 +85,6 @@ SEARCHES = 5
 """Measurements by which the share of the arithmetic is found that saves a share of the time."""
 
 MEASURE_SECONDS = 1.0
-
-
-class Way(NamedTuple):
-    """How channels are chosen: by which importance, and how much what they save counts beside it."""
-
-    importance: Importance
-    thrift: float
-    haste: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Slimming:
-    """One way to slim a model, and how far its outputs then are from the original's.
-
-    Attributes:
-        way: how channels were chosen.
-        keep: which indices stay.
-        classes: how many channels went.
-        model: the slimmed clone, fitted.
-        error: of the outputs on every `HELD_OUT`-th batch, which no fit has seen; 0 without samples.
-        left: share of the arithmetic.
-        time: share of the time, as the clock tells it.
-        rounds: in how many the channels went.
-        saved_time: share of the latency, where it was measured.
-        branches: of residual sums that went before any channel.
-        aims: what the values stand for from which branches went.
-    """
-
-    way: Way
-    keep: Keep
-    classes: int
-    model: ir.Model
-    error: float
-    left: float
-    time: float = 1.0
-    rounds: int = 1
-    saved_time: float = 0.0
-    branches: tuple[Branch, ...] = ()
-    aims: Aims = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """What stays the same over all trials."""
-
-    model: ir.Model
-    request: SparsityRequest
-    feeds: Feeds
-    singles: Feeds
-    share: float
-    total: float
-    time: float
-    seed: int
-    wanted: Sequence[Mapping[str, Array]]
-    is_large: bool
-
-    @property
-    def unseen(self) -> Feeds:
-        return unseen(self.feeds)
-
-    @property
-    def seen(self) -> Feeds:
-        """What trials are fitted to."""
-        rest = [f for i, f in enumerate(self.feeds) if i % HELD_OUT != HELD_OUT - 1]
-        return rest or self.feeds
-
-
-@dataclasses.dataclass(frozen=True)
-class _Stage:
-    """A model on its way, and what is known of its channels."""
-
-    model: ir.Model
-    labels: Labels
-    groups: list[Group]
-    layers: list[Layer]
-    costs: Costs
-    clock: Clock
-    scores: Mapping[Importance, Mapping[int, float]]
-    branches: tuple[Branch, ...] = ()
-    aims: Aims = dataclasses.field(default_factory=dict)
-
-
-def unseen(feeds: Feeds) -> Feeds:
-    """The samples that judge."""
-    return feeds[HELD_OUT - 1 :: HELD_OUT] or feeds
 
 
 def best_slimming(
@@ -194,8 +115,7 @@ def best_slimming(
     if request.by is Measure.LATENCY:
         job = dataclasses.replace(job, share=_share_by_latency(job, first))
     hastes = HASTES if job.feeds and not job.is_large else HASTES[:1]
-    ways = [Way(i, t, h) for i in first.scores for t in thrifts for h in hastes if not (t and h)]
-    tried = _at_once(job, first, ways)
+    tried = _at_once(job, first, _ways(first, thrifts, hastes))
     tried += _in_rounds(job, first, sorted(tried, key=lambda each: each.error)[:FINALISTS])
     tried += _without_branches(job, first, min(tried, key=lambda each: each.error).way)
     best = _finished(job, _preferred(job, tried))
@@ -204,19 +124,29 @@ def best_slimming(
     return best
 
 
+def _ways(stage: Stage, thrifts: Sequence[float], hastes: Sequence[float]) -> list[Way]:
+    """All ways to try: scores that compare over layers count for what they save, the others also for themselves."""
+    found = []
+    for importance in stage.scores:
+        plain = importance is not Importance.RECONSTRUCTION
+        found += [Way(importance, t) for t in (thrifts if plain else (1.0, 0.5))]
+        found += [Way(importance, 0.0 if plain else 1.0, h) for h in hastes if h]
+    return found
+
+
 def _job(
     model: ir.Model,
     shapes: Shapes,
     request: SparsityRequest,
     calibration: Calibration | None,
     seed: int,
-) -> _Job:
+) -> Job:
     assert request.channels is not None
     specs = input_specs(model)
     singles = [] if calibration is None else read_singles(calibration, specs)
     feeds = batched(singles, specs, batches=HELD_OUT) if singles else []
     layers = [*find_layers(model.graph), *find_turned(model.graph)]
-    return _Job(
+    return Job(
         model,
         request,
         feeds,
@@ -230,16 +160,20 @@ def _job(
     )
 
 
-def _preferred(job: _Job, tried: Sequence[Slimming]) -> Slimming:
-    """The nearest; where the arithmetic is what is asked for, of those that save as much of the time."""
+def _preferred(job: Job, tried: Sequence[Slimming]) -> Slimming:
+    """The nearest; where the arithmetic is what is asked for, of those almost as near one that saves enough time."""
+    nearest = min(tried, key=lambda each: each.error)
     if job.request.by is not Measure.FLOPS:
-        return min(tried, key=lambda each: each.error)
-    most = 1 - min(each.time for each in tried)
-    enough = min(ENOUGH * job.share, NEARLY * most)
-    return min((each for each in tried if 1 - each.time >= enough), key=lambda each: each.error)
+        return nearest
+    fast = [
+        each
+        for each in tried
+        if 1 - each.time >= ENOUGH * job.share and each.error <= ALMOST * nearest.error
+    ]
+    return min(fast, key=lambda each: each.error, default=nearest)
 
 
-def _finished(job: _Job, best: Slimming) -> Slimming:
+def _finished(job: Job, best: Slimming) -> Slimming:
     """Fitted to all samples, those that have judged included."""
     if not job.feeds or not job.request.refit:
         return best
@@ -248,7 +182,7 @@ def _finished(job: _Job, best: Slimming) -> Slimming:
     return dataclasses.replace(best, model=made)
 
 
-def _stage(job: _Job, model: ir.Model, shapes: Shapes, which: Importance) -> _Stage | None:
+def _stage(job: Job, model: ir.Model, shapes: Shapes, which: Importance) -> Stage | None:
     """A model with the scores of its channels; None where none can go."""
     labels = propagate(model, shapes)
     layers = [*find_layers(model.graph), *find_turned(model.graph)]
@@ -257,28 +191,45 @@ def _stage(job: _Job, model: ir.Model, shapes: Shapes, which: Importance) -> _St
         return None
     energies = input_energies(model, layers, job.feeds) if job.feeds else None
     shares = _contributions(job, model, layers, which)
-    scores = importances(which, groups, energies, shares)
+    scores = importances(which, groups, energies, shares, _losses(job, model, groups, which))
     if not scores:
         raise OptionError(
             f"--sparsity importance={which} needs samples: give --calibration, or choose importance=l2"
         )
     costs = Costs.of(layers, shapes, job.request.by)
     clock = Clock.of(model.graph, shapes, job.request.multiple or job.request.block)
-    return _Stage(model, labels, groups, layers, costs, clock, scores)
+    return Stage(model, labels, groups, layers, costs, clock, scores)
 
 
-def _groups(job: _Job, labels: Labels, layers: list[Layer]) -> list[Group]:
+def _losses(
+    job: Job, model: ir.Model, groups: Sequence[Group], which: Importance
+) -> dict[int, float] | None:
+    """What removing each class costs its readers; None where that is not asked for, or would take long."""
+    wanted = which is Importance.RECONSTRUCTION or (which is Importance.AUTO and not job.is_large)
+    if not wanted or not job.feeds:
+        return None
+    readers = {
+        layer: None
+        for group in groups
+        for pairs in group.columns.values()
+        for layer, _ in pairs
+        if can_tell(layer)
+    }
+    return leftovers(groups, dense_moments(model, list(readers), job.seen, job.seed))
+
+
+def _groups(job: Job, labels: Labels, layers: list[Layer]) -> list[Group]:
     request = job.request
     found = find_groups(layers, labels, request.multiple or request.block)
     return [group for group in found if not _is_kept(group, request.dense)]
 
 
-def _regrouped(job: _Job, stage: _Stage) -> _Stage:
+def _regrouped(job: Job, stage: Stage) -> Stage:
     """The stage with the rounding that the job asks for now."""
     return dataclasses.replace(stage, groups=_groups(job, stage.labels, stage.layers))
 
 
-def _is_short(stage: _Stage, share: float) -> bool:
+def _is_short(stage: Stage, share: float) -> bool:
     """Whether all channels that may go save less than `share`: what is narrow has no whole blocks to spare."""
     scores = next(iter(stage.scores.values()))
     most = choose(stage.groups, scores, stage.labels, stage.costs, 1.0)
@@ -286,7 +237,7 @@ def _is_short(stage: _Stage, share: float) -> bool:
 
 
 def _contributions(
-    job: _Job, model: ir.Model, layers: list[Layer], which: Importance
+    job: Job, model: ir.Model, layers: list[Layer], which: Importance
 ) -> dict[str, Wide] | None:
     """What rows contribute to the answers of samples; None where that is not asked for, or cannot be told."""
     wanted = which is Importance.FISHER
@@ -320,19 +271,22 @@ def _is_kept(group: Group, dense: str) -> bool:
     return bool(dense) and any(re.search(dense, layer.name) for layer, _ in pairs)
 
 
-def _at_once(job: _Job, stage: _Stage, ways: Iterable[Way]) -> list[Slimming]:
-    """All ways, those that choose the same channels once."""
-    seen: set[frozenset[int]] = set()
-    found = []
+def _at_once(job: Job, stage: Stage, ways: Iterable[Way]) -> list[Slimming]:
+    """All ways, those that choose the same channels once: roughly at first, and then the nearest with all samples."""
+    chosen: dict[frozenset[int], Way] = {}
     for way in ways:
-        dropped = _chosen(stage, way, job.share)
-        if dropped not in seen:
-            seen.add(dropped)
-            found.append(_tried(job, stage, way, dropped, {}))
-    return found
+        chosen.setdefault(_chosen(stage, way, job.share), way)
+    rough = {
+        dropped: _tried(job, stage, way, dropped, {}, job.few) for dropped, way in chosen.items()
+    }
+    if len(job.few) == len(job.seen):
+        return list(rough.values())
+    near = sorted(rough, key=lambda dropped: rough[dropped].error)[:FINALISTS]
+    fast = next(d for d in rough if rough[d] is _preferred(job, list(rough.values())))
+    return [_tried(job, stage, chosen[d], d, {}) for d in dict.fromkeys([*near, fast])]
 
 
-def _chosen(stage: _Stage, way: Way, share: float) -> frozenset[int]:
+def _chosen(stage: Stage, way: Way, share: float) -> frozenset[int]:
     dear = {
         group: max(expense(group, stage.costs), 1e-12) ** way.thrift
         * (_pace(stage, group) ** way.haste if way.haste else 1.0)
@@ -343,7 +297,7 @@ def _chosen(stage: _Stage, way: Way, share: float) -> frozenset[int]:
     )
 
 
-def _pace(stage: _Stage, group: Group) -> float:
+def _pace(stage: Stage, group: Group) -> float:
     """The share of the time that goes with one class of a group, over its share of the arithmetic."""
     block = frozenset(group.classes[: group.unit])
     cut = kept_indices(stage.labels, block)
@@ -352,13 +306,20 @@ def _pace(stage: _Stage, group: Group) -> float:
     return max(saved, 1e-4) / max(len(block) * expense(group, stage.costs), 1e-6)
 
 
-def _tried(job: _Job, stage: _Stage, way: Way, dropped: frozenset[int], before: Keep) -> Slimming:
-    """The model of a stage without some classes, fitted to the original."""
+def _tried(
+    job: Job,
+    stage: Stage,
+    way: Way,
+    dropped: frozenset[int],
+    before: Keep,
+    feeds: Feeds | None = None,
+) -> Slimming:
+    """The model of a stage without some classes, fitted to the original on some samples, or on all that trials see."""
     made = slimmed(stage.model, stage.labels, dropped)
     cut = kept_indices(stage.labels, dropped)
     keep = composed(before, cut)
     if job.feeds and job.request.refit:
-        reconstruct(job.model, made, keep, job.seen, job.seed, stage.aims)
+        reconstruct(job.model, made, keep, feeds or job.seen, job.seed, stage.aims)
     error = divergence(job.wanted, made, job.unseen) if job.feeds else 0.0
     left, time = stage.costs.left(cut) / job.total, stage.clock.left(cut) / job.time
     return Slimming(
@@ -366,7 +327,7 @@ def _tried(job: _Job, stage: _Stage, way: Way, dropped: frozenset[int], before: 
     )
 
 
-def _in_rounds(job: _Job, first: _Stage, finalists: list[Slimming]) -> list[Slimming]:
+def _in_rounds(job: Job, first: Stage, finalists: list[Slimming]) -> list[Slimming]:
     """The best ways again, a part of the channels at a time."""
     count = job.request.rounds or (ROUNDS if job.share >= ROUNDS_FROM else 1)
     if count == 1 or not job.feeds or not job.request.refit:
@@ -375,8 +336,8 @@ def _in_rounds(job: _Job, first: _Stage, finalists: list[Slimming]) -> list[Slim
     return [each for each in found if each is not None]
 
 
-def _rounded(job: _Job, first: _Stage, way: Way, count: int) -> Slimming | None:
-    stage: _Stage | None = first
+def _rounded(job: Job, first: Stage, way: Way, count: int) -> Slimming | None:
+    stage: Stage | None = first
     keep: Keep = {}
     classes, done = 0, None
     for turn in range(1, count + 1):
@@ -391,17 +352,17 @@ def _rounded(job: _Job, first: _Stage, way: Way, count: int) -> Slimming | None:
     return None if done is None else dataclasses.replace(done, classes=classes, rounds=count)
 
 
-def _yet_to_go(job: _Job, stage: _Stage, share: float) -> float:
+def _yet_to_go(job: Job, stage: Stage, share: float) -> float:
     """The share of what a stage has left that has to go until `share` of the original has gone."""
     return max(1 - (1 - share) * job.total / stage.costs.total, 0.0)
 
 
-def _without_branches(job: _Job, first: _Stage, way: Way) -> list[Slimming]:
+def _without_branches(job: Job, first: Stage, way: Way) -> list[Slimming]:
     """Ways in which whole branches of residual sums go first, ever more of them, and channels for what is missing."""
     wanted = job.feeds and job.request.refit and job.request.blocks
     if not wanted or job.request.by is Measure.PARAMETERS:
         return []
-    stage: _Stage | None = first
+    stage: Stage | None = first
     found: list[Slimming] = []
     turns = TURNS_LARGE if job.is_large else TURNS
     for turn in range(1, turns + 1):
@@ -411,14 +372,15 @@ def _without_branches(job: _Job, first: _Stage, way: Way) -> list[Slimming]:
         done = _thinned(job, stage, more, way)
         stage = _stage(job, done.model, Shapes(done.model), way.importance)
         if stage is None:
-            return [*found, done] if 1 - done.left >= job.share - 0.01 else found
+            return [*found, done] if 1 - done.left >= job.share - CLOSE else found
         stage = dataclasses.replace(stage, branches=done.branches, aims=done.aims)
-        dropped = _chosen(stage, way, _yet_to_go(job, stage, job.share))
+        rest = _yet_to_go(job, stage, job.share)
+        dropped = _chosen(stage, way, rest) if rest > CLOSE else frozenset()
         found.append(_tried(job, stage, way, dropped, {}))
     return found
 
 
-def _thinned(job: _Job, stage: _Stage, more: Sequence[Branch], way: Way) -> Slimming:
+def _thinned(job: Job, stage: Stage, more: Sequence[Branch], way: Way) -> Slimming:
     """The model of a stage without some branches, fitted."""
     made = load_model(stage.model)
     new = drop_branches(made, more)
@@ -429,7 +391,7 @@ def _thinned(job: _Job, stage: _Stage, more: Sequence[Branch], way: Way) -> Slim
     return Slimming(way, {}, 0, made, 0.0, left, branches=(*stage.branches, *more), aims=aims)
 
 
-def _next_branches(job: _Job, stage: _Stage, share: float) -> list[Branch]:
+def _next_branches(job: Job, stage: Stage, share: float) -> list[Branch]:
     """The branches without which the outputs are nearest, until `share` of the arithmetic has gone; one at least."""
     costs = dict(zip((each.name for each in stage.costs.layers), stage.costs.amounts, strict=True))
     gone = 1 - stage.costs.total / job.total
@@ -445,7 +407,7 @@ def _next_branches(job: _Job, stage: _Stage, share: float) -> list[Branch]:
     return found
 
 
-def _ranked(job: _Job, stage: _Stage, branches: Sequence[Branch]) -> list[Branch]:
+def _ranked(job: Job, stage: Stage, branches: Sequence[Branch]) -> list[Branch]:
     """Those first without which the outputs are nearest, before anything is fitted to that."""
     feeds, size = [], 0
     for feed in job.unseen:
@@ -471,7 +433,7 @@ def composed(before: Keep, cut: Keep) -> Keep:
     return found
 
 
-def _share_by_latency(job: _Job, stage: _Stage) -> float:
+def _share_by_latency(job: Job, stage: Stage) -> float:
     """The least share of the arithmetic that saves the share of the time asked for, by bisection."""
     way = Way(next(iter(stage.scores)), THRIFTS[0])
     low, high = 0.0, 0.97
@@ -485,7 +447,7 @@ def _share_by_latency(job: _Job, stage: _Stage) -> float:
     return high
 
 
-def _saved_time(job: _Job, made: ir.Model) -> float:
+def _saved_time(job: Job, made: ir.Model) -> float:
     """Share of the CPU time of one run of the original, one sample, one thread."""
     if not job.singles:
         raise OptionError("--sparsity by=latency needs a sample to run: give --calibration")

@@ -14,7 +14,7 @@ from graphopt.ir.sparse import MaskedTensor
 from graphopt.runtime.footprint import trim
 from graphopt_passes.prune.allocate import allocate, allocate_large, halfway
 from graphopt_passes.prune.layers import Array, Layer, Wide, Window
-from graphopt_passes.prune.moments import Moments
+from graphopt_passes.prune.moments import Moments, parts
 from graphopt_passes.prune.request import Allocation, Method, SparsityRequest
 from graphopt_passes.prune.roots import ridge
 from graphopt_passes.prune.samples import Feeds
@@ -81,7 +81,9 @@ def goals(
     zeros = min(round(request.ratio * total), sum(layer.size for layer in free))
     counts = _counts(free, zeros, request.allocation)
     if request.allocation is Allocation.SENSITIVITY and moments is not None:
-        costs = [removal_costs(layer.matrix(), moments[layer.name]) for layer in free]
+        costs = [
+            removal_costs(in_parts(layer, layer.matrix()), moments[layer.name]) for layer in free
+        ]
         counts = halfway(counts, allocate(costs, zeros, Allocation.LAMP))
     return {layer: Goal(count) for layer, count in zip(free, counts, strict=True)}
 
@@ -281,11 +283,28 @@ def _aims(layer: Layer, moments: Moments) -> list[Wide]:
 def _augmented(layer: Layer, moments: Moments) -> list[Wide]:
     """The blocks of a matrix in the precision of the moments, the bias as their last column, where there is one."""
     dtype, bias = moments.moment.dtype, layer.bias_vector()
-    blocks = [block.astype(dtype) for block in layer.matrix()]
+    blocks = [block.astype(dtype) for block in in_parts(layer, layer.matrix())]
     if bias is None:
         return blocks
-    columns = bias.reshape(len(blocks), -1, 1).astype(dtype)
+    count = parts(layer)
+    columns = np.repeat(bias / count, count).reshape(-1, count).T if count > 1 else bias
+    columns = columns.reshape(len(blocks), -1, 1).astype(dtype)
     return [np.concatenate(pair, axis=1) for pair in zip(blocks, columns, strict=True)]
+
+
+def in_parts(layer: Layer, matrix: Wide) -> Wide:
+    """[blocks, rows, columns] as the moments of the layer see it: a wide matrix [1, ...] as one block a part."""
+    count = parts(layer)
+    if count == 1:
+        return matrix
+    return np.moveaxis(matrix[0].reshape(matrix.shape[1], count, -1), 1, 0)
+
+
+def _joined(layer: Layer, solved: Wide) -> Wide:
+    """What `in_parts` did, undone."""
+    if parts(layer) == 1:
+        return solved
+    return np.moveaxis(solved, 0, 1).reshape(1, solved.shape[1], -1)
 
 
 def _fit(
@@ -294,15 +313,16 @@ def _fit(
     has_bias = layer.bias_vector() is not None
     blocks = _augmented(layer, moments)
     share = dataclasses.replace(goal, zeros=goal.zeros // len(blocks), fixed=int(has_bias))
-    parts = []
+    done = []
     for weight, moment, aim in zip(blocks, moments.moment, aims, strict=True):
         used = weight.shape[1]
         found = solve(weight, moment[:used, :used], aim, share, method, fit=fit)
-        parts.append(_cleaned(*found))
-    solved = np.stack(parts)
+        done.append(_cleaned(*found))
+    solved = np.stack(done)
     if not has_bias:
-        return _pruned(layer, solved, None)
-    return _pruned(layer, solved[..., :-1], solved[..., -1].reshape(-1))
+        return _pruned(layer, _joined(layer, solved), None)
+    bias = solved[..., -1].sum(0) if parts(layer) > 1 else solved[..., -1].reshape(-1)
+    return _pruned(layer, _joined(layer, solved[..., :-1]), bias)
 
 
 def _cleaned(weight: Wide, mask: Mask) -> Wide:

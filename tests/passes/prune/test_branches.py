@@ -133,7 +133,7 @@ def test_the_pass_takes_a_branch_where_that_is_nearest(
 ) -> None:
     x = np.concatenate([feed["x"] for feed in feeds()])
     np.savez(tmp_path / "s.npz", x=x)
-    model = weak(load_model(parse(BLOCKS)))
+    model = weak(load_model(parse(BLOCKS)), factor=0.05)
     options = Options(
         sparsity="channels:0.5,importance=l2" + option, calibration=Calibration(tmp_path / "s.npz")
     )
