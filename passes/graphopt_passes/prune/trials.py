@@ -161,7 +161,9 @@ def _job(
 
 
 def _preferred(job: Job, tried: Sequence[Slimming]) -> Slimming:
-    """The nearest; where the arithmetic is what is asked for, of those almost as near one that saves enough time."""
+    """The nearest that saves what is asked for; if that is arithmetic, one almost as near that saves enough time."""
+    least = max(min(each.left for each in tried), 1 - job.share)
+    tried = [each for each in tried if each.left <= least + CLOSE]
     nearest = min(tried, key=lambda each: each.error)
     if job.request.by is not Measure.FLOPS:
         return nearest
@@ -372,10 +374,10 @@ def _without_branches(job: Job, first: Stage, way: Way) -> list[Slimming]:
         done = _thinned(job, stage, more, way)
         stage = _stage(job, done.model, Shapes(done.model), way.importance)
         if stage is None:
-            return [*found, done] if 1 - done.left >= job.share - CLOSE else found
+            return [*found, done] if done.left <= 1 - job.share + CLOSE else found
         stage = dataclasses.replace(stage, branches=done.branches, aims=done.aims)
-        rest = _yet_to_go(job, stage, job.share)
-        dropped = _chosen(stage, way, rest) if rest > CLOSE else frozenset()
+        rest, is_done = _yet_to_go(job, stage, job.share), done.left <= 1 - job.share + CLOSE
+        dropped = frozenset() if is_done else _chosen(stage, way, rest)
         found.append(_tried(job, stage, way, dropped, {}))
     return found
 

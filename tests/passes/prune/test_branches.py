@@ -135,11 +135,12 @@ def test_the_pass_takes_a_branch_where_that_is_nearest(
     np.savez(tmp_path / "s.npz", x=x)
     model = weak(load_model(parse(BLOCKS)), factor=0.05)
     options = Options(
-        sparsity="channels:0.5,importance=l2" + option, calibration=Calibration(tmp_path / "s.npz")
+        sparsity="channels:0.5,importance=l2,multiple=16" + option,
+        calibration=Calibration(tmp_path / "s.npz"),
     )
     ctx = Context(model, get_target("cpu-avx2"), options, Gate())
     ctx.pass_name = "prune"
-    assert Prune().run(model, ctx)
+    assert Prune().run(model, ctx) is goes  # no channels can go
     assert not list(violations(model))
     assert ("w4" not in model.graph.initializers) is goes
     said = [remark.reason for remark in ctx.remarks]
