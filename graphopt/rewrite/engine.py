@@ -268,6 +268,8 @@ def _check_uses(pattern: Op, env: Binding, root: ir.Node, tape: Builder) -> None
     Raises:
         Skip: an interior node is used elsewhere, or lies in another graph.
     """
+    if pattern.flat is not None:
+        return
     bound: Mapping[ir.Node, Op] = {
         node: op for op in walk(pattern) if isinstance(node := env.get(op), ir.Node)
     }

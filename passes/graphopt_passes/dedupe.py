@@ -276,12 +276,22 @@ class _Keys:
         self._opsets = opsets
         self._functions = functions
         self._numbers: dict[ir.Value | None, int] = {}
+        self._pure: dict[Key, bool] = {}
 
     def of(self, node: ir.Node) -> Key | None:
         """The key of a node, or None where it may not be merged."""
-        if not operators.is_pure(node, self._opsets, self._functions):
-            return None
-        return self._node(node, {})
+        return self._node(node, {}) if self._is_pure(node) else None
+
+    def _is_pure(self, node: ir.Node) -> bool:
+        """Asked once of nodes that have neither attributes nor a mode to tell them apart."""
+        if node.attributes.data or node.op_type == "Dropout":
+            return operators.is_pure(node, self._opsets, self._functions)
+        kind = *node.op_identifier(), node.version
+        known = self._pure.get(kind)
+        if known is None:
+            known = operators.is_pure(node, self._opsets, self._functions)
+            self._pure[kind] = known
+        return known
 
     def of_branch(self, graph: ir.Graph) -> Key:
         """What a branch computes, whatever types it declares for its results."""
@@ -309,7 +319,7 @@ class _Keys:
     def _attributes(self, node: ir.Node) -> Iterator[tuple[str, Any]]:
         """Attributes by name, those that are absent with their defaults."""
         version = operators.opset(node, self._opsets) or 0
-        held = node.attributes
+        held = node.attributes.data  # the dictionary within, without the cost of its view
         for name, default in _defaults(node.op_type, version, node.domain, tuple(held)):
             yield name, held.get(name, default)
 

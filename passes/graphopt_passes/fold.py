@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
@@ -61,14 +62,24 @@ class Region:
         inside: nodes within subgraphs of those, which are computed with their owner.
         given: values of other nodes whose elements shape inference knows.
         homes: where the producers of `given` lie.
-        constant_bytes: of all constants of the model.
+        census: the graphs of the model.
     """
 
     scopes: dict[ir.Node, Scope]
     inside: dict[ir.Node, ir.Node]
     given: dict[ir.Value, ir.TensorProtocol]
     homes: dict[ir.Node, Scope]
-    constant_bytes: int
+    census: Census
+
+    @functools.cached_property
+    def constant_bytes(self) -> int:
+        """Bytes of all constants of the model."""
+        return sum(
+            stored_bytes(value.const_value)
+            for scope, _ in self.census.parts
+            for value in scope.graph.initializers.values()
+            if value.const_value is not None
+        )
 
     def knows(self, value: ir.Value | None) -> bool:
         """Whether the value can be computed."""
@@ -81,7 +92,7 @@ def collect(model: ir.Model, ctx: Context) -> Region:
     """Finds all nodes that can be computed without a feed, in one walk."""
     functions = frozenset(model.functions)
     census = ctx.walk(model)
-    region = Region({}, {}, {}, {}, _constant_bytes(census))
+    region = Region({}, {}, {}, {}, census)
     for scope, nodes in census.parts:
         for node in nodes:
             if node in region.inside or _is_constant_node(node):
@@ -97,15 +108,6 @@ def collect(model: ir.Model, ctx: Context) -> Region:
 
 def _is_constant_node(node: ir.Node) -> bool:
     return node.op_type == "Constant" and not node.domain
-
-
-def _constant_bytes(census: Census) -> int:
-    return sum(
-        stored_bytes(value.const_value)
-        for scope, _ in census.parts
-        for value in scope.graph.initializers.values()
-        if value.const_value is not None
-    )
 
 
 def stored_bytes(tensor: ir.TensorProtocol) -> int:
