@@ -27,6 +27,11 @@ JUDGED = 16
 AVERAGED = 0.97
 """What is judged and kept is a running mean of the weights, in which each step has this much of the one before."""
 
+WORSE, TRIED, SLOWER = 1.5, 3, 4.0
+"""A rate is given up where the held-out loss grows to so many times the least, or where so many judgements have brought
+nothing at all yet; training then goes on from the best weights at a fraction of it.  What least squares has fitted
+bears far smaller steps than what pruning has left as it was."""
+
 SINGLES = 8
 """Samples a step where they cannot be joined: each is a run of its own."""
 
@@ -150,12 +155,13 @@ class Trainer:
         optimizer = torch.optim.Adam(self._leaves, lr=settings.rate)
         judged = [(0, self.judge(division.judged))]
         losses: list[tuple[int, float]] = []
-        best = self._snapshot()
+        best, share, since = self._snapshot(), 1.0, 0
         every = max(settings.steps // JUDGED, 1)
         step = 0
         for step in range(1, settings.steps + 1):
+            rate = share * settings.rate * rate_at(step - 1, settings.steps, settings.schedule)
             for group in optimizer.param_groups:
-                group["lr"] = settings.rate * rate_at(step - 1, settings.steps, settings.schedule)
+                group["lr"] = rate
             losses.append((step, self._step(optimizer, division.train, spread, rng)))
             if step % every and step != settings.steps:
                 continue
@@ -166,6 +172,10 @@ class Trainer:
                 best = self._snapshot()
             if len(judged) - 1 - [s for s, _ in judged].index(lowest) >= settings.patience:
                 break
+            if _is_too_fast(judged, since):
+                self._restore(best)
+                optimizer = torch.optim.Adam(self._leaves, lr=settings.rate)
+                share, since = share / SLOWER, len(judged) - 1
         kept = min(judged, key=lambda pair: pair[1])[0]
         return Trained(best, tuple(losses), tuple(judged), kept, step)
 
@@ -238,8 +248,22 @@ class Trainer:
         ahead, behind = (torch.log_softmax(each / heat, -1) for each in (want, made))
         return heat**2 * (ahead.exp() * (ahead - behind)).sum(-1).mean()
 
+    def _restore(self, numbers: Sequence[Array]) -> None:
+        """Goes back to a snapshot."""
+        with torch.no_grad():
+            for leaf, mean, array in zip(self._leaves, self._means, numbers, strict=True):
+                leaf.copy_(torch.tensor(array, dtype=leaf.dtype))
+                mean.copy_(leaf)
+
     def _snapshot(self) -> tuple[Array, ...]:
         return tuple(mean.cpu().numpy().astype(np.float64) for mean in self._means)
+
+
+def _is_too_fast(judged: Sequence[tuple[int, float]], since: int) -> bool:
+    """Whether a rate is to be given up that was taken at the judgement `since`."""
+    values = [loss for _, loss in judged]
+    least = min(values)
+    return values[-1] > WORSE * least or (least == values[0] and len(values) - 1 - since >= TRIED)
 
 
 def error_of(want: Tensor, made: Tensor) -> Tensor:

@@ -18,9 +18,9 @@ from tests.rewriting import parse
 
 torch = pytest.importorskip("torch", reason="distillation is tested where PyTorch is installed")
 
+from graphopt.distill import train  # noqa: E402
 from graphopt.distill.interpret import Interpreter, unsupported  # noqa: E402
 from graphopt.distill.operators import OPERATORS  # noqa: E402
-from graphopt.distill.train import parity  # noqa: E402
 
 # (inputs, outputs, constants, nodes): one small model each; x has both signs, p is positive.
 CASES = [
@@ -336,6 +336,49 @@ def test_same_seed_gives_the_same_bits() -> None:
     assert made[0] == made[1]
 
 
+def nearly(teacher: ir.Model) -> ir.Model:
+    """A student that something has fitted already: a little beside its teacher."""
+    student = load_model(teacher)
+    rng = np.random.default_rng(5)
+    for name, value in student.graph.initializers.items():
+        array = weights(teacher)[name]
+        noise = 0.02 * rng.standard_normal(array.shape).astype(np.float32)
+        value.const_value = ir.Tensor(array + noise, name=name)
+    return student
+
+
+def test_a_rate_that_is_too_high_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for worse in (float("inf"), 1.5):
+        monkeypatch.setattr(train, "WORSE", worse)
+        monkeypatch.setattr(train, "TRIED", 3 if worse < 2 else 100)
+        teacher = network()
+        student = nearly(teacher)
+        before = error(teacher, student)
+        history = distill(teacher, student, samples(), parse_settings("steps=96,lr=0.3,noise=0"))
+        found[worse] = history.kept, error(teacher, student) / before
+    assert found[float("inf")] == (0, 1.0)
+    assert found[1.5][0] > 0
+    assert found[1.5][1] < 0.9
+
+
+@pytest.mark.parametrize(
+    ("judged", "since", "told"),
+    [
+        ([1.0, 1.6], 0, True),
+        ([1.0, 0.5, 0.8], 0, True),
+        ([1.0, 0.5, 0.7], 0, False),
+        ([1.0, 1.1, 1.1], 0, False),
+        ([1.0, 1.1, 1.1, 1.1], 0, True),
+        ([1.0, 1.1, 1.1, 1.1, 1.2], 3, False),
+    ],
+)
+def test_a_rate_is_too_high_where_the_loss_jumps_or_nothing_is_gained(
+    judged: list[float], since: int, told: bool
+) -> None:
+    assert train._is_too_fast(list(enumerate(judged)), since) is told
+
+
 def test_leaves_a_student_as_it_was_that_training_makes_no_better() -> None:
     student = network()
     before = model_to_bytes(student)
@@ -455,15 +498,15 @@ def test_a_model_that_amplifies_rounding_is_allowed_what_it_moves_by_itself() ->
 
     interpreter = Off(model)
     interpreter.by = 1.001
-    assert parity(model, interpreter, feeds, session.run) > 1e-4
+    assert train.parity(model, interpreter, feeds, session.run) > 1e-4
     interpreter.by = 1.1
     with pytest.raises(ModelError, match="otherwise than ONNX Runtime"):
-        parity(model, interpreter, feeds, session.run)
+        train.parity(model, interpreter, feeds, session.run)
     steady = network()
     interpreter = Off(steady)
     interpreter.by = 1.001
     with pytest.raises(ModelError, match="otherwise than ONNX Runtime"):
-        parity(steady, interpreter, feeds, Session(model_to_bytes(steady)).run)
+        train.parity(steady, interpreter, feeds, Session(model_to_bytes(steady)).run)
 
 
 def test_refuses_a_teacher_without_float_outputs() -> None:
