@@ -33,6 +33,15 @@ NEAR_MISS_NODES = 2
 NEAR_MISS_SHARE = 0.5
 """The same as a share of its shortest spelling: two products are no near miss of a normalisation."""
 
+TELLING = 3
+"""How many nodes must be bound where all of them are operators that any model is full of."""
+
+COMMON = frozenset(
+    {"Add", "Cast", "Concat", "Div", "Gather", "Gemm", "Identity", "MatMul", "Mul", "Reshape"}
+    | {"Shape", "Slice", "Split", "Squeeze", "Sub", "Transpose", "Unsqueeze"}
+)
+"""Operators two of which in a row are no near miss of anything."""
+
 
 @dataclasses.dataclass
 class Worklist:
@@ -78,6 +87,7 @@ class Rewriter:
         self._index = RuleIndex(rules, keep_near_misses=ctx.options.trace_misses)
         self._sites: dict[ir.Graph | None, tuple[Site, int]] = {}
         self._work = Worklist()
+        self._traces = ctx.options.trace_misses
 
     def run(self, model: ir.Model) -> bool:
         """Rewrites `model` in place; returns whether anything changed, dead nodes included.
@@ -99,14 +109,17 @@ class Rewriter:
         self._sites.clear()
         if not model.graph.outputs:  # all of it would be dead, and no runtime takes an empty graph
             return False
-        looks = self._looks(model)
+        shapes, looks = self._ctx.shapes, self._looks(model)  # inferred even where no rule will ask
+        calling = looks.calling(self._index)
+        if not any(calling):
+            return False
         for scope, _ in looks.census.parts:
-            facts = Facts(self._ctx.shapes, self._ctx.target, scope.opsets)
+            facts = Facts(shapes, self._ctx.target, scope.opsets)
             body = scope.function is not None and scope.owner is None
             site = Site(scope.graph, facts, is_function=body)
             self._sites[scope.graph] = (site, scope.opsets.get("", 0))
         waiting = (node for _, nodes in looks.census.parts for node in nodes)
-        self._work = Worklist(waiting, looks.idle(self._index))
+        self._work = Worklist(waiting, looks.idle(calling))
         return self._drain(start)
 
     def _looks(self, model: ir.Model) -> Looks:
@@ -164,7 +177,7 @@ class Rewriter:
 
     def _bound(self, rule: Rule, root: ir.Node) -> Binding | None:
         """What the pattern binds at `root`; None where it does not match, which may be a near miss."""
-        if not self._ctx.options.trace_misses:
+        if not self._traces:
             return rule.pattern.first(root)
         trace = Trace()
         env = next(rule.pattern.match_node(root, {}, trace), None)
@@ -217,9 +230,12 @@ class Rewriter:
             return
         if trace.depth < NEAR_MISS_SHARE * len(least(rule.pattern)):
             return
-        total = sum(1 for _ in walk(rule.pattern))
+        kinds = {bound.op_type for bound in trace.env.values() if isinstance(bound, ir.Node)}
+        if trace.depth < TELLING and kinds <= COMMON:
+            return
+        total = max(trace.depth, len(least(rule.pattern, trace.env)))
         seen = "an absent input" if trace.culprit is None else _origin(trace.culprit)
-        self._ctx.missed(
+        self._ctx.near_miss(
             rule.name,
             root,
             f"matched {trace.depth} of {total} nodes; stopped at {seen} where {trace.wanted} was wanted",

@@ -78,14 +78,20 @@ class Looks:
 
     def __init__(self, census: Census) -> None:
         self.census = census
-        self._looks = tuple(tuple(map(_look_of, nodes)) for _, nodes in census.parts)
+        self._looks = [tuple(map(_look_of, nodes)) for _, nodes in census.parts]
+        self._kinds = [frozenset(looks) for looks in self._looks]
 
-    def idle(self, index: RuleIndex) -> Iterator[ir.Node]:
-        """The nodes that no rule of `index` may fit, and that are not dead."""
-        for (scope, nodes), looks in zip(self.census.parts, self._looks, strict=True):
-            opset = scope.opsets.get("", 0)
-            calls = {look: look is None or bool(index.fitting(look, opset)) for look in set(looks)}
-            yield from (n for n, look in zip(nodes, looks, strict=True) if not calls[look])
+    def calling(self, index: RuleIndex) -> list[frozenset[Look | None]]:
+        """The looks of each graph's nodes that a rule of `index` may fit, and that of dead nodes."""
+        return [
+            frozenset(k for k in kinds if k is None or index.fitting(k, scope.opsets.get("", 0)))
+            for (scope, _), kinds in zip(self.census.parts, self._kinds, strict=True)
+        ]
+
+    def idle(self, calling: Iterable[frozenset[Look | None]]) -> Iterator[ir.Node]:
+        """The nodes that do not look as one of these."""
+        for (_, nodes), looks, wanted in zip(self.census.parts, self._looks, calling, strict=True):
+            yield from (n for n, look in zip(nodes, looks, strict=True) if look not in wanted)
 
 
 def _look_of(node: ir.Node) -> Look | None:

@@ -108,7 +108,8 @@ def test_looks_name_every_node_that_may_be_left_unvisited() -> None:
     model = ir.from_proto(parse(BODY.replace("z = Abs(y)", "z = Abs(y)  dead = Exp(x)")))
     rules = (Rule("a", Op("Add", relu, w), build), Rule("b", Op("Abs", x), build))
     index = RuleIndex(rules, keep_near_misses=False)
-    idle = set(Looks(Census(model)).idle(index))
+    looks = Looks(Census(model))
+    idle = set(looks.idle(looks.calling(index)))
     for node in model.graph:
         called = bool(index.candidates(node, 18)) or node.op_type == "Exp"
         assert (node in idle) == (not called), node.name
