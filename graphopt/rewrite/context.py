@@ -221,6 +221,9 @@ class Context:
     """How the nodes of `census` look, kept for the passes that find the model as the last one did."""
 
     _said: set[Remark] = dataclasses.field(default_factory=set, init=False, repr=False)
+    _near: dict[tuple[str, str, str], str] = dataclasses.field(
+        default_factory=dict, init=False, repr=False
+    )
     _shapes: Shapes | None = dataclasses.field(default=None, init=False, repr=False)
     _names: Names | None = dataclasses.field(default=None, init=False, repr=False)
     _unannotated: bool = dataclasses.field(default=False, init=False, repr=False)
@@ -306,14 +309,22 @@ class Context:
         if old and new and old != new:
             self.became[old] = new
 
+    def near_miss(self, rule: str, node: ir.Node, reason: str) -> None:
+        """Records how far the pattern of `rule` matched at `node`."""
+        self.missed(rule, node, reason)
+        self._near[self.pass_name, rule, name_of(node)] = reason
+
     def settle_remarks(self) -> None:
-        """Drops what was missed at first and made after all, by the same rule in the same place."""
+        """Drops what was missed at first and made after all; of near misses, what is no longer there or so."""
         made = {(each.pass_name, each.rule, each.site) for each in self.rewrites}
+        there = {name_of(node) for _, nodes in Census(self.model).parts for node in nodes}
+        told = {place: reason for place, reason in self._near.items() if place[2] in there}
         self.remarks = [
             remark
             for remark in self.remarks
             if remark.kind is not RemarkKind.MISSED
-            or (remark.pass_name, remark.rule, remark.node) not in made
+            or (place := (remark.pass_name, remark.rule, remark.node)) not in made
+            and (place not in self._near or told.get(place) == remark.reason)
         ]
 
     @property

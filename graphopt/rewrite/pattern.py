@@ -23,17 +23,18 @@ Inputs: TypeAlias = Sequence["Pattern | EllipsisType"]
 
 @dataclasses.dataclass
 class Trace:
-    """The best partial match seen: how many nodes were bound and what stopped the next one."""
+    """The best partial match seen: how many nodes were bound, what was, and what stopped the next one."""
 
     depth: int = 0
     culprit: ir.Value | None = None
     wanted: str = ""
+    env: Binding = dataclasses.field(default_factory=dict)
 
     def stop(self, env: Binding, value: ir.Value | None, wanted: str) -> None:
         """Records a failure to bind `value` after `env`, if no deeper one is known."""
         depth = sum(isinstance(bound, ir.Node) for bound in env.values())
         if depth > self.depth:
-            self.depth, self.culprit, self.wanted = depth, value, wanted
+            self.depth, self.culprit, self.wanted, self.env = depth, value, wanted, env
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -260,10 +261,14 @@ def walk(pattern: Pattern) -> Iterator[Op]:
             stack.extend(reversed(top.options))
 
 
-def least(pattern: Pattern) -> frozenset[int]:
-    """The nodes, by identity, of the shortest spelling that a pattern takes: of each `Either` the smallest option."""
+def least(pattern: Pattern, env: Binding | None = None) -> frozenset[int]:
+    """The nodes, by identity, of the shortest spelling that a pattern takes: of each `Either` the smallest option.
+
+    Of an `Either` of which `env` binds an option, that one.
+    """
     if isinstance(pattern, Either):
-        return min((least(option) for option in pattern.options), key=len)
+        taken = [option for option in pattern.options if env and option in env]
+        return min((least(option, env) for option in taken or pattern.options), key=len)
     if not isinstance(pattern, Op):
         return frozenset()
-    return frozenset((id(pattern),)).union(*(least(operand) for operand in pattern.inputs))
+    return frozenset((id(pattern),)).union(*(least(operand, env) for operand in pattern.inputs))

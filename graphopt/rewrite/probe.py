@@ -24,6 +24,9 @@ def gains(rules: Sequence[Rule], model: ir.Model, ctx: Context) -> Iterator[int]
     """
     opset = model.opset_imports.get("", 0)
     ahead = [each for each in ctx.target.fused if opset < each.since <= ctx.target.opset[1]]
+    ahead.sort(
+        key=lambda each: -each.since
+    )  # of an operator's forms and types, the first to come counts
     newer = {each.op_type: each for each in ahead if not each.domain}
     if newer:
         yield from _Probe(rules, ctx, newer).walk(model)
