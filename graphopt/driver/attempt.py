@@ -23,6 +23,7 @@ from graphopt.report.stages import Stage, stage
 from graphopt.rewrite import Context, Gate, Remark, Rewrite
 from graphopt.rewrite.context import Tuner
 from graphopt.runtime.autotune import Autotuner
+from graphopt.runtime.footprint import let_go
 from graphopt.targets import SparseStyle
 
 Watch = Callable[[PassRun, ir.Model, Context], None]
@@ -156,4 +157,6 @@ def write(
     """The attempt, with its model written as `folder/name`; weights take the form of `style` where that pays."""
     model, facts = sparse_form(made.model, style)
     files = save_model(model, folder / name, external=external)
+    held = (value.const_value for value in made.model.graph.initializers.values())
+    let_go([tensor for tensor in held if tensor is not None])  # what verification takes comes next
     return dataclasses.replace(made, files=files, sparse=facts)

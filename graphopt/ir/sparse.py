@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from graphopt.errors import ModelError
 from graphopt.ir.mapped import HeldTensor, Notes
+from graphopt.ir.spill import Spill
 
 _INDEX_TYPES = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.INT16, ir.DataType.INT8)
 
@@ -108,33 +109,32 @@ class CooTensor(HeldTensor):
 
 
 class MaskedTensor(HeldTensor):
-    """A tensor that is mostly zero, in memory: one bit an element and the values that are not +0.0.
+    """A tensor that is mostly zero, out of the way: one bit an element and the values that are not +0.0, spilled.
 
     For models in the making: a file never sees it.  The dense form is made on demand and not kept alive.
     """
 
-    __slots__ = ("_bits", "_dense", "_values")
+    __slots__ = ("_dense", "_spill", "held_bytes")
 
     def __init__(self, array: np.ndarray[Any, Any], dtype: ir.DataType, name: str | None) -> None:
         """Keeps what is needed of `array`, of which elements fill whole bytes."""
         super().__init__(dtype, array.shape, Notes(name=name), None)
         flat = np.ascontiguousarray(array).reshape(-1)
         kept = flat.view(f"u{flat.dtype.itemsize}") != 0
-        self._bits = np.packbits(kept)
-        self._values = flat[kept]
+        parts = (np.packbits(kept), flat[kept])
+        self.held_bytes = sum(part.nbytes for part in parts)
+        """What it takes, in a file or in memory."""
+        self._spill = Spill(parts)
         self._dense: weakref.ref[np.ndarray[Any, Any]] | None = None
-
-    @property
-    def held_bytes(self) -> int:
-        """What it takes in memory."""
-        return int(self._bits.nbytes) + int(self._values.nbytes)
 
     def numpy(self) -> np.ndarray[Any, Any]:
         """The dense elements, read-only; shared while somebody holds them."""
         dense = self._dense() if self._dense is not None else None
         if dense is None:
-            dense = np.zeros(self.size, self._values.dtype)
-            dense[np.unpackbits(self._bits, count=self.size).astype(bool)] = self._values
+            bits, values = self._spill.arrays()
+            dense = np.zeros(self.size, values.dtype)
+            dense[np.unpackbits(bits, count=self.size).astype(bool)] = values
+            self._spill.rest()
             dense = dense.reshape(self.dims)
             dense.flags.writeable = False
             self._dense = weakref.ref(dense)

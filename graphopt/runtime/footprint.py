@@ -9,11 +9,14 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
 from graphopt.errors import ModelError
+from graphopt.ir.mapped import MappedTensor
 
 RUNS = 2
 """The first run fills the runtime's arena, the second shows that it is full."""
@@ -67,6 +70,14 @@ def trim() -> None:
         give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if give_back is not None:
             give_back(0)
+
+
+def let_go(tensors: Iterable[ir.TensorProtocol]) -> None:
+    """Lets go of the pages of the files that some tensors are mapped from, and of memory that was freed."""
+    mapped = [t.mapping for t in tensors if isinstance(t, MappedTensor) and t.mapping is not None]
+    for file in {mapping[0] for mapping in mapped}:
+        file.advise("MADV_DONTNEED")
+    trim()
 
 
 def _status(field: str) -> int | None:

@@ -10,6 +10,7 @@ from graphopt.errors import GraphoptError
 from graphopt.ir.hazards import holds_endless
 from graphopt.ir.model_file import load_model
 from graphopt.runtime.emulate import emulate
+from graphopt.runtime.footprint import trim
 from graphopt.runtime.in_memory import model_session
 from graphopt.runtime.session import EndlessError, Session, SessionOptions
 from graphopt.verify.kept import kept_values
@@ -26,6 +27,9 @@ LOOP_SECONDS = 30.0
 
 MAX_STOPPED = 2
 """Feeds on which a loop does not end before no more are tried."""
+
+LARGE_BYTES = 1 << 26
+"""Weights from which on the reference makes room for the candidate."""
 
 PATIENCE = 20.0
 """How many times as long as the reference a candidate with such a loop may take."""
@@ -60,6 +64,7 @@ class ReferenceSession:
         self._stopped = 0
         self._slowest = 0.0
         self._model = model
+        self._is_large = stored_bytes(graph) >= LARGE_BYTES
         self._shown = tuple(dict.fromkeys((*taps, *found.outer)))
         self.conditions = found
         self._session: Session | None = None
@@ -147,11 +152,20 @@ class ReferenceSession:
         Raises:
             ModelError: the runtime refuses it.
         """
+        if self._is_large:  # two of them at a time would take twice the memory; it is opened again when it is needed
+            self._session = None
+            trim()
         patience = max(LOOP_SECONDS, PATIENCE * self._slowest)
         seconds = patience if holds_endless(graph) else None
         if isinstance(candidate, Path | bytes):
             return open_session(candidate, taps, seconds)
         return model_session(candidate, taps, seconds)
+
+
+def stored_bytes(model: ir.Model) -> int:
+    """Bytes of the initializers of the main graph."""
+    held = (value.const_value for value in model.graph.initializers.values())
+    return sum(tensor.nbytes for tensor in held if tensor is not None)
 
 
 def open_session(

@@ -18,6 +18,7 @@ from graphopt.numerics import Numerics
 from graphopt.runtime import session as session_module
 from graphopt.runtime.session import OptimizationLevel
 from graphopt.verify import noise, origins
+from graphopt.verify import reference as reference_module
 from graphopt.verify.compare import Budget, OutputReport, profile_for
 from graphopt.verify.feeds import Feed
 from graphopt.verify.origins import OutputOrigin, scale_floor
@@ -99,6 +100,19 @@ def test_a_reference_is_run_once_for_many_candidates(monkeypatch: pytest.MonkeyP
     assert len(runs) == again + feeds
     verify(reference, mlp(1.2), options=VerifyOptions(fail_fast=True))
     assert len(runs) <= again + feeds + 2
+
+
+def test_a_large_reference_makes_room_for_its_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = ReferenceRun(mlp())
+    monkeypatch.setattr(reference_module, "LARGE_BYTES", 1)
+    large = ReferenceRun(mlp())
+    held = []
+    for run in (small, large):
+        # A failure asks the reference again, once it has made room.
+        assert run.verify(mlp(bias=1.5)).passed is False
+        assert run.verify(mlp()).passed
+        held.append(run._session._session is not None)
+    assert held == [True, False]
 
 
 def test_notes_on_the_reference_are_in_every_verification() -> None:

@@ -13,6 +13,11 @@ from graphopt_passes.prune.request import Allocation
 FLOOR = 0.01
 """Least share of a layer that stays."""
 
+ROUGH_FROM = 1 << 19
+"""Scores from which on a sample of them tells where about the limit lies."""
+
+_SAMPLED = 1 << 16
+
 
 def allocate(weights: Sequence[Wide], zeros: int, how: Allocation) -> list[int]:
     """Zeros of each layer; they add up to `zeros` unless every layer is at its floor.
@@ -101,6 +106,18 @@ def smallest(scores: npt.NDArray[np.floating], count: int) -> npt.NDArray[np.boo
     ties = np.flatnonzero(flat == limit)
     keep[ties[count - int((flat < limit).sum()) :]] = True
     return np.asarray(keep.reshape(scores.shape), bool)
+
+
+def smallest_about(scores: npt.NDArray[np.floating], count: int) -> npt.NDArray[np.bool_]:
+    """As `smallest`, for about `count` of many: a sample of the scores, evenly spaced, tells the limit."""
+    if not 0 < count < scores.size:
+        return np.full(scores.shape, count <= 0)
+    step = scores.size // _SAMPLED
+    sample = scores.reshape(-1)[
+        :: step + 1 - step % 2
+    ]  # odd: not the same few columns again and again
+    at = min(count * sample.size // scores.size, sample.size - 1)
+    return np.asarray(scores > np.partition(sample, at)[at], bool)
 
 
 def _smallest(scores: list[npt.NDArray[np.floating]], zeros: int) -> list[int]:

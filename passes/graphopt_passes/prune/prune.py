@@ -18,7 +18,6 @@ from graphopt_passes.prune.request import Allocation, Method, SparsityRequest, p
 from graphopt_passes.prune.samples import Feeds, read_feeds
 from graphopt_passes.prune.solve import Goal
 from graphopt_passes.prune.weights import (
-    ADMM_FROM,
     Pruned,
     dense_moments,
     fitted,
@@ -114,6 +113,9 @@ def _why_none(model: ir.Model, layers: Sequence[Layer]) -> str:
     )
 
 
+HIGH = 0.9
+"""From this share of zeros on they are spread half way, and training begins before all are there."""
+
 EARLY_DENSITY = 2.4
 """At first so many times as many weights stay as in the end: 95 % zeros go by way of 88 %."""
 
@@ -127,7 +129,7 @@ def _early(request: SparsityRequest, ctx: Context) -> SparsityRequest | None:
 
 
 def _is_high(request: SparsityRequest) -> bool:
-    return request.ratio is not None and request.ratio >= ADMM_FROM
+    return request.ratio is not None and request.ratio >= HIGH
 
 
 def _site(model: ir.Model) -> str:

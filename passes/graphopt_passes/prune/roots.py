@@ -49,14 +49,36 @@ def inverse_root(moment: Wide) -> Root:
     return Root(np.asarray(np.eye(len(moment)) / np.sqrt(scale), moment.dtype), scale)
 
 
+def inverse(work: Wide) -> Wide:
+    """The inverse of a symmetric positive definite matrix, made in its place.
+
+    Raises:
+        LinAlgError: the matrix is not positive definite.
+    """
+    blocks = _blocks(work)
+    _factorize(work, blocks)
+    _invert(work, blocks)
+    # U^T U, from the last rows up: each block of rows needs those above it as they were.
+    for here in reversed(blocks):
+        rows, right = slice(0, here.stop), slice(here.start, None)
+        work[here, right] = work[rows, here].T @ work[rows, right]
+    for here in blocks:
+        work[here.stop :, here] = work[here, here.stop :].T
+    return work
+
+
 def _root(moment: Wide, damp: float) -> Wide:
     """U from H + damp I = R R^T, R upper, U = R^-1."""
     work = moment.copy()
     work.reshape(-1)[:: len(work) + 1] += damp
-    blocks = [slice(at, min(at + _BLOCK, len(work))) for at in range(0, len(work), _BLOCK)]
+    blocks = _blocks(work)
     _factorize(work, blocks)
     _invert(work, blocks)
     return work
+
+
+def _blocks(work: Wide) -> list[slice]:
+    return [slice(at, min(at + _BLOCK, len(work))) for at in range(0, len(work), _BLOCK)]
 
 
 def _factorize(work: Wide, blocks: list[slice]) -> None:

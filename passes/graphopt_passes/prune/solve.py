@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from graphopt_passes.prune.allocate import smallest
+from graphopt_passes.prune.allocate import ROUGH_FROM, smallest, smallest_about
 from graphopt_passes.prune.layers import Array, Wide
 from graphopt_passes.prune.request import Method
-from graphopt_passes.prune.roots import RIDGE, Root, inverse_root, ridge
+from graphopt_passes.prune.roots import RIDGE, Root, inverse, inverse_root, ridge
 
 Mask = npt.NDArray[np.bool_]
 
 _BLOCK, _STEP = 128, 32
 _FINE_COLUMNS = 256
 _WIDE_COLUMNS = 640
-_ADMM_STEPS, _ADMM_STEPS_WIDE, _ADMM_RHO = 100, 40, 0.3
+_ADMM_STEPS, _ADMM_STEPS_WIDE, _ADMM_STEPS_HUGE, _ADMM_RHO = 100, 16, 12, 0.3
 _ADMM_RAMP = 0.7
 _REFIT_STEPS, _REFIT_STEPS_WIDE, _REFIT_STEPS_HUGE = 30, 10, 6
 _HUGE_COLUMNS = 2048
@@ -49,15 +49,21 @@ class Goal:
         """Whether there is anything to set to zero."""
         return self.zeros > 0 or self.pattern is not None
 
-    def mask(self, scores: Wide) -> Mask:
-        """Which weights stay: those with the greatest scores."""
+    def mask(self, scores: Wide, *, rough: bool = False) -> Mask:
+        """Which weights stay: those with the greatest scores.
+
+        Args:
+            scores: of all weights.
+            rough: whether about so many will do, where to count would take long.
+        """
         keep = np.ones(scores.shape, bool)
         free = scores[:, : scores.shape[1] - self.fixed]
-        chosen = (
-            smallest(free, self.zeros)
-            if self.pattern is None
-            else pattern_mask(free, *self.pattern)
-        )
+        if self.pattern is not None:
+            chosen = pattern_mask(free, *self.pattern)
+        elif rough and free.size >= ROUGH_FROM:
+            chosen = smallest_about(free, self.zeros)
+        else:
+            chosen = smallest(free, self.zeros)
         keep[:, : free.shape[1]] = chosen
         return keep
 
@@ -212,28 +218,38 @@ def _block_width(goal: Goal) -> int:
 def admm(target: Wide, moment: Wide, goal: Goal) -> tuple[Wide, Mask]:
     """Alternates between the best dense fit and the nearest sparse matrix, with ever more zeros.
 
-    Source: Meng et al. 2024 (ALPS), Boza 2024: columns scaled to unit energy, one factorisation for all steps.
+    Source: Meng et al. 2024 (ALPS), Boza 2024: columns scaled to unit energy, one factorisation for all steps.  The
+    sparse matrix and its dual are the two parts of one matrix: the weights that stay, and those that do not.
     """
     precision: Any = np.float32 if len(moment) > _FINE_COLUMNS else np.float64
     scale = np.sqrt(np.diag(moment) + ridge(moment))
     normal: Array = (moment / scale[:, None]).astype(precision, copy=False)
     normal /= scale
     _add_to_diagonal(normal, RIDGE)
-    wanted: Array = (target * scale).astype(precision)
-    pull = wanted @ normal
+    both: Array = (target * scale).astype(precision)
+    pull = both @ normal
     _add_to_diagonal(normal, _ADMM_RHO)
-    solver: Array = np.linalg.inv(normal)
-    del normal
-    sparse, dual = wanted.copy(), np.zeros_like(wanted)
-    mask = np.ones(wanted.shape, bool)
-    steps = _ADMM_STEPS_WIDE if len(moment) > _WIDE_COLUMNS else _ADMM_STEPS
+    solver: Array = inverse(normal)
+    steps = _admm_steps(len(moment))
+    mask, work, dense = np.ones(both.shape, bool), np.empty_like(both), np.empty_like(both)
     for turn in range(steps):
-        dense = (pull + precision(_ADMM_RHO) * (sparse - dual)) @ solver
+        np.multiply(both, np.where(mask, precision(_ADMM_RHO), precision(-_ADMM_RHO)), out=work)
+        work += pull
+        np.matmul(work, solver, out=dense)
+        both[mask] = 0
+        both += dense
         ramp = 1 - (1 - min((turn + 1) / (_ADMM_RAMP * steps), 1)) ** 3
-        mask = goal.share(ramp).mask(np.abs(dense + dual))
-        sparse = np.where(mask, dense + dual, precision(0))
-        dual += dense - sparse
-    return np.asarray(sparse / scale, target.dtype), mask
+        np.abs(both, out=work)
+        mask = goal.share(ramp).mask(work, rough=turn + 1 < steps)
+    both[~mask] = 0
+    return np.asarray(both / scale, target.dtype), mask
+
+
+def _admm_steps(columns: int) -> int:
+    """Each step takes time in the square of the columns."""
+    if columns > _HUGE_COLUMNS:
+        return _ADMM_STEPS_HUGE
+    return _ADMM_STEPS_WIDE if columns > _WIDE_COLUMNS else _ADMM_STEPS
 
 
 def _add_to_diagonal(matrix: Array, number: float) -> None:

@@ -11,6 +11,7 @@ import onnxruntime as ort
 import pytest
 from graphopt_passes.prune import Prune, weights
 from graphopt_passes.prune.layers import find_layers
+from graphopt_passes.prune.request import Method, parse_sparsity
 from graphopt_passes.prune.samples import read_feeds
 
 import graphopt
@@ -183,6 +184,42 @@ def test_leaves_shared_and_named_weights_dense() -> None:
     assert {"stays dense: its weight has other uses", "stays dense: asked for"} <= reasons
     for name in ("w1", "w3"):
         assert (model.graph.initializers[name].const_value.numpy() != 0).all()  # type: ignore[union-attr]
+
+
+PATCHES = """g (float[N,1,32,32] x) => (float[N,4] y)
+    <float[32,1,8,8] w1, float[512,32] w2, float[512,4] w3> {
+    a = Conv<strides=[8,8]>(x, w1)
+    p = GlobalAveragePool(a)
+    f = Flatten(p)
+    h = Gemm<transB=1>(f, w2)
+    t = Relu(h)
+    y = MatMul(t, w3)
+}"""
+
+
+@pytest.mark.parametrize(
+    ("ratio", "dense"), [("0.1", {"w1", "w3"}), ("0.5", {"w1"}), ("0.9", set())]
+)
+def test_what_would_better_stay_dense_goes_too_where_it_is_much(
+    ratio: str, dense: set[str]
+) -> None:
+    layers = find_layers(network(PATCHES).graph)
+    assert {layer.name for layer in layers if layer.dense} == {"w1", "w3"}
+    wanted = weights.goals(layers, parse_sparsity(ratio))
+    assert {layer.name for layer in layers if layer not in wanted} == dense
+    total = sum(layer.size for layer in layers)
+    assert abs(sum(goal.zeros for goal in wanted.values()) - float(ratio) * total) <= 1
+
+
+def test_what_the_user_names_stays_dense_however_much_it_is() -> None:
+    layers = find_layers(network(PATCHES).graph, "^w1$")
+    wanted = weights.goals(layers, parse_sparsity("0.9"))
+    assert {layer.name for layer in wanted} == {"w2", "w3"}
+
+
+@pytest.mark.parametrize(("ratio", "method"), [("0.7", Method.SPARSEGPT), ("0.8", Method.ADMM)])
+def test_the_method_follows_from_the_share(ratio: str, method: Method) -> None:
+    assert weights.method_for(parse_sparsity(ratio), samples=True) is method
 
 
 def test_warns_where_too_few_weights_may_go() -> None:

@@ -9,11 +9,18 @@ import numpy.typing as npt
 import onnx.helper as oh
 import onnxruntime as ort
 import pytest
-from graphopt_passes.prune.allocate import allocate, allocate_large, lamp_scores, smallest
+from graphopt_passes.prune import solve as solving
+from graphopt_passes.prune.allocate import (
+    allocate,
+    allocate_large,
+    lamp_scores,
+    smallest,
+    smallest_about,
+)
 from graphopt_passes.prune.layers import Wide, Window, find_layers
 from graphopt_passes.prune.moments import inputs, output_size, patches
 from graphopt_passes.prune.request import Allocation, Method
-from graphopt_passes.prune.roots import inverse_root, ridge
+from graphopt_passes.prune.roots import inverse, inverse_root, ridge
 from graphopt_passes.prune.solve import Goal, dense_target, pattern_mask, refit, solve
 
 from graphopt.ir.model_file import load_model
@@ -58,6 +65,16 @@ class TestMasks:
     @pytest.mark.parametrize(("count", "kept"), [(0, 6), (6, 0), (9, 0)])
     def test_drops_nothing_or_all(self, count: int, kept: int) -> None:
         assert smallest(np.arange(6.0), count).sum() == kept
+
+    def test_about_so_many_of_many_by_a_sample(self) -> None:
+        scores = np.random.default_rng(0).standard_normal((500, 1200))
+        keep = smallest_about(scores, 480_000)
+        assert abs(int(keep.sum()) - 120_000) < 3_000
+        assert scores[keep].min() > scores[~keep].max()
+
+    @pytest.mark.parametrize(("count", "kept"), [(0, 300_000), (300_000, 0), (299_999, 1)])
+    def test_about_none_or_all(self, count: int, kept: int) -> None:
+        assert abs(smallest_about(np.arange(300_000.0), count).sum() - kept) < 6
 
     def test_pattern_keeps_the_greatest_of_each_group(self) -> None:
         scores = np.array([[1.0, 4, 3, 2, 5, 5, 5, 5]])
@@ -139,6 +156,18 @@ class TestSolving:
         found, _ = solve(weight, x @ x.T, weight @ x @ x.T, goal, method, fit=True)
         assert ((found[:, :48].reshape(24, 12, 4) != 0).sum(-1) <= 2).all()
 
+    def test_rough_masks_on_the_way_end_in_the_exact_number(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        weight, x = problem()
+        moment, goal = x @ x.T, Goal(900)
+        exact, _ = solving.admm(weight, moment, goal)
+        monkeypatch.setattr(solving, "ROUGH_FROM", 1)
+        monkeypatch.setattr("graphopt_passes.prune.allocate._SAMPLED", 200)
+        found, mask = solving.admm(weight, moment, goal)
+        assert mask.sum() == weight.size - 900
+        assert error(weight, found, x) < 1.1 * error(weight, exact, x)
+
     def test_survives_inputs_that_are_never_on(self) -> None:
         weight = problem()[0]
         zero = np.zeros((48, 48))
@@ -158,6 +187,19 @@ class TestRoots:
         np.testing.assert_allclose(root.upper.T @ root.upper @ damped, np.eye(size), atol=1e-9)
         right = x[:, :3].T
         np.testing.assert_allclose(root.solve(right) @ damped, right, atol=1e-9)
+
+    @pytest.mark.parametrize("size", [1, 255, 256, 700])
+    def test_inverse_is_made_in_place(self, size: int) -> None:
+        rng = np.random.default_rng(0)
+        half = rng.standard_normal((size, 2 * size))
+        moment = half @ half.T + np.eye(size)
+        work = moment.copy()
+        assert inverse(work) is work
+        assert np.allclose(work @ moment, np.eye(size), atol=1e-8)
+
+    def test_what_is_not_positive_has_no_inverse(self) -> None:
+        with pytest.raises(np.linalg.LinAlgError):
+            inverse(-np.eye(3))
 
     def test_leave_the_moment_as_it_is(self) -> None:
         moment = np.eye(300)
