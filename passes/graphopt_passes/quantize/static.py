@@ -26,7 +26,7 @@ from graphopt_passes.quantize.overrides import Overrides, check_patterns, parse
 from graphopt_passes.quantize.placement import is_product
 from graphopt_passes.quantize.search import Search
 from graphopt_passes.quantize.styles import Style, style_named, style_of
-from graphopt_passes.quantize.trials import RULE, Trial, Trials
+from graphopt_passes.quantize.trials import RULE, Collecting, Trial, Trials
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +51,7 @@ class QuantizeStatic:
             range=-4..4 bits=7 dtype=int8 axis=tensor".
         statistics: file that keeps what the samples gave: written where it is missing, read instead of running the
             samples again where it is there.
+        workers: processes that share the samples; the result has the same bits.
     """
 
     style: str = ""
@@ -59,6 +60,7 @@ class QuantizeStatic:
     skip_nodes: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
     statistics: str = ""
+    workers: int = 1
 
     name: ClassVar[str] = "quantize-static"
     numerics: ClassVar[Numerics] = Numerics.LOSSY
@@ -69,6 +71,8 @@ class QuantizeStatic:
         Raises:
             OptionError: no calibration samples, an option that is none, or a name that the model does not have.
         """
+        if self.workers < 1:
+            raise OptionError(f"workers {self.workers}: at least one process runs the samples")
         style = style_named(self.style or style_of(ctx.target.architecture))
         overrides = parse(self.method, self.overrides)
         if ctx.options.calibration is None:
@@ -93,7 +97,7 @@ class QuantizeStatic:
         samples = read_samples(ctx.options.calibration, input_specs(model))
         trials = best = None
         if allowed:
-            trials = Trials(model, style, samples, ctx, overrides, self._file())
+            trials = Trials(model, style, samples, ctx, overrides, self._collecting())
             best = Search(trials).best(allowed)
         changed = inside and self._bodies(model, style, samples, ctx, overrides)
         if trials is not None and best is not None:
@@ -122,8 +126,8 @@ class QuantizeStatic:
             changed |= _apply(model, graphs[choice.index], choice.best, choice.trials, ctx)
         return changed
 
-    def _file(self) -> Path | None:
-        return Path(self.statistics) if self.statistics else None
+    def _collecting(self) -> Collecting:
+        return Collecting(Path(self.statistics) if self.statistics else None, self.workers)
 
     def _allowed(self, model: ir.Model, overrides: Overrides, ctx: Context) -> frozenset[str]:
         """Names of the nodes of the main graph that the user did not exclude; empty without any product."""

@@ -5,9 +5,12 @@ Everything dear is kept in the cache of the run under what it depends on, so tha
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Executor, ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import onnx_ir as ir
@@ -77,6 +80,22 @@ class Trial:
     scalings: tuple[Scaling, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class Collecting:
+    """How statistics are collected.
+
+    Attributes:
+        file: what keeps them; None for nothing.
+        workers: processes that share the samples.
+    """
+
+    file: Path | None = None
+    workers: int = 1
+
+
+HERE = Collecting()
+
+
 class Trials:
     """What the choices are made from; `model`, `facts` and `key` change as methods are settled."""
 
@@ -87,7 +106,7 @@ class Trials:
         samples: Samples,
         ctx: Context,
         overrides: Overrides,
-        file: Path | None = None,
+        how: Collecting = HERE,
     ) -> None:
         self.model, self.ctx, self.style, self.overrides = model, ctx, style, overrides
         self.original = model
@@ -96,9 +115,9 @@ class Trials:
         samples = by_row(lambda: on_disk(model), samples)
         # Judged on what ranges were not taken from, where there is enough: what fits the samples only is no gain.
         enough = len(samples.first(ENOUGH)) == ENOUGH
-        parted = enough and self.on_host and file is None
+        parted = enough and self.on_host and how.file is None
         self.parts = samples.parted(HELD_OUT) if parted else (samples,)
-        self.file = file
+        self.file, self.workers = how.file, how.workers
         self.facts = Facts(style, self.statistics(model, self.key, 0), overrides)
         self.budget = budget_for(Precision.INT8, ctx.options.budget)
         self.judge: Judgement | None = None
@@ -162,8 +181,18 @@ class Trials:
         """One pass, where the user wants it."""
         calibration = self.ctx.options.calibration
         executor = None if calibration is None else calibration.executor
-        with on_disk(model) as path:
-            return collect(path, names, feeds, axes=axes_of(model.graph), executor=executor)
+        with on_disk(model) as path, self._pool() as pool:
+            return collect(path, names, feeds, axes=axes_of(model.graph), executor=executor or pool)
+
+    @contextlib.contextmanager
+    def _pool(self) -> Iterator[Executor | None]:
+        """Processes of our own to share the samples, where there shall be several."""
+        if self.workers == 1:
+            yield None
+            return
+        # A fork would take the threads of the runtime along in an unknown state.
+        with ProcessPoolExecutor(self.workers, mp_context=get_context("spawn")) as pool:
+            yield pool
 
     def _told(self, samples: Iterable[Feed]) -> Iterator[Feed]:
         for count, feed in enumerate(samples, 1):

@@ -462,6 +462,24 @@ def test_batches_and_workers_do_not_show(size: int, workers: int) -> None:
     assert made[0] == made[1]
 
 
+def test_processes_that_share_the_samples_do_not_show() -> None:
+    made = []
+    for workers in (1, 2):
+        model = load_model(varied(BLOCK))
+        options = Options(calibration=Calibration(TOKENS * 3), force=True, budget="sqnr>=0")
+        ctx = Context(model, get_target("cpu"), options, pass_name="q")
+        assert QuantizeStatic(workers=workers).run(model, ctx)
+        made.append(to_proto(model).SerializeToString(deterministic=True))
+    assert made[0] == made[1]
+
+
+def test_fewer_workers_than_one_are_refused() -> None:
+    model = load_model(varied(BLOCK))
+    ctx = Context(model, get_target("cpu"), Options(calibration=Calibration(TOKENS)))
+    with pytest.raises(OptionError, match="workers 0"):
+        QuantizeStatic(workers=0).run(model, ctx)
+
+
 def test_the_pipeline_raises_old_opsets() -> None:
     proto = varied(RESIDUAL, opset=9)
     result = graphopt.optimize(proto, precision="int8", calibration=IMAGES, force=True)
