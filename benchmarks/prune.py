@@ -1,17 +1,20 @@
-"""Accuracy, size and latency of a classifier against `--sparsity`.
+"""Accuracy, size, arithmetic and latency of a model against `--sparsity`.
 
-    python -m benchmarks.prune MODEL.onnx --samples SAMPLES.npz --test TEST.npz [--labels y] [AMOUNT …]
+    python -m benchmarks.prune MODEL.onnx --samples SAMPLES.npz --test TEST.npz [--labels y] [--save ROWS.json] [AMOUNT]
 
 SAMPLES.npz holds unlabelled inputs by name, their leading axis the samples; TEST.npz inputs that are not among them and
-the labels.  One row an amount: accuracy of the written file in ONNX Runtime, zeros among the weights, bytes of the file
-and of the file deflated, CPU seconds of the run (verification off), latency of one sample (least CPU time of 50 runs,
-one thread).  `blind:AMOUNT` prunes without samples.  With `--peer PYTHON`, which has onnxsim, a second row
-shows what onnxsim makes of the same amount (see `benchmarks/prune_peer.py`).
+the labels: classes, or where they are no whole numbers how alike rows 2 i and 2 i + 1 are, which Spearman's correlation
+with the cosine of the means over `attention_mask` then judges.  One row an amount: accuracy of the written file in
+ONNX Runtime, zeros among the weights, millions of multiply-adds of one sample, bytes of the file and of the file
+deflated, CPU seconds of the run (verification off), latency of one sample (least CPU time of 50 runs, one thread).
+`blind:AMOUNT` prunes without samples.  With `--peer PYTHON`, which has onnxsim, a second row shows what onnxsim makes
+of the same amount (see `benchmarks/prune_peer.py`).  `python -m benchmarks.prune_curves` draws what `--save` writes.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -28,8 +31,9 @@ import onnxruntime as ort
 import graphopt
 from graphopt.ir.model_file import load_model
 from graphopt.report.facts import stored_tensors
+from graphopt.report.inspect import inspect_model
 
-Labels: TypeAlias = "npt.NDArray[np.integer[Any]]"
+Labels: TypeAlias = "npt.NDArray[Any]"
 
 AMOUNTS = (
     "0.5",
@@ -42,7 +46,8 @@ AMOUNTS = (
     "channels:0.5",
     "channels:0.7",
 )
-BATCH = 256
+BATCH = 64
+SENTENCES = 16
 RUNS = 50
 
 
@@ -54,27 +59,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--test", type=Path, required=True)
     parser.add_argument("--labels", default="y")
     parser.add_argument("--peer", type=Path)
+    parser.add_argument("--save", type=Path)
     parser.add_argument("amounts", nargs="*", default=AMOUNTS)
     given = parser.parse_args(argv)
     inputs = dict(np.load(given.test))
     labels = inputs.pop(given.labels)
-    header = ("sparsity", "accuracy", "zeros", "bytes", "deflated", "CPU s", "ms")
-    sys.stdout.write("{:20}{:>10}{:>8}{:>10}{:>10}{:>8}{:>8}\n".format(*header))
+    header = ("sparsity", "accuracy", "zeros", "MMACs", "bytes", "deflated", "CPU s", "ms")
+    sys.stdout.write("{:20}{:>10}{:>8}{:>9}{:>10}{:>10}{:>8}{:>8}\n".format(*header))
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for amount in ("", *given.amounts):
             out = Path(folder) / "m.onnx"
             spent = ours(given.model, given.samples, out, amount)
-            show(amount or "(none)", facts(out, inputs, labels, spent))
+            rows.append({"tool": "graphopt", "amount": amount, **facts(out, inputs, labels, spent)})
+            show(amount or "(none)", rows[-1])
             if given.peer and amount and not amount.startswith("blind:"):
                 theirs(given.peer, given.model, given.samples, out, amount)
             if given.peer and amount and out.exists() and not amount.startswith("blind:"):
-                show("  onnxsim", facts(out, inputs, labels, 0.0))
+                rows.append({"tool": "onnxsim", "amount": amount, **facts(out, inputs, labels)})
+                show("  onnxsim", rows[-1])
+            if given.save:
+                given.save.write_text(json.dumps({"model": given.model.stem, "rows": rows}))
     return 0
 
 
-def show(name: str, row: tuple[float, float, int, int, float, float]) -> None:
+def show(name: str, row: Mapping[str, Any]) -> None:
     """Prints one row."""
-    sys.stdout.write("{:20}{:10.2%}{:8.1%}{:10}{:10}{:8.1f}{:8.3f}\n".format(name, *row))
+    numbers = "{accuracy:10.2%}{zeros:8.1%}{macs:9.1f}{bytes:10}{deflated:10}{cpu:8.1f}{ms:8.3f}\n"
+    sys.stdout.write(f"{name:20}" + numbers.format(**row))
     sys.stdout.flush()
 
 
@@ -104,15 +116,55 @@ def theirs(python: Path, model: Path, samples: Path, out: Path, amount: str) -> 
 
 
 def facts(
-    out: Path, inputs: Mapping[str, Any], labels: Labels, spent: float
-) -> tuple[float, float, int, int, float, float]:
-    """Accuracy, share of zeros, bytes, bytes deflated, seconds and latency of a file."""
+    out: Path, inputs: Mapping[str, Any], labels: Labels, spent: float = 0.0
+) -> dict[str, Any]:
+    """Accuracy, share of zeros, arithmetic, bytes, bytes deflated, seconds and latency of a file."""
     data = out.read_bytes()
-    weights = [t.numpy() for _, t in stored_tensors(load_model(out)) if t.dtype.is_floating_point()]
+    model = load_model(out)
+    weights = [t.numpy() for _, t in stored_tensors(model) if t.dtype.is_floating_point()]
     zeros = sum(int((w == 0).sum()) for w in weights) / sum(w.size for w in weights)
     session = _session(data)
-    accuracy = _accuracy(session, inputs, labels)
-    return accuracy, zeros, len(data), len(zlib.compress(data, 6)), spent, _latency(session, inputs)
+    judge = _accuracy if labels.dtype.kind in "iu" else _correlation
+    return {
+        "accuracy": judge(session, inputs, labels),
+        "zeros": zeros,
+        "macs": _macs(out, inputs) / 1e6,
+        "bytes": len(data),
+        "deflated": len(zlib.compress(data, 6)),
+        "cpu": spent,
+        "ms": _latency(session, inputs),
+    }
+
+
+def _macs(out: Path, inputs: Mapping[str, Any]) -> int:
+    """Multiply-adds of one sample."""
+    dims: dict[str, int] = {}
+    for value in load_model(out).graph.inputs:
+        array = inputs.get(value.name or "")
+        if array is None or value.shape is None:
+            continue
+        for dim, size in zip(value.shape, (1, *array.shape[1:]), strict=True):
+            if not isinstance(dim, int) and dim.value is not None:
+                dims[dim.value] = size
+    return inspect_model(load_model(out), out, dims=dims).arithmetic.macs
+
+
+def _correlation(session: ort.InferenceSession, inputs: Mapping[str, Any], labels: Labels) -> float:
+    """Spearman's correlation of the labels with how alike the means over tokens of pairs of rows are."""
+    found = []
+    for start in range(0, 2 * len(labels), SENTENCES):
+        feed = {name: array[start : start + SENTENCES] for name, array in inputs.items()}
+        mask = feed["attention_mask"][..., None].astype(np.float64)
+        means = (session.run(None, feed)[0] * mask).sum(1) / mask.sum(1)
+        found.append(means / np.linalg.norm(means, axis=-1, keepdims=True))
+    rows = np.concatenate(found)
+    return float(np.corrcoef(_ranks((rows[::2] * rows[1::2]).sum(-1)), _ranks(labels))[0, 1])
+
+
+def _ranks(numbers: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """The place of each number among all; equal ones share the mean of theirs."""
+    _, index, counts = np.unique(numbers, return_inverse=True, return_counts=True)
+    return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[index], np.float64)
 
 
 def _session(data: bytes) -> ort.InferenceSession:
