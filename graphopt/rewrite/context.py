@@ -309,9 +309,11 @@ class Context:
         if old and new and old != new:
             self.became[old] = new
 
-    def near_miss(self, rule: str, node: ir.Node, reason: str) -> None:
-        """Records how far the pattern of `rule` matched at `node`."""
-        self.missed(rule, node, reason)
+    def near_miss(
+        self, rule: str, node: ir.Node, reason: str, culprit: ir.Node | ir.Value | None = None
+    ) -> None:
+        """As `missed`, of a rule that is tried again whenever something changes: its last word at a node counts."""
+        self.missed(rule, node, reason, culprit)
         self._near[self.pass_name, rule, name_of(node)] = reason
 
     def settle_remarks(self) -> None:
@@ -323,8 +325,10 @@ class Context:
             remark
             for remark in self.remarks
             if remark.kind is not RemarkKind.MISSED
-            or (place := (remark.pass_name, remark.rule, remark.node)) not in made
-            and (place not in self._near or told.get(place) == remark.reason)
+            or (
+                (place := (remark.pass_name, remark.rule, remark.node)) not in made
+                and (place not in self._near or told.get(place) == remark.reason)
+            )
         ]
 
     @property

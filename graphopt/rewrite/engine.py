@@ -198,7 +198,7 @@ class Rewriter:
             site.check(root, new, tape, self._ctx)
         except Skip as skip:
             if str(skip):
-                self._ctx.missed(rule.name, root, str(skip), skip.culprit)
+                self._ctx.near_miss(rule.name, root, str(skip), skip.culprit)
             return None
         return new
 
