@@ -2,7 +2,7 @@
 
     python -m benchmarks.prune_curves ROWS.json ... -o CURVES.svg
 
-One row of two diagrams a model: on the left the shares of zeros that were asked for, on the right what is left of the
+One row of two diagrams a model: on the left the shares of zeros that were asked for, on the right the share of the
 multiply-adds; the full line is graphopt, the broken one onnxsim, and the grey one the model as it was.
 """
 
@@ -47,7 +47,7 @@ def _diagram(known: Mapping[str, Any], kind: str) -> str:
     """One model, one kind of amount."""
     dense = next(row for row in known["rows"] if not row["amount"])
     title = (
-        f"{known['model']}: accuracy against {'zeros' if kind == 'zeros' else 'multiply-adds left'}"
+        f"{known['model']}: accuracy against {'zeros' if kind == 'zeros' else 'multiply-adds'}"
     )
     drawn = [f'<text y="-12" font-weight="bold">{escape(title)}</text>', _axes()]
     level = HEIGHT * (1 - dense["accuracy"])
