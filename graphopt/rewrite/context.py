@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import enum
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
@@ -221,7 +222,7 @@ class Context:
     """How the nodes of `census` look, kept for the passes that find the model as the last one did."""
 
     _said: set[Remark] = dataclasses.field(default_factory=set, init=False, repr=False)
-    _near: dict[tuple[str, str, str], str] = dataclasses.field(
+    _near: dict[tuple[str, str, str], tuple[str, str]] = dataclasses.field(
         default_factory=dict, init=False, repr=False
     )
     _shapes: Shapes | None = dataclasses.field(default=None, init=False, repr=False)
@@ -314,20 +315,33 @@ class Context:
     ) -> None:
         """As `missed`, of a rule that is tried again whenever something changes: its last word at a node counts."""
         self.missed(rule, node, reason, culprit)
-        self._near[self.pass_name, rule, name_of(node)] = reason
+        guilty = "" if culprit is None else name_of(culprit)
+        self._near[self.pass_name, rule, name_of(node)] = reason, guilty
+
+    def aside(self) -> Context:
+        """A copy for trials: what is said and made there stays there."""
+        other = copy.copy(self)
+        vars(other).update(remarks=[], rewrites=[], _said=set(), _near={})
+        return other
+
+    def take_remarks(self) -> list[Remark]:
+        """The remarks so far, which are forgotten here."""
+        said, self.remarks = self.remarks, []
+        self._said.clear()
+        return said
 
     def settle_remarks(self) -> None:
         """Drops what was missed at first and made after all; of near misses, what is no longer there or so."""
         made = {(each.pass_name, each.rule, each.site) for each in self.rewrites}
         there = {name_of(node) for _, nodes in Census(self.model).parts for node in nodes}
-        told = {place: reason for place, reason in self._near.items() if place[2] in there}
+        told = {place: said for place, said in self._near.items() if place[2] in there}
         self.remarks = [
             remark
             for remark in self.remarks
             if remark.kind is not RemarkKind.MISSED
             or (
                 (place := (remark.pass_name, remark.rule, remark.node)) not in made
-                and (place not in self._near or told.get(place) == remark.reason)
+                and (place not in self._near or told.get(place) == (remark.reason, remark.culprit))
             )
         ]
 

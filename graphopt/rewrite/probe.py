@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 
@@ -11,16 +10,19 @@ import onnx_ir as ir
 from graphopt.ir.build import Builder
 from graphopt.ir.scopes import all_graphs
 from graphopt.rewrite.commit import Site, discard
-from graphopt.rewrite.context import Context
+from graphopt.rewrite.context import Context, Remark
 from graphopt.rewrite.engine import Rewriter
 from graphopt.rewrite.rules import Facts, Rule
 from graphopt.targets import FusedOp, Target
 
 
-def gains(rules: Sequence[Rule], model: ir.Model, ctx: Context) -> Iterator[int]:
+def gains(
+    rules: Sequence[Rule], model: ir.Model, ctx: Context, declined: list[Remark] | None = None
+) -> Iterator[int]:
     """The opset that each place in `model` asks for where a rule would put an operator newer than the model.
 
-    A place that has a replacement at the model's own opset asks for none.
+    A place that has a replacement at the model's own opset asks for none.  What rules would still say against a place
+    at a newer opset, and do not say now, goes to `declined`.
     """
     opset = model.opset_imports.get("", 0)
     ahead = [each for each in ctx.target.fused if opset < each.since <= ctx.target.opset[1]]
@@ -29,7 +31,10 @@ def gains(rules: Sequence[Rule], model: ir.Model, ctx: Context) -> Iterator[int]
     )  # of an operator's forms and types, the first to come counts
     newer = {each.op_type: each for each in ahead if not each.domain}
     if newer:
-        yield from _Probe(rules, ctx, newer).walk(model)
+        probe = _Probe(rules, ctx, newer)
+        yield from probe.walk(model)
+        if declined is not None:
+            declined.extend(probe.declined)
 
 
 class _Probe(Rewriter):
@@ -37,9 +42,8 @@ class _Probe(Rewriter):
 
     def __init__(self, rules: Sequence[Rule], ctx: Context, newer: dict[str, FusedOp]) -> None:
         _ = ctx.shapes  # inferred once, for both
-        mute = copy.copy(ctx)
-        mute.remarks, mute.rewrites = [], []
-        super().__init__(rules, mute)
+        super().__init__(rules, ctx.aside())
+        self.declined: list[Remark] = []
         self._newer = newer
         self._target = ctx.target
         self._ahead = _without_since(ctx.target, newer)
@@ -57,8 +61,17 @@ class _Probe(Rewriter):
             )
             for node in scope.graph:
                 wanted = self._wanted(node, ahead)
+                if not wanted and self._ctx.remarks:
+                    self._note(node, now)
                 if wanted and all(self._ops(r, node, now) is None for r in self._rules(node, now)):
                     yield wanted
+
+    def _note(self, node: ir.Node, now: Site) -> None:
+        """Keeps what was said against `node`, but for what is said of it now as well."""
+        ahead = self._ctx.take_remarks()
+        self._wanted(node, now)
+        reasons = {each.reason for each in self._ctx.take_remarks()}
+        self.declined += [each for each in ahead if each.reason not in reasons]
 
     def _rules(self, node: ir.Node, site: Site) -> Sequence[Rule]:
         return self._index.candidates(node, site.facts.opsets.get("", 0))

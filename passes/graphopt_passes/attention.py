@@ -47,6 +47,9 @@ that add in float32 keep them beside any number.
 NEAR = -8.0
 """A number in half precision that sums with scores are hardly rounded beside."""
 
+SMALL_MASK = 1 << 16
+"""Elements of a constant mask that may be made of one for all queries."""
+
 SMALL = 1e6
 """A bias that vanishes beside what float32 is lifted to."""
 
@@ -444,7 +447,7 @@ def _refuse_shape(m: Match, value: ir.Value, *, over_queries: bool = False) -> N
     # The operator's text lets the last two broadcast as well; ONNX Runtime 1.31 refuses that.
     ends = len(shape) > 1 and is_cut_to(shape[-1], whole[-1])
     ends = ends and (
-        is_cut_to(shape[-2], whole[-2]) or (over_queries and shape[-2] == 1 and _varies(m))
+        is_cut_to(shape[-2], whole[-2]) or (over_queries and shape[-2] == 1 and _may_expand(m))
     )
     if not ends or len(shape) > 4:
         raise Skip(f"the mask {_text(shape)} does not end in [S, L] = {_text(whole[-2:])}", value)
@@ -455,9 +458,11 @@ def _refuse_shape(m: Match, value: ir.Value, *, over_queries: bool = False) -> N
         raise Skip("the mask broadens the scores", value)
 
 
-def _varies(m: Match) -> bool:
-    """Whether a mask for all queries is worth its expansion."""
-    return values.constant(m[mask]) is None
+def _may_expand(m: Match) -> bool:
+    """Whether a mask for all queries may be written out for each: no large constant comes of it."""
+    sizes = (m.known_dims(q)[-2].value, m.known_dims(k_t)[-1].value)
+    small = None not in sizes and math.prod(size or 0 for size in sizes) <= SMALL_MASK
+    return small or values.constant(m[mask]) is None
 
 
 def _refuse_masked_rows(m: Match, value: ir.Value, reach: Reach | None) -> None:

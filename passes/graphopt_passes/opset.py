@@ -17,7 +17,7 @@ from graphopt.ir.build import Builder
 from graphopt.ir.scopes import all_graphs
 from graphopt.ir.shapes import Shapes
 from graphopt.numerics import Numerics
-from graphopt.rewrite import Context, Rule, Skip, name_of
+from graphopt.rewrite import Context, Remark, Rule, Skip, name_of
 from graphopt.rewrite.probe import gains
 from graphopt.targets import Target
 from graphopt.targets.kernels import KernelTable, packaged_kernels
@@ -60,7 +60,12 @@ class LiftOpset:
         if not ctx.target.raises_opset or not opset or model.functions:
             return False
         wished = () if self.wishes is None else self.wishes(model, ctx)
-        newer = {each for each in (*gains(self.rules, model, ctx), *wished) if each > opset}
+        declined: list[Remark] = []
+        asked = (*gains(self.rules, model, ctx, declined), *wished)
+        newer = {each for each in asked if each > opset}
+        for each in declined:
+            reason = f"a newer opset would not let {each.rule} {self.use}: {each.reason}"
+            ctx.missed("lift-opset", each.node, reason)
         for wanted in sorted(newer, reverse=True):
             plan = self._plan(model, wanted, ctx)
             where = model.graph.name or "main"

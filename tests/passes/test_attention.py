@@ -101,7 +101,25 @@ def test_mask_that_broadens_stays() -> None:
     )
 
 
-@pytest.mark.parametrize("m", ["float m", "float[5] m", "float[1,5] m", "float[1,1,3,1] m"])
+def test_constant_mask_for_all_queries_is_written_out() -> None:
+    qkv = "g (float[1,2,3,4] q, float[1,2,5,4] k, float[1,2,5,4] v) => (float[1,2,3,4] y) <float[1,5] m"
+    _check(
+        f"{qkv}> {{ {KT} a = MatMul(q, t) z = Add(a, m) p = Softmax(z) y = MatMul(p, v) }}",
+        f"{qkv}, int64[2] e = {{3, 1}}> {{ w = Expand(m, e) y = Attention<scale=1.0>(q, k, v, w) }}",
+        opset=23,
+    )
+
+
+def test_large_constant_mask_for_all_queries_stays() -> None:
+    _check(
+        "g (float[1,1,300,1] q, float[1,1,300,1] k, float[1,1,300,1] v) => (float[1,1,300,1] y)"
+        f"<float[1,300] m> {{ {KT} a = MatMul(q, t) z = Add(a, m) p = Softmax(z) y = MatMul(p, v) }}",
+        opset=23,
+        missed="does not end in [S, L]",
+    )
+
+
+@pytest.mark.parametrize("m", ["float m", "float[5] m", "float[1,1,3,1] m"])
 def test_mask_that_broadcasts_over_queries_or_keys_stays(m: str) -> None:
     _check(
         "g (float[1,2,3,4] q, float[1,2,5,4] k, float[1,2,5,4] v) => (float[1,2,3,4] y)"

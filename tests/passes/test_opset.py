@@ -297,3 +297,20 @@ def test_an_operator_that_the_runtime_takes_at_any_opset_does_not_stop_it() -> N
     made = graphopt.optimize(parse(text), verify="final")
     assert "Attention" in {node.op_type for node in made.model.graph}
     assert not made.report.rolled_back
+
+
+def test_what_a_newer_opset_would_not_help_is_told() -> None:
+    """The rule itself only says that its operator is newer."""
+    text = (
+        "g (float[1,2,3,4] q, float[1,2,5,4] k, float[1,2,5,4] v, float[2,1,3,5] m) => (float[2,2,3,4] y)"
+        " { t = Transpose<perm=[0,1,3,2]>(k) a = MatMul(q, t) z = Add(a, m) p = Softmax(z) y = MatMul(p, v) }"
+    )
+    model = ir.from_proto(parse(text, opset=17))
+    ctx = apply((LiftOpset(rules=attention.RULES),), model)
+    assert model.opset_imports[""] == 17
+    assert [(r.rule, r.reason) for r in ctx.remarks] == [
+        (
+            "lift-opset",
+            "a newer opset would not let fuse-attention fuse: the mask broadens the scores",
+        )
+    ]
