@@ -88,13 +88,15 @@ class _Pair:
         return [value for value in (*aimed, self.dense.partner) if value is not None]
 
 
-def reconstruct(
+def reconstruct(  # noqa: PLR0913  two models, what links them, samples, and how
     dense: ir.Model,
     slim_model: ir.Model,
     keep: Keep,
     feeds: Feeds,
     seed: int,
     aims: Mapping[str, str] | None = None,
+    *,
+    thin: int = 1,
 ) -> int:
     """Fits each layer of the slimmed model to what the dense one computes, in order; returns how many took the fit.
 
@@ -108,6 +110,7 @@ def reconstruct(
         feeds: samples.
         seed: of the choice of positions.
         aims: by name of a value in `slim_model`, which of the original's it stands for instead of its own.
+        thin: takes one of so many of the positions that would be looked at.
     """
     groups = _groups(dense, slim_model, aims or {})
     streams = Streams(dense, feeds)
@@ -125,7 +128,7 @@ def reconstruct(
     for (mine, theirs), group in zip(pieces, groups, strict=True):
         streams.run_apart(mine, theirs, slim_model)
         for pair in group:
-            fitted += _refit(pair, keep, streams, len(feeds), seed)
+            fitted += _refit(pair, keep, streams, thin * len(feeds), seed)
     return fitted
 
 

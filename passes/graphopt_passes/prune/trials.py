@@ -61,6 +61,9 @@ LARGE = 20_000_000
 ROUNDS_FROM, ROUNDS = 0.6, 3
 """From this share on channels go in so many rounds, each fitted before the next is chosen, where that is better."""
 
+THIN = 3
+"""One of so many positions of images is looked at then."""
+
 FINALISTS = 2
 """Ways that are tried with all samples, and in rounds: the best at once."""
 
@@ -278,10 +281,9 @@ def _at_once(job: Job, stage: Stage, ways: Iterable[Way]) -> list[Slimming]:
     chosen: dict[frozenset[int], Way] = {}
     for way in ways:
         chosen.setdefault(_chosen(stage, way, job.share), way)
-    rough = {
-        dropped: _tried(job, stage, way, dropped, {}, job.few) for dropped, way in chosen.items()
-    }
-    if len(job.few) == len(job.seen):
+    few = job.few if len(job.few) < len(job.seen) else None
+    rough = {dropped: _tried(job, stage, way, dropped, {}, few) for dropped, way in chosen.items()}
+    if few is None:
         return list(rough.values())
     near = sorted(rough, key=lambda dropped: rough[dropped].error)[:FINALISTS]
     fast = next(d for d in rough if rough[d] is _preferred(job, list(rough.values())))
@@ -321,7 +323,8 @@ def _tried(
     cut = kept_indices(stage.labels, dropped)
     keep = composed(before, cut)
     if job.feeds and job.request.refit:
-        reconstruct(job.model, made, keep, feeds or job.seen, job.seed, stage.aims)
+        thin = 1 if feeds is None else THIN
+        reconstruct(job.model, made, keep, feeds or job.seen, job.seed, stage.aims, thin=thin)
     error = divergence(job.wanted, made, job.unseen) if job.feeds else 0.0
     left, time = stage.costs.left(cut) / job.total, stage.clock.left(cut) / job.time
     return Slimming(
