@@ -60,6 +60,7 @@ class _Probe(Rewriter):
                 for target in (self._target, self._ahead)
             )
             for node in scope.graph:
+                self._ctx.take_remarks()
                 wanted = self._wanted(node, ahead)
                 if not wanted and self._ctx.remarks:
                     self._note(node, now)

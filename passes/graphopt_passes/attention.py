@@ -23,7 +23,7 @@ from graphopt.rewrite import Either, Lit, Match, Op, Rule, Skip, Var, rule
 from graphopt_passes.bands import Band, visible
 from graphopt_passes.constants import no_operator
 from graphopt_passes.keys import shares, ungrouped, untransposed
-from graphopt_passes.masks import HARMLESS, Reach, lowest, reach_of
+from graphopt_passes.masks import HARMLESS, Reach, ends_in, lowest, reach_of
 from graphopt_passes.repeats import unrepeated
 
 OPSETS = (7, 10_000)
@@ -445,10 +445,8 @@ def _refuse_shape(m: Match, value: ir.Value, *, over_queries: bool = False) -> N
     queries, keys = m.known_dims(q), m.known_dims(k_t)
     whole = (*queries[:-1], keys[-1])
     # The operator's text lets the last two broadcast as well; ONNX Runtime 1.31 refuses that.
-    ends = len(shape) > 1 and is_cut_to(shape[-1], whole[-1])
-    ends = ends and (
-        is_cut_to(shape[-2], whole[-2]) or (over_queries and shape[-2] == 1 and _may_expand(m))
-    )
+    once = len(shape) > 1 and shape[-2] == 1 and is_cut_to(shape[-1], whole[-1])
+    ends = ends_in(shape, *whole[-2:]) or (over_queries and once and _may_expand(m))
     if not ends or len(shape) > 4:
         raise Skip(f"the mask {_text(shape)} does not end in [S, L] = {_text(whole[-2:])}", value)
     pairs = zip(shape[-3::-1], whole[-3::-1], strict=False)

@@ -19,6 +19,7 @@ from graphopt.ir.build import Builder
 from graphopt.ir.shapes import Dim, is_cut_to
 from graphopt.rewrite import Either, Match, Op, Rule, Skip, Var, exact, rule
 from graphopt_passes.constants import live_uses
+from graphopt_passes.masks import ends_in
 
 VANISHING = -1e30
 """In float32, a number beside which any score vanishes."""
@@ -126,6 +127,8 @@ def _broadcasts(m: Match, value: ir.Value) -> bool:
     own, whole = m.dims(value), m.dims(scores)
     if own is None or whole is None or len(own) > len(whole):
         return False
+    if ends_in(own, *whole[-2:]):
+        own, whole = own[:-2], whole[:-2]
     return all(a == 1 or is_cut_to(a, b) for a, b in zip(own[::-1], whole[::-1], strict=False))
 
 

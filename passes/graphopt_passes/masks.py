@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt.ir import values
+from graphopt.ir.shapes import Dim, is_cut_to, maximum
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
@@ -167,6 +169,17 @@ def _scaled(node: ir.Node, depth: int) -> Reach | None:
         return None
     factor = float(number) if node.op_type == "Mul" else 1 / float(number)
     return Reach(inner.low * factor, inner.masked, inner.best * factor)
+
+
+def ends_in(shape: Sequence[Dim], rows: Dim, columns: Dim) -> bool:
+    """Whether a mask is for scores [..., rows, columns], perhaps out of a table that is cut to their length.
+
+    Also `table[L - S:L, :L]`, as of tokens behind a past: where its columns broadcast, the table is long enough.
+    """
+    if len(shape) < 2 or not is_cut_to(shape[-1], columns):
+        return False
+    past = columns - rows
+    return is_cut_to(shape[-2], rows) or shape[-2] == maximum((0, shape[-1] - past))
 
 
 def lowest(dtype: ir.DataType | None) -> float:

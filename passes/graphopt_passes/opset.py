@@ -63,15 +63,15 @@ class LiftOpset:
         declined: list[Remark] = []
         asked = (*gains(self.rules, model, ctx, declined), *wished)
         newer = {each for each in asked if each > opset}
-        for each in declined:
-            reason = f"a newer opset would not let {each.rule} {self.use}: {each.reason}"
-            ctx.missed("lift-opset", each.node, reason)
         for wanted in sorted(newer, reverse=True):
             plan = self._plan(model, wanted, ctx)
             where = model.graph.name or "main"
             if plan is not None and ctx.permit("lift-opset", where, _numerics(plan, opset, wanted)):
                 _apply(model, plan, wanted, ctx)
                 return True
+        for each in declined:
+            reason = f"a newer opset would not let {each.rule} {self.use}: {each.reason}"
+            ctx.missed("lift-opset", each.node, reason)
         return False
 
     def _plan(self, model: ir.Model, wanted: int, ctx: Context) -> list[Spelling] | None:

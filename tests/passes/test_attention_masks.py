@@ -414,3 +414,35 @@ def test_mask_of_all_queries_is_expanded_by_its_own_length() -> None:
         " y = Attention<scale=1.0>(q, k, v, e) }",
         opset=23,
     )
+
+
+PAST = (
+    "g (float[1,2,S,4] q, float[1,2,P,4] pk, float[1,2,P,4] pv, float[1,2,S,4] nk, float[1,2,S,4] nv)"
+    " => (float[1,2,S,4] y) <bool[1,1,4,4] table = {{1,0,0,0, 1,1,0,0, 1,1,1,0, 1,1,1,1}}, int64[1] zero = {{0}},"
+    " int64[1] rows = {{2}}, int64[1] columns = {{3}}, float low = {{-3.4028234663852886e38}}> {{"
+    " k = Concat<axis=2>(pk, nk) v = Concat<axis=2>(pv, nv) s = Shape<start=2, end=3>(q) l = Shape<start=2, end=3>(k)"
+    " {start} b = Slice(table, f, l, rows) c = Slice(b, zero, l, columns) t = Transpose<perm=[0,1,3,2]>(k)"
+    " a = MatMul(q, t) z = Where(c, a, low) p = Softmax(z) y = MatMul(p, v) }}"
+)
+
+
+def test_table_cut_behind_a_past() -> None:
+    """As GPT-2 cuts its triangle with a cache: as many rows as there are new tokens."""
+    proto = parse(PAST.format(start="f = Sub(l, s)"), opset=23)
+    model = ir.from_proto(proto)
+    apply(attention.RULES, model)
+    assert "Attention" in {node.op_type for node in model.graph}
+    rng = np.random.default_rng(0)
+    for past, new in ((0, 4), (1, 3), (3, 1), (2, 1)):
+        sizes = {"q": new, "nk": new, "nv": new, "pk": past, "pv": past}
+        feeds = {n: rng.standard_normal((1, 2, d, 4)).astype(np.float32) for n, d in sizes.items()}
+        got, expected = run(ir.to_proto(model), feeds)[0], run(proto, feeds)[0]
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_table_cut_elsewhere_stays() -> None:
+    proto = parse(PAST.format(start="f = Sub(s, s)"), opset=23)  # from the first row on
+    model = ir.from_proto(proto)
+    ctx = apply(attention.RULES, model)
+    assert "Softmax" in {node.op_type for node in model.graph}
+    assert any("does not end in [S, L]" in remark.reason for remark in ctx.remarks)
