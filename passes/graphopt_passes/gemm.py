@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from graphopt.ir import values
 from graphopt.ir.build import Builder
 from graphopt.ir.shapes import Dim
 from graphopt.ir.shapes import product as product_of
@@ -158,6 +159,19 @@ def fold_transpose_into_gemm_b(m: Match, g: Builder) -> ir.Value | None:
         return None
     flipped = 1 - int(m.attr(right, "transB", 0))
     return g.op("Gemm", m[a], m[b], m.get(bias), like=m[right], transB=flipped)
+
+
+turned_gemm = Op("Gemm", a, b)
+turned = Op("Transpose", turned_gemm)
+
+
+@rule(turned, opset=(11, 10_000))
+def fold_transpose_behind_gemm(m: Match, g: Builder) -> ir.Value | None:
+    """`Gemm(a, b)^T` -> `Gemm(b, a)`, both flags flipped; of two computed matrices: weights are packed on the right."""
+    if not _is_swap(m, m[turned]) or any(values.is_constant(m[each]) for each in (a, b)):
+        return None
+    first, second = (1 - int(m.attr(turned_gemm, name, 0)) for name in ("transB", "transA"))
+    return g.op("Gemm", m[b], m[a], like=m[turned_gemm], transA=first, transB=second)
 
 
 def _maker(node: ir.Node, index: int) -> ir.Node:
@@ -440,6 +454,7 @@ RULES: tuple[Rule, ...] = (
     fold_addend_into_gemm,
     fold_transpose_into_gemm_a,
     fold_transpose_into_gemm_b,
+    fold_transpose_behind_gemm,
     fuse_transposed_matmul_into_gemm,
     fuse_left_transposed_matmul_into_gemm,
     fold_scale_into_gemm,

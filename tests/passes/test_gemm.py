@@ -123,6 +123,29 @@ def test_identity_transpose_before_gemm_stays() -> None:
     )
 
 
+def test_transpose_behind_gemm() -> None:
+    head = "g (float[4,M] x, float[6,4] z) => (float[6,M] y)"
+    _check(
+        f"{head} {{ p = Gemm<transA=1, transB=1, alpha=3.0>(x, z) y = Transpose(p) }}",
+        f"{head} {{ y = Gemm<alpha=3.0, transA=0, transB=0>(z, x) }}",
+    )
+
+
+@pytest.mark.parametrize(
+    ("inputs", "held", "body"),
+    [
+        (
+            "float[M,4] x",
+            "<float[4,6] w>",
+            "p = Gemm(x, w) y = Transpose(p)",
+        ),  # a weight is packed on the right
+        ("float[M,4] x, float[4,6] w, float[6] c", "", "p = Gemm(x, w, c) y = Transpose(p)"),
+    ],
+)
+def test_transpose_behind_other_gemm_stays(inputs: str, held: str, body: str) -> None:
+    _check(f"g ({inputs}) => (float[6,M] y) {held} {{ {body} }}")
+
+
 def test_transpose_before_matmul() -> None:
     _check(
         f"{X} <float[6,4] w> {{ t = Transpose(w) y = MatMul(x, t) }}",
