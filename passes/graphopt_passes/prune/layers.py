@@ -23,7 +23,7 @@ SMALL_ELEMENTS = 1024
 STEM_CHANNELS = 4
 """A convolution that reads at most so many channels reads an image; its few weights feed everything."""
 
-_FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +158,15 @@ class Layer:
             value = user.outputs[0]
         return value, None
 
+    @property
+    def is_hidden(self) -> bool:
+        """Whether it multiplies what its own node has made before: a recurrent weight."""
+        return False
+
+    def seen(self, array: Array) -> Array:
+        """What the layer reads, as matrix products or convolutions read it."""
+        return array
+
     def bias_vector(self) -> Wide | None:
         """The bias as [rows]."""
         if self.bias is None or self.bias.const_value is None:
@@ -191,7 +200,7 @@ def _layer(node: ir.Node) -> Layer | None:
     tensor = values.constant(weight)
     if source is None or weight is None or tensor is None or not weight.is_initializer():
         return None
-    if tensor.dtype not in _FLOATS or len(tensor.shape) < 2 or tensor.size == 0:
+    if tensor.dtype not in FLOATS or len(tensor.shape) < 2 or tensor.size == 0:
         return None
     if values.is_constant(source):
         return None
@@ -218,7 +227,7 @@ def find_turned(graph: ir.Graph) -> list[Layer]:
         if source is None or weight is None or tensor is None or not weight.is_initializer():
             continue
         window = _window(node, tensor)
-        if tensor.dtype not in _FLOATS or not tensor.size or window.group != 1:
+        if tensor.dtype not in FLOATS or not tensor.size or window.group != 1:
             continue
         extra = node.attributes.get("output_padding")
         ends = (0,) * len(window.kernel) if extra is None else tuple(extra.as_ints())
@@ -302,6 +311,11 @@ def _is_shared(layer: Layer) -> bool:
 
 def _is_named(layer: Layer, dense: str) -> bool:
     return bool(dense) and re.search(dense, layer.name) is not None
+
+
+def why_dense(layer: Layer, dense: str) -> tuple[str, bool]:
+    """Why a layer that is no classifier stays dense, or "", and whether it stays as it is, bit for bit."""
+    return _why_dense(layer, dense, closing=False), _is_shared(layer) or _is_named(layer, dense)
 
 
 def _why_dense(layer: Layer, dense: str, *, closing: bool) -> str:

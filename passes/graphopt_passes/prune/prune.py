@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import re
 from collections.abc import Sequence
 from typing import ClassVar
 
 import onnx_ir as ir
 
+from graphopt.errors import OptionError
 from graphopt.ir import fingerprint
 from graphopt.numerics import Numerics
 from graphopt.rewrite import Context, RemarkKind
-from graphopt_passes.prune.layers import PRUNABLE, Layer, find_layers
+from graphopt_passes.prune.layers import FLOATS, PRUNABLE, Layer, find_layers
 from graphopt_passes.prune.lowrank import factorize
 from graphopt_passes.prune.narrow import remove_channels
+from graphopt_passes.prune.recurrent import RECURRENT, find_recurrent
 from graphopt_passes.prune.request import Allocation, Method, SparsityRequest, parse_sparsity
 from graphopt_passes.prune.samples import Feeds, read_feeds
 from graphopt_passes.prune.solve import Goal
@@ -66,6 +70,7 @@ class Prune:
         if not text:
             return False
         request = parse_sparsity(text)
+        check_names(model.graph, request)
         known = ctx.options.calibration is not None
         if request.allocation is Allocation.MIXED and not (known and _is_high(request)):
             request = dataclasses.replace(request, allocation=Allocation.LAMP)
@@ -78,7 +83,7 @@ class Prune:
             return remove_channels(model, ctx, request, text)
         if request.low_rank is not None:
             return factorize(model, ctx, request, text)
-        layers = find_layers(model.graph, request.dense)
+        layers = _layers(model.graph, request.dense)
         wanted = goals(layers, request)
         _tell_dense(ctx, layers, wanted, request)
         if not wanted:
@@ -88,8 +93,32 @@ class Prune:
         done = _solved(model, ctx, request, text, layers, wanted)
         for each in done:
             _store(each)
-        _tell(ctx, layers, done, request)
+        _tell(model, ctx, layers, done, request)
         return bool(done)
+
+
+def _layers(graph: ir.Graph, dense: str) -> list[Layer]:
+    """All layers whose weights can be pruned, in the order of the graph."""
+    place = {node: index for index, node in enumerate(graph)}
+    found = [*find_layers(graph, dense), *find_recurrent(graph, dense)]
+    return sorted(found, key=lambda layer: place[layer.node])
+
+
+def check_names(graph: ir.Graph, request: SparsityRequest) -> None:
+    """Refuses patterns that no weight has.
+
+    Raises:
+        OptionError: one of them matches no constant of the graph.
+    """
+    names = list(graph.initializers)
+    patterns = [("dense", request.dense)] if request.dense else []
+    for key, pattern in [*patterns, *(("layer", each) for each, _ in request.own)]:
+        if not any(re.search(pattern, name) for name in names):
+            near = difflib.get_close_matches(pattern, names, 3, 0.3) or names[:3]
+            raise OptionError(
+                f"--sparsity: {key}={pattern} matches the name of no weight at the point where weights are pruned; "
+                f"names near it are {', '.join(near)}"
+            )
 
 
 def _why_none(model: ir.Model, layers: Sequence[Layer]) -> str:
@@ -107,8 +136,9 @@ def _why_none(model: ir.Model, layers: Sequence[Layer]) -> str:
             f"nothing was pruned: the weights of {open_ones} nodes are inputs of the model that have defaults, so that "
             "whoever runs it may give others; --freeze-defaults makes constants of them"
         )
+    known = ", ".join((*PRUNABLE, *RECURRENT))
     return (
-        f"nothing was pruned: no {', '.join(PRUNABLE)} of the main graph multiplies by a constant float matrix; "
+        f"nothing was pruned: no {known} of the main graph multiplies by a constant float matrix; "
         "weights that are quantised already stay as they are: prune the float model"
     )
 
@@ -207,16 +237,21 @@ def _tell_dense(
 
 
 def _tell(
-    ctx: Context, layers: Sequence[Layer], done: Sequence[Pruned], request: SparsityRequest
+    model: ir.Model,
+    ctx: Context,
+    layers: Sequence[Layer],
+    done: Sequence[Pruned],
+    request: SparsityRequest,
 ) -> None:
     """Says what share became zero, and warns where it is less than asked for."""
     total = sum(layer.size for layer in layers)
     done = [each for each in done if not each.layer.dense]
     zeros = sum(each.zeros * each.layer.size for each in done) / max(total, 1)
     said = f"{zeros:.1%} of the {total} weights of {len(layers)} layers are zero, in {len(done)} layers"
-    ctx.remark(RemarkKind.NOTE, RULE, "", said)
+    ctx.remark(RemarkKind.NOTE, RULE, "", f"{said}; {_over_all(model, zeros * total)}")
     if request.ratio is not None and zeros < request.ratio - 0.005:
-        reason = f"{said}: short of {request.ratio:.1%}, because the other layers stay dense (--remarks says why)"
+        why = "because the other layers stay dense or have shares of their own (--remarks)"
+        reason = f"{said}: short of {request.ratio:.1%}, {why}"
         ctx.remark(RemarkKind.WARNING, RULE, "", reason)
     if request.pattern == (2, 4):
         large = sum(1 for each in done if each.layer.inner >= TENSORRT_CHANNELS)
@@ -226,6 +261,23 @@ def _tell(
             "--sparsity=enable; elsewhere 2:4 saves no time"
         )
         ctx.remark(RemarkKind.NOTE, RULE, "", reason)
+
+
+def _over_all(model: ir.Model, zeros: float) -> str:
+    """What share of all float constants of the main graph that is, and what reads most of the others."""
+    held = [v for v in model.graph.initializers.values() if v.const_value is not None]
+    floats = {
+        v: v.const_value.size for v in held if v.const_value and v.const_value.dtype in FLOATS
+    }
+    others: dict[str, int] = {}
+    for value, size in floats.items():
+        readers = {node.op_type for node, _ in value.uses()} - {*PRUNABLE, *RECURRENT}
+        if readers:
+            others[min(readers)] = others.get(min(readers), 0) + size
+    most = sorted(others.items(), key=lambda each: -each[1])[:3]
+    count = sum(floats.values())
+    told = ", ".join(f"{name} {size}" for name, size in most) or "none"
+    return f"{zeros / max(count, 1):.1%} of all {count} float constants (not pruned, by what reads them: {told})"
 
 
 TENSORRT_CHANNELS = 256

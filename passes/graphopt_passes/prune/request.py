@@ -14,7 +14,7 @@ MAX_MULTIPLE = 64
 _REMEDY = (
     "write 0.8 (share of zeros), 2:4 (zeros in each four), channels:0.5 (share of the arithmetic to remove), "
     "lowrank:0.05 (error up to which a matrix becomes two) or threshold:0.01, and after it, if need be, "
-    "method=…, allocation=…, refit=no, multiple=16, blocks=no, dense=REGEX"
+    "method=…, allocation=…, refit=no, multiple=16, blocks=no, dense=REGEX, layer=REGEX:0.5"
 )
 
 
@@ -22,7 +22,7 @@ class Method(enum.StrEnum):
     """How the weights to keep are chosen."""
 
     AUTO = "auto"
-    """ADMM from 90 % on, SparseGPT below; magnitude without samples."""
+    """ADMM from 75 % on, SparseGPT below; magnitude without samples."""
 
     MAGNITUDE = "magnitude"
     WANDA = "wanda"
@@ -83,6 +83,7 @@ class SparsityRequest:
         importance: how channels are chosen.
         refit: whether the weights that stay are fitted to the outputs of the dense model.
         dense: names of weights that stay dense, as a regular expression.
+        own: shares of zeros of single layers, by regular expressions of the names of their weights.
         low_rank: error of the outputs, RMS over RMS, up to which a large matrix becomes a product of two.
         rounds: in how many the channels go, each fitted before the next is chosen; 0 for as many as the share asks for.
         multiple: of what the channels of convolutions shall stay a multiple; 0 for `block`, or 8 if that is too much.
@@ -100,6 +101,7 @@ class SparsityRequest:
     by: Measure = Measure.FLOPS
     refit: bool = True
     dense: str = ""
+    own: tuple[tuple[str, float], ...] = ()
     rounds: int = 0
     multiple: int = 0
     blocks: bool = True
@@ -170,6 +172,8 @@ def _with_option(request: SparsityRequest, key: str, word: str, text: str) -> Sp
         return dataclasses.replace(request, rounds=int(word))
     if key == "multiple" and word.isdecimal() and 1 <= int(word) <= MAX_MULTIPLE:
         return dataclasses.replace(request, multiple=int(word))
+    if key == "layer" and word:
+        return dataclasses.replace(request, own=(*request.own, _own(word, text)))
     if key == "dense" and word:
         return dataclasses.replace(request, dense=_regex(word, text))
     raise OptionError(f"--sparsity {text!r}: {key!r} is no option with value {word!r}; {_REMEDY}")
@@ -185,11 +189,22 @@ def _with_choice(request: SparsityRequest, key: str, word: str) -> SparsityReque
     return dataclasses.replace(request, importance=Importance(word))
 
 
-def _regex(word: str, text: str) -> str:
+def _own(word: str, text: str) -> tuple[str, float]:
+    pattern, _, number = word.rpartition(":")
+    share = _number(number, text)
+    if not pattern or not 0 <= share < 1:
+        raise OptionError(
+            f"--sparsity {text!r}: layer={word} is not a regular expression, a colon and a share of zeros between 0 "
+            "and 1, such as layer=^encoder:0.5"
+        )
+    return _regex(pattern, text, "layer"), share
+
+
+def _regex(word: str, text: str, key: str = "dense") -> str:
     try:
         re.compile(word)
     except re.error as error:
         raise OptionError(
-            f"--sparsity {text!r}: dense={word!r} is not a regular expression: {error}"
+            f"--sparsity {text!r}: {key}={word!r} is not a regular expression: {error}"
         ) from error
     return word

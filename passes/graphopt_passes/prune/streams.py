@@ -77,14 +77,23 @@ def _alive(later: Sequence[Piece], kept: Sequence[ir.Value]) -> frozenset[str]:
 
 
 def partners(groups: Sequence[Sequence[Layer]]) -> list[list[ir.Value]]:
-    """What is added to the outputs of layers that are fitted together, where no later layer has a part in it."""
+    """What is added to the outputs of layers that are fitted together, where no later layer has a part in it.
+
+    Of recurrent weights, what their node reads: it runs once more when they are known.
+    """
     later = {layer.node for group in groups for layer in group}
     found: list[list[ir.Value]] = []
     for group in groups:
         near = dict.fromkeys(value for layer in group if (value := layer.partner) is not None)
-        found.append([value for value in near if not ancestors([value]) & later])
+        known = [value for value in near if not ancestors([value]) & later]
+        found.append(known + [v for layer in group if layer.is_hidden for v in _read(layer.node)])
         later.difference_update(layer.node for layer in group)
     return found
+
+
+def _read(node: ir.Node) -> list[ir.Value]:
+    """The inputs of a node that are no constants."""
+    return [v for v in dependencies(node) if not values.is_constant(v)]
 
 
 def ancestors(stops: Sequence[ir.Value]) -> set[ir.Node]:
@@ -158,6 +167,12 @@ class Streams:
                 self._altered.update(piece.makes)
         for live in (*self.dense, *self.pruned):
             _forget(live, piece)
+
+    def again(self, node: ir.Node) -> Piece:
+        """A piece that runs a node once more, whose inputs are still known, for what is kept of its outputs."""
+        held = frozenset(self.dense[0])
+        makes = tuple(v.name for v in node.outputs if v.name in held)
+        return Piece((node,), _names(_read(node)), makes, held)
 
     def run_apart(self, dense: Piece, other: Piece, model: ir.Model) -> None:
         """Runs corresponding pieces of two models: of the one that this began with, and of `model`."""

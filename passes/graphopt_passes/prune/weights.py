@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -12,7 +13,7 @@ import onnx_ir as ir
 from graphopt.ir.sparse import MaskedTensor
 from graphopt.runtime.footprint import let_go
 from graphopt_passes.prune.allocate import allocate, allocate_large, halfway
-from graphopt_passes.prune.layers import Array, Layer, Wide, Window
+from graphopt_passes.prune.layers import PRUNABLE, Array, Layer, Wide, Window
 from graphopt_passes.prune.moments import Moments, parts
 from graphopt_passes.prune.request import Allocation, Method, SparsityRequest
 from graphopt_passes.prune.roots import ridge
@@ -75,7 +76,11 @@ def goals(
     free = _free(layers, request)
     if request.pattern is not None:
         m = request.pattern[1]
-        fit = [layer for layer in free if layer.inner % m == 0 and layer.blocks == 1]
+        fit = [
+            layer
+            for layer in free
+            if layer.inner % m == 0 and layer.blocks == 1 and layer.node.op_type in PRUNABLE
+        ]
         return {layer: Goal(pattern=request.pattern) for layer in fit}
     if request.threshold is not None:
         limit = request.threshold
@@ -84,14 +89,31 @@ def goals(
     if not free:
         return {}
     total = sum({layer.weight: layer.size for layer in layers}.values())
-    zeros = min(round(request.ratio * total), sum(layer.size for layer in free))
+    own = _own(free, request)
+    free = [layer for layer in free if layer not in own]
+    left = round(request.ratio * total) - sum(goal.zeros for goal in own.values())
+    zeros = min(max(left, 0), sum(layer.size for layer in free))
+    if not free:
+        return own
     counts = _counts(free, zeros, request.allocation)
     if request.allocation is Allocation.SENSITIVITY and moments is not None:
         costs = [
             removal_costs(in_parts(layer, layer.matrix()), moments[layer.name]) for layer in free
         ]
         counts = halfway(counts, allocate(costs, zeros, Allocation.LAMP))
-    return {layer: Goal(count) for layer, count in zip(free, counts, strict=True)}
+    return own | {layer: Goal(count) for layer, count in zip(free, counts, strict=True)}
+
+
+def _own(free: Sequence[Layer], request: SparsityRequest) -> dict[Layer, Goal]:
+    """Goals of the layers for which the user says how many zeros they shall have; the last word counts."""
+    found: dict[Layer, Goal] = {}
+    for pattern, share in request.own:
+        found |= {
+            layer: Goal(round(share * layer.size))
+            for layer in free
+            if re.search(pattern, layer.name)
+        }
+    return found
 
 
 def _free(layers: Sequence[Layer], request: SparsityRequest) -> list[Layer]:
@@ -167,7 +189,11 @@ def fitted(layers: Sequence[Layer], wanted: Mapping[Layer, Goal]) -> dict[Layer,
     """The goals, and for each layer that keeps all its weights the goal to fit them to what was lost before it."""
     if not wanted:
         return dict(wanted)
-    kept = {layer: Goal() for layer in layers if layer not in wanted and not layer.is_bound}
+    kept = {
+        layer: Goal()
+        for layer in layers
+        if layer not in wanted and not layer.is_bound and not layer.is_hidden
+    }
     return {
         layer: (dict(wanted) | kept)[layer] for layer in layers if layer in wanted or layer in kept
     }
@@ -229,6 +255,8 @@ def prune_fitted(
                 new[layer.name] = done.weight
                 if done.bias is not None and layer.bias is not None:
                     new[layer.bias.name or ""] = ir.Tensor(done.bias)
+                if layer.is_hidden:
+                    streams.run(streams.again(layer.node), new)
         release(model)
     return found
 
@@ -239,7 +267,7 @@ def _seen(layer: Layer, streams: Streams, batches: int, seed: int) -> tuple[Mome
     partner = layer.partner
     gaps = streams.gaps("" if partner is None else partner.name or "", {})
     for (dense, pruned), gap in zip(streams.pairs(layer.source.name or ""), gaps, strict=True):
-        moments.add(dense, pruned, gap)
+        moments.add(layer.seen(dense), layer.seen(pruned), gap)
         lost = lost or dense is not pruned or gap is not None
     return moments, lost
 
@@ -264,9 +292,9 @@ def _that_fit(model: ir.Model, pieces: Sequence[Piece], feeds: Feeds) -> Feeds:
 def grouped_by_source(model: ir.Model, layers: Sequence[Layer]) -> list[list[Layer]]:
     """Layers by the value that they read, in the order in which the graph makes those values."""
     place = {node: index for index, node in enumerate(model.graph)}
-    by_source: defaultdict[ir.Value, list[Layer]] = defaultdict(list)
+    by_source: defaultdict[tuple[ir.Value, bool], list[Layer]] = defaultdict(list)
     for layer in layers:
-        by_source[layer.source].append(layer)
+        by_source[layer.source, layer.is_hidden].append(layer)
 
     def when(group: list[Layer]) -> int:
         producer = group[0].source.producer()

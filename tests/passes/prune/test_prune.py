@@ -15,6 +15,7 @@ from graphopt_passes.prune.request import Method, parse_sparsity
 from graphopt_passes.prune.samples import read_feeds
 
 import graphopt
+from graphopt.errors import OptionError
 from graphopt.ir.check import violations
 from graphopt.ir.model_file import load_model, model_to_bytes
 from graphopt.ir.sparse import MaskedTensor
@@ -215,6 +216,34 @@ def test_what_the_user_names_stays_dense_however_much_it_is() -> None:
     layers = find_layers(network(PATCHES).graph, "^w1$")
     wanted = weights.goals(layers, parse_sparsity("0.9"))
     assert {layer.name for layer in wanted} == {"w2", "w3"}
+
+
+def test_single_layers_have_the_share_that_they_are_given() -> None:
+    layers = find_layers(network().graph)
+    wanted = weights.goals(layers, parse_sparsity("0.8,layer=^w3$:0.25"))
+    shares = {layer.name: goal.zeros / layer.size for layer, goal in wanted.items()}
+    assert shares["w3"] == 0.25
+    total = sum(layer.size for layer in layers)
+    assert sum(goal.zeros for goal in wanted.values()) == pytest.approx(0.8 * total, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "near"),
+    [("0.8,dense=^v3$", "w3"), ("0.8,layer=b9:0.1", "b2"), ("channels:0.3,dense=q", "w1")],
+)
+def test_refuses_names_that_no_weight_has(sparsity: str, near: str) -> None:
+    model = network()
+    with pytest.raises(OptionError, match=f"matches the name of no weight.*{near}"):
+        Prune().run(model, context(model, sparsity))
+
+
+def test_says_what_share_of_all_constants_became_zero() -> None:
+    model = network()
+    ctx = context(model, "0.8")
+    assert Prune().run(model, ctx)
+    said = next(r.reason for r in ctx.remarks if r.kind is RemarkKind.NOTE)
+    total = sum(v.const_value.size for v in model.graph.initializers.values() if v.const_value)
+    assert f"of all {total} float constants (not pruned, by what reads them: Add 64)" in said
 
 
 @pytest.mark.parametrize(("ratio", "method"), [("0.7", Method.SPARSEGPT), ("0.8", Method.ADMM)])
