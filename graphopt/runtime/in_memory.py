@@ -61,7 +61,11 @@ def model_session(
         if tensor is not None
     }
     options = SessionOptions(
-        prepack=False, extra_outputs=tuple(extra_outputs), lent=arrays, seconds=seconds
+        prepack=False,
+        in_order=True,
+        extra_outputs=tuple(extra_outputs),
+        lent=arrays,
+        seconds=seconds,
     )
     return Session(data, options=options)
 

@@ -39,6 +39,8 @@ class SessionOptions:
         providers: execution providers in order of preference.
         prepack: let kernels repack constant weights. Packed and unpacked weights may meet different
             GEMM kernels, so a reference is run without.
+        in_order: run nodes in the order in which the model lists them. The runtime's own order has what needs no
+            input first: weights that nodes decode (DequantizeLinear) would all be in memory at once.
         external_folder: where external data of a model given as bytes lies.
         extra_outputs: names of values of the main graph to return besides the outputs.
         lent: arrays of initializers whose data the model says to be elsewhere, by name; not copied.
@@ -52,6 +54,7 @@ class SessionOptions:
     spinning: bool = True
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
     prepack: bool = True
+    in_order: bool = False
     external_folder: Path | None = None
     extra_outputs: tuple[str, ...] = ()
     lent: Mapping[str, np.ndarray[Any, Any]] = dataclasses.field(default_factory=dict)
@@ -280,6 +283,8 @@ def _create(
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not options.prepack:
         settings.add_session_config_entry("session.disable_prepacking", "1")
+    if options.in_order:
+        settings.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     if options.external_folder is not None:
         settings.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(options.external_folder)

@@ -176,5 +176,5 @@ def open_session(
     Raises:
         ModelError: the runtime refuses the model.
     """
-    options = SessionOptions(prepack=False, extra_outputs=taps, seconds=seconds)
+    options = SessionOptions(prepack=False, in_order=True, extra_outputs=taps, seconds=seconds)
     return Session(model, options=options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from graphopt.runtime.session import (
     first_line,
 )
 from graphopt.runtime.specs import Kind, TensorSpec, parse_runtime_type
+from tests.rewriting import parse
 
 HEAD = '<ir_version: 10, opset_import: ["" : 21, "ai.onnx.ml" : 3]>'
 
@@ -242,3 +244,21 @@ def test_messages_of_the_runtime_are_cut_to_what_matters() -> None:
     )
     assert first_line(RuntimeError("")) == "RuntimeError('')"
     assert len(first_line(RuntimeError("x" * 9999))) == 400
+
+
+def test_what_decodes_weights_runs_when_they_are_needed(tmp_path: Path) -> None:
+    proto = parse(
+        """g (float[2,4] x) => (float[2,4] y) <int8[4,4] v, int8[4,4] w, float s, int8 z> {
+             a = DequantizeLinear(v, s, z)  m = MatMul(x, a)
+             b = DequantizeLinear(w, s, z)  y = MatMul(m, b) }""",
+        opset=13,
+    )
+    for name, node in zip("amby", proto.graph.node, strict=True):
+        node.name = name
+    options = SessionOptions(in_order=True, profile=tmp_path / "p")
+    session = Session(proto.SerializeToString(), options=options)
+    session.run({"x": np.ones((2, 4), np.float32)})
+    events = json.loads(session.end_profiling().read_text(encoding="utf-8"))
+    ran = [e["name"] for e in events if e.get("name", "").endswith("_kernel_time")]
+    order = [name.removesuffix("_kernel_time") for name in ran]
+    assert order == ["a", "m", "b", "y"]
