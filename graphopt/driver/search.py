@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from graphopt.calibrate.samples import read_samples
 from graphopt.driver.attempt import attempt, write
 from graphopt.driver.judge import Judge
 from graphopt.driver.request import Progress, Request, VerifyMode
 from graphopt.errors import OptionError
+from graphopt.ir.model_file import load_model
+from graphopt.runtime.specs import TensorSpec, input_specs
 
 MAX = "max"
+HELD_OUT_OF = 5
+MOST_HELD_OUT, LEAST_HELD_OUT = 128, 8
 _RATIOS = ("0.5", "0.6", "0.7", "0.75", "0.8", "0.85", "0.9", "0.93", "0.95", "0.97", "0.98")
 _ERRORS = tuple(
     f"lowrank:{error}" for error in ("0.01", "0.02", "0.03", "0.05", "0.08", "0.12", "0.2")
@@ -49,7 +57,8 @@ def highest(rungs: tuple[str, ...], holds: Callable[[str], bool]) -> str | None:
 def with_amount(request: Request, say: Progress) -> tuple[Request, tuple[str, ...]]:
     """The request with the amount of zeros or channels that `max` stands for, and what to tell about it.
 
-    Each rung is a run of the pipeline, compared with the original on the user's inputs.
+    Each rung is a run of the pipeline, compared with the original on the user's inputs, or where there are none, on
+    samples that the trials do not learn from.
 
     Raises:
         OptionError: `max` without a budget, or without verification, which is what the budget is held against.
@@ -62,16 +71,48 @@ def with_amount(request: Request, say: Progress) -> tuple[Request, tuple[str, ..
             f"--sparsity {request.options.sparsity!r} looks for the most that stays within a budget: give --budget, as "
             "in --budget 'top1-agreement>=0.98', and do not turn verification off"
         )
+    parted = _parted(request)
     with tempfile.TemporaryDirectory(prefix="graphopt-") as scratch:
-        judge = Judge(request, Path(scratch), say)
+        judge = Judge(parted, Path(scratch), say)
         found = highest(
-            rungs, lambda rung: _holds(_asking(request, rung), judge, Path(scratch), say)
+            rungs, lambda rung: _holds(_asking(parted, rung), judge, Path(scratch), say)
         )
-    chosen = _asking(request, found)
+    # What was held out may be learnt from once the amount is known; the result is judged as the trials were.
+    chosen = dataclasses.replace(_asking(request, found), inputs=parted.inputs)
     if found is None:
         told = f"not even --sparsity {rungs[0]} stays within {request.options.budget}: nothing was pruned"
         return chosen, (told,)
     return chosen, ()
+
+
+def _parted(request: Request) -> Request:
+    """The request with every fifth calibration sample as input to compare on, and not to learn from.
+
+    Itself where the user gave inputs, or too few samples.
+    """
+    calibration = request.options.calibration
+    if request.inputs is not None or calibration is None:
+        return request
+    specs = input_specs(load_model(request.source))
+    rest, apart = read_samples(calibration, specs).parted(HELD_OUT_OF)
+    held = [dict(feed.values) for feed in apart.first(MOST_HELD_OUT)]
+    if len(held) < LEAST_HELD_OUT:
+        return request
+    source = [dict(feed.values) for feed in rest]
+    kept = dataclasses.replace(calibration, source=source, preprocess=None, limit=None)
+    options = dataclasses.replace(request.options, calibration=kept)
+    return dataclasses.replace(request, options=options, inputs=_joined(held, specs))
+
+
+def _joined(feeds: list[dict[str, Any]], specs: Sequence[TensorSpec]) -> list[dict[str, Any]]:
+    """Samples as one batch, where every input of the model takes any number: agreement is a share of many."""
+    shapes = {spec.name: spec.shape for spec in specs}
+    for name, array in feeds[0].items():
+        shape = shapes[name]
+        is_open = shape and not isinstance(shape[0], int)
+        if not is_open or any(np.shape(feed[name]) != np.shape(array) for feed in feeds):
+            return feeds
+    return [{name: np.concatenate([feed[name] for feed in feeds]) for name in feeds[0]}]
 
 
 def _asking(request: Request, sparsity: str | None) -> Request:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,9 +12,11 @@ import onnx_ir as ir
 import pytest
 
 import graphopt
-from graphopt.driver.search import highest, ladder
+from graphopt.driver.request import Request
+from graphopt.driver.search import _joined, _parted, highest, ladder
 from graphopt.errors import OptionError
 from graphopt.ir.model_file import load_model
+from graphopt.runtime.specs import TensorSpec
 from tests.rewriting import parse
 
 TEXT = """g (float[N,16] x) => (float[N,64] y) <float[16,64] w1, float[64,64] w2, float[64,64] w3> {
@@ -28,9 +33,9 @@ def network() -> ir.Model:
     return model
 
 
-def samples() -> list[dict[str, Any]]:
+def samples(count: int = 64) -> list[dict[str, Any]]:
     rng = np.random.default_rng(1)
-    return [{"x": rng.standard_normal((1, 16)).astype(np.float32)} for _ in range(64)]
+    return [{"x": rng.standard_normal((1, 16)).astype(np.float32)} for _ in range(count)]
 
 
 def zeros(model: ir.Model) -> float:
@@ -59,8 +64,8 @@ def test_bisection_finds_the_last_rung_that_holds(last: int) -> None:
 
 def test_a_wider_budget_gives_more_zeros() -> None:
     made = [
-        graphopt.optimize(network(), sparsity="max", calibration=samples(), budget=budget)
-        for budget in ("sqnr>=14", "sqnr>=4")
+        graphopt.optimize(network(), sparsity="max", calibration=samples(200), budget=budget)
+        for budget in ("sqnr>=8", "sqnr>=4")
     ]
     assert all(each.report.verification.passed for each in made)
     assert not any(each.report.rolled_back for each in made)
@@ -71,6 +76,53 @@ def test_says_when_nothing_stays_within_the_budget() -> None:
     made = graphopt.optimize(network(), sparsity="max", calibration=samples(), budget="sqnr>=200")
     assert zeros(made.model) == 0
     assert any("not even --sparsity 0.5 stays within sqnr>=200" in w for w in made.report.warnings)
+
+
+def request_for(**given: Any) -> Request:
+    """The request that a search begins with."""
+    seen: list[Request] = []
+
+    def keep(request: Request, _say: object) -> tuple[Request, tuple[str, ...]]:
+        seen.append(_parted(request))
+        return dataclasses.replace(
+            request, options=dataclasses.replace(request.options, sparsity=None)
+        ), ()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["graphopt.driver.optimize"], "with_amount", keep)
+        graphopt.optimize(network(), sparsity="max", budget="sqnr>=10", verify="off", **given)
+    return seen[0]
+
+
+def test_trials_are_judged_on_samples_that_they_do_not_learn_from() -> None:
+    given = samples()
+    parted = request_for(calibration=given)
+    assert isinstance(parted.inputs, list)
+    assert [feed["x"].shape for feed in parted.inputs] == [(12, 16)]
+    calibration = parted.options.calibration
+    assert calibration is not None
+    assert not isinstance(calibration.source, Path)
+    held = np.concatenate([given[i]["x"] for i in range(4, 64, 5)])
+    assert np.array_equal(parted.inputs[0]["x"], held)
+    rest = np.concatenate([feed["x"] for feed in calibration.source])
+    assert len(rest) == 52
+    assert not (rest[:, None] == held[None]).all(-1).any()
+
+
+@pytest.mark.parametrize(
+    "given", [{"calibration": samples()[:20]}, {"calibration": samples(), "inputs": samples()[:3]}]
+)
+def test_few_samples_and_inputs_of_the_users_are_left_alone(given: dict[str, Any]) -> None:
+    parted = request_for(**given)
+    assert parted.options.calibration is not None
+    assert parted.options.calibration.source == given["calibration"]
+    assert parted.inputs == given.get("inputs")
+
+
+@pytest.mark.parametrize(("dim", "count"), [(None, 1), ("N", 1), (1, 2)])
+def test_samples_are_joined_where_the_model_takes_any_number(dim: Any, count: int) -> None:
+    specs = [TensorSpec("x", ir.DataType.FLOAT, (dim, 16))]
+    assert len(_joined(samples()[:2], specs)) == count
 
 
 @pytest.mark.parametrize("given", [{}, {"budget": "sqnr>=10", "verify": "off"}])
