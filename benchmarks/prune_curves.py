@@ -46,9 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _diagram(known: Mapping[str, Any], kind: str) -> str:
     """One model, one kind of amount."""
     dense = next(row for row in known["rows"] if not row["amount"])
-    title = (
-        f"{known['model']}: accuracy against {'zeros' if kind == 'zeros' else 'multiply-adds'}"
-    )
+    title = f"{known['model']}: accuracy against {'zeros' if kind == 'zeros' else 'multiply-adds'}"
     drawn = [f'<text y="-12" font-weight="bold">{escape(title)}</text>', _axes()]
     level = HEIGHT * (1 - dense["accuracy"])
     drawn.append(f'<path d="M0 {level:.1f}H{WIDTH}" stroke="#999" stroke-width="1"/>')
@@ -86,8 +84,9 @@ def _line(points: Points, style: str, *, above: bool) -> str:
     drawn = [f'<polyline points="{path}" fill="none" {style} stroke-width="2"/>']
     for x, y, text in places[1:]:
         drawn.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="white" {style}/>')
+        at = y - 8 if above or y > HEIGHT - 20 else y + 17
         drawn.append(
-            f'<text x="{x:.1f}" y="{y + (-8 if above else 17):.1f}" text-anchor="middle" font-size="11">{text}</text>'
+            f'<text x="{x:.1f}" y="{at:.1f}" text-anchor="middle" font-size="11">{text}</text>'
         )
     return "".join(drawn)
 
