@@ -84,6 +84,19 @@ def int4(model: str, _reader: Reader, folder: Path) -> None:
     made.model.save_model_to_file(str(folder / "out.onnx"))
 
 
+def inc_int4(model: str, _reader: Reader, folder: Path) -> None:
+    import onnx  # noqa: PLC0415
+    from onnx_neural_compressor.quantization import matmul_nbits_quantizer as nbits  # noqa: PLC0415
+
+    how = nbits.RTNWeightOnlyQuantConfig()
+    made = nbits.MatMulNBitsQuantizer(
+        model, n_bits=4, block_size=32, is_symmetric=True, algo_config=how
+    )
+    made.process()
+    found = made.model
+    onnx.save(getattr(found, "model", found), str(folder / "out.onnx"))
+
+
 def _inc(name: str) -> Callable[[str, Reader, Path], None]:
     def run(model: str, reader: Reader, folder: Path) -> None:
         from onnx_neural_compressor.quantization import config, quantize  # noqa: PLC0415
@@ -91,7 +104,6 @@ def _inc(name: str) -> Callable[[str, Reader, Path], None]:
         chosen = {
             "static": lambda: config.StaticQuantConfig(calibration_data_reader=reader),
             "dynamic": config.DynamicQuantConfig,
-            "int4": lambda: config.RTNConfig(weight_group_size=32),
         }[name]()
         quantize(model, str(folder / "out.onnx"), chosen)
 
@@ -108,7 +120,7 @@ KINDS: dict[str, Callable[[str, Reader, Path], None]] = {
     "int4": int4,
     "inc-static": _inc("static"),
     "inc-dynamic": _inc("dynamic"),
-    "inc-int4": _inc("int4"),
+    "inc-int4": inc_int4,
 }
 
 
