@@ -108,6 +108,20 @@ class CooTensor(HeldTensor):
         )
 
 
+MASKED_BYTES = 1 << 20
+"""Arrays of this size are kept as a mask and values where that takes at most three quarters of the bytes."""
+
+
+def thin(array: np.ndarray[Any, Any], dtype: ir.DataType, name: str | None) -> ir.TensorProtocol:
+    """The array as a tensor in memory, the zeros of large ones not held; of a dtype whose elements fill whole bytes."""
+    if array.nbytes >= MASKED_BYTES:
+        flat = np.ascontiguousarray(array).reshape(-1)
+        kept = np.count_nonzero(flat.view(f"u{flat.dtype.itemsize}"))
+        if kept * flat.dtype.itemsize + flat.size / 8 <= 0.75 * array.nbytes:
+            return MaskedTensor(array, dtype, name)
+    return ir.Tensor(array, dtype, name=name)
+
+
 class MaskedTensor(HeldTensor):
     """A tensor that is mostly zero, out of the way: one bit an element and the values that are not +0.0, spilled.
 

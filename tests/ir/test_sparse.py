@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from graphopt.errors import ModelError
-from graphopt.ir.sparse import CooTensor, MaskedTensor
+from graphopt.ir.sparse import CooTensor, MaskedTensor, thin
 
 
 def coo(
@@ -117,6 +117,19 @@ class TestMasked:
         assert tensor.tobytes() == array.tobytes()
         assert (tensor.name, tensor.dims, tensor.nbytes) == ("w", (5, 7), array.nbytes)
         assert tensor.held_bytes == 5 + (4 if np.dtype(dtype).kind != "i" else 2) * array.itemsize
+
+    @pytest.mark.parametrize(
+        ("share", "size", "kind"),
+        [(0.9, 600, MaskedTensor), (0.2, 600, ir.Tensor), (0.9, 9, ir.Tensor)],
+    )
+    def test_large_arrays_with_many_zeros_are_held_without_them(
+        self, share: float, size: int, kind: type
+    ) -> None:
+        array = np.random.default_rng(0).standard_normal((size, size)).astype(np.float32)
+        array[: int(share * size)] = 0
+        tensor = thin(array, ir.DataType.FLOAT, "w")
+        assert type(tensor) is kind
+        assert tensor.tobytes() == array.tobytes()
 
     def test_the_dense_form_is_shared_while_held(self) -> None:
         tensor = MaskedTensor(np.eye(3, dtype=np.float32), ir.DataType.FLOAT, "w")

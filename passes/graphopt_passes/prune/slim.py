@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from graphopt.ir import values
 from graphopt.ir.build import Names
+from graphopt.ir.sparse import thin
 from graphopt_passes.prune.book import Ids
 from graphopt_passes.prune.labels import Labels
 from graphopt_passes.prune.parts import slice_bounds, split_sizes
@@ -56,7 +57,7 @@ def _cut(value: ir.Value, axes: Mapping[int, Ids]) -> None:
     array = tensor.numpy()
     for axis, stay in axes.items():
         array = np.take(array, stay, axis=axis)
-    value.const_value = ir.Tensor(np.ascontiguousarray(array), tensor.dtype, name=value.name)
+    value.const_value = thin(np.ascontiguousarray(array), tensor.dtype, value.name)
     value.shape = ir.Shape(array.shape)
 
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.ir.build import Names
+from graphopt.ir.sparse import thin
 from graphopt.numerics import Numerics
 from graphopt.rewrite import Context, RemarkKind
 from graphopt_passes.prune.book import Ids
@@ -311,6 +312,6 @@ def _apply(model: ir.Model, found: Findings) -> None:
     for value, array in found.weights.items():
         tensor = value.const_value
         assert tensor is not None
-        value.const_value = ir.Tensor(array, tensor.dtype, name=value.name)
+        value.const_value = thin(array, tensor.dtype, value.name)
     if found.dropped:
         slim(model, kept_indices(found.labels, found.dropped), Names.of(model))

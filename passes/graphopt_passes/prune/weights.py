@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.ir.sparse import MaskedTensor
+from graphopt.ir.sparse import thin
 from graphopt.runtime.footprint import let_go
 from graphopt_passes.prune.allocate import allocate, allocate_large, halfway
 from graphopt_passes.prune.layers import PRUNABLE, Array, Layer, Wide, Window
@@ -36,10 +36,6 @@ LARGE = 16_000_000
 MIN_HELD_BYTES = 1 << 27
 HELD_SHARE = 0.33
 """Values of samples may take this much memory, or this share of what the weights of the model take."""
-
-MASKED_BYTES = 1 << 20
-"""A pruned weight of this size is kept as a mask and values until it is written, where that takes at most three
-quarters of the memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -375,14 +371,6 @@ def _pruned(layer: Layer, matrix: Wide, bias: Wide | None) -> Pruned:
     if bias is not None and layer.bias is not None and layer.bias.const_value is not None:
         like = layer.bias.const_value
         stored = bias.reshape(like.shape.numpy()).astype(like.dtype.numpy())
-    return Pruned(layer, _held(weight, layer), stored, float(np.mean(weight == 0)))
-
-
-def _held(weight: Array, layer: Layer) -> ir.TensorProtocol:
-    """A weight as a tensor, the zeros of large ones not held."""
-    dtype = layer.tensor.dtype
-    if weight.nbytes >= MASKED_BYTES:
-        masked = MaskedTensor(weight, dtype, layer.name)
-        if 4 * masked.held_bytes <= 3 * weight.nbytes:
-            return masked
-    return ir.Tensor(weight, dtype, name=layer.name)
+    return Pruned(
+        layer, thin(weight, layer.tensor.dtype, layer.name), stored, float(np.mean(weight == 0))
+    )

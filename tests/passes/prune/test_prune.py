@@ -16,6 +16,7 @@ from graphopt_passes.prune.samples import read_feeds
 
 import graphopt
 from graphopt.errors import OptionError
+from graphopt.ir import sparse
 from graphopt.ir.check import violations
 from graphopt.ir.model_file import load_model, model_to_bytes
 from graphopt.ir.sparse import MaskedTensor
@@ -345,7 +346,7 @@ def test_whole_run_leaves_pruning_out_that_breaks_the_budget() -> None:
 def test_large_weights_are_held_as_masks_to_the_same_end(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, held = network(), network()
     assert Prune().run(plain, context(plain, "0.9"))
-    monkeypatch.setattr(weights, "MASKED_BYTES", 1)
+    monkeypatch.setattr(sparse, "MASKED_BYTES", 1)
     assert Prune().run(held, context(held, "0.9"))
     kinds = [type(value.const_value) for value in held.graph.initializers.values()]
     assert MaskedTensor in kinds
