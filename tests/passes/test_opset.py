@@ -314,3 +314,14 @@ def test_what_a_newer_opset_would_not_help_is_told() -> None:
             "a newer opset would not let fuse-attention fuse: the mask broadens the scores",
         )
     ]
+
+
+def test_the_first_form_of_an_operator_counts() -> None:
+    """CUDA wants LayerNormalization-17, and from opset 22 on for groups as well: 17 is enough for a norm."""
+    text = (
+        "g (float[N,8] x) => (float[N,8] y) <float e = {1e-5}> { m = ReduceMean<axes=[-1]>(x) d = Sub(x, m)"
+        " q = Mul(d, d) v = ReduceMean<axes=[-1]>(q) l = Add(v, e) r = Sqrt(l) y = Div(d, r) }"
+    )
+    model = ir.from_proto(parse(text, opset=13))
+    apply((LIFT_OPSET,), model, target="cuda")
+    assert model.opset_imports[""] == 17
