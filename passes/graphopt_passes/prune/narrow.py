@@ -15,7 +15,8 @@ from graphopt_passes.prune.branches import drop_branches
 from graphopt_passes.prune.channels import ROUNDING
 from graphopt_passes.prune.request import Measure, SparsityRequest
 from graphopt_passes.prune.slim import slim
-from graphopt_passes.prune.trials import Slimming, best_slimming
+from graphopt_passes.prune.trials import best_slimming
+from graphopt_passes.prune.ways import Slimming
 
 RULE = "channels"
 

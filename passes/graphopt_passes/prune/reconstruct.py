@@ -115,12 +115,9 @@ def reconstruct(  # noqa: PLR0913  two models, what links them, samples, and how
     groups = _groups(dense, slim_model, aims or {})
     streams = Streams(dense, feeds)
     slims = [[pair.slim for pair in group] for group in groups]
+    beside = [[value for pair in group for value in pair.beside()] for group in groups]
     pieces = zip(
-        cut(
-            dense.graph,
-            [group[0].dense.source for group in groups],
-            [[value for pair in group for value in pair.beside()] for group in groups],
-        ),
+        cut(dense.graph, [group[0].dense.source for group in groups], beside),
         cut(slim_model.graph, [group[0].slim.source for group in groups], partners(slims)),
         strict=True,
     )

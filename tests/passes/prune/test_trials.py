@@ -12,7 +12,8 @@ import pytest
 from graphopt_passes.prune import Prune, trials
 from graphopt_passes.prune.labels import propagate
 from graphopt_passes.prune.request import Importance, parse_sparsity
-from graphopt_passes.prune.trials import Slimming, best_slimming, composed
+from graphopt_passes.prune.trials import best_slimming, composed
+from graphopt_passes.prune.ways import Slimming
 
 from graphopt.errors import OptionError
 from graphopt.ir.model_file import load_model

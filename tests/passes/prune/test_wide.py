@@ -70,7 +70,9 @@ def test_weights_come_back_as_they_were(monkeypatch: pytest.MonkeyPatch, feeds: 
     assert (new == 0).sum() == 4  # one a part
     np.testing.assert_array_equal(new[new != 0], old[new != 0])
     assert done.bias is not None
-    np.testing.assert_allclose(done.bias, layer.bias_vector(), rtol=1e-6)
+    bias = layer.bias_vector()
+    assert bias is not None
+    np.testing.assert_allclose(done.bias, bias, rtol=1e-6)
 
 
 def test_costs_of_removal_are_known_in_parts(monkeypatch: pytest.MonkeyPatch, feeds: Feeds) -> None:
