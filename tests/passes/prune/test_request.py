@@ -46,6 +46,7 @@ def test_reads(text: str, expected: SparsityRequest) -> None:
         ("0.8,colour=red", "is no option"),
         ("channels:0.5,multiple=0", "is no option"),
         ("channels:0.5,multiple=x", "is no option"),
+        ("channels:0.5,blocks=maybe", "is no option"),
     ],
 )
 def test_refuses(text: str, says: str) -> None:
