@@ -93,7 +93,7 @@ class Prune:
         done = _solved(model, ctx, request, text, layers, wanted)
         for each in done:
             _store(each)
-        _tell(model, ctx, layers, done, request)
+        _tell(model, ctx, layers, [each for each in done if each.layer in wanted], request)
         return bool(done)
 
 
@@ -233,6 +233,8 @@ def _tell_dense(
         if not reason and request.pattern is not None:
             n, m = request.pattern
             reason = f"{layer.inner} inputs in {layer.blocks} groups are no multiple of the {m} that {n}:{m} takes"
+            if layer.node.op_type in RECURRENT:
+                reason = f"no hardware reads {n}:{m} in the weights of a {layer.node.op_type}"
         ctx.missed(RULE, layer.node, f"stays dense: {reason}")
 
 
@@ -245,7 +247,6 @@ def _tell(
 ) -> None:
     """Says what share became zero, and warns where it is less than asked for."""
     total = sum(layer.size for layer in layers)
-    done = [each for each in done if not each.layer.dense]
     zeros = sum(each.zeros * each.layer.size for each in done) / max(total, 1)
     said = f"{zeros:.1%} of the {total} weights of {len(layers)} layers are zero, in {len(done)} layers"
     ctx.remark(RemarkKind.NOTE, RULE, "", f"{said}; {_over_all(model, zeros * total)}")

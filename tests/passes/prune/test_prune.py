@@ -213,6 +213,14 @@ def test_what_would_better_stay_dense_goes_too_where_it_is_much(
     assert abs(sum(goal.zeros for goal in wanted.values()) - float(ratio) * total) <= 1
 
 
+def test_says_of_what_went_after_all_that_it_is_zero() -> None:
+    model = network(PATCHES)
+    ctx = context(model, "0.9", blind=True)
+    assert Prune().run(model, ctx)
+    said = next(r.reason for r in ctx.remarks if r.kind is RemarkKind.NOTE)
+    assert said.startswith("90.0% of the 20480 weights of 3 layers are zero, in 3 layers")
+
+
 def test_what_the_user_names_stays_dense_however_much_it_is() -> None:
     layers = find_layers(network(PATCHES).graph, "^w1$")
     wanted = weights.goals(layers, parse_sparsity("0.9"))

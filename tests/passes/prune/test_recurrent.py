@@ -126,6 +126,7 @@ def test_batches_on_the_first_axis_are_left_alone() -> None:
 
 def test_patterns_are_for_products_and_convolutions_alone() -> None:
     model = load_model(recurrent())
-    Prune().run(model, context(model, "2:4"))
+    ctx = context(model, "2:4")
+    Prune().run(model, ctx)
     held = model.graph.initializers
     assert all(np.all(held[name].const_value.numpy() != 0) for name in "WR")  # type: ignore[union-attr]
