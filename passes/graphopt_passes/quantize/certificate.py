@@ -71,7 +71,8 @@ class Judgement:
         self.classes = bool(self.outputs) and all(
             class_rows(value) is not None for value in self.outputs[0].values()
         )
-        self.further = [session.run(feed.values) for feed in further] if self.classes else []
+        self.others = tuple(further) if self.classes else ()
+        self.further = [session.run(feed.values) for feed in self.others]
         self.kept = None if is_large(model) else session
 
     def _session(
@@ -122,17 +123,17 @@ class Judgement:
         return max(found, key=lambda change: change.flips, default=None)
 
     def noise(self, model: ir.Model, count: int) -> float:
-        """Noise over signal of the worst output on the first `count` samples; of classes, how far their leads are off.
+        """Noise over signal of the worst output on `count` samples at most; of classes, how far their leads are off.
 
         Of leads, the square of what they are off by on average: one sample far off is one change of class.
         """
         session = self._session(model)
-        found = [session.run(feed.values) for feed in self.feeds[:count]]
+        feeds, outputs = (*self.feeds, *self.others), (*self.outputs, *self.further)
+        found = [session.run(feed.values) for feed in feeds[:count]]
         worst = 0.0
         for name in self.outputs[0]:
             pairs = [
-                (ours[name], theirs[name])
-                for ours, theirs in zip(self.outputs, found, strict=False)
+                (ours[name], theirs[name]) for ours, theirs in zip(outputs, found, strict=False)
             ]
             if self.classes:
                 worst = max(worst, float(leads_off(pairs).mean()) ** 2)

@@ -7,11 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 from graphopt.rewrite import RemarkKind, name_of
 from graphopt_passes.quantize.placement import is_product
 from graphopt_passes.quantize.settle import settle
-from graphopt_passes.quantize.trials import GAIN, RULE, Trial, Trials
+from graphopt_passes.quantize.trials import GAIN, PROBE_NS, RULE, Trial, Trials
+
+EASED, WORTH = 6, 0.05
+"""How many layers are tried in float although the budget is met, and the share of time that a decibel is worth."""
+
+QUIET_DB = 40.0
+"""Signal to noise from which on no more is bought."""
 
 
 class Search:
@@ -26,18 +33,58 @@ class Search:
             return Trial(self.trials.all_sites(allowed))
         fused = settle(self.trials, allowed)
         self.costs = self.trials.costs
+        for trial in self._acceptable(fused):
+            ratio = self.trials.ratio(trial.sites)
+            if ratio >= GAIN or self.ctx.options.force:
+                self._explain(trial, fused)
+                return dataclasses.replace(trial, ratio=ratio, scalings=self.trials.scalings)
+        self._say_why_not(fused)
+        return Trial(frozenset())
+
+    def _acceptable(self, fused: frozenset[str]) -> Iterator[Trial]:
+        """Choices within the budget, the best first."""
         for sites in self._choices(fused):
             trial = self._within_budget(sites)
             if not trial.sites:
                 continue
-            trial = dataclasses.replace(
-                trial, ratio=self.trials.ratio(trial.sites), scalings=self.trials.scalings
-            )
-            if trial.ratio >= GAIN or self.ctx.options.force:
-                self._explain(trial, fused)
-                return trial
-        self._say_why_not(fused)
-        return Trial(frozenset())
+            eased = self._eased(trial)
+            if eased.sites != trial.sites:
+                yield eased
+            yield trial
+
+    def _eased(self, trial: Trial) -> Trial:
+        """The same without the few layers that add far more noise than they save time, as first ones often do.
+
+        Not where the user said what is enough, nor where there is next to no noise, nor where it would take long.
+        """
+        options = self.ctx.options
+        if options.force or options.budget is not None:
+            return trial
+        if 2 * EASED * self.trials.made_ns > PROBE_NS:
+            return trial
+        for name in self._ranking(trial.sites)[:EASED]:
+            assert trial.quality is not None
+            if name not in trial.sites or trial.quality.sqnr_db >= QUIET_DB:
+                continue
+            rest = self._cheapest(self.trials.all_sites(trial.sites - {name}))
+            if not rest or not self._pays(rest) or not self._is_knee(trial.sites, rest):
+                continue
+            found = self.trials.judged(rest)
+            if self.trials.is_enough(found):
+                trial = found
+        return trial
+
+    def _is_knee(self, sites: frozenset[str], rest: frozenset[str]) -> bool:
+        """Whether the rest is quieter by more than it is slower."""
+        plain = self.costs.plain(self.trials.whole)
+        times = [
+            plain - self.costs.gain(self.trials.placed(each), self.trials.whole)
+            for each in (sites, rest)
+        ]
+        before, after = self.trials.spread(sites), self.trials.spread(rest)
+        if min(times) <= 0 or after <= 0 or before <= after:
+            return False
+        return 10 * math.log10(before / after) * WORTH > math.log(times[1] / times[0])
 
     def _choices(self, fused: frozenset[str]) -> list[frozenset[str]]:
         """What to try, the fastest by the table first; everything with --force."""

@@ -53,11 +53,14 @@ TIMED = 5
 REPAIRS = 8
 """How often leftovers are taken out before the rest is given up."""
 
-PROBED = 8
-"""Samples on which the noise of a single layer is measured."""
+PROBED, MOST_PROBED = 8, 64
+"""Samples on which the noise of a single layer is measured, at least, and where they take no time."""
 
 PROBE_NS = 15e9
 """Predicted nanoseconds that measuring layers one by one may take; beyond, their noise follows from statistics."""
+
+SPREAD_NS = 1e9
+"""The same of the noise of one choice of layers."""
 
 SESSION_NS, WEIGHT_NS = 40e6, 25.0
 """What making one model and session takes, and more for each weight."""
@@ -263,6 +266,12 @@ class Trials:
             return trial.quality.passed
         return trial.quality.is_good
 
+    @property
+    def made_ns(self) -> float:
+        """What making a model of one choice, and a session of it, takes."""
+        weights = sum(_size(value) for value in self.model.graph.initializers.values())
+        return SESSION_NS + WEIGHT_NS * weights
+
     def noise(self, sites: frozenset[str]) -> dict[str, float]:
         """How much noise each product adds: measured one by one where that is cheap, else by closed forms."""
         assert self.judge is not None
@@ -271,18 +280,28 @@ class Trials:
             known: dict[str, float] = self.ctx.cache[key]
             return known
         products = [node for node in self.placed(sites) if is_product(node)]
-        weights = sum(_size(value) for value in self.model.graph.initializers.values())
-        each = PROBED * 2 * self.costs.plain(self.whole) + SESSION_NS + WEIGHT_NS * weights
-        if each * len(products) > PROBE_NS:
+        run = 2 * self.costs.plain(self.whole)
+        count = int((PROBE_NS / max(len(products), 1) - self.made_ns) / max(run, 1.0))
+        if count < PROBED:
             layers = self.emitted(sites)[1]
             found = {layer.site: layer.noise for layer in layers if layer.method}
         else:
             found = {}
             for node in products:
                 alone = self.emitted(frozenset({name_of(node)}))[0]
-                found[name_of(node)] = self.judge.noise(alone, PROBED)
+                found[name_of(node)] = self.judge.noise(alone, min(count, MOST_PROBED))
         self.ctx.cache[key] = found
         return found
+
+    def spread(self, sites: frozenset[str]) -> float:
+        """The noise of these sites together, on more samples than decide whether it is little enough."""
+        assert self.judge is not None
+        key = f"spread:{self.key}:{_digest(sites)}"
+        if key not in self.ctx.cache:
+            count = int(SPREAD_NS / max(self.costs.plain(self.whole), 1.0))
+            emitted = self.emitted(sites)[0]
+            self.ctx.cache[key] = self.judge.noise(emitted, min(max(count, 1), MOST_PROBED))
+        return float(self.ctx.cache[key])
 
     def judged(self, sites: frozenset[str]) -> Trial:
         """How good these sites in 8 bits are."""
