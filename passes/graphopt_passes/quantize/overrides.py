@@ -78,6 +78,20 @@ def check_patterns(patterns: Iterable[str], known: Collection[str]) -> None:
         )
 
 
+def check_operators(given: Iterable[str], known: Collection[str]) -> None:
+    """Refuses operator types that are never quantised: a misspelt one would be quantised, unnoticed.
+
+    Raises:
+        OptionError: one of them is none of the known.
+    """
+    for op_type in given:
+        if op_type not in known:
+            raise OptionError(
+                f"quantisation: skip_ops names '{op_type}', which is never quantised; what may be kept in float is "
+                f"{', '.join(sorted(known))}"
+            )
+
+
 def parse(method: str, texts: Sequence[str]) -> Overrides:
     """The overrides that a recipe states.
 

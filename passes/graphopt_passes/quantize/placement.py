@@ -20,6 +20,9 @@ POINTWISE = frozenset({"Add", "Mul"})
 UNARY = frozenset({"AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid"})
 MOVES = frozenset({"MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice"})
 ABSORBED = frozenset({"Relu", "Clip"})
+PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
+QUANTISED = PRODUCTS | POINTWISE | UNARY | MOVES | {"Concat"}
+"""Operators that may run on integers."""
 
 
 class Role(enum.Enum):
@@ -99,7 +102,7 @@ def _site(node: ir.Node, style: Style, opset: int, stored: set[ir.Value]) -> Sit
 
 def is_product(node: ir.Node) -> bool:
     """Whether the node is a Conv, Gemm or MatMul of float32 with a constant weight that an integer kernel takes."""
-    if node.op_type not in ("Conv", "Gemm", "MatMul") or len(node.inputs) < 2:
+    if node.op_type not in PRODUCTS or len(node.inputs) < 2:
         return False
     weight, data = values.constant(node.inputs[1]), node.inputs[0]
     if weight is None or weight.dtype is not ir.DataType.FLOAT or values.is_constant(data):

@@ -22,8 +22,8 @@ from graphopt.runtime.specs import input_specs
 from graphopt_passes.quantize import bodies, equalize
 from graphopt_passes.quantize.emission import quantize
 from graphopt_passes.quantize.facts import Layer
-from graphopt_passes.quantize.overrides import Overrides, check_patterns, parse
-from graphopt_passes.quantize.placement import is_product
+from graphopt_passes.quantize.overrides import Overrides, check_operators, check_patterns, parse
+from graphopt_passes.quantize.placement import QUANTISED, is_product
 from graphopt_passes.quantize.search import Search
 from graphopt_passes.quantize.styles import Style, style_named, style_of
 from graphopt_passes.quantize.trials import RULE, Collecting, Trial, Trials
@@ -75,6 +75,7 @@ class QuantizeStatic:
             raise OptionError(f"workers {self.workers}: at least one process runs the samples")
         style = style_named(self.style or style_of(ctx.target.architecture))
         overrides = parse(self.method, self.overrides)
+        check_operators(self.skip_ops, QUANTISED)
         if ctx.options.calibration is None:
             raise OptionError(
                 "--precision int8 needs calibration samples: give --calibration PATH (an .npz whose leading axis is "

@@ -82,6 +82,14 @@ def test_a_name_that_nothing_has_is_refused(options: dict[str, tuple[str, ...]])
         QuantizeStatic(**options).run(model, ctx)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", ["gemm", "Convolution", "Softmax"])
+def test_an_operator_that_is_never_quantised_is_refused(name: str) -> None:
+    model = load_model(varied(RESIDUAL))
+    ctx = Context(model, get_target("cpu"), Options(calibration=Calibration(IMAGES), force=True))
+    with pytest.raises(OptionError, match=f"skip_ops names '{name}'.* Conv, .*Gemm"):
+        QuantizeStatic(skip_ops=("Conv", name)).run(model, ctx)
+
+
 def test_names_of_what_was_fused_away_are_known() -> None:
     model = load_model(varied(RESIDUAL))
     original = load_model(varied(RESIDUAL.replace("c = Conv", "u = Identity(x)  c = Conv")))
