@@ -86,6 +86,11 @@ class Census:
         """How many nodes there are."""
         return sum(len(nodes) for _, nodes in self.parts)
 
+    @property
+    def is_stale(self) -> bool:
+        """Whether a graph has more or fewer nodes by now."""
+        return any(len(scope.graph) != len(nodes) for scope, nodes in self.parts)
+
 
 def nested(scope: Scope) -> Iterator[Scope]:
     """A scope and every scope within it, outer before inner, in the order of the nodes."""

@@ -100,7 +100,7 @@ def _run(step: Pass, model: ir.Model, ctx: Context, census: Census) -> tuple[Pas
     before = len(ctx.rewrites)
     started = time.process_time()
     try:
-        changed = step.run(model, ctx)
+        changed = step.run(model, ctx) or census.is_stale  # whatever a pass from elsewhere says
     except GraphoptError:
         raise
     except Exception as fault:  # the pipeline boundary: a pass may come from anyone

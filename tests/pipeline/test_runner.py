@@ -170,3 +170,14 @@ def test_nodes_of_subgraphs_and_functions_count() -> None:
     <domain: "my", opset_import: ["" : 18]> f (a) => (b) { b = Neg(a) }
     """
     assert Census(ir.from_proto(parse(text))).size == 5
+
+
+def test_a_pass_that_denies_what_it_did_is_checked_too() -> None:
+    model, ctx = setup()
+
+    def drop(m: ir.Model, _c: Context) -> None:
+        last = m.graph[-1]
+        m.graph.remove(last)
+
+    with pytest.raises(PassError, match="pass sly left an invalid model"):
+        run_pipeline(model, [Step("sly", drop)], ctx)
