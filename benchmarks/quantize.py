@@ -83,11 +83,26 @@ def record(score: Scorer, zoo: Path, recipe: dict[str, Any], count: int) -> Feed
     return feeds
 
 
-def metric(score: Scorer, zoo: Path, recipe: dict[str, Any], model: Path, limit: int) -> float:
-    """The first number of the score."""
+def metric(
+    score: Scorer, zoo: Path, recipe: dict[str, Any], model: Path, limit: int
+) -> tuple[float, list[int]]:
+    """The first number of the score, and the class that each run names: where its first output is greatest."""
+    classes: list[int] = []
+    original = score.T
+
+    class Noted(original):  # type: ignore[misc, valid-type]
+        def __call__(self, *given: Any, **named: Any) -> Any:  # noqa: ANN401
+            found = super().__call__(*given, **named)
+            classes.append(int(np.argmax(found[0])))
+            return found
+
+    score.T = Noted
     score.ARGS = SimpleNamespace(threads=1, opt="all", limit=limit)
-    found, _ = score.TASK[recipe["task"]](recipe, str(zoo), str(model))
-    return float(next(iter(found.values())))
+    try:
+        found, _ = score.TASK[recipe["task"]](recipe, str(zoo), str(model))
+    finally:
+        score.T = original
+    return float(next(iter(found.values()))), classes
 
 
 def ours(model: Path, output: Path, feeds: Feeds) -> str:
@@ -154,7 +169,7 @@ def row(score: Scorer, zoo: Path, name: str, given: argparse.Namespace) -> str:
     recipe = json.loads((zoo / "models" / f"{name}.json").read_text(encoding="utf-8"))
     model = zoo / recipe["file"]
     feeds = record(score, zoo, recipe, given.samples)
-    plain = metric(score, zoo, recipe, model, given.limit)
+    plain, classes = metric(score, zoo, recipe, model, given.limit)
     makers: list[Callable[[Path], str]] = [
         lambda out: ours(model, out, feeds),
         lambda out: theirs(model, out, feeds, expert=False),
@@ -169,8 +184,12 @@ def row(score: Scorer, zoo: Path, name: str, given: argparse.Namespace) -> str:
             out = Path(folder) / "model.onnx"
             try:
                 notes = make(out) or notes
-                drop = metric(score, zoo, recipe, out, given.limit) - plain
-                cells.append(f"{drop:+.4f} {speed(model, out, feeds[0]):.2f}x")
+                reached, others = metric(score, zoo, recipe, out, given.limit)
+                same = float(np.mean(np.equal(classes, others)))
+                told = (
+                    f"{reached - plain:+.4f} (same {same:.2%}) {speed(model, out, feeds[0]):.2f}x"
+                )
+                cells.append(told)
             except GraphoptError as error:
                 cells.append(f"{type(error).__name__}: {error}"[:60])
             except Exception as error:  # noqa: BLE001  a peer may fail in any way; that is a result
