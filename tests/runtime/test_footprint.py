@@ -33,11 +33,15 @@ def test_pages_of_mapped_weights_are_let_go_and_read_again(
     file = save_model(load_model(parse(text)), tmp_path / "m.onnx")[0]
     tensor = load_model(file).graph.initializers["w"].const_value
     assert tensor is not None
-    before, advised = tensor.tobytes(), []
+    before = tensor.tobytes()
+    advised: list[str] = []
     advise = MappedFile.advise
-    monkeypatch.setattr(
-        MappedFile, "advise", lambda self, name: (advised.append(name), advise(self, name))
-    )
+
+    def watched(self: MappedFile, name: str) -> None:
+        advised.append(name)
+        advise(self, name)
+
+    monkeypatch.setattr(MappedFile, "advise", watched)
     let_go([tensor])
     assert advised == ["MADV_DONTNEED"]
     assert tensor.tobytes() == before
