@@ -25,7 +25,7 @@ def held(
     session = Session(file, level=OptimizationLevel.ALL)
     feeds = read_samples(options.calibration, session.inputs).first(JUDGED)
     outputs = [session.run(feed.values) for feed in feeds]
-    value = budget.metric.value(outputs, [feed.values for feed in feeds])
+    value = budget.metric.of(outputs, [feed.values for feed in feeds])
     name, limit = budget.metric.name, f">= {budget.metric.least:g}"
     passed = value >= budget.metric.least
     report = MetricReport(name, value, limit, passed, f"{len(feeds)} calibration samples")

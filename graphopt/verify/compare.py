@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.errors import OptionError
 from graphopt.numerics import Numerics
 from graphopt.verify import metrics
 
@@ -32,6 +33,21 @@ class Metric:
     name: str
     value: Callable[[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]], float]
     least: float
+
+    def of(self, outputs: Sequence[Mapping[str, Any]], feeds: Sequence[Mapping[str, Any]]) -> float:
+        """What the function says of these outputs.
+
+        Raises:
+            OptionError: it fails or returns no number.
+        """
+        try:
+            return float(self.value(outputs, feeds))
+        except Exception as error:  # the user's function may raise anything
+            known = ", ".join(map(repr, outputs[0])) if outputs else "none"
+            raise OptionError(
+                f"--budget: the metric {self.name} fails: {type(error).__name__}: {error}; it is given outputs and "
+                f"feeds, one mapping by name a sample each (outputs: {known}), and returns a number"
+            ) from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 from graphopt.errors import OptionError
 from graphopt.targets import Precision
 from graphopt.verify.budget import budget_for, parse_budget
-from graphopt.verify.compare import FP16, Budget
+from graphopt.verify.compare import FP16, Budget, Metric
 
 
 def test_conditions_add_up() -> None:
@@ -32,3 +32,20 @@ def test_precisions_have_defaults() -> None:
     assert quantised is not None
     assert quantised.argmax_agreement is None
     assert budget_for(Precision.INT8, "sqnr>=40") == Budget(sqnr_db=40, agreement=None)
+
+
+def test_a_metric_is_asked_of_outputs_and_feeds() -> None:
+    metric = Metric("m:f", lambda outputs, feeds: outputs[0]["y"] + feeds[0]["x"], 0.5)
+    assert metric.of([{"y": 1}], [{"x": 2}]) == 3.0
+
+
+def test_a_metric_that_fails_is_named_with_the_outputs_that_there_are() -> None:
+    metric = Metric("m:f", lambda outputs, _: outputs[0]["nope"], 0.5)
+    with pytest.raises(OptionError, match=r"metric m:f fails: KeyError: 'nope'.*outputs: 'y', 'z'"):
+        metric.of([{"y": 1, "z": 2}], [{}])
+
+
+def test_a_metric_that_gives_no_number_is_named() -> None:
+    metric = Metric("m:f", lambda *_: "high", 0.5)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="metric m:f fails: ValueError"):
+        metric.of([{"y": 1}], [{}])

@@ -60,10 +60,14 @@ class Bodies:
 
     Args:
         model: typed; it is not changed.
+
+    Attributes:
+        endless: bodies of loops that took more turns than are followed.
     """
 
     def __init__(self, model: ir.Model) -> None:
         self._model = model
+        self.endless: set[ir.Graph] = set()
         self._sessions: dict[ir.Graph, Session | None] = {}
 
     def turns(self, graph: ir.Graph, known: Arrays) -> Iterator[Turn]:
@@ -111,6 +115,7 @@ class Bodies:
         found, turn = [], 0
         while goes_on and (trips is None or turn < trips):
             if turn >= MAX_TURNS:
+                self.endless.add(body)
                 return
             given = [np.array(turn, np.int64), np.array(True), *state]
             done = self._run(body, _named(body, given), known)

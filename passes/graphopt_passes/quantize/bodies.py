@@ -21,7 +21,7 @@ from graphopt.runtime.session import Session, SessionOptions
 from graphopt.targets import Precision
 from graphopt.verify.budget import budget_for
 from graphopt.verify.feed_files import Feed
-from graphopt_passes.precision.bodies import Arrays, Bodies, standalone, wanted_of
+from graphopt_passes.precision.bodies import MAX_TURNS, Arrays, Bodies, standalone, wanted_of
 from graphopt_passes.quantize.certificate import Judgement
 from graphopt_passes.quantize.files import on_disk
 from graphopt_passes.quantize.placement import is_product
@@ -70,12 +70,14 @@ def choose(model: ir.Model, samples: Samples, ctx: Context, decide: Decide) -> l
     """What to run on integers in each body, judged by the outputs of the body; for bodies that samples reached."""
     graphs = graphs_of(model)
     found = []
-    turns = _recorded(model, samples)
+    turns, endless = _recorded(model, samples)
     for index, graph in enumerate(graphs[1:], 1):
         if not any(is_product(node) for node in graph):
             continue
         if graph not in turns:
-            ctx.missed(RULE, graph.name or "", "stays float: no sample reached this body")
+            why = f"its loop takes more than {MAX_TURNS} turns, the most that are followed"
+            why = why if graph in endless else "no sample reached this body"
+            ctx.missed(RULE, graph.name or "", f"stays float: {why}")
             continue
         alone = _alone(model, graph, turns[graph])
         trials, best = decide(alone, _samples(alone, turns[graph]), _context(alone, ctx))
@@ -113,8 +115,10 @@ JUDGED_BODIES = 16
 """Samples on which the whole model is compared."""
 
 
-def _recorded(model: ir.Model, samples: Samples) -> dict[ir.Graph, list[Arrays]]:
-    """What each body was given, by body."""
+def _recorded(
+    model: ir.Model, samples: Samples
+) -> tuple[dict[ir.Graph, list[Arrays]], frozenset[ir.Graph]]:
+    """What each body was given, by body; and the bodies within loops that take too many turns to be followed."""
     wanted = wanted_of(model.graph)
     inputs = {value.name for value in model.graph.inputs}
     taps = tuple(name for name in wanted if name not in inputs)
@@ -130,7 +134,8 @@ def _recorded(model: ir.Model, samples: Samples) -> dict[ir.Graph, list[Arrays]]
             if len(kept_turns) < TURNS and size <= room:
                 kept_turns.append(turn.feeds)
                 room -= size
-    return found
+    endless = (each for body in bodies.endless for each in nested(Scope(body, {})))
+    return found, frozenset(scope.graph for scope in endless)
 
 
 def _alone(model: ir.Model, body: ir.Graph, feeds: Sequence[Arrays]) -> ir.Model:

@@ -100,7 +100,7 @@ class Judgement:
         worst = min((decibels(*each) for each in sums.values()), default=np.inf)
         metric = None
         if budget.metric is not None:
-            metric = budget.metric.value(outputs, [feed.values for feed in self.feeds])
+            metric = budget.metric.of(outputs, [feed.values for feed in self.feeds])
             passed &= metric >= budget.metric.least
         return Quality(worst, passed, self._change(outputs), metric)
 

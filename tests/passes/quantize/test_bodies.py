@@ -140,6 +140,17 @@ def test_a_body_that_no_sample_reaches_stays_float() -> None:
     assert any("no sample reached this body" in remark.reason for remark in ctx.remarks)
 
 
+@pytest.mark.parametrize("text", [LOOP, NESTED])
+def test_a_loop_of_too_many_turns_is_called_so(text: str) -> None:
+    long = text.replace("count = {3}", "count = {65}").replace("count = {2}", "count = {65}")
+    FEEDS[long] = FEEDS[text]
+    _, after, ctx = changed(long)
+    assert not any("QuantizeLinear" in kinds(body) for body in bodies_of(after.graph))
+    told = {remark.reason for remark in ctx.remarks if "stays float" in remark.reason}
+    assert "stays float: its loop takes more than 64 turns, the most that are followed" in told
+    assert "stays float: no sample reached this body" not in told
+
+
 def test_a_body_out_of_budget_stays_float() -> None:
     _, after, ctx = changed(LOOP, budget="sqnr>=90")
     assert "QuantizeLinear" not in kinds(bodies_of(after.graph)[0])
