@@ -49,7 +49,10 @@ def load_preprocess(path: Path) -> Preprocess:
     try:
         recipe = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), Preprocess)
     except (OSError, ValueError, msgspec.ValidationError) as error:
-        raise OptionError(f"the preprocessing file '{path}' cannot be used: {error}") from error
+        known = ", ".join(Preprocess.__struct_fields__)
+        raise OptionError(
+            f"the preprocessing file '{path}' cannot be used: {error}; it may say {known}"
+        ) from error
     if recipe.layout not in ("NCHW", "NHWC") or recipe.channels not in ("RGB", "BGR", "L"):
         raise OptionError(
             f"the preprocessing file '{path}' says layout {recipe.layout!r} and channels {recipe.channels!r}; "

@@ -54,11 +54,12 @@ class Samples:
         keeps = self.keeps
         return (feed for index, feed in enumerate(found) if keeps(index))
 
-    def parted(self, every: int) -> tuple[Samples, Samples]:
-        """All but every n-th sample, and every n-th."""
+    def parted(self, every: int, before: int = 0) -> tuple[Samples, Samples]:
+        """All but every n-th sample, and every n-th, or those that come `before` places earlier."""
+        at = (-1 - before) % every
         return (
-            dataclasses.replace(self, keeps=lambda index: index % every != every - 1),
-            dataclasses.replace(self, keeps=lambda index: index % every == every - 1),
+            dataclasses.replace(self, keeps=lambda index: index % every != at),
+            dataclasses.replace(self, keeps=lambda index: index % every == at),
         )
 
     def first(self, count: int) -> list[Feed]:
@@ -147,6 +148,11 @@ def _image_feed(path: Path, recipe: Preprocess, specs: Sequence[TensorSpec]) -> 
             f"{', '.join(repr(spec.name) for spec in required)}"
         )
     array = read_image(path, recipe).astype(spec.dtype.numpy(), copy=False)
+    if spec.shape is not None and not _is_of(array, spec.shape):
+        raise DataError(
+            f"'{path}' becomes {list(array.shape)} by the preprocessing file, and the input '{name}' must be {spec}: "
+            "change its resize, crop, layout or channels"
+        )
     return check_feed(Feed(str(path), {name: array}), specs)
 
 
@@ -204,8 +210,13 @@ def _row(array: Array, index: int, size: int) -> Array:
 def _fits(arrays: Mapping[str, Array], known: Mapping[str, TensorSpec]) -> bool:
     """Whether the arrays are one feed as they are."""
     return all(
-        array.ndim == len(shape)
-        and all(not isinstance(d, int) or d == n for d, n in zip(shape, array.shape, strict=True))
+        _is_of(array, shape)
         for name, array in arrays.items()
         if (shape := known[name].shape) is not None
+    )
+
+
+def _is_of(array: Array, shape: Sequence[int | str | None]) -> bool:
+    return array.ndim == len(shape) and all(
+        not isinstance(d, int) or d == n for d, n in zip(shape, array.shape, strict=True)
     )

@@ -110,7 +110,11 @@ def test_images_become_inputs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("crops = 3", "crops"),
+        ("crops = 3", "crops.*it may say resize, crop, scale"),
+        (
+            "resize = 4",
+            r"becomes \[1, 3, 4, 4\] by the preprocessing file.*'image' must be float\[1,3,8,8\]",
+        ),
         ("layout = 'CHW'", "layout is NCHW or NHWC"),
         ("std = [0.0]", "divides by zero"),
         ("crop = 64", "smaller than the crop of 64 x 64"),

@@ -71,7 +71,7 @@ def check_patterns(patterns: Iterable[str], known: Collection[str]) -> None:
         if any(fnmatch.fnmatchcase(name, pattern) for name in known):
             continue
         close = difflib.get_close_matches(pattern, sorted(known), n=3, cutoff=0.5)
-        told = f"; did you mean {', '.join(map(repr, close))}?" if close else ""
+        told = f"; did you mean {', '.join(map(repr, close))}?" if close else "."
         raise OptionError(
             f"quantisation: '{pattern}' is the name of no node and no value of the model{told} Names are those that "
             "`graphopt inspect` shows, of nodes or of what they make; * and ? stand for any text"

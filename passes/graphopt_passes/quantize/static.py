@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.calibrate.samples import Samples, read_samples
+from graphopt.calibrate.screening import Screening
 from graphopt.emit import finalize
 from graphopt.errors import OptionError
 from graphopt.ir import values
@@ -95,12 +96,15 @@ class QuantizeStatic:
         _ = (
             ctx.shapes
         )  # inferred once: placement, emission and bodies ask values for types and shapes
-        samples = read_samples(ctx.options.calibration, input_specs(model))
+        screening = ctx.cache.setdefault("screened samples", Screening())
+        samples = screening.of(read_samples(ctx.options.calibration, input_specs(model)))
         trials = best = None
         if allowed:
             trials = Trials(model, style, samples, ctx, overrides, self._collecting())
             best = Search(trials).best(allowed)
         changed = inside and self._bodies(model, style, samples, ctx, overrides)
+        for text in screening.told():
+            ctx.remark(RemarkKind.WARNING, RULE, "", text)
         if trials is not None and best is not None:
             changed |= _apply(model, model.graph, best, trials, ctx)
         if changed:

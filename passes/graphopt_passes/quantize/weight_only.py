@@ -14,14 +14,15 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.calibrate.moments import Wanted, collect_moments
-from graphopt.calibrate.samples import JUDGED, read_samples
+from graphopt.calibrate.samples import JUDGED, Samples, read_samples
+from graphopt.calibrate.screening import Screening
 from graphopt.emit import finalize
 from graphopt.errors import GraphoptError, OptionError
 from graphopt.ir import fingerprint, operators, values
 from graphopt.ir.build import Names
 from graphopt.ir.model_file import load_model
 from graphopt.numerics import Numerics
-from graphopt.rewrite import Context, RemarkKind, name_of
+from graphopt.rewrite import Calibration, Context, RemarkKind, name_of
 from graphopt.runtime.session import Session
 from graphopt.runtime.specs import input_specs
 from graphopt.targets import Precision
@@ -160,7 +161,7 @@ class QuantizeWeights:
                 wanted[name_of(node)] = Wanted(source.name)
         key = f"moments:{fingerprint.structural(model)}:{fingerprint.weights(model)}"
         if wanted and key not in ctx.cache:
-            samples = read_samples(ctx.options.calibration, input_specs(model))
+            samples = _samples(ctx.options.calibration, model, ctx)
             each = list(dict.fromkeys(wanted.values()))
             with on_disk(model) as path:
                 ctx.cache[key] = collect_moments(path, each, samples)
@@ -213,9 +214,7 @@ def _run(
             ctx,
             f"nothing to quantise: no MatMul or Gemm with a constant weight of {least} elements or more",
         )
-    if ctx.target.provider == "CPUExecutionProvider" and not _pays(
-        model, sites, ctx, precision, write
-    ):
+    if not _is_worth_it(model, sites, ctx, precision, write):
         return False
     permitted = frozenset(
         name_of(node)
@@ -226,6 +225,16 @@ def _run(
         write(model, permitted, ctx.names)
         ctx.refresh()
     return bool(permitted)
+
+
+def _is_worth_it(
+    model: ir.Model, sites: frozenset[str], ctx: Context, precision: Precision, write: Write
+) -> bool:
+    on_host = ctx.target.provider == "CPUExecutionProvider"
+    worth = not on_host or _pays(model, sites, ctx, precision, write)
+    for text in ctx.cache.get("screened samples", Screening()).told():
+        ctx.remark(RemarkKind.WARNING, "quantize", "", text)
+    return worth
 
 
 def everywhere(model: ir.Model) -> Iterator[ir.Node]:
@@ -311,10 +320,16 @@ def _measured(
     return judge.race(clone)(), passed, found.sqnr_db
 
 
+def _samples(calibration: Calibration, model: ir.Model, ctx: Context) -> Samples:
+    """The samples that hold numbers."""
+    screening: Screening = ctx.cache.setdefault("screened samples", Screening())
+    return screening.of(read_samples(calibration, input_specs(model)))
+
+
 def _feeds(model: ir.Model, ctx: Context) -> list[Feed]:
     """Samples if the user gave some, else generated inputs."""
     if ctx.options.calibration is not None:
-        return read_samples(ctx.options.calibration, input_specs(model)).first(JUDGED)
+        return _samples(ctx.options.calibration, model, ctx).first(JUDGED)
     with on_disk(model) as path:
         session = Session(path)
 

@@ -6,7 +6,7 @@ import numpy as np
 from graphopt_passes.quantize.static import QuantizeStatic
 
 from graphopt.ir.model_file import load_model
-from graphopt.rewrite import Calibration, Context, Options
+from graphopt.rewrite import Calibration, Context, Options, RemarkKind
 from graphopt.targets import get_target
 from tests.rewriting import parse
 
@@ -31,6 +31,28 @@ def remarks(masked: int) -> list[str]:
 def test_masks_are_left_out_and_told() -> None:
     (told,) = remarks(masked=2)
     assert told.startswith("16 of 128 elements of 's' are NaN, infinite or beyond 1e+09")
+
+
+def warned(broken: float) -> list[str]:
+    rng = np.random.default_rng(0)
+    feeds = [
+        {"x": rng.normal(size=(1, 4, 8)).astype(np.float32), "m": np.zeros((1, 4, 1), np.float32)}
+        for _ in range(15)
+    ]
+    feeds[5]["x"][0, 1, 2] = broken
+    model = load_model(parse(MASKED))
+    options = Options(calibration=Calibration(feeds), force=True, budget="sqnr>=20")
+    ctx = Context(model, get_target("cpu"), options, pass_name="quantize-static")
+    assert QuantizeStatic().run(model, ctx)
+    return [remark.reason for remark in ctx.remarks if remark.kind is RemarkKind.WARNING]
+
+
+def test_one_broken_sample_does_not_keep_the_model_in_float() -> None:
+    (told,) = warned(np.nan)
+    assert told.startswith(
+        "elements of calibration samples are NaN: 1 in the input 'x' of 'sample 5'"
+    )
+    assert warned(0.5) == []
 
 
 def test_without_masks_nothing_is_told() -> None:

@@ -1,0 +1,81 @@
+"""Samples that hold no numbers: those with NaN are left out, those with infinities kept; both are told by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from graphopt.calibrate.samples import Samples
+from graphopt.errors import DataError
+from graphopt.verify.feed_files import Feed
+from graphopt.verify.metrics import is_float
+
+TOLD = 3
+"""Samples that are named; of others it is said how many there are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Screening:
+    """What was seen in samples while they were read.
+
+    Attributes:
+        found: elements that are NaN, and infinite ones, by sample and input.
+    """
+
+    found: dict[tuple[str, str], tuple[int, int]] = dataclasses.field(default_factory=dict)
+
+    def of(self, samples: Samples) -> Samples:
+        """The samples without those that hold NaN: whatever a model makes of them says nothing of ranges or noise.
+
+        Raises:
+            DataError: all of them do; the message names the first, and its input.
+        """
+        inner = samples.reader
+        screened = dataclasses.replace(samples, reader=lambda: self._sound(inner()))
+        if not screened.first(1):
+            sample, name = next(iter(self.found))
+            raise DataError(
+                f"every calibration sample holds NaN, first '{sample}' in the input '{name}': give numbers"
+            )
+        return screened
+
+    def told(self) -> tuple[str, ...]:
+        """One sentence of samples left out, one of samples with infinities; none where there are none."""
+        texts = (
+            (0, "NaN", "the sample is left out", "these samples are left out"),
+            (1, "infinite", "ranges leave them out", "ranges leave them out"),
+        )
+        found = []
+        for index, what, one, many in texts:
+            seen = [(key, counts[index]) for key, counts in self.found.items() if counts[index]]
+            named = ", ".join(
+                f"{count} in the input '{name}' of '{sample}'"
+                for (sample, name), count in seen[:TOLD]
+            )
+            rest = f" and in {len(seen) - TOLD} more" if len(seen) > TOLD else ""
+            if seen:
+                found.append(
+                    f"elements of calibration samples are {what}: {named}{rest}; {one if len(seen) == 1 else many}"
+                )
+        return tuple(found)
+
+    def _sound(self, feeds: Iterator[Feed]) -> Iterator[Feed]:
+        for feed in feeds:
+            counts = _counts(feed.values)
+            self.found.update({(feed.name, name): each for name, each in counts.items()})
+            if not any(nans for nans, _ in counts.values()):
+                yield feed
+
+
+def _counts(values: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """How many elements are NaN and how many infinite, of the inputs where any is."""
+    found = {}
+    for name, value in values.items():
+        if not isinstance(value, np.ndarray) or not is_float(value.dtype):
+            continue
+        if not np.isfinite(value).all():
+            found[name] = int(np.isnan(value).sum()), int(np.isinf(value).sum())
+    return found
