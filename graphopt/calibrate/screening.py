@@ -1,4 +1,4 @@
-"""Samples that hold no numbers: those with NaN are left out, those with infinities kept; both are told by name."""
+"""Samples that hold no numbers: NaN and infinities leave a sample out, masks of -inf do not; all are told by name."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Screening:
     """What was seen in samples while they were read.
 
     Attributes:
-        found: elements that are NaN, and infinite ones, by sample and input.
+        found: elements that are NaN or inf, and those that are -inf, by sample and input.
     """
 
     found: dict[tuple[str, str], tuple[int, int]] = dataclasses.field(default_factory=dict)
 
     def of(self, samples: Samples) -> Samples:
-        """The samples without those that hold NaN: whatever a model makes of them says nothing of ranges or noise.
+        """The samples without those that hold NaN or inf: what a model makes of them says nothing of ranges or noise.
 
         Raises:
             DataError: all of them do; the message names the first, and its input.
@@ -38,15 +38,20 @@ class Screening:
         if not screened.first(1):
             sample, name = next(iter(self.found))
             raise DataError(
-                f"every calibration sample holds NaN, first '{sample}' in the input '{name}': give numbers"
+                f"every calibration sample holds NaN or infinities, first '{sample}' in the input '{name}'"
             )
         return screened
 
     def told(self) -> tuple[str, ...]:
-        """One sentence of samples left out, one of samples with infinities; none where there are none."""
+        """One sentence of samples left out, one of samples with masks of -inf; none where there are none."""
         texts = (
-            (0, "NaN", "the sample is left out", "these samples are left out"),
-            (1, "infinite", "ranges leave them out", "ranges leave them out"),
+            (0, "NaN or infinite", "the sample is left out", "these samples are left out"),
+            (
+                1,
+                "-inf",
+                "taken for a mask, ranges leave it out",
+                "taken for masks, ranges leave them out",
+            ),
         )
         found = []
         for index, what, one, many in texts:
@@ -66,16 +71,18 @@ class Screening:
         for feed in feeds:
             counts = _counts(feed.values)
             self.found.update({(feed.name, name): each for name, each in counts.items()})
-            if not any(nans for nans, _ in counts.values()):
+            if not any(broken for broken, _ in counts.values()):
                 yield feed
 
 
 def _counts(values: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """How many elements are NaN and how many infinite, of the inputs where any is."""
+    """How many elements are NaN or inf and how many -inf, of the inputs where any is."""
     found = {}
     for name, value in values.items():
         if not isinstance(value, np.ndarray) or not is_float(value.dtype):
             continue
-        if not np.isfinite(value).all():
-            found[name] = int(np.isnan(value).sum()), int(np.isinf(value).sum())
+        others = int(value.size - np.isfinite(value).sum())
+        if others:
+            masked = int((value == -np.inf).sum())
+            found[name] = others - masked, masked
     return found

@@ -10,6 +10,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from graphopt.calibrate.samples import read_samples
+from graphopt.calibrate.screening import Screening
 from graphopt.driver import half, metric
 from graphopt.driver.attempt import Attempt
 from graphopt.driver.request import Progress, Request, VerifyMode
@@ -249,7 +250,7 @@ class Judge:
             if calibration is None:
                 return None
             samples = read_samples(calibration, input_specs(load_model(file)))
-            return samples.first(CALIBRATION_FEEDS)
+            return Screening().of(samples).first(CALIBRATION_FEEDS)
         if isinstance(given, Path):
             if given.suffix == ".toml":
                 seed = self._request.options.seed

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from graphopt.calibrate.samples import JUDGED, read_samples
+from graphopt.calibrate.screening import Screening
 from graphopt.rewrite import Options
 from graphopt.runtime.session import OptimizationLevel, Session
 from graphopt.targets import Precision, Target
@@ -23,7 +24,7 @@ def held(
     if budget is None or budget.metric is None or options.calibration is None or not runs_here:
         return found
     session = Session(file, level=OptimizationLevel.ALL)
-    feeds = read_samples(options.calibration, session.inputs).first(JUDGED)
+    feeds = Screening().of(read_samples(options.calibration, session.inputs)).first(JUDGED)
     outputs = [session.run(feed.values) for feed in feeds]
     value = budget.metric.of(outputs, [feed.values for feed in feeds])
     name, limit = budget.metric.name, f">= {budget.metric.least:g}"

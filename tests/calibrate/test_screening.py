@@ -29,15 +29,20 @@ def test_a_sample_with_nan_is_left_out_and_named() -> None:
     found = screening.of(samples([1, 2], [np.nan, 2], [3, 4], [5, 6], limit=2)).first(9)
     assert [feed.name for feed in found] == ["sample 0", "sample 2"]
     assert screening.told() == (
-        "elements of calibration samples are NaN: 1 in the input 'x' of 'sample 1'; the sample is left out",
+        "elements of calibration samples are NaN or infinite: 1 in the input 'x' of 'sample 1'; the sample is left out",
     )
 
 
-def test_a_sample_with_infinities_is_kept_and_named() -> None:
+def test_a_sample_with_inf_is_left_out() -> None:
+    assert len(Screening().of(samples([1, 2], [np.inf, 0])).first(9)) == 1
+
+
+def test_a_mask_of_minus_inf_is_kept_and_named() -> None:
     screening = Screening()
-    assert len(screening.of(samples([1, 2], [np.inf, -np.inf])).first(9)) == 2
+    assert len(screening.of(samples([1, 2], [-np.inf, -np.inf])).first(9)) == 2
     assert screening.told() == (
-        "elements of calibration samples are infinite: 2 in the input 'x' of 'sample 1'; ranges leave them out",
+        "elements of calibration samples are -inf: 2 in the input 'x' of 'sample 1'; taken for a mask, ranges leave it "
+        "out",
     )
 
 
@@ -56,6 +61,7 @@ def test_numbers_are_not_told_of() -> None:
 
 def test_nothing_but_nan_is_refused() -> None:
     with pytest.raises(
-        DataError, match="every calibration sample holds NaN, first 'sample 0' in the input 'x'"
+        DataError,
+        match="every calibration sample holds NaN or infinities, first 'sample 0' in the input 'x'",
     ):
-        Screening().of(samples([np.nan, 1], [1, np.nan]))
+        Screening().of(samples([np.nan, 1], [1, np.inf]))

@@ -24,6 +24,26 @@ from graphopt.errors import OptionError
 
 _TYPES = {"uint8": ir.DataType.UINT8, "int8": ir.DataType.INT8}
 _AXES = ("channel", "tensor")
+_NO_TYPES = {
+    **dict.fromkeys(
+        ("uint16", "int16"),
+        "no kernel multiplies 16-bit integers, neither of ONNX Runtime nor of TensorRT: the layer would run in float "
+        "between a Q and a DQ; keep it in float with 'exclude'",
+    ),
+    **dict.fromkeys(
+        ("uint4", "int4"),
+        "no kernel takes activations of 4 bits; weights in 4 bits are those of --precision int4-weights, where "
+        "overrides say 'bits=4'",
+    ),
+    **dict.fromkeys(
+        ("float8e4m3fn", "float8_e4m3fn", "float8", "fp8", "float8e5m2", "float8_e5m2"),
+        "8-bit floats do not mix with integers in one product; they are those of --precision fp8",
+    ),
+    **dict.fromkeys(
+        ("float16", "bfloat16", "float32", "float"), "keep a layer in float with 'exclude'"
+    ),
+}
+"""Element types that are not for single activations, and why."""
 _EXAMPLE = '"head*: exclude", "conv1: method=percentile range=-4..4 bits=7 dtype=int8 axis=tensor"'
 
 
@@ -78,6 +98,26 @@ def check_patterns(patterns: Iterable[str], known: Collection[str]) -> None:
         )
 
 
+def check_symmetric(rules: Iterable[tuple[str, Override]], known: Iterable[str]) -> None:
+    """Refuses what asks a runtime for a zero point that takes none.
+
+    Raises:
+        OptionError: an override states an unsigned type, or a range that is not the same both ways.
+    """
+    for pattern, said in rules:
+        low, high = said.ends or (0.0, 0.0)
+        if said.dtype is not ir.DataType.UINT8 and low == -high:
+            continue
+        node = next((name for name in sorted(known) if fnmatch.fnmatchcase(name, pattern)), pattern)
+        what = "uint8" if said.dtype is ir.DataType.UINT8 else f"a range of {low:g}..{high:g}"
+        most = max(-low, high)
+        remedy = "int8" if said.dtype is ir.DataType.UINT8 else f"range={-most:g}..{most:g}"
+        raise OptionError(
+            f"quantisation override of '{pattern}': {what} for '{node}' needs a zero point, and TensorRT takes none "
+            f"(symmetric int8 only); write {remedy}"
+        )
+
+
 def check_operators(given: Iterable[str], known: Collection[str]) -> None:
     """Refuses operator types that are never quantised: a misspelt one would be quantised, unnoticed.
 
@@ -128,6 +168,8 @@ def _setting(text: str, setting: str) -> dict[str, Any]:
         return {"per_channel": value == "channel"}
     if key == "range":
         return {"ends": _ends(text, value)}
+    if key == "dtype" and value in _NO_TYPES:
+        raise OptionError(f"quantisation override {text!r}: {setting!r}: {_NO_TYPES[value]}")
     raise _refusal(text, f"{setting!r} is no setting")
 
 

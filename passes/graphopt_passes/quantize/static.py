@@ -23,7 +23,13 @@ from graphopt.runtime.specs import input_specs
 from graphopt_passes.quantize import bodies, equalize
 from graphopt_passes.quantize.emission import quantize
 from graphopt_passes.quantize.facts import Layer
-from graphopt_passes.quantize.overrides import Overrides, check_operators, check_patterns, parse
+from graphopt_passes.quantize.overrides import (
+    Overrides,
+    check_operators,
+    check_patterns,
+    check_symmetric,
+    parse,
+)
 from graphopt_passes.quantize.placement import QUANTISED, is_product
 from graphopt_passes.quantize.search import Search
 from graphopt_passes.quantize.styles import Style, style_named, style_of
@@ -74,18 +80,14 @@ class QuantizeStatic:
         """
         if self.workers < 1:
             raise OptionError(f"workers {self.workers}: at least one process runs the samples")
-        style = style_named(self.style or style_of(ctx.target.architecture))
-        overrides = parse(self.method, self.overrides)
-        check_operators(self.skip_ops, QUANTISED)
+        style = _style(self.style, model, ctx)
+        overrides = self._overrides(model, style, ctx)
         if ctx.options.calibration is None:
             raise OptionError(
                 "--precision int8 needs calibration samples: give --calibration PATH (an .npz whose leading axis is "
                 "the samples, a folder of .npz files, images with --preprocess), or choose --precision int8-dynamic, "
                 "which needs none"
             )
-        patterns = (*self.skip_nodes, *(pattern for pattern, _ in overrides.rules))
-        if patterns:
-            check_patterns(patterns, _names_of(model, ctx))
         allowed = self._allowed(model, overrides, ctx)
         inside = style.stores_outputs and bodies.has_products(model)
         if not allowed and not inside:
@@ -110,6 +112,18 @@ class QuantizeStatic:
         if changed:
             ctx.refresh()
         return changed
+
+    def _overrides(self, model: ir.Model, style: Style, ctx: Context) -> Overrides:
+        """What the recipe says of single layers; all of it is about something that there is."""
+        overrides = parse(self.method, self.overrides)
+        check_operators(self.skip_ops, QUANTISED)
+        patterns = (*self.skip_nodes, *(pattern for pattern, _ in overrides.rules))
+        if patterns:
+            known = _names_of(model, ctx)
+            check_patterns(patterns, known)
+            if style.symmetric:
+                check_symmetric(overrides.rules, known)
+        return overrides
 
     def _bodies(
         self, model: ir.Model, style: Style, samples: Samples, ctx: Context, overrides: Overrides
@@ -151,6 +165,23 @@ class QuantizeStatic:
         return any(
             fnmatch.fnmatchcase(name, pattern) for pattern in self.skip_nodes for name in names
         )
+
+
+def _style(given: str, model: ir.Model, ctx: Context) -> Style:
+    """The style asked for, else that of the target.
+
+    Raises:
+        OptionError: there is none of this name, or it has zero points and int32 biases, and the target takes neither.
+    """
+    symmetric = ctx.target.qdq is not None and not ctx.target.qdq.zero_points
+    style = style_named(given or ("tensorrt" if symmetric else style_of(ctx.target.architecture)))
+    if symmetric and not style.symmetric:
+        site = next((name_of(node) for node in model.graph if is_product(node)), "")
+        raise OptionError(
+            f"style '{style.name}' gives '{site}' inputs with zero points and an int32 bias, and the target "
+            f"'{ctx.target.name}' takes symmetric int8 and float biases only: leave style out"
+        )
+    return style
 
 
 def _is_finite(node: ir.Node) -> bool:

@@ -50,8 +50,9 @@ def warned(broken: float) -> list[str]:
 def test_one_broken_sample_does_not_keep_the_model_in_float() -> None:
     (told,) = warned(np.nan)
     assert told.startswith(
-        "elements of calibration samples are NaN: 1 in the input 'x' of 'sample 5'"
+        "elements of calibration samples are NaN or infinite: 1 in the input 'x' of 'sample 5'"
     )
+    assert len(warned(np.inf)) == 1
     assert warned(0.5) == []
 
 

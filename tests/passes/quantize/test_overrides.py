@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx_ir as ir
 import pytest
 from graphopt_passes.quantize.overrides import Override, parse
@@ -96,3 +98,37 @@ def test_names_of_what_was_fused_away_are_known() -> None:
     given = Options(calibration=Calibration(IMAGES), force=True)
     ctx = Context(model, get_target("cpu"), given, original=lambda: original)
     assert QuantizeStatic(skip_nodes=("u",)).run(model, ctx)
+
+
+@pytest.mark.parametrize(("dtype", "why"), [
+    ("uint16", "no kernel multiplies 16-bit integers"), ("int16", "no kernel multiplies 16-bit integers"),
+    ("int4", "--precision int4-weights"), ("uint4", "--precision int4-weights"),
+    ("float8e4m3fn", "--precision fp8"), ("float16", "keep a layer in float with 'exclude'"),
+])  # fmt: skip
+def test_types_that_no_kernel_takes_are_refused_with_the_reason(dtype: str, why: str) -> None:
+    with pytest.raises(OptionError, match=f"'a: dtype={dtype}'.*{why}"):
+        parse("best", [f"a: dtype={dtype}"])
+
+
+def for_tensorrt(**options: Any) -> ir.Model:
+    model = load_model(varied(RESIDUAL))
+    given = Options(calibration=Calibration(IMAGES))
+    ctx = Context(model, get_target("tensorrt"), given, pass_name="quantize-static")
+    QuantizeStatic(**options).run(model, ctx)
+    return model
+
+
+@pytest.mark.parametrize(("options", "error"), [
+    ({"overrides": ("x: dtype=uint8",)}, "uint8 for 'x' needs a zero point, .*write int8"),
+    ({"overrides": ("[x]: range=-1..4",)}, r"a range of -1..4 for 'x' needs a zero point, .*write range=-4..4"),
+    ({"style": "x86-avx2"}, "style 'x86-avx2' gives 'c' inputs with zero points and an int32 bias"),
+])  # fmt: skip
+def test_tensorrt_is_given_no_zero_point(options: dict[str, Any], error: str) -> None:
+    with pytest.raises(OptionError, match=error):
+        for_tensorrt(**options)
+
+
+def test_tensorrt_takes_what_is_symmetric() -> None:
+    model = for_tensorrt(overrides=("x: dtype=int8 range=-4..4",))
+    scale = scale_of(model, 0).numpy()
+    assert float(scale) == pytest.approx(4 / 127)
