@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,17 +11,25 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.calibrate.samples import read_samples
+from graphopt.calibrate.samples import batch_size, read_samples
 from graphopt.driver.attempt import attempt, write
 from graphopt.driver.judge import Judge
 from graphopt.driver.request import Progress, Request, VerifyMode
 from graphopt.errors import OptionError
 from graphopt.ir.model_file import load_model
 from graphopt.runtime.specs import TensorSpec, input_specs
+from graphopt.verify.feed_files import Feed
 
 MAX = "max"
 HELD_OUT_OF = 5
+FOLDS = HELD_OUT_OF
+"""On so many parts of the samples, each held out by trials that learn from the others, an amount has to hold: of eleven
+amounts, one too high holds on a single part by luck soon enough."""
+
 MOST_HELD_OUT, LEAST_HELD_OUT = 128, 8
+FEW = 100
+"""Samples held out, in all parts, below which shares such as `top1-agreement` say little."""
+
 _RATIOS = ("0.5", "0.6", "0.7", "0.75", "0.8", "0.85", "0.9", "0.93", "0.95", "0.97", "0.98")
 _ERRORS = tuple(
     f"lowrank:{error}" for error in ("0.01", "0.02", "0.03", "0.05", "0.08", "0.12", "0.2")
@@ -54,6 +63,22 @@ def highest(rungs: tuple[str, ...], holds: Callable[[str], bool]) -> str | None:
     return rungs[low - 1] if low else None
 
 
+def consistent(rungs: tuple[str, ...], parts: Sequence[Callable[[str], bool]]) -> str | None:
+    """The highest rung that holds on every part, and below which the next one holds, too; None where there is none.
+
+    Bisected on the first part; what holds there by luck alone is then left downwards.
+    """
+    first, *others = parts
+    found = highest(rungs, first)
+    at = -1 if found is None else rungs.index(found)
+    while at >= 0:
+        around = rungs[max(at - 1, 0) : at + 1]
+        if all(first(rung) for rung in around) and all(holds(rungs[at]) for holds in others):
+            return rungs[at]
+        at -= 1
+    return None
+
+
 def with_amount(request: Request, say: Progress) -> tuple[Request, tuple[str, ...]]:
     """The request with the amount of zeros or channels that `max` stands for, and what to tell about it.
 
@@ -71,37 +96,68 @@ def with_amount(request: Request, say: Progress) -> tuple[Request, tuple[str, ..
             f"--sparsity {request.options.sparsity!r} looks for the most that stays within a budget: give --budget, as "
             "in --budget 'top1-agreement>=0.98', and do not turn verification off"
         )
-    parted = _parted(request)
+    parts = _parts(request)
     with tempfile.TemporaryDirectory(prefix="graphopt-") as scratch:
-        judge = Judge(parted, Path(scratch), say)
-        found = highest(
-            rungs, lambda rung: _holds(_asking(parted, rung), judge, Path(scratch), say)
-        )
+        found = consistent(rungs, [_trial(part, Path(scratch), say) for part in parts])
     # What was held out may be learnt from once the amount is known; the result is judged as the trials were.
-    chosen = dataclasses.replace(_asking(request, found), inputs=parted.inputs)
+    chosen = dataclasses.replace(_asking(request, found), inputs=parts[0].inputs)
     if found is None:
         told = f"not even --sparsity {rungs[0]} stays within {request.options.budget}: nothing was pruned"
         return chosen, (told,)
-    return chosen, ()
+    return chosen, _doubts(request, parts)
 
 
-def _parted(request: Request) -> Request:
+def _parts(request: Request) -> list[Request]:
+    """The request once for each part of the samples that is held out; itself where none can be."""
+    found = [_parted(request, index) for index in range(FOLDS)]
+    return found[:1] if found[0] is request else [part for part in found if part is not request]
+
+
+def _parted(request: Request, index: int) -> Request:
     """The request with every fifth calibration sample as input to compare on, and not to learn from.
 
     Itself where the user gave inputs, or too few samples.
+
+    Args:
+        request: as the user made it.
+        index: which fifth, from the last on.
     """
     calibration = request.options.calibration
     if request.inputs is not None or calibration is None:
         return request
     specs = input_specs(load_model(request.source))
-    rest, apart = read_samples(calibration, specs).parted(HELD_OUT_OF)
+    rest, apart = read_samples(calibration, specs).parted(HELD_OUT_OF, index)
     held = [dict(feed.values) for feed in apart.first(MOST_HELD_OUT)]
     if len(held) < LEAST_HELD_OUT:
         return request
     source = [dict(feed.values) for feed in rest]
     kept = dataclasses.replace(calibration, source=source, preprocess=None, limit=None)
     options = dataclasses.replace(request.options, calibration=kept)
-    return dataclasses.replace(request, options=options, inputs=_joined(held, specs))
+    # What passes keep for replays is of the samples that they saw.
+    inputs = _joined(held, specs)
+    # What passes keep for replays is of the samples that they saw.
+    return dataclasses.replace(request, options=options, inputs=inputs, cache={})
+
+
+def _doubts(request: Request, parts: Sequence[Request]) -> tuple[str, ...]:
+    """What a user should know of the samples that an amount was chosen on."""
+    remedy = "give --inputs with a few hundred samples of their own, or more --calibration"
+    if request.inputs is not None:
+        return ()
+    if parts[0] is request:
+        least = HELD_OUT_OF * LEAST_HELD_OUT
+        told = f"too few samples to hold some out (fewer than {least}): what is within the budget on them may not be so"
+        return (f"--sparsity {request.options.sparsity}: {told} on others; {remedy}",)
+    count = sum(batch_size(Feed("", feed)) for part in parts for feed in _given(part))
+    if count >= FEW:
+        return ()
+    told = f"the amount was chosen on {count} samples held out, on which shares are uncertain by several percent"
+    return (f"--sparsity {request.options.sparsity}: {told}; {remedy}",)
+
+
+def _given(part: Request) -> Sequence[dict[str, Any]]:
+    assert isinstance(part.inputs, list)
+    return part.inputs
 
 
 def _joined(feeds: list[dict[str, Any]], specs: Sequence[TensorSpec]) -> list[dict[str, Any]]:
@@ -121,9 +177,17 @@ def _asking(request: Request, sparsity: str | None) -> Request:
     )
 
 
-def _holds(request: Request, judge: Judge, folder: Path, say: Progress) -> bool:
-    say(f"try {request.options.sparsity}", None)
-    made = write(
-        attempt(request, request.gate), folder, "tried.onnx", request.external, request.sparse_style
-    )
-    return judge.verdict(made).passed is True
+def _trial(request: Request, scratch: Path, say: Progress) -> Callable[[str], bool]:
+    """Whether the result of an amount stays within the budget, on the inputs of a request; each is tried once."""
+    folder = Path(tempfile.mkdtemp(dir=scratch))
+    judge = Judge(request, folder, say)
+
+    @functools.cache
+    def holds(rung: str) -> bool:
+        say(f"try {rung}", None)
+        asked = _asking(request, rung)
+        made = attempt(asked, asked.gate)
+        written = write(made, folder, "tried.onnx", asked.external, asked.sparse_style)
+        return judge.verdict(written).passed is True
+
+    return holds

@@ -13,7 +13,7 @@ import pytest
 
 import graphopt
 from graphopt.driver.request import Request
-from graphopt.driver.search import _joined, _parted, highest, ladder
+from graphopt.driver.search import _joined, _parted, consistent, highest, ladder
 from graphopt.errors import OptionError
 from graphopt.ir.model_file import load_model
 from graphopt.runtime.specs import TensorSpec
@@ -62,6 +62,21 @@ def test_bisection_finds_the_last_rung_that_holds(last: int) -> None:
     assert len(tried) <= 3
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "found"),
+    [
+        ("abcde", "abcde", "e"),
+        ("abcde", "ab", "b"),  # what the second part refuses is left downwards
+        ("abce", "abcde", "c"),  # d fails below e, which holds by luck
+        ("abcde", "", None),
+        ("", "abcde", None),
+    ],
+)
+def test_what_holds_by_luck_is_left(first: str, second: str, found: str | None) -> None:
+    parts = [lambda rung: rung in first, lambda rung: rung in second]
+    assert consistent(("a", "b", "c", "d", "e"), parts) == found
+
+
 def test_a_wider_budget_gives_more_zeros() -> None:
     made = [
         graphopt.optimize(network(), sparsity="max", calibration=samples(200), budget=budget)
@@ -72,18 +87,31 @@ def test_a_wider_budget_gives_more_zeros() -> None:
     assert 0.4 < zeros(made[0].model) < zeros(made[1].model)
 
 
+def test_the_result_has_learnt_from_all_samples() -> None:
+    found = graphopt.optimize(
+        network(), sparsity="max", calibration=samples(), budget="sqnr>=6"
+    ).model
+    amount = min(ladder("max"), key=lambda rung: abs(float(rung) - zeros(found)))
+    again = graphopt.optimize(network(), sparsity=amount, calibration=samples()).model
+    for name, value in again.graph.initializers.items():
+        mine = found.graph.initializers[name].const_value
+        assert mine is not None
+        assert value.const_value is not None
+        assert np.array_equal(mine.numpy(), value.const_value.numpy())
+
+
 def test_says_when_nothing_stays_within_the_budget() -> None:
     made = graphopt.optimize(network(), sparsity="max", calibration=samples(), budget="sqnr>=200")
     assert zeros(made.model) == 0
     assert any("not even --sparsity 0.5 stays within sqnr>=200" in w for w in made.report.warnings)
 
 
-def request_for(**given: Any) -> Request:
+def request_for(index: int = 0, **given: Any) -> Request:
     """The request that a search begins with."""
     seen: list[Request] = []
 
     def keep(request: Request, _say: object) -> tuple[Request, tuple[str, ...]]:
-        seen.append(_parted(request))
+        seen.append(_parted(request, index))
         return dataclasses.replace(
             request, options=dataclasses.replace(request.options, sparsity=None)
         ), ()
@@ -107,6 +135,29 @@ def test_trials_are_judged_on_samples_that_they_do_not_learn_from() -> None:
     rest = np.concatenate([feed["x"] for feed in calibration.source])
     assert len(rest) == 52
     assert not (rest[:, None] == held[None]).all(-1).any()
+
+
+def test_each_part_holds_other_samples_out() -> None:
+    given = samples()
+    parts = [request_for(index, calibration=given).inputs for index in range(5)]
+    rows = [row.tobytes() for part in parts if isinstance(part, list) for row in part[0]["x"]]
+    assert len(rows) == len(set(rows)) == 64
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"calibration": samples(30)}, "too few samples to hold some out (fewer than 40)"),
+        ({"calibration": samples(64)}, "chosen on 64 samples held out"),
+        ({"calibration": samples(200)}, None),
+        ({"calibration": samples(30), "inputs": samples(8)}, None),
+    ],
+)
+def test_says_what_few_samples_are_worth(given: dict[str, Any], told: str | None) -> None:
+    made = graphopt.optimize(network(), sparsity="max,refit=no", budget="sqnr>=0.1", **given)
+    found = [w for w in made.report.warnings if w.startswith("--sparsity max")]
+    assert len(found) == (told is not None)
+    assert told is None or told in found[0]
 
 
 @pytest.mark.parametrize(
