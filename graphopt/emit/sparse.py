@@ -55,10 +55,18 @@ _STORED = frozenset(
         ir.DataType.DOUBLE,
         ir.DataType.FLOAT16,
         ir.DataType.BFLOAT16,
+        ir.DataType.FLOAT8E4M3FN,
+        ir.DataType.FLOAT8E4M3FNUZ,
+        ir.DataType.FLOAT8E5M2,
+        ir.DataType.FLOAT8E5M2FNUZ,
         ir.DataType.INT8,
         ir.DataType.UINT8,
+        ir.DataType.INT16,
+        ir.DataType.UINT16,
         ir.DataType.INT32,
+        ir.DataType.UINT32,
         ir.DataType.INT64,
+        ir.DataType.UINT64,
     }
 )
 """What ONNX Runtime 1.31 expands; it refuses 4-bit values."""

@@ -78,6 +78,49 @@ class TestForm:
         assert facts is not None
         assert (facts.tensors, facts.style) == (1, style)
 
+    @pytest.mark.parametrize(
+        "dtype",
+        [
+            "int8",
+            "uint8",
+            "int16",
+            "uint16",
+            "int32",
+            "uint32",
+            "int64",
+            "uint64",
+            "float16",
+            "bfloat16",
+            "double",
+            "float8e4m3fn",
+            "float8e4m3fnuz",
+            "float8e5m2",
+            "float8e5m2fnuz",
+        ],
+    )
+    @pytest.mark.parametrize("style", SPARSE)
+    def test_every_type_that_the_runtime_loads(self, style: SparseStyle, dtype: str) -> None:
+        kind = onnx.TensorProto.DataType.Value(dtype.upper())
+        w = weight(0.96).astype(oh.tensor_dtype_to_np_dtype(kind))
+        dense = oh.make_model(
+            oh.make_graph(
+                [oh.make_node("Identity", ["w"], ["v"]), oh.make_node("Cast", ["v"], ["y"], to=1)],
+                "g",
+                [oh.make_tensor_value_info("x", 1, [1])],
+                [oh.make_tensor_value_info("y", 1, [96, 64])],
+                [nh.from_array(w, "w")],
+            ),
+            opset_imports=[oh.make_opsetid("", 21)],
+            ir_version=10,
+        )
+        made, facts = encoded(dense, style)
+        assert facts is not None
+        assert facts.tensors == 1
+        x = np.zeros(1, np.float32)
+        assert run(model_to_bytes(made), x) == run(dense.SerializeToString(), x)
+        back = densify(load_model(model_to_bytes(made)))
+        assert run(model_to_bytes(back), x) == run(dense.SerializeToString(), x)
+
     def test_reads_back_to_the_bytes_of_the_dense_model(self) -> None:
         w = weight(0.9)
         w[0, 0] = -0.0
