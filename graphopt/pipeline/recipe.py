@@ -1,6 +1,7 @@
 """Recipes: what a run shall do, as TOML or as spec strings.
 
 target = "cpu"                     # and precision, verify, seed, fold_limit_bytes, disable = ["pass/rule"]
+sparsity = "0.8,layer=^fc1:0.5"    # and budget = "top1-agreement>=0.98": as the options of these names
 pipeline = "default"               # or a list of specs, or [[pass]] tables
 prepend = ["my_module:my_pass"]
 append = ["drop-dead-code", "gs:scripts/strip.py:strip{numerics=exact}"]
@@ -45,6 +46,8 @@ _KEYS = (
     OptionInfo("verify", Verify, "final"),
     OptionInfo("seed", int, 0),
     OptionInfo("fold_limit_bytes", int, 1 << 20),
+    OptionInfo("sparsity", str, ""),
+    OptionInfo("budget", str, ""),
     OptionInfo("disable", tuple[str, ...], ()),
     OptionInfo("pipeline", Literal["default"] | list[str], _DEFAULT),
     OptionInfo("prepend", tuple[str, ...], ()),
@@ -67,6 +70,8 @@ class Recipe:
         verify: when to verify.
         seed: for whatever draws random numbers.
         fold_limit_bytes: how much larger than what it makes dead a folded constant may be.
+        sparsity: what to prune, in the words of the option.
+        budget: what error a lossy run may make, in the words of the option.
         disable: passes, or `pass/rule`, that may not run.
         pipeline: the passes instead of the target's own.
         prepend: passes before the pipeline.
@@ -84,6 +89,8 @@ class Recipe:
     verify: Verify | None = None
     seed: int | None = None
     fold_limit_bytes: int | None = None
+    sparsity: str | None = None
+    budget: str | None = None
     disable: tuple[str, ...] = ()
     pipeline: tuple[Step, ...] | None = None
     prepend: tuple[Step, ...] = ()
@@ -131,6 +138,8 @@ class Recipe:
             verify=said.get("verify"),
             seed=said.get("seed"),
             fold_limit_bytes=said.get("fold_limit_bytes"),
+            sparsity=said.get("sparsity"),
+            budget=said.get("budget"),
             disable=said.get("disable", ()),
             pipeline=_pipeline(said, source),
             prepend=_steps(said.get("prepend", ()), f"{source}, prepend"),

@@ -16,6 +16,7 @@ from graphopt.driver.request import Request
 from graphopt.driver.search import _joined, _parted, consistent, highest, ladder
 from graphopt.errors import OptionError
 from graphopt.ir.model_file import load_model
+from graphopt.pipeline.recipe import Recipe
 from graphopt.runtime.specs import TensorSpec
 from tests.rewriting import parse
 
@@ -98,6 +99,23 @@ def test_the_result_has_learnt_from_all_samples() -> None:
         assert mine is not None
         assert value.const_value is not None
         assert np.array_equal(mine.numpy(), value.const_value.numpy())
+
+
+@pytest.mark.parametrize(("said", "share"), [(None, 0.5), ("0.9", 0.9)])
+def test_a_recipe_may_say_the_amount(tmp_path: Path, said: str | None, share: float) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text('sparsity = "0.5,layer=^w2:0.75"')
+    made = graphopt.optimize(network(), recipe=file, sparsity=said, calibration=samples()).model
+    assert abs(zeros(made) - share) < 0.06
+    held = made.graph.initializers["w2"].const_value
+    assert held is not None
+    assert said is not None or abs((held.numpy() == 0).mean() - 0.75) < 0.02
+
+
+def test_a_recipe_may_say_the_budget() -> None:
+    recipe = Recipe.from_table({"sparsity": "max", "budget": "sqnr>=200"})
+    made = graphopt.optimize(network(), recipe=recipe, calibration=samples())
+    assert any("stays within sqnr>=200" in w for w in made.report.warnings)
 
 
 def test_says_when_nothing_stays_within_the_budget() -> None:
