@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from graphopt.cli.console import change, count, grid, line, scaled, size, text
 from graphopt.cli.verification import metric_lines, outputs_table, verdict
+from graphopt.report.quantized import quantized_layers
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 MAX_OUTPUTS = 8
 MAX_REASONS = 8
+MAX_LAYERS = 16
 
 
 def run_tables(report: RunReport, *, every_remark: bool = False) -> list[RenderableType]:
@@ -35,7 +37,9 @@ def run_tables(report: RunReport, *, every_remark: bool = False) -> list[Rendera
         parts += [text(f"sparsity  {each}", "dim") for each in report.sparse.sentences()]
     parts += _rolled_back(report)
     parts += [text(f"warning: {each}", "yellow") for each in report.warnings]
-    parts += _remarks(report.remarks, every_remark=every_remark)
+    parts += _quantized(report.remarks, every=every_remark)
+    told = [each for each in report.remarks if not each.facts]
+    parts += _remarks(told, every_remark=every_remark)
     return parts
 
 
@@ -114,6 +118,36 @@ def _rolled_back(report: RunReport) -> list[RenderableType]:
         what = f"left out  {each.pass_name}{rule}{where}: "
         parts.append(line((what, "bold yellow"), each.reason))
     return [text(""), *parts] if parts else []
+
+
+def _quantized(remarks: Sequence[Remark], *, every: bool) -> list[RenderableType]:
+    """The layers in 8 bits, each with its kernel and what it costs."""
+    rows = [row for row in quantized_layers(remarks) if not row.why_float]
+    if not rows:
+        return []
+    heads = ("layer", "kernel", "range by", "clipped", "dB", "input", "weight", "coarser")
+    table = grid(*heads, right="34567")
+    for row in rows if every else rows[:MAX_LAYERS]:
+        weight = "" if row.weight_sqnr_db is None else f"{row.weight_sqnr_db:.1f}"
+        table.add_row(
+            text(row.node),
+            text(row.kernel),
+            row.method,
+            f"{row.clipped or 0:.2%}",
+            f"{row.sqnr_db:.1f}",
+            f"{row.input_sqnr_db:.1f}",
+            f"{weight}{'*' if row.refined else ''}",
+            str(row.raised_channels or ""),
+        )
+    parts: list[RenderableType] = [text(""), table]
+    if any(row.refined for row in rows):
+        parts.append(text("* weight rounded by second moments of the input", "dim"))
+    hidden = 0 if every else len(rows) - MAX_LAYERS
+    return (
+        [*parts, text(f"… and {hidden} other layers; --remarks lists all", "dim")]
+        if hidden > 0
+        else parts
+    )
 
 
 def _remarks(remarks: Sequence[Remark], *, every_remark: bool) -> list[RenderableType]:

@@ -12,6 +12,7 @@ from graphopt.pipeline import PassRun
 from graphopt.report.facts import ModelFacts
 from graphopt.report.layers import Layer
 from graphopt.report.plain import graphopt_version, plain
+from graphopt.report.quantized import quantized_layers
 from graphopt.report.stages import Stage
 from graphopt.rewrite.context import Remark, Rewrite
 from graphopt.verify.compare import OutputReport
@@ -111,6 +112,8 @@ class RunReport:
             **facts,
             "nodes": {"before": before.nodes, "after": after.nodes},
             "parameter_bytes": {"before": before.parameter_bytes, "after": after.parameter_bytes},
+            "remarks": [{**plain(each), "facts": dict(each.facts)} for each in self.remarks],
+            "quantized_layers": plain(quantized_layers(self.remarks)),
             "rewrites": [
                 {"pass": name, "rule": rule, "count": count}
                 for (name, rule), count in self.rewrite_counts().items()

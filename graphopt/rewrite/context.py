@@ -47,6 +47,7 @@ class Remark:
         node: the node that it is about, or "".
         reason: the sentence.
         culprit: the node or value that stands in the way, or "".
+        facts: the same as names and values, for tables; empty where the sentence says all.
     """
 
     kind: RemarkKind
@@ -55,6 +56,7 @@ class Remark:
     node: str
     reason: str
     culprit: str = ""
+    facts: tuple[tuple[str, str | float | bool | None], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,10 +289,12 @@ class Context:
         node: ir.Node | ir.Value | str,
         reason: str,
         culprit: ir.Node | ir.Value | None = None,
+        facts: Mapping[str, str | float | bool | None] | None = None,
     ) -> None:
         """Puts a remark of the running pass on record, once."""
         guilty = "" if culprit is None else name_of(culprit)
-        remark = Remark(kind, self.pass_name, rule, name_of(node), reason, guilty)
+        held = tuple((facts or {}).items())
+        remark = Remark(kind, self.pass_name, rule, name_of(node), reason, guilty, held)
         if remark not in self._said:
             self._said.add(remark)
             self.remarks.append(remark)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 import time
+from typing import Any
 
 import pytest
 
@@ -88,6 +89,36 @@ def test_every_remark_is_listed_if_asked_for(capsys: pytest.CaptureFixture[str])
     out = shown(report(VerificationFacts("off"), remarks=REMARKS), capsys, every=True)
     assert out.count("conv/fold") == 5
     assert "because of" in out
+
+
+def on_integers(index: int, **more: Any) -> Remark:
+    facts = {
+        "operator": "Conv", "kernel": "QLinearConv", "method": "mse", "clipped": 0.01, "sqnr_db": 38.51,
+        "input_sqnr_db": 41.2, "weight_sqnr_db": 42.3, "refined": False, "raised_channels": 0, **more,
+    }  # fmt: skip
+    told = (RemarkKind.NOTE, "quantize-static", "quantize", f"layer{index}", "in words")
+    return Remark(*told, facts=tuple(facts.items()))
+
+
+def test_layers_in_8_bits_are_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    many = (
+        on_integers(0, refined=True, raised_channels=3),
+        *(on_integers(i) for i in range(1, 18)),
+    )
+    out = shown(report(VerificationFacts("off"), remarks=many), capsys)
+    (row,) = (line.split() for line in out.splitlines() if line.startswith("layer0 "))
+    assert row == ["layer0", "QLinearConv", "mse", "1.00%", "38.5", "41.2", "42.3*", "3"]
+    assert "* weight rounded by second moments" in out
+    assert "layer16" not in out
+    assert "… and 2 other layers; --remarks lists all" in out
+    assert "in words" not in out
+    every = shown(report(VerificationFacts("off"), remarks=many), capsys, every=True)
+    assert "layer17" in every
+    assert "other layers" not in every
+
+
+def test_without_layers_in_8_bits_there_is_no_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "clipped" not in shown(report(VerificationFacts("off"), remarks=REMARKS), capsys)
 
 
 def test_many_reasons_are_cut_and_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,6 +86,7 @@ def test_json_has_the_documented_keys_and_is_strict() -> None:
             "node": "n<1>",
             "reason": "because\nso",
             "culprit": "",
+            "facts": {},
         }
     ]
     assert body["rewrites"] == [{"pass": "tidy", "rule": "drop", "count": 2}]

@@ -170,7 +170,12 @@ class _Emitter:
         if site.stores:
             self._store(site.result)
         if site.role is not Role.PRODUCT:
-            self.layers.append(Layer(_name(site.node), site.node.op_type))
+            stored = self.methods[site.result]
+            self.layers.append(
+                Layer(
+                    _name(site.node), site.node.op_type, stored.method, stored.clipped, stored.noise
+                )
+            )
 
     def _replace(self, node: ir.Node, index: int) -> None:
         """Makes an input of a node read the decoded value."""

@@ -72,9 +72,9 @@ class Layer:
     Attributes:
         site: the name of its first output.
         op_type: the operator.
-        method: how its input range was found.
-        clipped: fraction of the input outside its range.
-        input_noise: of the input, relative to its power.
+        method: how the range of its input was found, or of its output where that is what is stored anew.
+        clipped: fraction of those values outside the range.
+        input_noise: of them, relative to their power.
         weight_noise: of the weight, relative to its power.
         raised: rows of the weight whose scale was raised against saturation.
         refined: whether the weight was rounded by second moments of the input.

@@ -30,10 +30,12 @@ class Fusion:
     Attributes:
         leftovers: what runs in float although its input was decoded for it: names of its outputs, and the rule broken.
         edges: Q and DQ between integers and float, where the two meet on purpose.
+        kernels: what became of each site, by name: the operator that the runtime runs.
     """
 
     leftovers: dict[str, str]
     edges: int
+    kernels: dict[str, str]
 
 
 def read_fusion(model: ir.Model, integer: Sequence[str]) -> Fusion:
@@ -69,7 +71,31 @@ def _classified(model: ir.Model, deployed: ir.Model, integer: frozenset[str]) ->
         names += [name for v in decoded if (name := readers.get(v.name)) in integer and name]
         for name in names:
             leftovers[name] = _rule(makers.get(name), node.op_type)
-    return Fusion(leftovers, edges)
+    return Fusion(leftovers, edges, _kernels(model, deployed, integer))
+
+
+def _kernels(model: ir.Model, deployed: ir.Model, integer: frozenset[str]) -> dict[str, str]:
+    """The operators that compute the results of sites, or what alone reads them and was fused with them."""
+    made = {value.name: node.op_type for node in deployed.graph for value in node.outputs}
+    found: dict[str, str] = {}
+    for node in model.graph:
+        if name_of(node) not in integer or node.op_type in (ENCODE, DECODE):
+            continue
+        value = node.outputs[0]
+        for _ in range(_FUSED_BEHIND):
+            kind = made.get(value.name)
+            uses = tuple(value.uses())
+            if kind not in (None, ENCODE, DECODE):
+                found[name_of(node)] = kind or ""
+                break
+            if len(uses) != 1:
+                break
+            value = uses[0].node.outputs[0]
+    return found
+
+
+_FUSED_BEHIND = 4
+"""A product, the sum behind it, an activation, QuantizeLinear."""
 
 
 def _maker(value: ir.Value) -> str:

@@ -118,7 +118,7 @@ class Search:
 
     def _explain(self, best: Trial, wanted: frozenset[str]) -> None:
         """Says what stays float, and why."""
-        paying = self._cheapest(wanted)
+        paying = wanted if self.ctx.options.force else self._cheapest(wanted)
         for name in sorted(wanted - best.sites):
             if name in paying:
                 self.ctx.missed(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import math
 from pathlib import Path
 from typing import ClassVar
 
@@ -33,6 +32,7 @@ from graphopt_passes.quantize.overrides import (
 from graphopt_passes.quantize.placement import QUANTISED, is_product
 from graphopt_passes.quantize.search import Search
 from graphopt_passes.quantize.styles import Style, style_named, style_of
+from graphopt_passes.quantize.telling import Floats, facts, summary, told
 from graphopt_passes.quantize.trials import RULE, Collecting, Trial, Trials
 
 
@@ -98,6 +98,7 @@ class QuantizeStatic:
         _ = (
             ctx.shapes
         )  # inferred once: placement, emission and bodies ask values for types and shapes
+        floats = Floats.of(model, allowed)
         screening = ctx.cache.setdefault("screened samples", Screening())
         samples = screening.of(read_samples(ctx.options.calibration, input_specs(model)))
         trials = best = None
@@ -109,6 +110,7 @@ class QuantizeStatic:
             ctx.remark(RemarkKind.WARNING, RULE, "", text)
         if trials is not None and best is not None:
             changed |= _apply(model, model.graph, best, trials, ctx)
+        floats.tell(ctx, RULE)
         if changed:
             ctx.refresh()
         return changed
@@ -246,12 +248,14 @@ def _apply(model: ir.Model, graph: ir.Graph, best: Trial, trials: Trials, ctx: C
     )
     if not permitted:
         return False
-    layers = _written(model, graph, permitted, best, trials, ctx.names)
-    for layer in layers:
-        ctx.remark(RemarkKind.NOTE, RULE, layer.site, _told(layer))
+    by = "its 8-bit kernel" if trials.on_host else f"fused by {ctx.target.name}"
+    for layer in _written(model, graph, permitted, best, trials, ctx.names):
+        kernel = trials.kernels.get(layer.site, by)
+        row = facts(layer, kernel)
+        ctx.remark(RemarkKind.NOTE, RULE, layer.site, told(layer, kernel), facts=row)
     if best.quality is not None:
         where = "" if graph is model.graph else graph.name or ""
-        ctx.remark(RemarkKind.NOTE, RULE, where, _summary(best))
+        ctx.remark(RemarkKind.NOTE, RULE, where, summary(best))
     return True
 
 
@@ -268,44 +272,3 @@ def _written(
     return quantize(
         model, trials.final_facts(), lambda node: name_of(node) in sites, names, body=graph
     )
-
-
-def _summary(best: Trial) -> str:
-    assert best.quality is not None
-    change, metric = best.quality.change, best.quality.metric
-    told = f"{best.ratio:.2f}x the speed of float on this machine; worst output {best.quality.sqnr_db:.1f} dB"
-    if change is not None:
-        told += f", {change.flips:.2%} of the samples expected to change class, {change.loss:.2%} to be lost by it"
-    return told if metric is None else f"{told}, the given metric {metric:.4g}"
-
-
-def _told(layer: Layer) -> str:
-    """One row of the table: kernel, method, clipping, noise, saturation."""
-    kernel = KERNELS.get(layer.op_type, "its 8-bit kernel")
-    if not layer.method:
-        return f"{layer.op_type} on integers ({kernel})"
-    noise, of_input, of_weight = (
-        -10 * math.log10(max(part, 1e-20))
-        for part in (layer.noise, layer.input_noise, layer.weight_noise)
-    )
-    raised = f"{layer.raised} channels coarser against it" if layer.raised else "none"
-    refined = ", rounded by second moments" if layer.refined else ""
-    return (
-        f"{layer.op_type} in 8 bits ({kernel}): range by {layer.method}, {layer.clipped:.2%} clipped, {noise:.1f} dB "
-        f"(input {of_input:.1f}, weight {of_weight:.1f}{refined}), saturation: {raised}"
-    )
-
-
-KERNELS = {
-    "Conv": "QLinearConv",
-    "MatMul": "MatMulIntegerToFloat or QLinearMatMul",
-    "Gemm": "QGemm",
-    "Add": "QLinearAdd",
-    "Mul": "QLinearMul",
-    "Concat": "QLinearConcat",
-    "AveragePool": "QLinearAveragePool",
-    "GlobalAveragePool": "QLinearGlobalAveragePool",
-    "LeakyRelu": "QLinearLeakyRelu",
-    "Sigmoid": "QLinearSigmoid",
-}
-"""What ONNX Runtime makes of Q and DQ around an operator; that it did is read back from its optimised graph."""

@@ -33,7 +33,7 @@ from graphopt_passes.quantize.facts import Facts, Layer
 from graphopt_passes.quantize.files import on_disk
 from graphopt_passes.quantize.fusion import read_fusion
 from graphopt_passes.quantize.overrides import Overrides
-from graphopt_passes.quantize.placement import Site, is_product, place
+from graphopt_passes.quantize.placement import PRODUCTS, Site, is_product, place
 from graphopt_passes.quantize.quality import Quality
 from graphopt_passes.quantize.styles import Style
 
@@ -115,6 +115,7 @@ class Trials:
         self.original = model
         self.scalings: tuple[Scaling, ...] = ()
         self.key = f"{fingerprint.structural(model)}:{fingerprint.weights(model)}:{style.name}"
+        self._first_key = self.key
         samples = by_row(lambda: on_disk(model), samples)
         # Judged on what ranges were not taken from, where there is enough: what fits the samples only is no gain.
         enough = len(samples.first(ENOUGH)) == ENOUGH
@@ -135,6 +136,12 @@ class Trials:
     def on_host(self) -> bool:
         """Whether the target's runtime is the one that runs here."""
         return self.ctx.target.provider == "CPUExecutionProvider"
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        """What the runtime made of the sites that were tried, by name."""
+        found: dict[str, str] = self.ctx.cache.setdefault(f"kernels:{self._first_key}", {})
+        return found
 
     @property
     def _has_metric(self) -> bool:
@@ -233,6 +240,7 @@ class Trials:
             return kept
         for _ in range(REPAIRS):
             fusion = read_fusion(self.emitted(sites)[0], self._results(sites))
+            self.kernels.update(fusion.kernels)
             if not fusion.leftovers:
                 break
             bad = self._owners(sites, fusion.leftovers)
@@ -284,7 +292,7 @@ class Trials:
         count = int((PROBE_NS / max(len(products), 1) - self.made_ns) / max(run, 1.0))
         if count < PROBED:
             layers = self.emitted(sites)[1]
-            found = {layer.site: layer.noise for layer in layers if layer.method}
+            found = {layer.site: layer.noise for layer in layers if layer.op_type in PRODUCTS}
         else:
             found = {}
             for node in products:

@@ -28,6 +28,7 @@ from graphopt.ir.build import Names
 from graphopt.ir.check import violations
 from graphopt.ir.model_file import load_model, to_proto
 from graphopt.ir.shapes import Shapes
+from graphopt.report.quantized import QuantizedLayer, quantized_layers
 from graphopt.rewrite import Calibration, Context, Gate, Options, name_of
 from graphopt.targets import get_target
 from graphopt.verify.feed_files import Feed
@@ -257,6 +258,63 @@ def test_the_pass_quantises_and_says_how() -> None:
     )
     assert QuantizeStatic().run(again, replay)
     assert to_proto(again) == to_proto(model)
+
+
+def rows(ctx: Context) -> dict[str, QuantizedLayer]:
+    return {row.node: row for row in quantized_layers(ctx.remarks)}
+
+
+def test_every_layer_has_a_row_with_the_kernel_that_the_runtime_runs() -> None:
+    model = load_model(varied(RESIDUAL))
+    products = [name_of(node) for node in model.graph if node.op_type in ("Conv", "Gemm", "MatMul")]
+    ctx = context(model)
+    assert QuantizeStatic().run(model, ctx)
+    found = rows(ctx)
+    assert set(products) <= set(found)
+    first = found["c"]
+    assert (first.operator, first.kernel, first.why_float) == ("Conv", "QLinearConv", "")
+    assert first.method
+    assert first.sqnr_db is not None
+    assert first.weight_sqnr_db is not None
+    assert 0 <= first.clipped < 0.1  # type: ignore[operator]
+    assert first.input_sqnr_db is not None
+    assert 20 < first.sqnr_db < min(first.input_sqnr_db, first.weight_sqnr_db)
+    sums = [row for row in found.values() if row.operator == "Add"]
+    assert [row.kernel for row in sums] == ["QLinearAdd"]
+    assert all(row.weight_sqnr_db is None for row in sums)
+
+
+def test_rows_of_layers_in_float_say_why() -> None:
+    model = load_model(varied(RESIDUAL))
+    ctx = context(model)
+    assert QuantizeStatic(skip_nodes=("c",)).run(model, ctx)
+    assert rows(ctx)["c"].why_float == "the recipe leaves it out"
+    text = (
+        "g (float[1,6,16] x, float[1,16,4] z) => (float[1,6,4] y, float[1,6,4] u) <float[16,4] w> "
+        "{ y = MatMul(x, z)  u = MatMul(x, w) }"
+    )
+    model = load_model(varied(text))
+    rng = np.random.default_rng(0)
+    feeds = [
+        {
+            n: rng.normal(size=s).astype(np.float32)
+            for n, s in (("x", (1, 6, 16)), ("z", (1, 16, 4)))
+        }
+        for _ in range(4)
+    ]
+    given = Options(calibration=Calibration(feeds), force=True, budget="sqnr>=90")
+    ctx = Context(model, get_target("cpu"), given, pass_name="quantize-static")
+    assert not QuantizeStatic().run(model, ctx)
+    assert rows(ctx)["y"].why_float.startswith("no integer kernel takes it")
+    assert "within the budget" in rows(ctx)["u"].why_float
+
+
+def test_tensorrt_fuses_by_itself() -> None:
+    model = load_model(varied(RESIDUAL))
+    given = Options(calibration=Calibration(IMAGES))
+    ctx = Context(model, get_target("tensorrt"), given, pass_name="quantize-static")
+    assert QuantizeStatic("tensorrt").run(model, ctx)
+    assert rows(ctx)["c"].kernel == "fused by tensorrt"
 
 
 def test_everything_is_tried_where_the_part_that_the_table_prefers_is_slower(
