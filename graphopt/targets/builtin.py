@@ -1,12 +1,13 @@
 """The built-in targets.
 
-Limits are those of ONNX Runtime 1.31 (IR <= 13, released opsets <= 26) and of TensorRT 11's ONNX parser (opsets 9 to
-24).  A fused op is listed where it was measured to be no slower than what it replaces, or where the runtime's own
-documentation recommends it; the source is beside it.
+Limits are those of the installed ONNX Runtime (1.31: IR <= 13, released opsets <= 26; 1.32: IR <= 14, opsets <= 28)
+and of TensorRT 11's ONNX parser (opsets 9 to 24).  A fused op is listed where it was measured to be no slower than what
+it replaces, or where the runtime's own documentation recommends it; the source is beside it.
 """
 
 from __future__ import annotations
 
+from graphopt.targets.releases import newest_ir, newest_opset
 from graphopt.targets.target import (
     FLOATS,
     Artefact,
@@ -20,10 +21,10 @@ from graphopt.targets.target import (
 
 _FLOAT = frozenset({"FLOAT"})
 _MS = "com.microsoft"
-_ORT_OPSET = (7, 26)
-_ORT_IR = (3, 13)
+_ORT_OPSET = (7, newest_opset())
+_ORT_IR = (3, newest_ir())
 _ORT_DOMAINS = {
-    "": 26,
+    "": newest_opset(),
     "ai.onnx.ml": 5,
     "com.microsoft": 1,
     "com.ms.internal.nhwc": 1,

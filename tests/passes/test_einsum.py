@@ -101,6 +101,17 @@ def test_contraction_of_unknown_sizes_stays(
     check(RULES, before=f'{head} {{ y = Einsum<equation = "{equation}">(a, b) }}', missed=missed)
 
 
+def test_products_of_bfloat16_stay() -> None:
+    """ONNX Runtime has kernels of Einsum for it that MatMul lacks."""
+    text = """g (bfloat16[2,3] x, bfloat16[3,4] w) => (bfloat16[2,4] y) {
+        y = Einsum<equation = "ij,jk->ik">(x, w) }"""
+    ctx = apply(RULES, model := ir.from_proto(parse(text)))
+    assert {remark.reason for remark in ctx.remarks} == {
+        "not every runtime multiplies matrices of bfloat16"
+    }
+    assert [node.op_type for node in model.graph] == ["Einsum"]
+
+
 def test_contraction_of_nothing_stays() -> None:
     """A view cannot say 0 and mean it; ONNX Runtime 1.31 itself divides by zero there, so that nothing is run."""
     text = """g (float[0,Q,2,4] a, float[0,K,2,4] b) => (float[0,2,Q,K] y)
