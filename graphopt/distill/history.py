@@ -19,6 +19,7 @@ class History:
         judged: of the held-out samples, as (step, loss); step 0 is before training.
         kept: the step whose weights are in the result; 0 where training made nothing better.
         measure: what the losses are: divergence of logits, or error over signal.
+        transferred: constants taken from the teacher first; None where the student was nearer to it without.
     """
 
     steps: int
@@ -30,6 +31,7 @@ class History:
     judged: tuple[tuple[int, float], ...]
     kept: int
     measure: str
+    transferred: int | None = 0
 
     @property
     def before(self) -> float:
@@ -43,10 +45,25 @@ class History:
 
     def sentences(self) -> tuple[str, ...]:
         """What a user should know, in words."""
+        return (*self._beginning(), self._end())
+
+    def _beginning(self) -> tuple[str, ...]:
+        if self.transferred is None:
+            return (
+                "the weights of the original were not taken: the student is nearer to it with its own",
+            )
+        if not self.transferred:
+            return ()
+        return (
+            f"{self.transferred} constants taken from the original, zeros of matrices left zero",
+        )
+
+    def _end(self) -> str:
         done = f"{self.parameters} weights trained for {self.steps} steps on {self.samples} unlabelled samples"
         if not self.kept:
-            return (f"{done}: no better on the {self.held_out} held out, so nothing was changed",)
+            what = "nothing else" if self.transferred else "nothing"
+            return f"{done}: no better on the {self.held_out} held out, so {what} was changed"
         return (
             f"{done}: {self.measure} on the {self.held_out} held out went from {self.before:.4g} to {self.after:.4g} "
-            f"(best at step {self.kept})",
+            f"(best at step {self.kept})"
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from graphopt.distill.operators import Call, Operator, Tensor, operator_of
 from graphopt.distill.operators.elementwise import tensor_of
 from graphopt.errors import ModelError
 from graphopt.ir import values
+from graphopt.ir.operators import describe
 from graphopt.ir.scopes import Scope, dependencies, nested
 
 Watch = Callable[[str, Tensor], Tensor]
@@ -96,7 +96,7 @@ class Interpreter:
     def __init__(self, model: ir.Model) -> None:
         unknown = unsupported(model)
         if unknown:
-            listed = ", ".join(f"{count} x {name}" for name, count in unknown.items())
+            listed = ", ".join(f"{len(nodes)} x {describe(nodes[0])}" for nodes in unknown.values())
             raise ModelError(
                 f"{model.graph.name or 'the model'} cannot be distilled: the interpreter does not know {listed}. "
                 "Distil before quantisation or fusion makes them, or leave --distill out"
@@ -123,15 +123,15 @@ class Interpreter:
         return dict(zip(self._program.outputs, made, strict=True))
 
 
-def unsupported(model: ir.Model) -> dict[str, int]:
-    """Operators that the interpreter does not know, with their counts; calls of local functions are not known."""
-    found: Counter[str] = Counter()
+def unsupported(model: ir.Model) -> dict[str, list[ir.Node]]:
+    """The nodes that the interpreter does not know, by operator; calls of local functions are not known."""
+    found: dict[str, list[ir.Node]] = {}
     for scope in nested(Scope(model.graph, model.opset_imports)):
         for node in scope.graph:
             known = (node.domain == "" and node.op_type in CONTROL) or operator_of(node) is not None
             if not known:
-                found[node.op_type] += 1
-    return dict(found)
+                found.setdefault(node.op_type, []).append(node)
+    return found
 
 
 def _tensor(name: str, tensor: ir.TensorProtocol) -> Tensor:

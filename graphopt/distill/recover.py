@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from graphopt.distill.history import History
 from graphopt.distill.losses import distance
 from graphopt.distill.settings import Mode, Settings
 from graphopt.distill.teacher import Teacher
+from graphopt.distill.transfer import head_start
 from graphopt.distill.weights import Array, Weight, find_weights
 from graphopt.errors import DataError, ModelError, OptionError
 from graphopt.ir.model_file import model_to_bytes
@@ -66,14 +67,14 @@ def distill(
     rng = np.random.default_rng(seed)
     division = divide(samples, settings.held_out, rng)
     pupil = _taught(teacher, student, samples, settings)
-    if settings.transfer:
-        transfer(teacher, student)
+    spread = spreads(division.train, settings.noise)
+    division = dataclasses.replace(division, judged=tuple(unseen(division.held_out, spread, rng)))
+    exam = _Exam.of(pupil, division, settings)
+    taken = head_start(teacher, student, exam.loss) if settings.transfer else 0
     interpreter = interpret.Interpreter(student)
     shown = grouped(samples[: PROVEN_ON * 4], 4, joined=pupil.joins)[:PROVEN_ON]
     session = _session(student)
     off = train.parity(student, interpreter, shown, session.run)
-    spread = spreads(division.train, settings.noise)
-    division = dataclasses.replace(division, judged=tuple(unseen(division.held_out, spread, rng)))
     weights = find_weights(student.graph)
     if not weights:
         raise ModelError(
@@ -83,7 +84,7 @@ def distill(
     done: Trained = train.Trainer(interpreter, weights, pupil, settings).run(
         division, seed, lambda part: say("distill", part)
     )
-    kept = done.kept if _adopt(student, pupil, weights, done, division, settings) else 0
+    kept = done.kept if _adopt(student, weights, done, exam) else 0
     return History(
         steps=done.steps,
         samples=len(division.train),
@@ -98,6 +99,7 @@ def distill(
         measure="divergence of the outputs"
         if pupil.logits
         else "error of the outputs over their spread",
+        transferred=taken,
     )
 
 
@@ -131,50 +133,42 @@ def require_torch() -> None:
         )
 
 
-def transfer(teacher: ir.Model, student: ir.Model) -> int:
-    """Copies the teacher's weights of the same name, shape and dtype into the student; returns how many."""
-    copied = 0
-    for name, value in student.graph.initializers.items():
-        theirs = teacher.graph.initializers.get(name)
-        mine = value.const_value
-        if theirs is None or theirs.const_value is None or mine is None:
-            continue
-        if theirs.const_value.dtype == mine.dtype and theirs.const_value.shape == mine.shape:
-            value.const_value = ir.Tensor(
-                np.array(theirs.const_value.numpy()), mine.dtype, name=name
-            )
-            copied += 1
-    return copied
+@dataclasses.dataclass(frozen=True)
+class _Exam:
+    """What ONNX Runtime judges a student by: samples that nothing has learnt from, and what the teacher says."""
+
+    feeds: Sequence[Feed]
+    wanted: Sequence[dict[str, Array]]
+    logits: Mapping[str, str]
+    temperature: float
+
+    @classmethod
+    def of(cls, teacher: Teacher, division: Division, settings: Settings) -> _Exam:
+        feeds = grouped(division.judged, settings.batch, joined=teacher.joins)
+        told = [teacher.outputs(feed) for feed in feeds]
+        wanted = [{n: a for n, a in each.items() if n in teacher.floats} for each in told]
+        return cls(feeds, wanted, teacher.logits, settings.temperature)
+
+    def loss(self, student: ir.Model) -> float:
+        """How far the student's outputs are from the teacher's."""
+        session = _session(student)
+        made = [session.run(feed) for feed in self.feeds]
+        return distance(self.wanted, made, self.logits, self.temperature)
 
 
-def _adopt(
-    student: ir.Model,
-    teacher: Teacher,
-    weights: Sequence[Weight],
-    done: Trained,
-    division: Division,
-    settings: Settings,
-) -> bool:
+def _adopt(student: ir.Model, weights: Sequence[Weight], done: Trained, exam: _Exam) -> bool:
     """Stores the trained numbers if ONNX Runtime says that the student is better with them."""
     if not done.kept:
         return False
-    feeds = grouped(division.judged, settings.batch, joined=teacher.joins)
-    wanted = [{n: a for n, a in teacher.outputs(f).items() if n in teacher.floats} for f in feeds]
     old = [each.value.const_value for each in weights]
-    before = distance(wanted, _outputs(student, feeds), teacher.logits, settings.temperature)
+    before = exam.loss(student)
     for weight, numbers in zip(weights, done.numbers, strict=True):
         weight.store(numbers)
-    after = distance(wanted, _outputs(student, feeds), teacher.logits, settings.temperature)
-    if after < before:
+    if exam.loss(student) < before:
         return True
     for weight, tensor in zip(weights, old, strict=True):
         weight.value.const_value = tensor
     return False
-
-
-def _outputs(student: ir.Model, feeds: Sequence[Feed]) -> list[dict[str, Array]]:
-    session = _session(student)
-    return [session.run(feed) for feed in feeds]
 
 
 def _session(model: ir.Model) -> Session:

@@ -12,6 +12,8 @@ from graphopt.distill.recover import Progress, distill
 from graphopt.distill.settings import parse_settings
 from graphopt.emit.sparse import sparse_form
 from graphopt.ir.model_file import ExternalData, load_model, save_model
+from graphopt.ir.sparse import CooTensor
+from graphopt.report.facts import stored_tensors
 from graphopt.rewrite import Calibration
 from graphopt.runtime.specs import input_specs
 from graphopt.targets import SparseStyle
@@ -41,7 +43,9 @@ def distil_file(  # noqa: PLR0913  the options of the command line
         {name: np.asarray(array) for name, array in each.values.items()}
         for each in read_samples(calibration, input_specs(original))
     ]
+    came_sparse = any(isinstance(tensor, CooTensor) for _, tensor in stored_tensors(made))
+    style = SparseStyle.INITIALIZER if came_sparse else SparseStyle.DENSE
     history = distill(original, made, feeds, wanted, seed=seed, progress=progress)
-    form, _ = sparse_form(made, SparseStyle.KEPT)
+    form, _ = sparse_form(made, style)
     save_model(form, output, external=external)
     return history

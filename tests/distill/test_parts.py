@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from graphopt.distill.history import History
 from graphopt.distill.losses import distance, divergence, logit_outputs, normalized_error, rate_at
 from graphopt.distill.settings import Mode, Schedule, Settings, parse_settings
 from graphopt.distill.teacher import check_same_interface, shared_sums
+from graphopt.distill.transfer import transfer
 from graphopt.distill.weights import find_weights
 from graphopt.errors import DataError, OptionError
 from graphopt.ir.model_file import load_model
@@ -226,3 +228,37 @@ def test_core_does_not_import_torch() -> None:
         "import sys, graphopt, graphopt.driver, graphopt_passes; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def network(arrays: dict[str, Any]) -> ir.Model:
+    text = "g (float[N,2] x) => (float[N,2] y) <float[2,2] a, float[2,2] b, float[2] c> {\n"
+    text += "p = MatMul(x, a) q = MatMul(p, b) y = Add(q, c) }"
+    model = load_model(parse(text))
+    for name, array in arrays.items():
+        model.graph.initializers[name].const_value = ir.Tensor(np.float32(array), name=name)
+    return model
+
+
+def test_transfer_keeps_zeros_of_matrices_but_not_of_what_is_all_zero() -> None:
+    full = {"a": [[1, 2], [3, 4]], "b": [[5, 6], [7, 8]], "c": [9, 10]}
+    student = network({"a": [[1, 0], [0, 1]], "b": [[0, 0], [0, 0]], "c": [0, 1]})
+    assert transfer(network(full), student) == 3
+    held = {n: v.const_value for n, v in student.graph.initializers.items()}
+    made = {n: tensor.numpy().tolist() for n, tensor in held.items() if tensor is not None}
+    assert made == {"a": [[1, 0], [0, 4]], "b": full["b"], "c": full["c"]}
+
+
+@pytest.mark.parametrize(
+    ("transferred", "kept", "said"),
+    [
+        (0, 0, ["so nothing was changed"]),
+        (3, 0, ["3 constants taken", "so nothing else was changed"]),
+        (None, 10, ["were not taken", "best at step 10"]),
+    ],
+)
+def test_tells_what_came_from_the_teacher(
+    transferred: int | None, kept: int, said: list[str]
+) -> None:
+    told = dataclasses.replace(HISTORY, transferred=transferred, kept=kept).sentences()
+    assert len(told) == len(said)
+    assert all(part in sentence for part, sentence in zip(said, told, strict=True))
