@@ -16,8 +16,8 @@ from graphopt_passes.quantize import rounding
 Array: TypeAlias = npt.NDArray[Any]
 Wide: TypeAlias = npt.NDArray[np.float64]
 
-CLIPS = (1.0, 0.925, 0.85, 0.775)
-"""Shares of the range of a block that are tried; the one of least squared error is taken."""
+CLIPS = {4: (0.925, 0.85, 0.775), 8: (1.004, 0.996, 0.992)}
+"""Shares of the range of a block that are tried, by bits; the one of least squared error is taken, or the whole."""
 
 CHUNK = 1 << 16
 """Elements that are worked on at once: they stay in the cache."""
@@ -84,10 +84,9 @@ def _nearest(columns: Array, codes: Array, bits: int, work: Array, half: bool) -
     peak = np.where(-least > most, least, most)
     peak[np.abs(peak) < np.finfo(np.float32).tiny] = low
     scales = peak / np.float32(low)
-    if bits == 4:
-        np.multiply(columns, np.float32(low) / peak, out=scaled)
-        flat = scaled.reshape(len(scaled), -1)
-        scales = scales * _best_clips(flat, low, high, work[2 * columns.size :]).reshape(peak.shape)
+    np.multiply(columns, np.float32(low) / peak, out=scaled)
+    flat = scaled.reshape(len(scaled), -1)
+    scales = scales * _best_clips(flat, bits, work[2 * columns.size :]).reshape(peak.shape)
     if half:  # codes are those of the scale as it is stored
         stored = scales.astype(np.float16)
         scales = np.where(stored == 0, LEAST_HALF, stored.astype(np.float32))
@@ -97,18 +96,19 @@ def _nearest(columns: Array, codes: Array, bits: int, work: Array, half: bool) -
     return np.asarray(scales)
 
 
-def _best_clips(scaled: Array, low: int, high: int, work: Array) -> Array:
+def _best_clips(scaled: Array, bits: int, work: Array) -> Array:
     """The share of its range that loses the least of each column, whose longer end is `low`.
 
     What a clip takes from that end alone is known beforehand: only columns that lose more without it are tried.
     """
+    low, high = limits(bits)
     rounded, other = work[: 2 * scaled.size].reshape(2, *scaled.shape)
     np.rint(scaled, out=rounded)
     np.minimum(rounded, np.float32(high), out=rounded)
     np.subtract(rounded, scaled, out=rounded)
     best = np.einsum("kb,kb->b", rounded, rounded)
     chosen: Array = np.ones_like(best)
-    for clip in CLIPS[1:]:
+    for clip in CLIPS[bits]:
         near = np.flatnonzero(best > np.float32((low * (1 - clip)) ** 2))
         every = 2 * len(near) > len(best)
         kept = slice(None) if every else near

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from graphopt_passes.quantize.blocks import pack_blocks
+from graphopt_passes.quantize import blocks
 from graphopt_passes.quantize.weight_only import QuantizeDynamic, QuantizeWeights
 
 from graphopt.errors import OptionError
@@ -264,3 +265,15 @@ def test_names_that_two_branches_share_are_left_alone() -> None:
     model = load_model(proto)
     model.graph[0].attributes["else_branch"].as_graph().outputs[0].name = "a"
     assert not QuantizeDynamic(least=1).run(model, context(model))
+
+
+@pytest.mark.parametrize(("bits", "gain"), [(4, 1.05), (8, 1.02)])
+def test_clips_lose_less_than_the_whole_range(bits: int, gain: float) -> None:
+    rows = np.random.default_rng(3).normal(size=(64, 256)).astype(np.float32)
+    codes, scales = blocks.encode(rows, 32, bits)
+    parted = rows.reshape(64, -1, 32)
+    low, high = blocks.limits(bits)
+    peaks = np.take_along_axis(parted, np.abs(parted).argmax(-1)[..., None], -1) / low
+    plain = np.clip(np.rint(parted / peaks), low, high) * peaks
+    ours = codes.reshape(parted.shape) * scales[..., None]
+    assert ((plain - parted) ** 2).sum() > gain * ((ours - parted) ** 2).sum()
