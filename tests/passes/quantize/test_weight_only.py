@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from graphopt_passes.quantize.blocks import pack_blocks
 from graphopt_passes.quantize import blocks
+from graphopt_passes.quantize.blocks import pack_blocks
 from graphopt_passes.quantize.weight_only import QuantizeDynamic, QuantizeWeights
 
 from graphopt.errors import OptionError
