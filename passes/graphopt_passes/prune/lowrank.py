@@ -16,10 +16,11 @@ from graphopt.numerics import Numerics
 from graphopt.rewrite import Context, RemarkKind
 from graphopt.runtime.measure import measure
 from graphopt.runtime.session import OptimizationLevel, Session, SessionOptions
+from graphopt.runtime.specs import input_specs
 from graphopt_passes.prune.layers import Array, Layer, Wide, find_layers
 from graphopt_passes.prune.request import SparsityRequest
 from graphopt_passes.prune.roots import ridge
-from graphopt_passes.prune.samples import Feeds, read_feeds
+from graphopt_passes.prune.samples import Feeds, batched, most_together, read_singles
 from graphopt_passes.prune.weights import dense_moments
 
 RULE = "low-rank"
@@ -38,9 +39,18 @@ ROWS = 128
 
 SECONDS = 0.3
 
+HELD_OUT_OF = 5
+LEAST_SAMPLES = 10
+
 _BLIND = (
     "no samples were given, so that all inputs of a matrix count alike: give --calibration, with which directions that "
     "inputs never take cost nothing"
+)
+
+
+_FEW = (
+    "too few samples to hold some out (fewer than 10): the error is that on the samples themselves, and may be far "
+    "greater on others"
 )
 
 
@@ -113,23 +123,19 @@ def _found(
     model: ir.Model, ctx: Context, layers: Sequence[Layer], error: float
 ) -> dict[str, Factors]:
     """The matrices for which two are better, by name."""
-    feeds: Feeds = []
-    if ctx.options.calibration is None:
-        ctx.remark(RemarkKind.WARNING, RULE, model.graph.name or "main", _BLIND)
-    else:
-        feeds = read_feeds(model, ctx.options.calibration)
-    moments = dense_moments(model, layers, feeds) if feeds else {}
+    fit, apart = _samples(model, ctx)
+    moments = dense_moments(model, layers, fit) if fit else {}
+    judged = dense_moments(model, layers, apart) if apart else {}
     found = {}
     for layer in layers:
         matrix = layer.matrix()[0].T
-        seen = moments.get(layer.name)
-        made = _factors_of(layer, matrix, None if seen is None else seen[0], error)
+        made = _factors_of(layer, matrix, moments.get(layer.name), judged.get(layer.name), error)
         if made.size > WORTH * matrix.size:
             ctx.missed(
                 RULE,
                 layer.node,
-                f"an error of {error:.1%} takes rank {made.rank} of {min(matrix.shape)}, with {made.size} weights in "
-                f"place of {matrix.size}",
+                f"an error of {error:.1%}{' on samples held out' if apart else ''} takes rank {made.rank} of "
+                f"{min(matrix.shape)}, with {made.size} weights in place of {matrix.size}",
             )
             continue
         ratio = _speed(matrix.astype(np.float32), made, _row_count(layer, ctx))
@@ -140,40 +146,80 @@ def _found(
     return found
 
 
-def _factors_of(layer: Layer, matrix: Wide, seen: Wide | None, error: float) -> Factors:
+def _samples(model: ir.Model, ctx: Context) -> tuple[Feeds, Feeds]:
+    """Samples to fit to, and every fifth to judge by; all are fitted to where there are fewer than ten.
+
+    A few hundred inputs span few directions: what is best for them alone may lose all others.
+    """
+    if ctx.options.calibration is None:
+        ctx.remark(RemarkKind.WARNING, RULE, model.graph.name or "main", _BLIND)
+        return [], []
+    specs, most = input_specs(model), most_together(model)
+    singles = read_singles(ctx.options.calibration, specs)
+    if len(singles) < LEAST_SAMPLES:
+        ctx.remark(RemarkKind.WARNING, RULE, model.graph.name or "main", _FEW)
+        return batched(singles, specs, most=most), []
+    fit = [each for index, each in enumerate(singles) if index % HELD_OUT_OF != HELD_OUT_OF - 1]
+    apart = singles[HELD_OUT_OF - 1 :: HELD_OUT_OF]
+    return batched(fit, specs, most=most), batched(apart, specs, most=most)
+
+
+def _factors_of(
+    layer: Layer, matrix: Wide, seen: Wide | None, judged: Wide | None, error: float
+) -> Factors:
     """The factors of a layer; what a bias can make up for does not count as an error, nor as something to keep.
 
     Outputs far from zero that hardly vary would else hide how much of what does vary is lost.
     """
     if seen is None:
         return factors(matrix, None, error)
-    moment, total, count = seen[:-1, :-1].astype(np.float64), seen[:-1, -1], float(seen[-1, -1])
-    if layer.bias_vector() is None:
-        return factors(matrix, moment, error)
-    mean = total.astype(np.float64) / count
-    made = factors(matrix, moment - count * np.outer(mean, mean), error)
+    mean = None
+    if layer.bias_vector() is not None:
+        mean = seen[0, :-1, -1].astype(np.float64) / float(seen[0, -1, -1])
+    apart = None if judged is None else _about(judged[0], mean)
+    made = factors(matrix, _about(seen[0], mean), error, apart)
+    if mean is None:
+        return made
     return dataclasses.replace(made, shift=mean @ matrix - mean @ made.first @ made.second)
 
 
-def factors(matrix: Wide, moment: Wide | None, error: float) -> Factors:
+def _about(seen: Wide, mean: Wide | None) -> Wide:
+    """The second moment of inputs about a mean, or about zero, of what was summed of them with a 1 at the end."""
+    wide = seen.astype(np.float64)
+    moment, total, count = wide[:-1, :-1], wide[:-1, -1], float(wide[-1, -1])
+    if mean is None:
+        return moment
+    crossed = np.outer(total, mean)
+    return np.asarray(moment - crossed - crossed.T + count * np.outer(mean, mean))
+
+
+def factors(matrix: Wide, moment: Wide | None, error: float, judged: Wide | None = None) -> Factors:
     """The product of least rank whose outputs differ by at most `error`, RMS over RMS, for inputs of that moment.
 
     With H = C C^T, |x (W - A B)|^2 sums to |C^T (W - A B)|^2: the truncated singular values of C^T W are best (Chen
-    et al. 2021, DRONE).
+    et al. 2021, DRONE).  The rows of B are orthogonal, so that the error on other inputs is a sum over them, too.
 
     Args:
         matrix: [columns, rows].
         moment: [columns, columns]; None where all inputs count alike.
         error: 0 to 1.
+        judged: the moment of other inputs, for which the error shall hold as well.
     """
-    root = np.eye(len(matrix)) if moment is None else _root(moment.astype(np.float64))
+    root = np.eye(len(matrix)) if moment is None else _root(moment)
     left, values, right = np.linalg.svd(root.T @ matrix, full_matrices=False)
-    energy = np.square(values)
-    lost = np.sqrt(np.append(np.cumsum(energy[::-1])[::-1], 0.0) / max(float(energy.sum()), 1e-300))
+    first = np.linalg.solve(root.T, left * np.sqrt(values))
+    lost = _lost(np.square(values))
+    if judged is not None:
+        lost = np.maximum(lost, _lost(values * np.einsum("ij,ij->j", first, judged @ first)))
     rank = max(int(np.argmax(lost <= error)), 1)
-    first = np.linalg.solve(root.T, left[:, :rank] * np.sqrt(values[:rank]))
     second = np.sqrt(values[:rank])[:, None] * right[:rank]
-    return Factors(first, second, float(lost[rank]))
+    return Factors(np.ascontiguousarray(first[:, :rank]), second, float(lost[rank]))
+
+
+def _lost(energy: Wide) -> Wide:
+    """RMS over RMS of what is left out, by how many parts stay."""
+    left = np.append(np.cumsum(energy[::-1])[::-1], 0.0)
+    return np.asarray(np.sqrt(np.maximum(left, 0.0) / max(float(left[0]), 1e-300)))
 
 
 def _root(moment: Wide) -> Wide:

@@ -28,9 +28,13 @@ def read_feeds(model: ir.Model, calibration: Calibration) -> Feeds:
         DataError: there are none, or one does not fit the model.
     """
     specs = input_specs(model)
+    return batched(read_singles(calibration, specs), specs, most=most_together(model))
+
+
+def most_together(model: ir.Model) -> int:
+    """How many samples run together."""
     held = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
-    most = BATCH if held < LARGE_BYTES else BATCH_OF_LARGE
-    return batched(read_singles(calibration, specs), specs, most=most)
+    return BATCH if held < LARGE_BYTES else BATCH_OF_LARGE
 
 
 def read_singles(calibration: Calibration, specs: Sequence[TensorSpec]) -> Feeds:

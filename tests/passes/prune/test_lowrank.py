@@ -95,6 +95,28 @@ def test_directions_that_inputs_never_take_cost_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("fast")
+@pytest.mark.parametrize("text", [GEMM, GEMM.replace(", b)", ")")])
+def test_error_holds_for_inputs_that_were_not_fitted_to(tmp_path: Path, text: str) -> None:
+    """Forty inputs span forty directions of 160: a product of rank 40 is right for them, and for no others."""
+    x = np.random.default_rng(0).standard_normal((40, 160)).astype(np.float32)
+    np.savez(tmp_path / "s.npz", x=x)
+    model = given(text, noise=1.0)
+    ctx = context(model, "lowrank:0.1", tmp_path / "s.npz")
+    assert not Prune().run(model, ctx)
+    assert any("10.0% on samples held out takes rank" in remark.reason for remark in ctx.remarks)
+
+
+@pytest.mark.usefixtures("fast")
+def test_says_when_samples_are_too_few_to_judge_by(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).standard_normal((9, 160)).astype(np.float32)
+    np.savez(tmp_path / "s.npz", x=x)
+    model = given(GEMM, noise=1.0)
+    ctx = context(model, "lowrank:0.1", tmp_path / "s.npz")
+    assert Prune().run(model, ctx)
+    assert any("too few samples to hold some out" in remark.reason for remark in ctx.remarks)
+
+
+@pytest.mark.usefixtures("fast")
 def test_what_a_bias_makes_up_for_hides_no_error(tmp_path: Path) -> None:
     """Inputs far from zero: the outputs stay within the error about their means, and so do the means."""
     x = (np.random.default_rng(0).standard_normal((400, 160)) + 50).astype(np.float32)
