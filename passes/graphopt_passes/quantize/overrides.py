@@ -21,6 +21,7 @@ import onnx_ir as ir
 
 from graphopt.calibrate.ranges import Method
 from graphopt.errors import OptionError
+from graphopt.rewrite import Context
 
 _TYPES = {"uint8": ir.DataType.UINT8, "int8": ir.DataType.INT8}
 _AXES = ("channel", "tensor")
@@ -79,6 +80,19 @@ class Overrides:
                 stated = {k: v for k, v in vars(given).items() if v is not None}
                 found = dataclasses.replace(found, **stated)
         return found
+
+
+def names_of(model: ir.Model, ctx: Context) -> set[str]:
+    """Names of all nodes and values, as they are and as the user wrote them, before anything was fused."""
+    found: set[str] = set()
+    for each in (model, *([ctx.original()] if ctx.original is not None else [])):
+        for graph in each.graphs():
+            found.update(
+                value.name or "" for value in (*graph.inputs, *graph.initializers.values())
+            )
+            for node in graph:
+                found.update((node.name or "", *(value.name or "" for value in node.outputs)))
+    return found - {""}
 
 
 def check_patterns(patterns: Iterable[str], known: Collection[str]) -> None:

@@ -27,6 +27,7 @@ from graphopt_passes.quantize.overrides import (
     check_operators,
     check_patterns,
     check_symmetric,
+    names_of,
     parse,
 )
 from graphopt_passes.quantize.placement import QUANTISED, is_product
@@ -95,9 +96,7 @@ class QuantizeStatic:
             return False
         if not _lifted(model, style, ctx):
             return False
-        _ = (
-            ctx.shapes
-        )  # inferred once: placement, emission and bodies ask values for types and shapes
+        _ = ctx.shapes  # inferred once: all that follows asks values for types and shapes
         floats = Floats.of(model, allowed)
         screening = ctx.cache.setdefault("screened samples", Screening())
         samples = screening.of(read_samples(ctx.options.calibration, input_specs(model)))
@@ -121,7 +120,7 @@ class QuantizeStatic:
         check_operators(self.skip_ops, QUANTISED)
         patterns = (*self.skip_nodes, *(pattern for pattern, _ in overrides.rules))
         if patterns:
-            known = _names_of(model, ctx)
+            known = names_of(model, ctx)
             check_patterns(patterns, known)
             if style.symmetric:
                 check_symmetric(overrides.rules, known)
@@ -190,19 +189,6 @@ def _is_finite(node: ir.Node) -> bool:
     """Whether the constants of a product are numbers: no scale holds others."""
     arrays = (values.array(value) for value in node.inputs[1:])
     return all(array is None or bool(np.isfinite(array).all()) for array in arrays)
-
-
-def _names_of(model: ir.Model, ctx: Context) -> set[str]:
-    """Names of all nodes and values, as they are and as the user wrote them, before anything was fused."""
-    found: set[str] = set()
-    for each in (model, *([ctx.original()] if ctx.original is not None else [])):
-        for graph in each.graphs():
-            found.update(
-                value.name or "" for value in (*graph.inputs, *graph.initializers.values())
-            )
-            for node in graph:
-                found.update((node.name or "", *(value.name or "" for value in node.outputs)))
-    return found - {""}
 
 
 def _lifted(model: ir.Model, style: Style, ctx: Context) -> bool:

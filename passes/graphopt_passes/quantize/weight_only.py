@@ -31,7 +31,9 @@ from graphopt.verify.feed_files import Feed
 from graphopt.verify.feeds import find_feeds
 from graphopt_passes.quantize.certificate import Judgement
 from graphopt_passes.quantize.files import on_disk
+from graphopt_passes.quantize.overrides import check_patterns, names_of
 from graphopt_passes.quantize.quality import LEAST_SQNR_DB
+from graphopt_passes.quantize.single_blocks import Rule, parse_rules, settings_of
 from graphopt_passes.quantize.writers import Blocks, write_blocks, write_dynamic
 
 GAIN = 1.02
@@ -49,18 +51,26 @@ class QuantizeDynamic:
 
     Attributes:
         least: elements of a weight from which on it pays.
+        skip_nodes: patterns of names of nodes, or of their first outputs, that stay float.
     """
 
     least: int = 1 << 14
+    skip_nodes: tuple[str, ...] = ()
 
     name: ClassVar[str] = "quantize-dynamic"
     numerics: ClassVar[Numerics] = Numerics.LOSSY
 
     def run(self, model: ir.Model, ctx: Context) -> bool:
-        """Rewrites `model`; returns whether anything changed."""
+        """Rewrites `model`; returns whether anything changed.
+
+        Raises:
+            OptionError: a pattern that matches nothing.
+        """
         if model.opset_imports.get("", 0) < 11:
             return _decline(ctx, "DynamicQuantizeLinear came with opset 11: export the model anew")
-        sites = products_of(everywhere(model), self.least)
+        rules = _rules(self.skip_nodes, (), model, ctx)
+        nodes = [node for node in everywhere(model) if not _said(rules, node).get("exclude")]
+        sites = products_of(nodes, self.least)
         return _run(model, ctx, Precision.INT8_DYNAMIC, self.least, write_dynamic, sites)
 
 
@@ -81,6 +91,8 @@ class QuantizeWeights:
         form: contrib, or qdq: DequantizeLinear with blocks (opset 21), which other runtimes read too.
         tables: whether rows that are looked up (Gather) are stored so, too.
         least: elements of a weight from which on it pays.
+        skip_nodes: patterns of names of nodes, or of their first outputs, that stay float.
+        overrides: what holds for single weights: "PATTERN: exclude", "PATTERN: bits=8 block=64".
     """
 
     block: int = 32
@@ -88,6 +100,8 @@ class QuantizeWeights:
     form: str = "contrib"
     tables: bool = True
     least: int = 1 << 14
+    skip_nodes: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
 
     name: ClassVar[str] = "quantize-weights"
     numerics: ClassVar[Numerics] = Numerics.LOSSY
@@ -109,25 +123,33 @@ class QuantizeWeights:
             return False
         if ctx.target.provider == "CUDAExecutionProvider" and self.bits == 8:
             ctx.remark(RemarkKind.WARNING, "quantize", "", CUDA)
+        rules = _rules(self.skip_nodes, self.overrides, model, ctx)
+        said = {name_of(node): _said(rules, node) for node in everywhere(model)}
+        nodes = [node for node in everywhere(model) if not said[name_of(node)].get("exclude")]
+        blocks_of = {name: given.get("block", self.block) for name, given in said.items()}
         tables = frozenset(
-            name_of(node) for node in model.graph if self.tables and self._is_table(node)
+            name_of(node)
+            for node in nodes
+            if self.tables
+            and node.graph is model.graph
+            and self._is_table(node, blocks_of[name_of(node)])
         )
-        how = Blocks(self.block, self.bits, self.form, self._moments(model, ctx))
+        how = Blocks(self.block, self.bits, self.form, self._moments(model, ctx), said)
 
         def write(changed: ir.Model, sites: frozenset[str], names: Names) -> None:
             write_blocks(changed, sites, names, how)
 
-        sites = products_of(everywhere(model), self.least, HALVES) | tables
+        sites = products_of(nodes, self.least, HALVES) | tables
         return _run(model, ctx, Precision.INT4_WEIGHTS, self.least, write, sites)
 
-    def _is_table(self, node: ir.Node) -> bool:
+    def _is_table(self, node: ir.Node, block: int) -> bool:
         """Whether the node looks rows up in a large constant matrix, whose rows are whole blocks."""
         if node.domain or node.op_type != "Gather" or operators.attribute(node, "axis", 0) != 0:
             return False
         table = values.constant(node.inputs[0])
         if table is None or table.dtype not in HALVES or len(table.shape) != 2:
             return False
-        fits = int(table.shape.numpy()[1]) % self.block == 0
+        fits = int(table.shape.numpy()[1]) % block == 0
         return table.size >= self.least and fits and self._is_given_up(node.inputs[0])
 
     def _is_given_up(self, table: ir.Value | None) -> bool:
@@ -235,6 +257,20 @@ def _is_worth_it(
     for text in ctx.cache.get("screened samples", Screening()).told():
         ctx.remark(RemarkKind.WARNING, "quantize", "", text)
     return worth
+
+
+def _rules(
+    skipped: tuple[str, ...], overrides: tuple[str, ...], model: ir.Model, ctx: Context
+) -> tuple[Rule, ...]:
+    """What the recipe says of single weights; all of it is about something that there is."""
+    rules = parse_rules(skipped, overrides)
+    if rules:
+        check_patterns((pattern for pattern, _ in rules), names_of(model, ctx))
+    return rules
+
+
+def _said(rules: tuple[Rule, ...], node: ir.Node) -> dict[str, int]:
+    return settings_of(rules, node.name or "", name_of(node))
 
 
 def everywhere(model: ir.Model) -> Iterator[ir.Node]:

@@ -30,12 +30,25 @@ class Blocks:
         bits: of each, 4 or 8.
         form: contrib or qdq.
         moments: second moments of the input of a product, by name of its output; of none, rounding is to nearest.
+        single: other blocks and bits of single nodes, by name of their outputs.
     """
 
     block: int
     bits: int = 4
     form: str = "contrib"
     moments: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    single: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """What weights must have in common to be stored once."""
+        return self.block, self.bits
+
+    def of(self, name: str) -> Blocks:
+        """The same for the node of this name."""
+        given = self.single.get(name, {})
+        block, bits = given.get("block", self.block), given.get("bits", self.bits)
+        return dataclasses.replace(self, block=block, bits=bits)
 
 
 def write_dynamic(model: ir.Model, sites: frozenset[str], names: Names) -> None:
@@ -82,12 +95,13 @@ def write_blocks(model: ir.Model, sites: frozenset[str], names: Names, how: Bloc
     """Replaces the products and look-ups named by ones with weights in blocks."""
     held: Held = {}
     for node in _named(model, sites):
+        each = how.of(name_of(node))
         if node.op_type == "Gather":
-            _block_gather(node, names, how, held)
+            _block_gather(node, names, each, held)
         elif how.form == "qdq":
-            _block_decoded(node, names, how, held)
+            _block_decoded(node, names, each, held)
         else:
-            _block_product(node, names, how, held)
+            _block_product(node, names, each, held)
     if how.form != "qdq":
         model.opset_imports.setdefault(MICROSOFT, 1)
 
@@ -122,7 +136,7 @@ def _block_product(node: ir.Node, names: Names, how: Blocks, held: Held) -> None
         "block_size": how.block,
         "accuracy_level": 4,
     }
-    pair = _once(node, 1, (_is_turned(node), id(moments)), held, make)
+    pair = _once(node, 1, (how.size, _is_turned(node), id(moments)), held, make)
     inputs = [node.inputs[0], *pair, None, None, _bias(node, names)]
     _replace(node, "MatMulNBits", inputs, attributes, names)
 
@@ -137,7 +151,7 @@ def _block_gather(node: ir.Node, names: Names, how: Blocks, held: Held) -> None:
         laid = _laid(codes, how) if how.form == "qdq" else blocks.packed(codes, how.bits)
         return _held_pair(graph, _weight_name(node, 0), laid, scales, names, how)
 
-    pair = _once(node, 0, "table", held, make)
+    pair = _once(node, 0, (how.size, "table"), held, make)
     if how.form == "qdq":
         node.replace_input_with(0, _decoded(_weight_name(node, 0), pair, 1, node, names, how))
         return
@@ -163,7 +177,7 @@ def _block_decoded(node: ir.Node, names: Names, how: Blocks, held: Held) -> None
         codes, scales = (codes, scales) if turned else (codes.T, scales.T)
         return _held_pair(graph, _weight_name(node, 1), _laid(codes, how), scales, names, how)
 
-    pair = _once(node, 1, (turned, id(moments)), held, make)
+    pair = _once(node, 1, (how.size, turned, id(moments)), held, make)
     axis = 1 if turned else 0
     node.replace_input_with(1, _decoded(_weight_name(node, 1), pair, axis, node, names, how))
 
