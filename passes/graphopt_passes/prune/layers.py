@@ -216,31 +216,47 @@ def _layer(node: ir.Node) -> Layer | None:
     return Layer(node, source, weight, _own_bias(node), None, not _number(node, "transB", 0))
 
 
-def find_turned(graph: ir.Graph) -> list[Layer]:
-    """The transposed convolutions of one group: their channels can be cut and fitted, but no weight of them pruned."""
-    found = []
-    for node in graph:
-        if node.op_type != "ConvTranspose" or node.domain or len(node.inputs) < 2:
-            continue
-        source, weight = node.inputs[0], node.inputs[1]
-        tensor = values.constant(weight)
-        if source is None or weight is None or tensor is None or not weight.is_initializer():
-            continue
-        window = _window(node, tensor)
-        if tensor.dtype not in FLOATS or not tensor.size or window.group != 1:
-            continue
-        extra = node.attributes.get("output_padding")
-        ends = (0,) * len(window.kernel) if extra is None else tuple(extra.as_ints())
-        bias = node.inputs[2] if len(node.inputs) > 2 else None
-        own = bias if _is_bias(bias, tensor.shape.numpy()[1]) else None
-        window = dataclasses.replace(window, turned=ends)
-        layer = Layer(node, source, weight, own, window, True, dense=TURNED)
-        bound = window.auto_pad != "NOTSET" or "output_shape" in node.attributes
-        found.append(dataclasses.replace(layer, is_bound=bound or _is_shared(layer)))
-    return found
+def find_turned(graph: ir.Graph, dense: str = "") -> list[Layer]:
+    """The transposed convolutions of one group; those whose weights shall stay dense say why.
+
+    Args:
+        graph: sorted.
+        dense: names of weights that the user wants dense, as a regular expression.
+    """
+    found = [layer for node in graph if (layer := _turned(node)) is not None]
+    plain = [layer for node in graph if (layer := _layer(node)) is not None]
+    last = _closing(graph, [*plain, *found])
+    return [
+        dataclasses.replace(
+            layer,
+            dense=_why_dense(layer, dense, closing=layer.node in last)
+            or (ADAPTS if layer.is_bound else ""),
+            is_bound=layer.is_bound or _is_shared(layer) or _is_named(layer, dense),
+        )
+        for layer in found
+    ]
 
 
-TURNED = "it is a transposed convolution"
+def _turned(node: ir.Node) -> Layer | None:
+    if node.op_type != "ConvTranspose" or node.domain or len(node.inputs) < 2:
+        return None
+    source, weight = node.inputs[0], node.inputs[1]
+    tensor = values.constant(weight)
+    if source is None or weight is None or tensor is None or not weight.is_initializer():
+        return None
+    window = _window(node, tensor)
+    if tensor.dtype not in FLOATS or not tensor.size or window.group != 1:
+        return None
+    extra = node.attributes.get("output_padding")
+    ends = (0,) * len(window.kernel) if extra is None else tuple(extra.as_ints())
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    own = bias if _is_bias(bias, tensor.shape.numpy()[1]) else None
+    window = dataclasses.replace(window, turned=ends)
+    bound = window.auto_pad != "NOTSET" or "output_shape" in node.attributes
+    return Layer(node, source, weight, own, window, True, is_bound=bound)
+
+
+ADAPTS = "it is a transposed convolution that states output_shape or auto_pad, not where it looks"
 
 
 def _number(node: ir.Node, name: str, default: float) -> float:

@@ -14,7 +14,7 @@ from graphopt.errors import OptionError
 from graphopt.ir import fingerprint
 from graphopt.numerics import Numerics
 from graphopt.rewrite import Context, RemarkKind
-from graphopt_passes.prune.layers import FLOATS, PRUNABLE, Layer, find_layers
+from graphopt_passes.prune.layers import FLOATS, PRUNABLE, Layer, find_layers, find_turned
 from graphopt_passes.prune.lowrank import factorize
 from graphopt_passes.prune.narrow import remove_channels
 from graphopt_passes.prune.recurrent import RECURRENT, find_recurrent
@@ -100,7 +100,7 @@ class Prune:
 def _layers(graph: ir.Graph, dense: str) -> list[Layer]:
     """All layers whose weights can be pruned, in the order of the graph."""
     place = {node: index for index, node in enumerate(graph)}
-    found = [*find_layers(graph, dense), *find_recurrent(graph, dense)]
+    found = [*find_layers(graph, dense), *find_turned(graph, dense), *find_recurrent(graph, dense)]
     return sorted(found, key=lambda layer: place[layer.node])
 
 
@@ -136,7 +136,7 @@ def _why_none(model: ir.Model, layers: Sequence[Layer]) -> str:
             f"nothing was pruned: the weights of {open_ones} nodes are inputs of the model that have defaults, so that "
             "whoever runs it may give others; --freeze-defaults makes constants of them"
         )
-    known = ", ".join((*PRUNABLE, *RECURRENT))
+    known = ", ".join((*PRUNABLE, "ConvTranspose", *RECURRENT))
     return (
         f"nothing was pruned: no {known} of the main graph multiplies by a constant float matrix; "
         "weights that are quantised already stay as they are: prune the float model"
@@ -233,7 +233,7 @@ def _tell_dense(
         if not reason and request.pattern is not None:
             n, m = request.pattern
             reason = f"{layer.inner} inputs in {layer.blocks} groups are no multiple of the {m} that {n}:{m} takes"
-            if layer.node.op_type in RECURRENT:
+            if layer.node.op_type not in PRUNABLE:
                 reason = f"no hardware reads {n}:{m} in the weights of a {layer.node.op_type}"
         ctx.missed(RULE, layer.node, f"stays dense: {reason}")
 
