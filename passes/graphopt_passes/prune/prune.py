@@ -17,7 +17,7 @@ from graphopt.rewrite import Context, RemarkKind
 from graphopt_passes.prune.layers import FLOATS, PRUNABLE, Layer, find_layers, find_turned
 from graphopt_passes.prune.lowrank import factorize
 from graphopt_passes.prune.narrow import remove_channels
-from graphopt_passes.prune.recurrent import RECURRENT, find_recurrent
+from graphopt_passes.prune.recurrent import RECURRENT, find_recurrent, hidden_states
 from graphopt_passes.prune.request import Allocation, Method, SparsityRequest, parse_sparsity
 from graphopt_passes.prune.samples import Feeds, read_feeds
 from graphopt_passes.prune.solve import Goal
@@ -83,18 +83,24 @@ class Prune:
             return remove_channels(model, ctx, request, text)
         if request.low_rank is not None:
             return factorize(model, ctx, request, text)
-        layers = _layers(model.graph, request.dense)
-        wanted = goals(layers, request)
-        _tell_dense(ctx, layers, wanted, request)
-        if not wanted:
-            ctx.remark(RemarkKind.WARNING, RULE, _site(model), _why_none(model, layers))
-        if not wanted or not ctx.permit(RULE, _site(model), Numerics.LOSSY):
-            return False
-        done = _solved(model, ctx, request, text, layers, wanted)
-        for each in done:
-            _store(each)
-        _tell(model, ctx, layers, [each for each in done if each.layer in wanted], request)
-        return bool(done)
+        with hidden_states(model):
+            return _prune(model, ctx, request, text)
+
+
+def _prune(model: ir.Model, ctx: Context, request: SparsityRequest, text: str) -> bool:
+    """Makes weights zero in place; returns whether any layer changed."""
+    layers = _layers(model.graph, request.dense)
+    wanted = goals(layers, request)
+    _tell_dense(ctx, layers, wanted, request)
+    if not wanted:
+        ctx.remark(RemarkKind.WARNING, RULE, _site(model), _why_none(model, layers))
+    if not wanted or not ctx.permit(RULE, _site(model), Numerics.LOSSY):
+        return False
+    done = _solved(model, ctx, request, text, layers, wanted)
+    for each in done:
+        _store(each)
+    _tell(model, ctx, layers, [each for each in done if each.layer in wanted], request)
+    return bool(done)
 
 
 def _layers(graph: ir.Graph, dense: str) -> list[Layer]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt.ir import operators, values
+from graphopt.ir.build import Names
 from graphopt_passes.prune.layers import FLOATS, Array, Layer, Wide, Window, why_dense
 
 RECURRENT = ("GRU", "LSTM", "RNN")
@@ -89,10 +92,33 @@ def _recurrent(node: ir.Node, *, hidden: bool) -> Recurrent | None:
     return Recurrent(node, source, weight, None, window, False, hidden=hidden)
 
 
-def _told(layer: Recurrent, dense: str) -> Layer:
+def _told(layer: Layer, dense: str) -> Layer:
     """The layer, with the reason why it stays dense."""
-    if layer.hidden and not layer.source.name:
-        reason = "its node returns no hidden states to fit it to"
-        return dataclasses.replace(layer, dense=reason, is_bound=True)
     reason, bound = why_dense(layer, dense)
     return dataclasses.replace(layer, dense=reason, is_bound=bound)
+
+
+@contextlib.contextmanager
+def hidden_states(model: ir.Model) -> Iterator[None]:
+    """Has recurrent operators return all hidden states meanwhile, where they return the last alone.
+
+    What multiplies hidden states is fitted to them.
+    """
+    names = Names.of(model)
+    named = [
+        node.outputs[0]
+        for node in model.graph
+        if node.op_type in RECURRENT and not node.domain and not node.outputs[0].name
+    ]
+    before = [(value, value.name, value.type) for value in named]
+    for value in named:
+        node = value.producer()
+        assert node is not None
+        value.name = names.fresh(f"{node.name or node.op_type}_hidden")
+        source = node.inputs[0]
+        value.type = None if source is None else source.type
+    try:
+        yield
+    finally:
+        for value, name, kind in before:
+            value.name, value.type = name, kind

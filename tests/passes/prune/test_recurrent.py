@@ -103,10 +103,21 @@ def test_both_weights_lose_most_and_are_fitted(op: str, directions: int) -> None
     assert error < 0.85 * blind
 
 
-def test_hidden_states_that_nobody_gets_leave_the_weight_that_reads_them_dense() -> None:
-    _, zeros = pruned(recurrent(outputs="- h"))
-    assert zeros["W"] > 0.7
-    assert zeros["R"] == 0
+@pytest.mark.parametrize("op", list(GATES))
+def test_hidden_states_that_nobody_gets_are_looked_at_all_the_same(op: str) -> None:
+    proto = recurrent(op, outputs="- h")
+    error, zeros = pruned(proto)
+    blind, _ = pruned(proto, blind=True)
+    assert zeros["R"] > 0.5
+    assert error < 0.85 * blind
+
+
+def test_what_was_not_returned_is_not_returned_afterwards() -> None:
+    model = load_model(recurrent(outputs="- h"))
+    assert Prune().run(model, context(model, "0.5"))
+    (node,) = [node for node in model.graph if node.op_type == "GRU"]
+    assert [value.name for value in node.outputs] == ["", "h"]
+    assert node.outputs[0].type is None
 
 
 def test_what_is_shared_or_named_stays_dense() -> None:
