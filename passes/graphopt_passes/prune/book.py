@@ -70,11 +70,18 @@ class Book:
         return self.fresh(value) if known is None else known
 
     def input(self, node: ir.Node, index: int) -> Axes:
-        """The labels of an input."""
+        """The labels of an input.
+
+        Raises:
+            Unknown: there is no such input, or nothing is known of how many axes it has.
+        """
         value = node.inputs[index] if index < len(node.inputs) else None
         if value is None:
             raise Unknown
-        return self.of(value)
+        axes = self.of(value)
+        if not axes:
+            self.dims(value)
+        return axes
 
     def find(self, label: int) -> int:
         """The root of a label."""

@@ -192,7 +192,8 @@ class _Propagation:
         return [[*batch, a[-2], b[-1]]]
 
     def _broadcast(self, node: ir.Node) -> Sequence[Axes]:
-        read = [self.book.of(value) for value in node.inputs if value is not None]
+        given = [index for index, value in enumerate(node.inputs) if value is not None]
+        read = [self.book.input(node, index) for index in given]
         return [self.book.joined(read, max(len(axes) for axes in read))]
 
     def _channelwise(self, node: ir.Node) -> Sequence[Axes]:
@@ -225,7 +226,7 @@ class _Propagation:
         return [x]
 
     def _concat(self, node: ir.Node) -> Sequence[Axes]:
-        read = [self.book.of(value) for value in node.inputs if value is not None]
+        read = [self.book.input(node, index) for index in range(len(node.inputs))]
         axis = int(operators.attribute(node, "axis", 0))
         axis %= len(read[0])
         out: Axes = list(read[0])

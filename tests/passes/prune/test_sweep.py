@@ -9,9 +9,11 @@ import numpy.typing as npt
 import onnx_ir as ir
 import pytest
 from graphopt_passes.prune import SweepChannels
+from graphopt_passes.prune.labels import propagate
 
 from graphopt.ir.check import violations
 from graphopt.ir.model_file import load_model, model_to_bytes
+from graphopt.ir.shapes import Shapes
 from graphopt.rewrite import Context, Options
 from graphopt.runtime.session import Session
 from graphopt.targets import get_target
@@ -176,3 +178,26 @@ def test_goes_on_until_nothing_is_dead() -> None:
     model = network(text, u=u, v=v)
     sweep(model)
     assert held(model, "u").shape == (5, 6)
+
+
+@pytest.mark.parametrize(
+    ("of", "user"),
+    [
+        ("x", "y = Concat<axis=1>(u, r)"),
+        ("x", "y = Concat<axis=1>(r, u)"),
+        ("r", "y = Gather<axis=1>(u, i)"),
+        ("r", "y = ReduceSum<keepdims=1>(u, i)"),
+        ("x", "a = Add(r, u)  y = Exp(a)"),
+        ("x", "a = Add(u, r)  y = Exp(a)"),
+    ],
+)
+def test_nothing_is_said_of_what_has_an_unknown_number_of_axes(of: str, user: str) -> None:
+    """The shape of u is an input, of which not even the length is known: nor is, which channels meet."""
+    text = f"""g (float[N,8] x, int64[k] s) => (float[M] y) <float[8,16] w, int64[1] i = {{1}}> {{
+        h = MatMul(x, w)  r = Relu(h)  u = Reshape({of}, s)  {user} }}"""
+    model = load_model(parse(text))
+    labels = propagate(model, Shapes(model))
+    (h,) = (node.outputs[0] for node in model.graph if node.op_type == "MatMul")
+    classes = labels.classes(h, 1)
+    assert classes is not None
+    assert set(classes.tolist()) <= labels.frozen
