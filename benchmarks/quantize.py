@@ -1,22 +1,26 @@
-"""INT8 on labelled data: the drop of the task metric and the speed, graphopt beside onnxruntime.quantization.
+"""INT8 on labelled data: the drop of the task metric and the speed, graphopt beside its peers.
 
-    python -m benchmarks.quantize ../shared/zoo [MODEL …] [--samples 48] [--limit 300] [--peers PYTHON [--torch FOLDER]]
+    python -m benchmarks.quantize ZOO FOLDER [MODEL …] [--tools graphopt ort expert inc modelopt] [--samples 48]
+        [--limit N] [--variants 8] [--inc PYTHON] [--modelopt PYTHON] [--made FOLDER] [--again] [--table]
 
-Calibrates on what the zoo's own scoring feeds first, scores with it, times interleaved on one thread.  With `--peers`,
-also neural-compressor's ONNX package and ModelOpt, as installed for that Python (FOLDER: where torch is, if elsewhere).
+Calibrates on what the zoo's own scoring feeds first, scores with it (labelled.py), times interleaved on one thread.
+FOLDER keeps the quantised models, the answers of float, and one JSON file a row: rows are made piecemeal, those that
+are there are not made again without `--again`, and the table is printed from all.  `--inc` and `--modelopt`: the
+Pythons in whose environments neural-compressor's ONNX package and ModelOpt are installed.  `--made`: where models lie
+that are too large for the zoo.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import dataclasses
 import json
+import math
 import subprocess
-import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import onnx
@@ -25,94 +29,50 @@ from onnxruntime import quantization as peer
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 import graphopt
+from benchmarks.labelled import Answers, Change, Task, change, first_only
 from graphopt.errors import GraphoptError
+from graphopt.report.quantized import quantized_layers
 from graphopt.runtime.measure import measure
 from graphopt.runtime.session import OptimizationLevel, Session
 
 Feeds = list[dict[str, Any]]
-Scorer: TypeAlias = Any  # the zoo's score.py, a module of no package
 MODELS = (
-    "imagenet_squeezenet10_deepcomp",
-    "imagenet_mobilenetv1_025",
-    "cifar10_resnet20",
-    "cifar10_resnet56",
-    "cifar10_vit_ibp",
-    "vww_mobilenetv1_025_96",
-    "ocr_lprnet",
-    "bytes_magika_v33",
+    "mnist_ort_java_cnn",
+    "mnist_cntk",
     "mnist_burn_cnn",
     "mnist_vnn_256x2",
+    "vww_mobilenetv1_025_96",
+    "cifar10_vit_ibp",
+    "bytes_magika_v33",
+    "imagenet_mobilenetv1_025",
+    "lm_stories260k_kv",
+    "cifar10_resnet20",
+    "ocr_lprnet",
+    "det_yolox_nano",
+    "cifar10_resnet56",
+    "imagenet_squeezenet10_deepcomp",
+    "text_minilm_l6_ts14",
 )
-
-
-class EnoughError(Exception):
-    """As many samples as were asked for."""
-
-
-def scoring(zoo: Path) -> Scorer:
-    """The zoo's own `score.py`."""
-    spec = importlib.util.spec_from_file_location("score", zoo / "score.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def record(score: Scorer, zoo: Path, recipe: dict[str, Any], count: int) -> Feeds:
-    """What scoring feeds first."""
-    feeds: Feeds = []
-    original = score.T
-
-    class Recorder(original):  # type: ignore[misc, valid-type]
-        def __call__(self, *given: Any, **named: Any) -> Any:  # noqa: ANN401
-            values = dict(zip(self.i, given, strict=False)) if given else named
-            feeds.append({name: np.array(value) for name, value in values.items()})
-            if len(feeds) >= count:
-                raise EnoughError
-            return self.s.run(None, values)
-
-    score.T = Recorder
-    score.ARGS = SimpleNamespace(threads=1, opt="all", limit=0)
-    try:
-        score.TASK[recipe["task"]](recipe, str(zoo), str(zoo / recipe["file"]))
-    except EnoughError:
-        pass
-    finally:
-        score.T = original
-    return feeds
-
-
-def metric(
-    score: Scorer, zoo: Path, recipe: dict[str, Any], model: Path, limit: int
-) -> tuple[float, list[int]]:
-    """The first number of the score, and the class that each run names: where its first output is greatest."""
-    classes: list[int] = []
-    original = score.T
-
-    class Noted(original):  # type: ignore[misc, valid-type]
-        def __call__(self, *given: Any, **named: Any) -> Any:  # noqa: ANN401
-            found = super().__call__(*given, **named)
-            classes.append(int(np.argmax(found[0])))
-            return found
-
-    score.T = Noted
-    score.ARGS = SimpleNamespace(threads=1, opt="all", limit=limit)
-    try:
-        found, _ = score.TASK[recipe["task"]](recipe, str(zoo), str(model))
-    finally:
-        score.T = original
-    return float(next(iter(found.values()))), classes
+TOOLS = {
+    "graphopt": "graphopt, no flags",
+    "ort": "onnxruntime.quantization, defaults",
+    "expert": "the same, expert",
+    "inc": "neural-compressor",
+    "modelopt": "ModelOpt",
+}
+PEER_SECONDS = 300
 
 
 def ours(model: Path, output: Path, feeds: Feeds) -> str:
-    """graphopt without any flag; returns what it warned of."""
-    result = graphopt.optimize(model, output=output, precision="int8", calibration=feeds)
-    return "; ".join(result.report.warnings)
+    """graphopt without any flag; returns what it warned of, or how many layers run in 8 bits."""
+    report = graphopt.optimize(model, output=output, precision="int8", calibration=feeds).report
+    layers = quantized_layers(report.remarks)
+    inside = sum(not each.why_float for each in layers)
+    return "; ".join([f"{inside} of {len(layers)} layers in 8 bits", *report.warnings])
 
 
 def theirs(model: Path, output: Path, feeds: Feeds, *, expert: bool) -> str:
-    """onnxruntime.quantization, as it comes or as an expert would call it on x86."""
+    """onnxruntime.quantization, as it comes or as an expert would call it on x86 with VNNI."""
 
     class Reader(peer.CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -122,37 +82,69 @@ def theirs(model: Path, output: Path, feeds: Feeds, *, expert: bool) -> str:
             return next(self.rows, None)
 
     options: dict[str, Any] = {}
-    prepared = output.with_suffix(".prepared.onnx")
+    prepared = model
     if expert:
-        lifted = output.with_suffix(".lifted.onnx")
-        onnx.save(lift(onnx.load(model)), lifted)
-        quant_pre_process(str(lifted), str(prepared), skip_symbolic_shape=True)
+        prepared = preprocessed(model, output)
         options = {"per_channel": True, "activation_type": peer.QuantType.QUInt8}
-    else:
-        prepared.write_bytes(model.read_bytes())
-    peer.quantize_static(str(prepared), str(output), Reader(), **options)
+        if not any(node.op_type == "Conv" for node in onnx.load(prepared).graph.node):
+            options["op_types_to_quantize"] = [
+                "MatMul",
+                "Gemm",
+            ]  # as its guide says of transformers
+    try:
+        peer.quantize_static(str(prepared), str(output), Reader(), **options)
+    except (
+        ValueError
+    ) as error:  # its adjustment of weights to biases fails on weights of one channel
+        if not expert:
+            raise
+        options["extra_options"] = {"QDQDisableWeightAdjustForInt32Bias": True}
+        peer.quantize_static(str(prepared), str(output), Reader(), **options)
+        return f"with QDQDisableWeightAdjustForInt32Bias, since {error}"
     return ""
 
 
+def preprocessed(model: Path, output: Path) -> Path:
+    """The model as peers want it: lifted to an opset with scales by channel, simplified, with shapes."""
+    lifted, prepared = output.with_suffix(".lifted.onnx"), output.with_suffix(".prepared.onnx")
+    onnx.save(lift(onnx.load(model)), lifted)
+    quant_pre_process(str(lifted), str(prepared), skip_symbolic_shape=True)
+    return prepared
+
+
 def lift(model: onnx.ModelProto) -> onnx.ModelProto:
-    """At opset 13 or later: below, scales by channel have no axis, and the peer writes models that nothing loads."""
+    """At opset 13 or later: below, scales by channel have no axis, and the peer writes models that nothing loads.
+
+    And at an IR version in which initializers need not be inputs: pre-processing makes such.
+    """
+    model.ir_version = max(model.ir_version, 8)
     versions = {each.domain: each.version for each in model.opset_import}
     return model if versions[""] >= 13 else onnx.version_converter.convert_version(model, 17)
 
 
-def elsewhere(tool: str, model: Path, output: Path, feeds: Feeds, given: argparse.Namespace) -> str:
-    """A peer in an environment of its own."""
+def elsewhere(tool: str, python: str, model: Path, output: Path, feeds: Feeds) -> str:
+    """A peer in an environment of its own, on the pre-processed model; where that fails, on the model as it came.
+
+    Raises:
+        RuntimeError: it fails on both, with its last words.
+        subprocess.TimeoutExpired: it takes longer than five minutes.
+    """
     rows = output.with_suffix(".npz")
-    stacked: dict[str, Any] = {n: np.stack([feed[n] for feed in feeds]) for n in feeds[0]}
-    np.savez(rows, **stacked)
+    arrays: dict[str, Any] = {
+        f"{index}/{name}": value for index, feed in enumerate(feeds) for name, value in feed.items()
+    }
+    np.savez(rows, **arrays)
     script = Path(__file__).with_name("quantize_peers.py")
-    command = [given.peers, str(script), tool, str(model), str(rows), str(output)]
-    folders = [given.torch] if given.torch else []
-    done = subprocess.run([*command, *folders], check=False, capture_output=True, text=True)
-    if done.returncode or not output.exists():
-        lines = done.stderr.strip().splitlines() or ["no output"]
-        raise RuntimeError(lines[-1])
-    return ""
+    lines = ["no output"]
+    for source in (preprocessed(model, output), model):
+        command = [python, str(script), tool, str(source), str(rows), str(output)]
+        done = subprocess.run(
+            command, check=False, capture_output=True, text=True, timeout=PEER_SECONDS
+        )
+        if done.returncode == 0 and output.exists():
+            return "" if source != model else "not pre-processed, where it fails"
+        lines = done.stderr.strip().splitlines() or lines
+    raise RuntimeError(lines[-1])
 
 
 def speed(reference: Path, candidate: Path, feed: dict[str, Any]) -> float:
@@ -164,55 +156,127 @@ def speed(reference: Path, candidate: Path, feed: dict[str, Any]) -> float:
     return float(np.sqrt(ratios[0] / ratios[1]))
 
 
-def row(score: Scorer, zoo: Path, name: str, given: argparse.Namespace) -> str:
-    """One line of the table."""
-    recipe = json.loads((zoo / "models" / f"{name}.json").read_text(encoding="utf-8"))
-    model = zoo / recipe["file"]
-    feeds = record(score, zoo, recipe, given.samples)
-    plain, classes = metric(score, zoo, recipe, model, given.limit)
-    makers: list[Callable[[Path], str]] = [
-        lambda out: ours(model, out, feeds),
-        lambda out: theirs(model, out, feeds, expert=False),
-        lambda out: theirs(model, out, feeds, expert=True),
+def make(tool: str, model: Path, output: Path, feeds: Feeds, given: argparse.Namespace) -> str:
+    """Writes the model of one tool."""
+    if tool == "graphopt":
+        return ours(model, output, feeds)
+    if tool in ("ort", "expert"):
+        return theirs(model, output, feeds, expert=tool == "expert")
+    return elsewhere(tool, getattr(given, tool), model, output, feeds)
+
+
+def made(task: Task, tool: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Writes the model of one tool and asks whether it runs; what there is to tell of it."""
+    output = given.folder / f"{task.name}.{tool}.onnx"
+    feeds = task.record(given.samples)
+    began = time.process_time()
+    row: dict[str, Any] = {"model": task.name, "tool": tool, "remark": ""}
+    try:
+        row["remark"] = make(tool, task.float_model, output, feeds, given)
+        row["seconds"] = time.process_time() - began
+        row["speed"] = speed(task.float_model, output, feeds[0])
+    except subprocess.TimeoutExpired:
+        row["fails"] = f"not done after {PEER_SECONDS} s"
+    except GraphoptError as error:
+        row["fails"] = f"{type(error).__name__}: {error}"[:300]
+    except Exception as error:  # noqa: BLE001  a peer may fail in any way; that is a result
+        row["fails"] = f"{type(error).__name__}: {error}"[:300]
+    return row
+
+
+def rows(task: Task, given: argparse.Namespace) -> None:
+    """Makes and scores what is missing of one model."""
+    wanted = [
+        tool for tool in given.tools if given.again or not file_of(task.name, tool, given).exists()
     ]
-    if given.peers:
-        makers.append(lambda out: elsewhere("inc", model, out, feeds, given))
-        makers.append(lambda out: elsewhere("modelopt", model, out, feeds, given))
-    cells, notes = [f"{plain:.4f}"], ""
-    for make in makers:
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "model.onnx"
-            try:
-                notes = make(out) or notes
-                reached, others = metric(score, zoo, recipe, out, given.limit)
-                same = float(np.mean(np.equal(classes, others)))
-                told = (
-                    f"{reached - plain:+.4f} (same {same:.2%}) {speed(model, out, feeds[0]):.2f}x"
-                )
-                cells.append(told)
-            except GraphoptError as error:
-                cells.append(f"{type(error).__name__}: {error}"[:60])
-            except Exception as error:  # noqa: BLE001  a peer may fail in any way; that is a result
-                cells.append(f"fails: {type(error).__name__}")
-                print(f"<!-- {name}: {str(error)[:300]!r} -->", flush=True)
-    return f"| {name} | " + " | ".join(cells) + f" | {notes[:70]} |"
+    found = [made(task, tool, given) for tool in wanted]
+    alive = [row for row in found if "fails" not in row]
+    variants = task.variants(given.variants)
+    asked = [given.folder / f"{task.name}.{row['tool']}.onnx" for row in alive]
+    kept = given.folder / f"{task.name}.float.{given.limit}.{len(variants)}.json"
+    first = [] if kept.exists() else [task.float_model]
+    answers = task.answers([*first, *asked], variants) if asked else []
+    if first and asked:
+        kept.write_text(json.dumps(answers.pop(0)), encoding="utf-8")
+    plain: Answers = json.loads(kept.read_text(encoding="utf-8")) if asked else []
+    whole = first_only(plain) if task.answer else plain
+    for row, each in zip(alive, answers, strict=True):
+        row["float"] = task.metric(whole, range(len(plain)))
+        row.update(described(task, plain, each, varied=bool(variants)))
+    for row in found:
+        text = json.dumps(row, indent=1)
+        file_of(task.name, row["tool"], given).write_text(text, encoding="utf-8")
+
+
+def described(task: Task, plain: Answers, found: Answers, *, varied: bool) -> dict[str, Any]:
+    """The change on the labelled samples, and on these and their variants."""
+    if task.answer is None:
+        return {"plain": dataclasses.asdict(change(task, plain, found))}
+    alone = change(task, first_only(plain), first_only(found))
+    row = {"plain": dataclasses.asdict(alone)}
+    return row | ({"varied": dataclasses.asdict(change(task, plain, found))} if varied else {})
+
+
+def file_of(model: str, tool: str, given: argparse.Namespace) -> Path:
+    return Path(given.folder / f"{model}.{tool}.json")
+
+
+def table(given: argparse.Namespace) -> list[str]:
+    """Rows of all models that have any, as far as they go."""
+    heads = ["model, metric in float", "tool", "drop", "same", "with variants: drop", "same"]
+    lines = ["| " + " | ".join([*heads, "speed"]) + " |", "|---|---|--:|--:|--:|--:|--:|"]
+    for model in given.models:
+        told = ""
+        for tool in TOOLS:
+            file = file_of(model, tool, given)
+            if not file.exists():
+                continue
+            row = json.loads(file.read_text(encoding="utf-8"))
+            if not told and "float" in row:
+                told = f"{model}, {row['float']:.2f}"
+            lines.append(line(told if tool == "graphopt" else "", row))
+    return lines
+
+
+def line(head: str, row: dict[str, Any]) -> str:
+    """One row of the table."""
+    cells = [head, TOOLS[row["tool"]]]
+    if "fails" in row:
+        return "| " + " | ".join([*cells, f"fails: {row['fails'][:90]}", "", "", "", ""]) + " |"
+    for key in ("plain", "varied"):
+        found = Change(**row[key]) if key in row else None
+        cells += told_of(found)
+    cells.append(f"{row['speed']:.2f}x")
+    return "| " + " | ".join(cells) + " |"
+
+
+def told_of(found: Change | None) -> Sequence[str]:
+    if found is None:
+        return "", ""
+    same = "" if math.isnan(found.same) else f"{found.same:.2%}"
+    return f"{found.drop:+.2f} ± {found.error:.2f}", same
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("zoo", type=Path)
+    parser.add_argument("folder", type=Path)
     parser.add_argument("models", nargs="*", default=MODELS)
+    parser.add_argument("--tools", nargs="+", default=["graphopt", "ort", "expert"], choices=TOOLS)
     parser.add_argument("--samples", type=int, default=48)
-    parser.add_argument("--limit", type=int, default=300)
-    parser.add_argument("--peers", default="")
-    parser.add_argument("--torch", default="")
+    parser.add_argument("--limit", type=int, default=0)
+    parser.add_argument("--variants", type=int, default=8)
+    parser.add_argument("--inc", default="")
+    parser.add_argument("--modelopt", default="")
+    parser.add_argument("--made", type=Path)
+    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--table", action="store_true", help="only print what there is")
     given = parser.parse_intermixed_args()
-    score = scoring(given.zoo.resolve())
-    heads = ["model", "float", "graphopt", "ORT quantization, defaults", "ORT, expert U8S8"]
-    heads += ["neural-compressor", "ModelOpt"] if given.peers else []
-    print("| " + " | ".join([*heads, "remark"]) + " |\n|" + "---|" * (len(heads) + 1))
-    for name in given.models:
-        print(row(score, given.zoo.resolve(), name, given), flush=True)
+    given.folder.mkdir(parents=True, exist_ok=True)
+    if not given.table:
+        for name in given.models:
+            rows(Task(given.zoo.resolve(), name, given.limit, given.made), given)
+    print("\n".join(table(given)))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     PYTHON benchmarks/quantize_peers.py inc|modelopt MODEL SAMPLES.npz OUT
 
-SAMPLES.npz: one array an input, one row a sample.  Each peer as its documentation calls it, static int8.
+SAMPLES.npz: arrays INDEX/INPUT.  Each peer as its documentation calls it, static int8.
 """
 
 from __future__ import annotations
@@ -12,9 +12,13 @@ from typing import Any
 
 import numpy as np
 
+Feeds = list[dict[str, Any]]
 
-def inc(model: str, samples: dict[str, Any], out: str) -> None:
-    """neural-compressor's ONNX package, defaults."""
+
+def inc(model: str, feeds: Feeds, out: str) -> None:
+    """neural-compressor's ONNX package, defaults; where that fails, what it can do of products."""
+    import onnxruntime  # noqa: PLC0415
+    from onnx_neural_compressor import quantization  # noqa: PLC0415
     from onnx_neural_compressor.quantization import config, quantize  # noqa: PLC0415
 
     class Reader:
@@ -22,20 +26,33 @@ def inc(model: str, samples: dict[str, Any], out: str) -> None:
             self.rewind()
 
         def rewind(self) -> None:
-            count = len(next(iter(samples.values())))
-            self.rows = iter([{n: a[i] for n, a in samples.items()} for i in range(count)])
+            self.rows = iter(feeds)
 
         def get_next(self) -> dict[str, Any] | None:
             return next(self.rows, None)
 
-    quantize(model, out, config.StaticQuantConfig(calibration_data_reader=Reader()))
+    products = {
+        "op_types_to_quantize": ["Conv", "MatMul", "Gemm", "Relu"],
+        "quant_format": quantization.QuantFormat.QDQ,
+        "per_channel": True,
+    }
+    fault: Exception = RuntimeError("nothing tried")
+    for options in ({}, products):
+        try:
+            quantize(model, out, config.StaticQuantConfig(Reader(), **options))
+            onnxruntime.InferenceSession(out)
+        except Exception as error:  # noqa: BLE001  it may fail in any way, and write what nothing loads
+            fault = error
+        else:
+            return
+    raise fault
 
 
-def modelopt(model: str, samples: dict[str, Any], out: str) -> None:
+def modelopt(model: str, feeds: Feeds, out: str) -> None:
     """NVIDIA ModelOpt, int8 on the CPU."""
     from modelopt.onnx.quantization import quantize  # noqa: PLC0415
 
-    joined = {name: np.concatenate(list(array)) for name, array in samples.items()}
+    joined = {name: np.concatenate([feed[name] for feed in feeds]) for name in feeds[0]}
     quantize(
         model,
         quantize_mode="int8",
@@ -45,8 +62,16 @@ def modelopt(model: str, samples: dict[str, Any], out: str) -> None:
     )
 
 
+def read(path: str) -> Feeds:
+    """The feeds in the order of their numbers."""
+    feeds: dict[int, dict[str, Any]] = {}
+    with np.load(path) as archive:
+        for key in archive.files:
+            index, _, name = key.partition("/")
+            feeds.setdefault(int(index), {})[name] = archive[key]
+    return [feeds[index] for index in sorted(feeds)]
+
+
 if __name__ == "__main__":
     tool, source, rows, target = sys.argv[1:5]
-    sys.path.extend(sys.argv[5:])  # where torch is, which ModelOpt imports
-    with np.load(rows) as archive:
-        {"inc": inc, "modelopt": modelopt}[tool](source, dict(archive), target)
+    {"inc": inc, "modelopt": modelopt}[tool](source, read(rows), target)
