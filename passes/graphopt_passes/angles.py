@@ -80,13 +80,16 @@ def _single(m: Match, g: Builder, node: ir.Node) -> ir.Value | None:
         return None
     if lift.op_type not in ("Unsqueeze", "Reshape") or lift.inputs[0] is None:
         return None
-    dims, wide = m.dims(lift.inputs[0]), m.dims(spread.outputs[0])
-    if dims is None or wide != (*dims, Dim.of(2)) or m.dims(lift.outputs[0]) != (*dims, Dim.of(1)):
+    lifted, wide = m.dims(lift.outputs[0]), m.dims(spread.outputs[0])
+    if not lifted or lifted[-1] != 1 or wide != (*lifted[:-1], Dim.of(2)):
         return None
-    more = len(whole) - len(dims)
-    if more < 0 or whole != (*[Dim.of(1)] * more, *dims[:-1], dims[-1] * 2):
+    dims, more = lifted[:-1], len(whole) - len(lifted) + 1
+    if more < 0 or not dims or whole != (*[Dim.of(1)] * more, *dims[:-1], dims[-1] * 2):
         return None
-    return g.op("Unsqueeze", lift.inputs[0], g.ints([*range(more)])) if more else lift.inputs[0]
+    single: ir.Value = lift.inputs[0]
+    if m.dims(single) != dims:  # other axes were added with it, those of the heads
+        single = g.op("Squeeze", lift.outputs[0], g.ints([len(dims)]))
+    return g.op("Unsqueeze", single, g.ints([*range(more)])) if more else single
 
 
 def _halved_scaled(

@@ -217,6 +217,11 @@ def _mask(m: Match, g: Builder) -> ir.Value | None:
         return None
     which = m[keep] if m.has(kept) else m[drop]
     _refuse_shape(m, which)
+    return _for_each_query(m, g, which, _chosen(m, g, which))
+
+
+def _chosen(m: Match, g: Builder, which: ir.Value) -> ir.Value:
+    """The mask that does what choosing a number instead of scores does."""
     reach = _reach_of_choice(m, which)
     if reach is None or not _sees_itself(m, which):
         if reach is not None and not _is_kept(m, reach):
@@ -256,8 +261,7 @@ def _added_mask(m: Match, g: Builder, value: ir.Value) -> ir.Value:
     """A mask that is added to the scores, as the operator takes it: [S, L] at its end, in the type of the queries."""
     reach = reach_of(value)
     even = reach is not None and _may_be_even(m, reach)
-    dims, whole = m.known_dims(value), (*m.known_dims(q)[:-1], m.known_dims(k_t)[-1])
-    _refuse_shape(m, value, over_queries=True)
+    _refuse_shape(m, value)
     if value.dtype != _type(m):
         value = _cast_mask(m, g, value)
     if even:  # beside such a number every score vanishes, as beside the lowest, and a row of it is spread evenly
@@ -267,8 +271,7 @@ def _added_mask(m: Match, g: Builder, value: ir.Value) -> ir.Value:
             value = _steady_where_unknown(m, g, m[mask], value, reach)
         else:
             _refuse_masked_rows(m, value, reach)
-    once = dims[-2] == 1 and whole[-2] != 1
-    return _over_queries(m, g, value, whole[-2]) if once else value
+    return _for_each_query(m, g, m[mask], value)
 
 
 def _may_be_even(m: Match, reach: Reach) -> bool:
@@ -355,13 +358,15 @@ def _cast_mask(m: Match, g: Builder, value: ir.Value) -> ir.Value:
         return g.const(data.astype(dtype.numpy()), name="mask")
 
 
-def _over_queries(m: Match, g: Builder, value: ir.Value, queries: Dim) -> ir.Value:
-    """A mask [..., 1, L] as [..., S, L]: ONNX Runtime 1.31 does not broadcast it."""
+def _for_each_query(m: Match, g: Builder, given: ir.Value, value: ir.Value) -> ir.Value:
+    """What was made of a mask [..., 1, L] as [..., S, L]: ONNX Runtime 1.31 does not broadcast it."""
+    dims, queries = m.known_dims(given), m.known_dims(q)[-2]
+    if dims[-2] != 1 or queries == 1:
+        return value
     if queries.value is not None:
         return g.op("Expand", value, g.ints([queries.value, 1]))
-    dims = m.known_dims(mask)
     # of the mask itself, if possible: then it is done once for all layers, and needs nothing of theirs
-    source, axis = (m[mask], len(dims) - 1) if dims[-1] == queries else _first_with(m, queries)
+    source, axis = (given, len(dims) - 1) if dims[-1] == queries else _first_with(m, queries)
     size = g.op("Shape", source, start=axis, end=axis + 1)
     return g.op("Expand", value, g.op("Concat", size, g.ints([1]), axis=0))
 
@@ -435,7 +440,7 @@ def _mask_dims(m: Match) -> tuple[Dim, ...]:
     return m.known_dims(mask if m.has(biased) else keep if m.has(kept) else drop)
 
 
-def _refuse_shape(m: Match, value: ir.Value, *, over_queries: bool = False) -> None:
+def _refuse_shape(m: Match, value: ir.Value) -> None:
     """Declines a mask that the operator does not broadcast.
 
     Raises:
@@ -444,9 +449,11 @@ def _refuse_shape(m: Match, value: ir.Value, *, over_queries: bool = False) -> N
     shape = m.known_dims(value)
     queries, keys = m.known_dims(q), m.known_dims(k_t)
     whole = (*queries[:-1], keys[-1])
+    if m.known_dims(v)[-2] == keys[-1] and shape and not is_cut_to(shape[-1], keys[-1]):
+        whole = (*queries[:-1], m.known_dims(weights)[-1])  # as many, or the product is refused
     # The operator's text lets the last two broadcast as well; ONNX Runtime 1.31 refuses that.
     once = len(shape) > 1 and shape[-2] == 1 and is_cut_to(shape[-1], whole[-1])
-    ends = ends_in(shape, *whole[-2:]) or (over_queries and once and _may_expand(m))
+    ends = ends_in(shape, *whole[-2:]) or (once and _may_expand(m, value))
     if not ends or len(shape) > 4:
         raise Skip(f"the mask {_text(shape)} does not end in [S, L] = {_text(whole[-2:])}", value)
     pairs = zip(shape[-3::-1], whole[-3::-1], strict=False)
@@ -456,11 +463,11 @@ def _refuse_shape(m: Match, value: ir.Value, *, over_queries: bool = False) -> N
         raise Skip("the mask broadens the scores", value)
 
 
-def _may_expand(m: Match) -> bool:
+def _may_expand(m: Match, value: ir.Value) -> bool:
     """Whether a mask for all queries may be written out for each: no large constant comes of it."""
     sizes = (m.known_dims(q)[-2].value, m.known_dims(k_t)[-1].value)
     small = None not in sizes and math.prod(size or 0 for size in sizes) <= SMALL_MASK
-    return small or values.constant(m[mask]) is None
+    return small or values.constant(value) is None
 
 
 def _refuse_masked_rows(m: Match, value: ir.Value, reach: Reach | None) -> None:

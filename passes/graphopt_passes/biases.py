@@ -112,14 +112,88 @@ def join_choice_and_mask(m: Match, g: Builder) -> ir.Value | None:
     broad = next((each for each in (m[condition], m[mask]) if not _broadcasts(m, each)), None)
     if broad is not None:
         raise Skip("it is not known to broadcast to the scores", broad)
-    number, dtype = values.fill(m[low]), m.dtype(scores)
-    if number is None or dtype is None:
+    dtype = m.dtype(scores)
+    if values.fill(m[low]) is None or dtype is None:
         return None
-    if number != -math.inf and (number > VANISHING or dtype != ir.DataType.FLOAT):
-        raise Skip("a row that both choice and mask hide would mix them", m[masked_choice])
+    _refuse_mixing(m, m[masked_choice])
     zero = g.const(np.zeros((), dtype.numpy()))
     branches = (zero, m[low]) if m.has(kept) else (m[low], zero)
     return g.op("Add", m[scores], g.op("Add", g.op("Where", m[condition], *branches), m[mask]))
+
+
+factor = Var(const=True)
+biased = Op("Add", scores, mask)
+late = Op("Mul|Div", Either(biased, kept, dropped), factor)
+
+
+@rule(late, opset=(9, 10_000))
+def scale_before_mask(m: Match, g: Builder) -> ir.Value | None:
+    """`(q kT + b) * c` -> `q kT * c + b * c`, likewise `Where(m, q kT, low) * c`, before a Softmax; also with Div.
+
+    As CodeGen scales what is masked.  The scale goes into the queries then, or into attention, and the mask is scaled
+    once for all layers.  c: one positive number.  Source: Mul-14, Div-14, Where-9.
+    """
+    if not _weighs(live_uses(m.out(late))) or not _is_product(m[scores]):
+        return None
+    number, dims = values.scalar(m[factor]), m.dims(late)
+    if number is None or not 0 < number < math.inf or dims is None or m.dims(scores) != dims:
+        return None
+    kind = m[late].op_type
+    if kind == "Div" and m[late].inputs[1] is not m[factor]:
+        return None
+    inner = g.op(kind, m[scores], m[factor])
+    if not m.has(biased):
+        branches = [g.op(kind, m[low], m[factor]), inner]
+        return g.op("Where", m[condition], *(branches[::-1] if m.has(kept) else branches))
+    if m.dims(mask) in (None, dims):
+        raise Skip("the mask is as large as the scores", m[mask])
+    return g.op("Add", inner, g.op(kind, m[mask], m[factor]))
+
+
+kept_sum = Op("Where", condition, biased, low)
+dropped_sum = Op("Where", condition, low, biased)
+
+
+@rule(kept_sum, opset=(9, 10_000))
+def join_bias_and_choice(m: Match, g: Builder) -> ir.Value | None:
+    """`Where(c, q kT + b, low)` -> `q kT + Where(c, b, low)`, before a Softmax.
+
+    As MPT adds a bias of distances, and then masks: what all layers share is done once.  low as in
+    `join_choice_and_mask`.  Source: Where-9, Add-7.
+    """
+    return _bias_of_choice(m, g, m[kept_sum], (m[mask], m[low]))
+
+
+@rule(dropped_sum, opset=(9, 10_000))
+def join_bias_and_dropping(m: Match, g: Builder) -> ir.Value | None:
+    """As `join_bias_and_choice`, for `Where(c, low, q kT + b)`."""
+    return _bias_of_choice(m, g, m[dropped_sum], (m[low], m[mask]))
+
+
+def _bias_of_choice(
+    m: Match, g: Builder, root: ir.Node, branches: tuple[ir.Value, ir.Value]
+) -> ir.Value | None:
+    """The sum of scores and a choice of what is added to them."""
+    if not _weighs(live_uses(root.outputs[0])) or len(m.dims(scores) or ()) != 4:
+        return None
+    if not _is_product(m[scores]) or _is_product(m[mask]):
+        return None
+    if not _may_be_attention(m, m.dtype(scores)):
+        return None
+    _refuse_mixing(m, root)
+    return g.op("Add", m[scores], g.op("Where", m[condition], *branches))
+
+
+def _refuse_mixing(m: Match, node: ir.Node) -> None:
+    """Declines a number beside which scores count.
+
+    Raises:
+        Skip: it is no number so low that scores vanish beside it.
+    """
+    number = values.fill(m[low])
+    vanishing = number is not None and number <= VANISHING and m.dtype(scores) == ir.DataType.FLOAT
+    if number != -math.inf and not vanishing:
+        raise Skip("a row that both choice and mask hide would mix them", node)
 
 
 def _broadcasts(m: Match, value: ir.Value) -> bool:
@@ -152,4 +226,11 @@ def _may_be_attention(m: Match, dtype: ir.DataType | None) -> bool:
     return target.emits("Attention", opset=target.opset[1], dtype=dtype)
 
 
-RULES: tuple[Rule, ...] = (mask_windows_in_place, join_masks, join_choice_and_mask)
+RULES: tuple[Rule, ...] = (
+    mask_windows_in_place,
+    join_masks,
+    join_choice_and_mask,
+    join_bias_and_choice,
+    join_bias_and_dropping,
+    scale_before_mask,
+)

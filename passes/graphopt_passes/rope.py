@@ -166,19 +166,51 @@ def widen_partial_rotation(m: Match, g: Builder) -> ir.Value | None:
 
     x: [B, H, S, D].  Source: RotaryEmbedding-23.
     """
-    dims, rest = m.known_dims(x), m[partial].inputs[1]
-    turned_part = m[rotary].inputs[0]
-    if len(dims) != 4 or turned_part is None or rest is None or not _is_last(m, partial, 4):
-        return None
-    inner = m.known_dims(turned_part)
-    width, turn = dims[-1].value, inner[-1].value
-    if width is None or turn is None or m.attr(rotary, "rotary_embedding_dim", 0):
-        return None
-    if _place(m, turned_part) != (m[x], 0, turn) or _place(m, rest) != (m[x], turn, width):
-        return None
-    if not m.emits("RotaryEmbedding", dtype=m.dtype(x)):
+    turn = _turned_width(m, partial, m[rotary].inputs[0])
+    if turn is None:
         return None
     return g.op("RotaryEmbedding", m[x], m[cos], m[sin], like=m[rotary], rotary_embedding_dim=turn)
+
+
+flat = Op("Reshape", Either(head, split_head), ...)
+rotary_beside = Op("RotaryEmbedding", flat, cos, sin)
+apart = Op("Reshape", rotary_beside, ...)
+partial_beside = Op("Concat", apart, Either(tail, split_tail))
+
+
+@rule(partial_beside, opset=(23, 10_000))
+def widen_partial_rotation_in_place(m: Match, g: Builder) -> ir.Value | None:
+    """As `widen_partial_rotation`, x: [B, S, H, D], which the operator takes as [B, S, H D].
+
+    Source: RotaryEmbedding-23, 3-dimensional input.
+    """
+    turn, heads = _turned_width(m, partial_beside, m[flat].inputs[0]), m.known_dims(x)[2].value
+    if turn is None or heads is None or heads != m.attr(rotary_beside, "num_heads", 0):
+        return None
+    if m.known_dims(apart) != (*m.known_dims(x)[:3], Dim.of(turn)):
+        return None
+    width = int(m.known_dims(x)[3])
+    whole = g.op("Reshape", m[x], g.ints([0, 0, heads * width]))
+    made = g.op(
+        "RotaryEmbedding", whole, m[cos], m[sin], like=m[rotary_beside], rotary_embedding_dim=turn
+    )
+    return g.op("Reshape", made, g.ints([0, 0, heads, width]))
+
+
+def _turned_width(m: Match, whole: Op, part: ir.Value | None) -> int | None:
+    """How much of each head x [., ., ., D] is turned and put before the rest; None where it is none of that."""
+    dims, rest = m.known_dims(x), m[whole].inputs[1]
+    if len(dims) != 4 or part is None or rest is None or not _is_last(m, whole, 4):
+        return None
+    width, turn = dims[-1].value, m.known_dims(part)[-1].value
+    turner = rotary_beside if whole is partial_beside else rotary
+    if width is None or turn is None or m.attr(turner, "rotary_embedding_dim", 0):
+        return None
+    base, start, end = _place(m, m[x]) or (m[x], 0, width)
+    middle = start + turn
+    if _place(m, part) != (base, start, middle) or _place(m, rest) != (base, middle, end):
+        return None
+    return turn if m.emits("RotaryEmbedding", dtype=m.dtype(x)) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,15 +372,16 @@ def _element_of_part(m: Match, value: ir.Value, source: ir.Value) -> int | None:
     node, place = value.producer(), _place(m, source)
     if node is None or node.domain or node.op_type != "Slice" or place is None:
         return None
-    whole, start, end = place
-    dims = m.known_dims(whole)
-    if node.inputs[0] is not whole or dims[-1].value is None:
+    cut_from = node.inputs[0]
+    origin = None if cut_from is None else _place(m, cut_from)
+    if cut_from is None or origin is None or origin[0] is not place[0]:
         return None
-    cut = _slice(node, len(dims), dims[-1].value, 2)
+    dims, (_, start, end) = m.known_dims(cut_from), place
+    cut = _slice(node, len(dims), origin[2] - origin[1], 2)
     if cut is None or (end - start) % 2:
         return None
-    taken = len(range(cut[0], cut[1], 2))
-    return cut[0] - start if cut[0] - start in (0, 1) and 2 * taken == end - start else None
+    first, taken = origin[1] + cut[0] - start, len(range(cut[0], cut[1], 2))
+    return first if first in (0, 1) and 2 * taken == end - start else None
 
 
 def _pair_of(m: Match, value: ir.Value) -> tuple[ir.Value, int] | None:
@@ -454,4 +487,5 @@ RULES: tuple[Rule, ...] = (
     fuse_rotated_halves,
     fuse_rotated_pairs,
     widen_partial_rotation,
+    widen_partial_rotation_in_place,
 )

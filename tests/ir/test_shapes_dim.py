@@ -33,6 +33,8 @@ E = Dim.named("e", Kind.ELEMENT)
         (broadcast(N, 1), N),
         (broadcast(N, 3), Dim.of(3)),
         (broadcast(broadcast(N, M), K), broadcast(M, broadcast(K, N))),
+        (broadcast(broadcast(maximum((N - 1, 0)) + 1, minimum((N, 64))), N), N),
+        (broadcast(maximum((N, 1)), N), N),
         (truncdiv(2 * E - 4, 2), E - 2),
         (truncdiv(-N, 2), -(N // 2)),
         (product((N, 2, M)), 2 * M * N),
@@ -46,7 +48,15 @@ def test_equal_in_canonical_form(left: Dim, right: Dim) -> None:
 
 @pytest.mark.parametrize(
     ("left", "right"),
-    [(N, M), (N // 2 * 2, N), (truncdiv(E, 2), E // 2), (broadcast(N, M), N), (maximum((N, M)), N)],
+    [
+        (N, M),
+        (N // 2 * 2, N),
+        (truncdiv(E, 2), E // 2),
+        (broadcast(N, M), N),
+        (maximum((N, M)), N),
+        (broadcast(maximum((N, 2)), N), N),
+        (broadcast(minimum((N, 1)), N), N),
+    ],
 )
 def test_not_known_equal(left: Dim, right: Dim) -> None:
     assert left != right

@@ -39,6 +39,11 @@ MODELS = {
         Constant<value_ints = [-9223372036854775807]>() n = Constant<value_ints = [-1]>() a =
         Slice(x, one, big, one)  b = Slice(x, m, big, one)  c = Slice(x, one, m, one) d = Slice(x,
         n, low, one, n)  e = Slice(x, one, big, one, two) }""",
+    "tails": """g (float[B, H, 8] x) => (a, c, d) {
+        h = Shape<start = 1, end = 2>(x)  n = Neg(h)  z = Constant<value_ints = [0]>()  two = Constant<value_ints =
+        [2]>() big = Constant<value_ints = [9223372036854775807]>()  one = Constant<value_ints = [1]>()  a =
+        Slice(x, n, big, one)  t = Constant<value_floats = [1.0, 2.0, 3.0, 4.0]>()  b = Slice(t, z, h, z)  c =
+        Slice(b, n, big, z)  w = Constant<value_ints = [4]>()  e = Sub(w, h)  d = Slice(t, e, big, z) }""",
     "arithmetic": """g (float[B, H, 8] x) => (y) {
         s = Shape(x)  f = Cast<to = 1>(s)  half = Constant<value = float {0.5}>()  g = Mul(f, half)
         n = Ceil(g)  i = Cast<to = 7>(n)  three = Constant<value_int = 3>()  j = Sub(i, three)  k =

@@ -151,3 +151,90 @@ def test_choice_and_mask_of_half_precision_join_where_nothing_is_left() -> None:
     where = next(node for node in model.graph if node.op_type == "Where")
     assert [user.op_type for user, _ in where.outputs[0].uses()] == ["Add"]
     assert all(v.producer() is None or v.producer().op_type != "Mul" for v in where.inputs if v)  # type: ignore[union-attr]
+
+
+SCALED = f"g ({QKV}, float[B,1,S,L] m) => (float[B,2,S,4] y) <float c = {{2.5}}>"
+SOFT = "p = Softmax(w) y = MatMul(p, v)"
+
+
+@pytest.mark.parametrize("kind", ["Div", "Mul"])
+def test_scale_goes_before_the_mask(kind: str) -> None:
+    """As of CodeGen; the mask is scaled for all heads at once, and a number that is chosen for good."""
+    check(
+        biases.RULES,
+        f"{SCALED} {{ {KT} a = MatMul(q, t) z = Add(a, m) w = {kind}(z, c) {SOFT} }}",
+        f"{SCALED} {{ {KT} a = MatMul(q, t) s = {kind}(a, c) n = {kind}(m, c) w = Add(s, n) {SOFT} }}",
+        tolerance=1e-5,
+    )
+    choice = SCALED.replace("float[B,1,S,L] m", "bool[B,1,S,L] m")
+    held = choice.replace("{2.5}>", "{2.5}, float low = {-1e9}>")
+    for order, scaled in (("a, low", "s, n"), ("low, a", "n, s")):
+        check(
+            biases.RULES,
+            f"{held} {{ {KT} a = MatMul(q, t) z = Where(m, {order}) w = {kind}(z, c) {SOFT} }}",
+            f"{held} {{ {KT} a = MatMul(q, t) s = {kind}(a, c) n = {kind}(low, c) w = Where(m, {scaled}) {SOFT} }}",
+            tolerance=1e-5,
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "missed"),
+    [
+        (("float[B,1,S,L] m", "float[B,2,S,L] m"), "as large as the scores"),
+        (("{2.5}", "{-2.5}"), ""),
+        (("Div(z, c)", "Div(c, z)"), ""),
+        (("Softmax(w)", "Relu(w)"), ""),
+        (("Add(a, m)", "Add(m, m)"), ""),
+    ],
+)
+def test_other_scales_of_masked_scores_stay(change: tuple[str, str], missed: str) -> None:
+    body = f"{SCALED} {{ {KT} a = MatMul(q, t) z = Add(a, m) w = Div(z, c) {SOFT} }}"
+    changed = body.replace(*change)
+    if "Add(m, m)" in changed:  # no product at all
+        changed = changed.replace("[B,1,S,L] m", "[B,2,S,L] m").replace(
+            f"{KT} a = MatMul(q, t) ", ""
+        )
+    check(biases.RULES, changed, missed=missed, dims=(3,), tolerance=1e-4)
+
+
+CHOSEN = (
+    f"g ({QKV}, bool[B,1,S,L] c, float[2,1,L] b) => (float[B,2,S,4] y) <float low = {{LOW}}>"
+    f" {{ {KT} a = MatMul(q, t) CHOOSE {SOFT} }}"
+)
+
+
+@pytest.mark.parametrize("low", ["-3.4028234663852886e38", "-inf"])
+@pytest.mark.parametrize(
+    ("choose", "joined"),
+    [
+        ("z = Add(a, b) w = Where(c, z, low)", "n = Where(c, b, low) w = Add(a, n)"),
+        ("z = Add(a, b) w = Where(c, low, z)", "n = Where(c, low, b) w = Add(a, n)"),
+    ],
+)
+def test_bias_and_choice_become_one_mask(choose: str, joined: str, low: str) -> None:
+    """As of MPT, also where nothing is left of a row."""
+    before = CHOSEN.replace("LOW", low).replace("CHOOSE", choose)
+    feed = make_feeds(parse(before), 0, dim=4)
+    feed["c"][:, :, 1] = True
+    feed["c"][:, :, 2] = low == "-inf"  # else nothing, or everything, is left
+    feed["c"][:, :, 0] = np.arange(4) < 2
+    feed["c"][:, :, 3] = np.arange(4) == 1
+    if low == "-inf":
+        feed["c"][:, :, 1:3] = np.arange(4) > 1
+    after = before.replace(choose, joined)
+    check(biases.RULES, before, after, feeds=[feed], tolerance=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("low", "change", "missed"),
+    [
+        ("-1e4", ("", ""), "would mix"),
+        ("-inf", ("Softmax", "Relu"), ""),
+        ("-inf", ("Add(a, b)", "Add(b, b)"), ""),
+    ],
+)
+def test_bias_and_choice_stay(low: str, change: tuple[str, str], missed: str) -> None:
+    text = CHOSEN.replace("LOW", low).replace("CHOOSE", "z = Add(a, b) w = Where(c, z, low)")
+    ctx = apply(biases.RULES, ir.from_proto(parse(text.replace(*change))))
+    assert not ctx.rewrites
+    assert not missed or any(missed in remark.reason for remark in ctx.remarks)

@@ -278,6 +278,60 @@ def test_partial_rotation_by_split() -> None:
     )
 
 
+BESIDE = "g (float[B,S,2,6] x, float[B,S,2] c, float[B,S,2] s) => (float[B,S,2,6] y)"
+FLAT = "int64[3] flat = {0, 0, 8}, int64[4] apart = {0, 0, 2, 4}"
+
+
+@pytest.mark.parametrize("pairs", ["", ", interleaved=1"])
+def test_partial_rotation_of_heads_beside_each_other(pairs: str) -> None:
+    """Of [B, S, H, D], as GPT-J and CodeGen rotate before they move the heads; also out of packed heads."""
+    body = (
+        f"f = Reshape(h, flat) r = RotaryEmbedding<num_heads=2{pairs}>(f, c, s) u = Reshape(r, apart)"
+        " y = Concat<axis=-1>(u, t)"
+    )
+    held = "int64[3] whole = {0, 0, 12}, int64[4] heads = {0, 0, 2, 6}"
+    made = (
+        f"w = Reshape(x, whole) r = RotaryEmbedding<num_heads=2{pairs}, rotary_embedding_dim=4>(w, c, s)"
+        " y = Reshape(r, heads)"
+    )
+    _check(
+        f"{BESIDE} <{FLAT}, int64[2] sizes = {{4, 2}}> {{ h, t = Split<axis=-1>(x, sizes) {body} }}",
+        f"{BESIDE} <{held}> {{ {made} }}",
+    )
+    packed = BESIDE.replace("2,6] x", "2,9] p")
+    ints = "int64[1] zero = {0}, int64[1] four = {4}, int64[1] far = {99}, int64[1] last = {3}"
+    cut = "n, x = Split<axis=-1>(p, parts)"
+    _check(
+        f"{packed} <{FLAT}, {ints}, int64[2] parts = {{3, 6}}> {{ {cut} h = Slice(x, zero, four, last)"
+        f" t = Slice(x, four, far, last) {body} }}",
+        f"{packed} <{held}, int64[2] parts = {{3, 6}}> {{ {cut} {made} }}",
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("num_heads=2", "num_heads=4"),  # of half the size
+        ("(u, t)", "(t, u)"),
+        ("int64[4] apart = {0, 0, 2, 4}", "int64[4] apart = {0, 0, 4, 2}"),
+    ],
+)
+def test_other_partial_rotations_stay(before: str, after: str) -> None:
+    body = (
+        f"{BESIDE} <{FLAT}, int64[2] sizes = {{4, 2}}> {{ h, t = Split<axis=-1>(x, sizes) f = Reshape(h, flat)"
+        " r = RotaryEmbedding<num_heads=2>(f, c, s) u = Reshape(r, apart) y = Concat<axis=-1>(u, t) }"
+    ).replace(before, after)
+    if "apart = {0, 0, 4, 2}" in body:
+        body = body.replace("float[B,S,2,6] y", "float[B,S,4,3] y").replace(
+            "h, t = Split<axis=-1>(x, sizes)",
+            "h, k = Split<axis=-1>(x, sizes) t = Reshape(k, thin)",
+        )
+        body = body.replace("int64[2] sizes", "int64[4] thin = {0, 0, 4, 1}, int64[2] sizes")
+    if "num_heads=4" in body:
+        body = body.replace("float[B,S,2] c, float[B,S,2] s", "float[B,S,1] c, float[B,S,1] s")
+    _check(body)
+
+
 CUT = (
     "size = Shape<start=2, end=3>(x) c0 = Slice(table, zero, size, zero) c = Cos(c0) "
     "s0 = Slice(table, zero, size, zero) s = Sin(s0)"
@@ -349,6 +403,24 @@ def test_angles_doubled_into_a_view_of_higher_rank() -> None:
         " g1 = Unsqueeze(h, two) c = Cos(g1) d = Squeeze(c, one) g2 = Unsqueeze(h, two) s = Sin(g2)"
         " e = Squeeze(s, one) y = RotaryEmbedding<interleaved=1>(x, d, e) }",
     )
+
+
+@pytest.mark.parametrize(("lift", "fuses"), [("{2, 4}", True), ("{2, 3}", False)])
+def test_angles_doubled_with_an_axis_for_the_heads(lift: str, fuses: bool) -> None:
+    """`repeat_interleave(s[:, :, None, :], 2, 3)` of GPT-J: one Unsqueeze adds both axes; all twice is no pair."""
+    turn = f"n = Neg(b) {WOVEN.format('n', 'a', 'r')} p = Mul(x, c) q = Mul(r, s) y = Add(p, q)"
+    more = MORE.replace("int64[4] whole = {1, 2, 3, 4}", "int64[4] whole = {1, 3, 2, 4}")
+    held = f"int64[2] lift = {lift}, int64[5] wide = {{1, 3, 1, 2, 2}}, int64[4] angle = {{1, 3, 1, 4}}"
+    proto = parse(
+        f"g (float[1,3,2,4] x, float[1,3,2] h) => (float[1,3,2,4] y) <{more}, {held}> {{ u = Unsqueeze(h, lift)"
+        f" w = Expand(u, wide) t = Reshape(w, angle) c = Cos(t) s = Sin(t) {NEIGHBOURS['steps']} {turn} }}",
+        opset=23,
+    )
+    model = ir.from_proto(proto)
+    apply(rope.RULES, model)
+    assert ("RotaryEmbedding" in [node.op_type for node in model.graph]) == fuses
+    feeds = make_feeds(proto, 0)
+    compare(run(proto, feeds), run(ir.to_proto(model), feeds), Numerics.REORDERED, 1e-5)
 
 
 MOVED = (

@@ -266,12 +266,10 @@ def broadcast(a: DimLike, b: DimLike) -> Dim:
         return a
     if b.is_static:
         return b
-    if is_cut_to(a, b):
-        return b
-    if is_cut_to(b, a):
-        return a
     # An operand that is itself a broadcast joins in: the order of additions does not matter.
-    operands = frozenset((*_operands(a), *_operands(b)))
+    operands = _standing({*_operands(a), *_operands(b)})
+    if len(operands) == 1:
+        return next(iter(operands))
     big = [dim for dim in operands if dim.lower is not None and dim.lower > 1]
     return min(big, key=str) if big else _atom(Call("broadcast", operands))
 
@@ -284,6 +282,20 @@ def is_cut_to(a: Dim, b: Dim) -> bool:
     if not isinstance(atom, Call) or atom.op != "min" or b not in atom.args:
         return False
     return all(dim == b or (dim.value or 0) > 1 for dim in atom.args)
+
+
+def _standing(operands: set[Dim]) -> frozenset[Dim]:
+    """The operands of a broadcast without those that another stands for: `min(c, b)` or `max(b, 1)` beside b."""
+    if len(operands) == 1:
+        return frozenset(operands)
+    return frozenset(
+        a
+        for a in operands
+        if not any(
+            a != b and (is_cut_to(a, b) or a in (maximum((b, 1)), maximum((b - 1, 0)) + 1))
+            for b in operands
+        )
+    )
 
 
 def product(dims: Iterable[DimLike]) -> Dim:

@@ -119,6 +119,8 @@ def sliced(size: Dim, start: Dim, end: Dim, step: Dim) -> Dim | None:
         return _sliced_backward(size, start, end, -pace)
     if start.value is not None and start.value < 0 and _is_infinite(end):
         return ceildiv(minimum((size, -start.value)), pace)
+    if _is_infinite(end) and start.upper == 0 and minimum((size, -start)) == size:
+        return ceildiv(size, pace)  # `x[-n:]` of no more than n, also where n is 0
     # A start beyond the end gives 0 whether it is clamped or not.
     unclamped = start.lower is not None and start.lower >= 0
     first, last = start if unclamped else _bound(size, start), _bound(size, end)

@@ -1,0 +1,87 @@
+"""Attention as whole families of models write it: masks of their own making between scores and Softmax."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from graphopt_passes import attention
+
+from graphopt.numerics import Numerics
+from tests.rewriting import apply, check, compare, make_feeds, parse, run
+
+QKV = "float[B,2,S,4] q, float[B,2,L,4] k, float[B,2,L,4] v"
+KT = "t = Transpose<perm=[0,1,3,2]>(k)"
+SOFT = "p = Softmax(z) y = MatMul(p, v)"
+LOWEST = "-3.4028234663852886e38"
+
+
+def _kinds(model: ir.Model) -> list[str]:
+    return [node.op_type for node in model.graph]
+
+
+def _fused(proto: onnx.ModelProto, *, rules: object = attention.RULES) -> ir.Model:
+    model = ir.from_proto(proto)
+    apply(rules, model)  # type: ignore[arg-type]
+    assert "Attention" in _kinds(model)
+    return model
+
+
+@pytest.mark.parametrize("low", [LOWEST, "-inf", "-1e9"])
+@pytest.mark.parametrize("order", ["c, low, a", "c, a, low"])
+def test_choice_for_all_queries_alike(order: str, low: str) -> None:
+    """[B, 1, 1, L], as XLM and DistilBERT mask padding; also where nothing of a row is left."""
+    proto = parse(
+        f"g ({QKV}, bool[B,1,1,L] c) => (float[B,2,S,4] y) <float low = {{{low}}}>"
+        f" {{ {KT} a = MatMul(q, t) z = Where({order}) {SOFT} }}",
+        opset=23,
+    )
+    made = ir.to_proto(_fused(proto))
+    feed = make_feeds(proto, 0, dim=4)
+    feed["q"] = np.concatenate([feed["q"], -feed["q"]], axis=2)  # more queries than keys
+    for row in ([True] * 4, [False] * 4, [True, False, False, True]):
+        feed["c"][0] = row
+        np.testing.assert_allclose(run(made, feed)[0], run(proto, feed)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_choice_that_broadens_the_scores_stays() -> None:
+    check(
+        attention.RULES,
+        "g (float[B,2,1,4] q, float[B,2,1,4] k, float[B,2,L,4] v, bool[B,1,1,L] c) => (float[B,2,1,4] y)"
+        f" <float low = {{-inf}}> {{ {KT} a = MatMul(q, t) z = Where(c, a, low) {SOFT} }}",
+        opset=23,
+        missed="does not end in [S, L]",
+    )
+
+
+TABLE = "float[2,1,6] table = {0,-1,-2,-3,-4,-5,0,-2,-4,-6,-8,-10}"
+INTS = "int64[1] six = {6}, int64[1] far = {9223372036854775807}, int64[1] two = {2}"
+BEHIND = "n = Shape<start=2, end=3>(k) f = Sub(six, n) b = Slice(table, f, far, two)"
+
+
+def test_bias_cut_from_the_end_of_a_table() -> None:
+    """`table[:, :, 6 - L:]`, as of ALiBi: of unknown size, but as many as keys where the product takes them."""
+    proto = parse(
+        f"g ({QKV}, bool[B,1,S,L] c) => (float[B,2,S,4] y) <{TABLE}, {INTS}, float low = {{{LOWEST}}}>"
+        f" {{ {BEHIND} {KT} a = MatMul(q, t) m = Where(c, b, low) z = Add(a, m) {SOFT} }}",
+        opset=23,
+    )
+    made = ir.to_proto(_fused(proto))
+    for size in (1, 3, 6):
+        feed = make_feeds(proto, size, dim=size)
+        compare(run(proto, feed), run(made, feed), Numerics.REORDERED, 1e-5)
+        feed["c"][:] = False
+        compare(run(proto, feed), run(made, feed), Numerics.REORDERED, 1e-5)
+
+
+def test_bias_of_another_length_than_keys_and_values_stays() -> None:
+    """Keys and values of sizes that nothing says are one: the mask may broaden the scores."""
+    check(
+        attention.RULES,
+        "g (float[B,2,S,4] q, float[B,2,L,4] k, float[B,2,M,4] v, bool[B,1,S,L] c) => (float[B,2,S,4] y)"
+        f" <{TABLE}, {INTS}, float low = {{{LOWEST}}}>"
+        f" {{ {BEHIND} {KT} a = MatMul(q, t) m = Where(c, b, low) z = Add(a, m) {SOFT} }}",
+        opset=23,
+        missed="does not end in [S, L]",
+    )
