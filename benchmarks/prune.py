@@ -8,19 +8,21 @@ with the cosine of the means over `attention_mask` then judges.  One row an amou
 ONNX Runtime, zeros among the weights, millions of multiply-adds of one sample, bytes of the file and of the file
 deflated, CPU seconds of the run (verification off), latency of one sample (least CPU time of 50 runs, one thread).
 `blind:AMOUNT` prunes without samples.  With `--peer PYTHON`, which has onnxsim, a second row shows what onnxsim makes
-of the same amount (see `benchmarks/prune_peer.py`).  `python -m benchmarks.prune_curves` draws what `--save` writes.
+of the same amount (see `benchmarks/prune_peer.py`); `--only` runs one of the two.  Rows that ROWS.json has already are
+not run again.  `python -m benchmarks.prune_curves` draws what `--save` writes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -60,27 +62,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--labels", default="y")
     parser.add_argument("--peer", type=Path)
     parser.add_argument("--save", type=Path)
+    parser.add_argument("--only", choices=("graphopt", "onnxsim"))
     parser.add_argument("amounts", nargs="*", default=AMOUNTS)
     given = parser.parse_args(argv)
     inputs = dict(np.load(given.test))
     labels = inputs.pop(given.labels)
     header = ("sparsity", "accuracy", "zeros", "MMACs", "bytes", "deflated", "CPU s", "ms")
     sys.stdout.write("{:20}{:>10}{:>8}{:>9}{:>10}{:>10}{:>8}{:>8}\n".format(*header))
-    rows: list[dict[str, Any]] = []
+    rows = _saved(given.save)
+    known = {(row["tool"], row["amount"]) for row in rows}
     with tempfile.TemporaryDirectory() as folder:
-        for amount in ("", *given.amounts):
-            out = Path(folder) / "m.onnx"
-            spent = ours(given.model, given.samples, out, amount)
-            rows.append({"tool": "graphopt", "amount": amount, **facts(out, inputs, labels, spent)})
-            show(amount or "(none)", rows[-1])
-            if given.peer and amount and not amount.startswith("blind:"):
-                theirs(given.peer, given.model, given.samples, out, amount)
-            if given.peer and amount and out.exists() and not amount.startswith("blind:"):
-                rows.append({"tool": "onnxsim", "amount": amount, **facts(out, inputs, labels)})
-                show("  onnxsim", rows[-1])
+        out = Path(folder) / "m.onnx"
+        for tool, amount in _wanted(given.amounts, peer=bool(given.peer), only=given.only):
+            if (tool, amount) in known:
+                continue
+            if tool == "graphopt":
+                spent: float | None = ours(given.model, given.samples, out, amount)
+            else:
+                spent = theirs(given.peer, given.model, given.samples, out, amount)
+            if spent is None:
+                continue
+            rows.append({"tool": tool, "amount": amount, **facts(out, inputs, labels, spent)})
+            show(amount or "(none)" if tool == "graphopt" else f"  onnxsim {amount}", rows[-1])
             if given.save:
                 given.save.write_text(json.dumps({"model": given.model.stem, "rows": rows}))
     return 0
+
+
+def _saved(path: Path | None) -> list[dict[str, Any]]:
+    """The rows of earlier runs."""
+    if path is None or not path.exists():
+        return []
+    return list(json.loads(path.read_text())["rows"])
+
+
+def _wanted(amounts: Sequence[str], *, peer: bool, only: str | None) -> Iterator[tuple[str, str]]:
+    """What is run: tool and amount, "" for the model as it is."""
+    for amount in ("", *amounts):
+        if only != "onnxsim" or not amount:
+            yield "graphopt", amount
+        if peer and only != "graphopt" and amount and not amount.startswith("blind:"):
+            yield "onnxsim", amount
 
 
 def show(name: str, row: Mapping[str, Any]) -> None:
@@ -103,16 +125,19 @@ def ours(model: Path, samples: Path, out: Path, amount: str) -> float:
     return time.process_time() - started
 
 
-def theirs(python: Path, model: Path, samples: Path, out: Path, amount: str) -> None:
-    """Prunes with onnxsim; there is no file afterwards where it fails."""
-    out.unlink()
+def theirs(python: Path, model: Path, samples: Path, out: Path, amount: str) -> float | None:
+    """Prunes with onnxsim; returns the CPU seconds, None where it fails."""
     script = Path(__file__).with_name("prune_peer.py")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [python, script, model, samples, out, amount], check=False, capture_output=True, text=True
     )
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        sys.stdout.write(f"  onnxsim           failed: {last[0][:100]}\n")
+        sys.stdout.write(f"  onnxsim {amount:10} failed: {last[0][:100]}\n")
+        return None
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def facts(

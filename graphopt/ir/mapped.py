@@ -18,6 +18,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt.errors import ModelError
+from graphopt.ir.wire import packed_integers
 
 CHUNK_BYTES = 8 << 20
 
@@ -207,3 +208,32 @@ class MappedTensor(HeldTensor):
         """Writes the bytes in pieces."""
         for piece in self.chunks():
             file.write(piece)
+
+
+class PackedIntegers(HeldTensor):
+    """INT64 elements that stay packed where they were found, one byte for every 7 bits, and are read when asked for.
+
+    For the indices of sparse tensors: unpacked they take eight bytes each, and hardly anybody looks at them.
+    """
+
+    __slots__ = ("_elements",)
+
+    def __init__(
+        self, packed: memoryview, elements: np.ndarray[Any, Any], notes: Notes | None = None
+    ) -> None:
+        """`packed` is the content of a packed field, `elements` what stands in it; not held beyond the caller's use."""
+        super().__init__(ir.DataType.INT64, elements.shape, notes or Notes(), packed)
+        self._elements = weakref.ref(elements)
+
+    def numpy(self) -> np.ndarray[Any, Any]:
+        """The elements, read-only; shared while somebody holds them."""
+        elements = self._elements()
+        if elements is None:
+            elements = packed_integers(self.raw, np.dtype("<i8")).reshape(self.dims)
+            elements.flags.writeable = False
+            self._elements = weakref.ref(elements)
+        return elements
+
+    def tobytes(self) -> bytes:
+        """The elements in the form of `raw_data`."""
+        return self.numpy().tobytes()

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from graphopt.errors import ModelError
 from graphopt.ir import notes
 from graphopt.ir.external import ModelFolder
-from graphopt.ir.mapped import MappedFile, MappedTensor, Notes
+from graphopt.ir.mapped import MappedFile, MappedTensor, Notes, PackedIntegers
 from graphopt.ir.sparse import CooTensor
 from graphopt.ir.wire import VARINTS, packed_integers
 
@@ -91,6 +91,10 @@ class TensorReader:
         nothing = ir.Tensor(np.zeros(0, np.int64))
         indices = self.tensor(proto.indices, where) if proto.HasField("indices") else nothing
         packed = bool(len(proto.indices.int64_data)) or self._stayed_as_varints(proto.indices)
+        elements = indices.numpy()  # held until they are checked
+        if self._stayed_as_varints(proto.indices) and indices.dtype == ir.DataType.INT64:
+            payload, described = self._payload(proto.indices), _notes(proto.indices)
+            indices = PackedIntegers(payload, elements, described)
         try:
             return CooTensor(values, indices, dims, name=name, packed=packed)
         except ModelError as error:
@@ -105,19 +109,23 @@ class TensorReader:
         self, proto: onnx.TensorProto, dtype: ir.DataType, dims: Sequence[int], where: str
     ) -> bytes | memoryview:
         """The data of a large tensor that is kept as packed integers."""
-        entries = _entries(proto)
         self._check_once(proto, where)
-        assert self.body is not None
-        data = self.body.data if isinstance(self.body, MappedFile) else memoryview(self.body)
-        offset, length = int(entries["offset"]), int(entries["length"])
         stored = np.dtype(_FIELD.get(proto.data_type, ("int32_data", "<i4"))[1])
         try:
-            elements = packed_integers(data[offset : offset + length], stored)
+            elements = packed_integers(self._payload(proto), stored)
         except ValueError as error:
             raise ModelError(f"{where}: {error}; the file is corrupt, export it again") from error
         narrow = _narrowed(elements, dtype, where)
         _check_length(narrow.nbytes, dtype, dims, where)
         return narrow.view(np.uint8).data
+
+    def _payload(self, proto: onnx.TensorProto) -> memoryview:
+        """The packed integers of a tensor whose data stayed so."""
+        assert self.body is not None
+        data = self.body.data if isinstance(self.body, MappedFile) else memoryview(self.body)
+        entries = _entries(proto)
+        offset, length = int(entries["offset"]), int(entries["length"])
+        return data[offset : offset + length]
 
     @staticmethod
     def _check_once(proto: onnx.TensorProto, where: str) -> None:

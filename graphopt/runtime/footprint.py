@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import pickle
 import re
@@ -70,6 +71,15 @@ def trim() -> None:
         give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if give_back is not None:
             give_back(0)
+
+
+def make_room() -> None:
+    """Gives everything back that nobody holds any more, before much is asked for: cycles of Python objects, too.
+
+    Python looks for cycles when objects have become many, however large they are: dropped graphs hold on to weights.
+    """
+    gc.collect()
+    trim()
 
 
 def let_go(tensors: Iterable[ir.TensorProtocol]) -> None:

@@ -10,7 +10,7 @@ from graphopt.errors import GraphoptError
 from graphopt.ir.hazards import holds_endless
 from graphopt.ir.model_file import load_model
 from graphopt.runtime.emulate import emulate
-from graphopt.runtime.footprint import trim
+from graphopt.runtime.footprint import make_room
 from graphopt.runtime.in_memory import model_session
 from graphopt.runtime.session import EndlessError, Session, SessionOptions
 from graphopt.verify.kept import kept_values
@@ -67,6 +67,8 @@ class ReferenceSession:
         self._is_large = stored_bytes(graph) >= LARGE_BYTES
         self._shown = tuple(dict.fromkeys((*taps, *found.outer)))
         self.conditions = found
+        if self._is_large:
+            make_room()
         self._session: Session | None = None
         self._emulated: Session | None = None
         names = (*self._shown, found.ways)
@@ -154,7 +156,7 @@ class ReferenceSession:
         """
         if self._is_large:  # two of them at a time would take twice the memory; it is opened again when it is needed
             self._session = None
-            trim()
+            make_room()
         patience = max(LOOP_SECONDS, PATIENCE * self._slowest)
         seconds = patience if holds_endless(graph) else None
         if isinstance(candidate, Path | bytes):

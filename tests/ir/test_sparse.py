@@ -11,6 +11,8 @@ import onnx_ir as ir
 import pytest
 
 from graphopt.errors import ModelError
+from graphopt.ir.mapped import PackedIntegers
+from graphopt.ir.model_file import load_model, model_to_bytes
 from graphopt.ir.sparse import CooTensor, MaskedTensor, thin
 
 
@@ -71,6 +73,27 @@ def test_the_dense_form_is_shared_while_held_and_cannot_be_written() -> None:
     gc.collect()
     assert tensor._dense is not None
     assert tensor._dense() is None
+
+
+def test_packed_indices_of_a_file_are_not_held_unpacked() -> None:
+    at = np.arange(0, 90_000, 3)
+    dense = np.zeros(90_000, np.float32)
+    dense[at] = at
+    held = CooTensor(
+        ir.Tensor(dense[at], name="w"), ir.Tensor(at), [300, 300], name="w", packed=True
+    )
+    value = ir.Value(name="w", const_value=held)
+    model = ir.Model(ir.Graph([], [], nodes=[], initializers=[value], name="g"), ir_version=8)
+    data = model_to_bytes(model)
+    tensor = load_model(data).graph.initializers["w"].const_value
+    assert isinstance(tensor, CooTensor)
+    assert isinstance(tensor.indices, PackedIntegers)
+    assert tensor.indices._elements() is None
+    elements = tensor.indices.numpy()
+    assert tensor.indices.numpy() is elements
+    assert elements.tolist() == at.tolist()
+    assert tensor.indices.tobytes() == at.astype("<i8").tobytes()
+    np.testing.assert_array_equal(tensor.numpy(), dense.reshape(300, 300))
 
 
 def test_array_protocols_read_the_dense_form() -> None:
