@@ -18,7 +18,9 @@ from graphopt_passes import (
     activation,
     algebra,
     attention,
+    batched_heads,
     biases,
+    blends,
     bodies,
     bounds,
     broadcasts,
@@ -99,6 +101,8 @@ ALGEBRA = RewritePass(
         *einsum.RULES,
         *quantized.RULES,
         *biases.RULES,  # before lift-opset, which sees the attention that they make
+        *batched_heads.RULES,
+        *blends.RULES,
     ),
 )
 FUSE_CONV = RewritePass("fuse-conv", (*conv.RULES, *padding.RULES))

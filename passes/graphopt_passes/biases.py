@@ -196,6 +196,39 @@ def _refuse_mixing(m: Match, node: ir.Node) -> None:
         raise Skip("a row that both choice and mask hide would mix them", node)
 
 
+floored = Op("Max", biased, low)
+floored_behind = Op("Max", low, biased)
+
+
+@rule(floored, opset=(12, 10_000))
+def limit_mask_instead_of_scores(m: Match, g: Builder) -> ir.Value | None:
+    """`Max(q kT + b, low)` -> `q kT + Max(b, low)`, before a Softmax: scores vanish beside low, in float32.
+
+    As OPT and XGLM keep two masks from overflowing.  Source: Max-13.
+    """
+    return _limited(m, g, m[floored])
+
+
+@rule(floored_behind, opset=(12, 10_000))
+def limit_mask_instead_of_scores_behind(m: Match, g: Builder) -> ir.Value | None:
+    """As `limit_mask_instead_of_scores`, for `Max(low, q kT + b)`."""
+    return _limited(m, g, m[floored_behind])
+
+
+def _limited(m: Match, g: Builder, root: ir.Node) -> ir.Value | None:
+    """The sum of scores and what is added to them, at least so much."""
+    number = values.scalar(m[low])
+    if number is None or len(root.inputs) != 2 or not _weighs(live_uses(root.outputs[0])):
+        return None
+    if not _is_product(m[scores]) or _is_product(m[mask]):
+        return None
+    if not _may_be_attention(m, m.dtype(scores)):
+        return None
+    if not -math.inf < number <= VANISHING or m.dtype(scores) != ir.DataType.FLOAT:
+        raise Skip("the number that scores are limited to is not so low that they vanish", root)
+    return g.op("Add", m[scores], g.op("Max", m[mask], m[low]))
+
+
 def _broadcasts(m: Match, value: ir.Value) -> bool:
     """Whether a value goes to the scores' shape, perhaps out of a table that is cut to their length."""
     own, whole = m.dims(value), m.dims(scores)
@@ -233,4 +266,6 @@ RULES: tuple[Rule, ...] = (
     join_bias_and_choice,
     join_bias_and_dropping,
     scale_before_mask,
+    limit_mask_instead_of_scores,
+    limit_mask_instead_of_scores_behind,
 )

@@ -66,8 +66,8 @@ def reach_of(value: ir.Value | None, depth: int = MAX_DEPTH) -> Reach | None:
     if node.op_type in VIEWS:
         inner = reach_of(node.inputs[0], depth - 1)
         return None if inner is None else dataclasses.replace(inner, best=-math.inf)
-    if node.op_type == "Where":
-        return _reach_of_where(node, depth - 1)
+    if node.op_type in ("Where", "Max"):
+        return (_reach_of_where if node.op_type == "Where" else _raised)(node, depth - 1)
     if node.op_type == "Gather":
         return _reach_of_rows(values.constant(node.inputs[0]))
     if node.op_type == "Add":
@@ -76,6 +76,20 @@ def reach_of(value: ir.Value | None, depth: int = MAX_DEPTH) -> Reach | None:
         return reach_of(node.inputs[0], depth - 1)
     if node.op_type in ("Mul", "Div"):
         return _held(node, _scaled(node, depth - 1))
+    return None
+
+
+def _raised(node: ir.Node, depth: int) -> Reach | None:
+    """What is at least a number, perhaps more."""
+    if len(node.inputs) != 2:
+        return None
+    for value, floor in (node.inputs, node.inputs[::-1]):
+        number = values.scalar(floor)
+        inner = None if number is None else reach_of(value, depth)
+        if number is not None and number > -math.inf and inner is not None:
+            low = float(number)
+            least = low if inner.masked else max(inner.low, low)
+            return Reach(least, masked=False, best=max(inner.best, low))
     return None
 
 
@@ -102,6 +116,17 @@ def _reach_of_integers(value: ir.Value | None, factor: float) -> Reach | None:
         return None
     low = factor * limit
     return Reach(low, masked=False) if low > -SAFE or limit <= 1 else None
+
+
+def _reach_of_slopes(node: ir.Node) -> Reach | None:
+    """What integers as numbers are at least, times a constant for each head, as of ALiBi."""
+    for table, integers in (node.inputs, node.inputs[::-1]):
+        slopes, limit = values.constant(table), _largest(integers)
+        if slopes is None or limit is None or slopes.size > MAX_TABLE or slopes.dtype not in FLOATS:
+            continue
+        low = -float(np.abs(slopes.numpy().astype(np.float64)).max(initial=0.0)) * limit
+        return Reach(low, masked=False) if low > -SAFE else None
+    return None
 
 
 def _largest(value: ir.Value | None, depth: int = MAX_DEPTH) -> float | None:
@@ -164,6 +189,8 @@ def _scaled(node: ir.Node, depth: int) -> Reach | None:
     number = values.scalar(node.inputs[1 - first])
     if number is not None and -math.inf < number < 0 and node.op_type == "Mul":
         return _reach_of_integers(node.inputs[first], float(number))
+    if number is None and node.op_type == "Mul":
+        return _reach_of_slopes(node)
     inner = reach_of(node.inputs[first], depth)
     if number is None or inner is None or not 0 < number < math.inf:
         return None

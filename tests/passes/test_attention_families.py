@@ -85,3 +85,41 @@ def test_bias_of_another_length_than_keys_and_values_stays() -> None:
         opset=23,
         missed="does not end in [S, L]",
     )
+
+
+@pytest.mark.parametrize(
+    ("bias", "fuses"),
+    [("i = Cast<to=1>(d) b = Mul(slopes, i)", True), ("b = Mul(slopes, f)", False)],
+)
+def test_bias_of_slopes_and_places(bias: str, fuses: bool) -> None:
+    """As of BLOOM: an integer times a constant of each head is finite, whatever it is; a number from outside is not."""
+    proto = parse(
+        f"g ({QKV}, int64[B,1,1,L] d, float[B,1,1,L] f, bool[B,1,S,L] c) => (float[B,2,S,4] y)"
+        f" <float[2,1,1] slopes = {{0.5, 0.25}}, float zero = {{0.0}}, float low = {{{LOWEST}}}>"
+        f" {{ {bias} w = Where(c, zero, low) m = Add(b, w) {KT} a = MatMul(q, t) z = Add(a, m) {SOFT} }}",
+        opset=23,
+    )
+    model = ir.from_proto(proto)
+    apply(attention.RULES, model)
+    assert ("Attention" in _kinds(model)) == fuses
+    feed = make_feeds(proto, 0, dim=4)
+    feed["d"] = np.arange(16).reshape(4, 1, 1, 4) - 3
+    feed["c"][:, :, 1] = False
+    compare(run(proto, feed), run(ir.to_proto(model), feed), Numerics.REORDERED, 1e-5)
+
+
+@pytest.mark.parametrize(("floor", "fuses"), [("low", True), ("f", False)])
+def test_mask_that_is_limited_from_below(floor: str, fuses: bool) -> None:
+    """Of no row is everything -infinity then; two unknown numbers of every head say nothing."""
+    proto = parse(
+        f"g ({QKV}, float[B,2,S,L] f, bool[B,2,S,L] c) => (float[B,2,S,4] y)"
+        f" <float zero = {{0.0}}, float low = {{{LOWEST}}}, float none = {{-inf}}>"
+        f" {{ w = Where(c, zero, none) m = Max(w, {floor}) {KT} a = MatMul(q, t) z = Add(a, m) {SOFT} }}",
+        opset=23,
+    )
+    model = ir.from_proto(proto)
+    apply(attention.RULES, model)
+    assert ("Attention" in _kinds(model)) == fuses
+    feed = make_feeds(proto, 0, dim=4)
+    feed["c"][:, :, 1] = False
+    compare(run(proto, feed), run(ir.to_proto(model), feed), Numerics.REORDERED, 1e-5)

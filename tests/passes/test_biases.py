@@ -238,3 +238,38 @@ def test_bias_and_choice_stay(low: str, change: tuple[str, str], missed: str) ->
     ctx = apply(biases.RULES, ir.from_proto(parse(text.replace(*change))))
     assert not ctx.rewrites
     assert not missed or any(missed in remark.reason for remark in ctx.remarks)
+
+
+LIMITED = (
+    f"g ({QKV}, bool[B,1,S,L] c) => (float[B,2,S,4] y) <float low = {{LOW}}, float zero = {{0.0}}>"
+    f" {{ {KT} a = MatMul(q, t) m = Where(c, zero, low) z = Add(a, m) w = LIMIT {SOFT} }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("limit", "made"), [("Max(z, low)", "Max(m, low)"), ("Max(low, z)", "Max(m, low)")]
+)
+def test_limit_of_masked_scores_is_one_of_the_mask(limit: str, made: str) -> None:
+    """As of OPT and XGLM; a row without keys stays even."""
+    text = LIMITED.replace("LOW", "-3.4028234663852886e38")
+    before = text.replace("LIMIT", limit)
+    after = text.replace("z = Add(a, m) w = LIMIT", f"n = {made} w = Add(a, n)")
+    feed = make_feeds(parse(before), 0, dim=4)
+    feed["c"][:, :, 1], feed["c"][:, :, 0] = False, True
+    check(biases.RULES, before, after, feeds=[feed, make_feeds(parse(before), 1)], tolerance=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("low", "change", "missed"),
+    [
+        ("-1e4", ("", ""), "not so low"),
+        ("-3e38", ("Softmax", "Relu"), ""),
+        ("-3e38", ("Add(a, m)", "Add(m, m)"), ""),
+        ("-3e38", ("Max(z, low)", "Max(z, low, low)"), ""),
+    ],
+)
+def test_other_limits_stay(low: str, change: tuple[str, str], missed: str) -> None:
+    text = LIMITED.replace("LOW", low).replace("LIMIT", "Max(z, low)")
+    ctx = apply(biases.RULES, ir.from_proto(parse(text.replace(*change))))
+    assert not ctx.rewrites
+    assert not missed or any(missed in remark.reason for remark in ctx.remarks)
