@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 
 from graphopt.cli.console import change, count, grid, line, scaled, size, text
 from graphopt.cli.verification import metric_lines, outputs_table, verdict
+from graphopt.report.patterns import CAVEATS
 from graphopt.report.quantized import quantized_layers
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
+    from graphopt.report.patterns import PatternLayer
     from graphopt.report.run import RunReport
     from graphopt.rewrite.context import Remark
 
@@ -38,6 +40,7 @@ def run_tables(report: RunReport, *, every_remark: bool = False) -> list[Rendera
     parts += _rolled_back(report)
     parts += [text(f"warning: {each}", "yellow") for each in report.warnings]
     parts += _quantized(report.remarks, every=every_remark)
+    parts += _patterns(report.pattern_layers, every=every_remark)
     told = [each for each in report.remarks if not each.facts]
     parts += _remarks(told, every_remark=every_remark)
     return parts
@@ -148,6 +151,33 @@ def _quantized(remarks: Sequence[Remark], *, every: bool) -> list[RenderableType
         if hidden > 0
         else parts
     )
+
+
+def _patterns(rows: Sequence[PatternLayer], *, every: bool) -> list[RenderableType]:
+    """The weights that sparse tensor cores may read, those that they cannot first."""
+    if not rows:
+        return []
+    table = grid(
+        "weight", "operator", "axis", "multiple of", "in pattern", "eligible", "", right="34"
+    )
+    ordered = sorted(rows, key=lambda row: row.eligible)
+    for row in ordered if every else ordered[:MAX_LAYERS]:
+        table.add_row(
+            text(row.weight or row.node),
+            row.operator,
+            f"{row.axis} = {row.inputs}" if row.axis else "",
+            str(row.multiple or ""),
+            f"{row.following:.1%}",
+            text("yes", "green") if row.eligible else text("no", "yellow"),
+            text(row.why_not or row.note),
+        )
+    eligible = sum(row.eligible for row in rows)
+    told = f"sparse tensor cores can read {eligible} of {len(rows)} weights; {CAVEATS}"
+    parts: list[RenderableType] = [text(""), table, text(told, "dim")]
+    hidden = 0 if every else len(rows) - MAX_LAYERS
+    if hidden > 0:
+        parts.append(text(f"… and {hidden} other weights; --remarks lists all", "dim"))
+    return parts
 
 
 def _remarks(remarks: Sequence[Remark], *, every_remark: bool) -> list[RenderableType]:

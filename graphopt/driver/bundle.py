@@ -33,6 +33,7 @@ from graphopt.pipeline import PassRun, Step
 from graphopt.pipeline.recipe import to_spec
 from graphopt.report.facts import ModelFacts, file_sha256, model_facts
 from graphopt.report.markdown import run_markdown
+from graphopt.report.patterns import pattern_layers, pattern_of
 from graphopt.report.plain import graphopt_version, plain
 from graphopt.report.run import RolledBack, RunReport, VerificationFacts
 from graphopt.runtime import onnxruntime_api
@@ -199,6 +200,9 @@ def _report(run: Finished, place: Path) -> str:
             seed=run.request.options.seed,
             warnings=run.warnings,
             sparse=run.made.sparse,
+            pattern_layers=pattern_layers(
+                run.made.model, pattern_of(run.request.options.sparsity), run.made.remarks
+            ),
             specialized=run.specialized,
         ),
         times=False,

@@ -27,6 +27,7 @@ from graphopt.numerics import Numerics
 from graphopt.pipeline import flatten
 from graphopt.report.facts import model_facts
 from graphopt.report.layers import layers
+from graphopt.report.patterns import pattern_layers, pattern_of
 from graphopt.report.run import RolledBack, RunReport, VerificationFacts
 from graphopt.rewrite import Gate, Remark, RemarkKind, Rewrite
 
@@ -334,6 +335,9 @@ def _report(done: Finished, path: Path | None, seconds: float) -> RunReport:
         sparse=made.sparse,
         stages=made.stages,
         layers=layers(made.model) if request.stages else (),
+        pattern_layers=pattern_layers(
+            made.model, pattern_of(request.options.sparsity), made.remarks
+        ),
         distilled=made.distilled,
         warnings=done.warnings,
         specialized=done.specialized,

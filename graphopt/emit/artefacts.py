@@ -219,7 +219,8 @@ def io_binding(made: Deployment) -> str:
 
 def is_two_of_four(style: SparseStyle, sparsity: str | None) -> bool:
     """Whether the run pruned to 2:4, which dense kernels for sparse tensor cores take."""
-    return style is SparseStyle.DENSE and sparsity == "2:4"
+    words = (sparsity or "").split(",")
+    return style is SparseStyle.DENSE and words[0].strip() == "2:4"
 
 
 def _json(body: object) -> str:

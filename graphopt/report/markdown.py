@@ -49,6 +49,21 @@ def _smaller(report: RunReport) -> list[str]:
             "## Sparsity",
             "\n".join(f"- {_cell(each)}" for each in report.sparse.sentences()),
         ]
+    if report.pattern_layers:
+        patterned = [
+            (
+                each.weight or each.node,
+                each.operator,
+                f"{each.axis} = {each.inputs}" if each.axis else "",
+                each.multiple or "",
+                f"{each.following:.1%}",
+                "yes" if each.eligible else "no",
+                each.why_not or each.note,
+            )
+            for each in report.pattern_layers
+        ]
+        heads = ("weight", "operator", "axis", "multiple of", "in pattern", "eligible", "")
+        parts += ["## Weights for sparse tensor cores", _table(heads, patterned)]
     if report.distilled is not None:
         rows = [(step, f"{loss:.6g}") for step, loss in report.distilled.judged]
         said = "\n".join(f"- {_cell(each)}" for each in report.distilled.sentences())

@@ -11,6 +11,7 @@ from graphopt.emit.sparse import SparseFacts
 from graphopt.pipeline import PassRun
 from graphopt.report.facts import ModelFacts
 from graphopt.report.layers import Layer
+from graphopt.report.patterns import PatternLayer
 from graphopt.report.plain import graphopt_version, plain
 from graphopt.report.quantized import quantized_layers
 from graphopt.report.stages import Stage
@@ -81,6 +82,7 @@ class RunReport:
         warnings: what the user should act on.
         specialized: what the model was made of first, one phrase each, and how that compares with the original.
         distilled: what training towards the original did; None where there was none.
+        pattern_layers: whether sparse tensor cores can read each weight; empty where no N:M pattern was asked for.
         sparse: sizes of the weights dense, as stored and compressed; None where none is mostly zero.
     """
 
@@ -100,6 +102,7 @@ class RunReport:
     seconds: float | None = None
     warnings: tuple[str, ...] = ()
     sparse: SparseFacts | None = None
+    pattern_layers: tuple[PatternLayer, ...] = ()
     distilled: History | None = None
     specialized: tuple[str, ...] = ()
 

@@ -14,6 +14,7 @@ from graphopt.cli.console import show, text
 from graphopt.cli.progress import progress
 from graphopt.cli.run_tables import run_tables
 from graphopt.report.facts import ModelFacts
+from graphopt.report.patterns import PatternLayer
 from graphopt.report.run import RolledBack, RunReport, VerificationFacts
 from graphopt.rewrite.context import Remark, RemarkKind
 from graphopt.verify.compare import OutputReport
@@ -185,3 +186,21 @@ def test_progress_is_silent_when_asked_to_be(
         say("reading", None)
         time.sleep(0.05)
     assert terminal.getvalue() == ""
+
+
+def test_weights_that_sparse_kernels_cannot_take_come_first(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    taken = [
+        PatternLayer(f"y{i}", "Gemm", f"w{i}", "K", 64, 8, 1, 64, 1.0, True, "", "MatMul")
+        for i in range(20)
+    ]
+    refused = PatternLayer("g", "GRU", "r", "", 0, 0, 1, 0, 0.0, False, "not for GRU")
+    facts = report(VerificationFacts("off"), pattern_layers=(*taken, refused))
+    out = shown(facts, capsys)
+    assert "not for GRU" in out
+    assert "can read 20 of 21 weights" in out
+    assert "… and 5 other weights" in out
+    assert "w19" not in out
+    assert "w19" in shown(facts, capsys, every=True)
+    assert "sparse tensor cores" not in shown(report(VerificationFacts("off")), capsys)

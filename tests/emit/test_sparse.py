@@ -17,6 +17,7 @@ import pytest
 
 from graphopt.cli.entry import main
 from graphopt.emit import check_model, sparse
+from graphopt.emit.artefacts import is_two_of_four
 from graphopt.emit.sparse import SparseFacts, as_coo, densify, sparse_form
 from graphopt.ir.model_file import ExternalData, load_model, model_to_bytes, save_model
 from graphopt.ir.sparse import CooTensor
@@ -356,3 +357,20 @@ class TestKept:
         assert isinstance(made.graph.initializers["w"].const_value, CooTensor)
         assert facts is not None
         assert facts.tensors == 1
+
+
+@pytest.mark.parametrize(
+    ("style", "sparsity", "pays"),
+    [
+        (SparseStyle.DENSE, "2:4", True),
+        (SparseStyle.DENSE, "2:4,method=wanda", True),
+        (SparseStyle.DENSE, "2:40", False),
+        (SparseStyle.DENSE, "0.5,layer=2:4", False),
+        (SparseStyle.DENSE, None, False),
+        (SparseStyle.INITIALIZER, "2:4", False),
+    ],
+)
+def test_sparse_tensor_cores_are_asked_for_where_two_of_four_were(
+    style: SparseStyle, sparsity: str | None, *, pays: bool
+) -> None:
+    assert is_two_of_four(style, sparsity) is pays
