@@ -8,6 +8,7 @@ import onnx_ir as ir
 import pytest
 from graphopt_passes import attention
 
+import graphopt
 from graphopt.numerics import Numerics
 from tests.rewriting import apply, check, compare, make_feeds, parse, run
 
@@ -123,3 +124,32 @@ def test_mask_that_is_limited_from_below(floor: str, fuses: bool) -> None:
     feed = make_feeds(proto, 0, dim=4)
     feed["c"][:, :, 1] = False
     compare(run(proto, feed), run(ir.to_proto(model), feed), Numerics.REORDERED, 1e-5)
+
+
+def test_choice_of_a_number_that_scores_fall_below() -> None:
+    """-1e4 instead of scores: keys that come later outweigh all that a query sees where its scores are lower still.
+
+    No rounding: in float64 it is so, too.  Attention cannot say it, so verification leaves the fusion out.
+    """
+    shape = "float[1,1,4,64]"
+    proto = parse(
+        f"g ({shape} q, {shape} k, {shape} v) => ({shape} y) <float low = {{-1e4}},"
+        " bool[4,4] c = {1,0,0,0, 1,1,0,0, 1,1,1,0, 1,1,1,1}>"
+        f" {{ {KT} a = MatMul(q, t) z = Where(c, a, low) {SOFT} }}",
+        opset=23,
+    )
+    feed = {name: np.ones((1, 1, 4, 64), np.float32) for name in "qkv"}
+    feed["q"][:], feed["v"][..., 1:, :] = -200.0, 2.0
+    fused = ir.to_proto(_fused(proto))
+    scores = feed["q"].astype(np.float64) @ feed["k"].astype(np.float64).swapaxes(2, 3)
+    seen = np.tril(np.ones((4, 4), bool))
+    for made, hidden, first in ((proto, -1e4, 2.0), (fused, -np.inf, 1.0)):
+        held = np.where(seen, scores, hidden)
+        shares = np.exp(held - held.max(-1, keepdims=True))
+        exact = shares / shares.sum(-1, keepdims=True) @ feed["v"].astype(np.float64)
+        np.testing.assert_allclose(run(made, feed)[0], exact, rtol=1e-5)
+        assert exact[0, 0, 0, 0] == first
+    result = graphopt.optimize(proto, target="cpu")
+    assert result.report.verification.passed
+    assert "fuse-attention" in {each.rule for each in result.report.rolled_back}
+    assert "Attention" not in _kinds(result.model)
