@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from graphopt_passes.quantize.emission import candidates
 from graphopt_passes.quantize.files import on_disk
+from graphopt_passes.quantize.placement import candidates
 from graphopt_passes.quantize.styles import style_named
 from graphopt_passes.quantize.trials import axes_of
 from graphopt_passes.quantize.weight_only import products_of

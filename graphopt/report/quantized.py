@@ -28,6 +28,8 @@ class QuantizedLayer:
         weight_sqnr_db: what the weight alone costs; None without one.
         refined: whether its weight was rounded by second moments of the input.
         raised_channels: channels whose scale was raised against saturation.
+        activations: element type of its input, or of its output where that is what is stored anew; "" in float.
+        weights: element type of its weight; "" without one.
         why_float: why it stays float; "" where it runs on integers.
     """
 
@@ -41,6 +43,8 @@ class QuantizedLayer:
     weight_sqnr_db: float | None = None
     refined: bool = False
     raised_channels: int = 0
+    activations: str = ""
+    weights: str = ""
     why_float: str = ""
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
 
@@ -63,8 +63,14 @@ def rates_of(style: str) -> Rates:
 class Costs:
     """Predicted times of one model on one processor family."""
 
-    def __init__(self, statistics: Mapping[str, Statistics], rates: Rates) -> None:
-        self._statistics, self._rates = statistics, rates
+    def __init__(
+        self,
+        statistics: Mapping[str, Statistics],
+        rates: Rates,
+        decoded: Callable[[ir.Node], bool] = lambda _node: False,
+    ) -> None:
+        """`decoded` says which nodes no integer kernel takes: they compute in float, from decoded weights."""
+        self._statistics, self._rates, self._decoded = statistics, rates, decoded
 
     def elements(self, value: ir.Value | None) -> float:
         """Elements of a value in one sample, as observed."""
@@ -127,6 +133,9 @@ class Costs:
 
     def _integer(self, site: Site) -> float:
         elements = self.elements(site.result)
+        if self._decoded(site.node):
+            coded = self._work(site)[1] if site.role is Role.PRODUCT else 0.0
+            return self._float(site) + DECODE * coded + (ENCODE + DECODE) * elements
         if site.role is not Role.PRODUCT:
             return PASSIVE_INTEGER * elements + NODE
         tensor = values.constant(site.node.inputs[1])

@@ -11,9 +11,13 @@ from graphopt.calibrate.formats import Format, Parameters, parameters
 from graphopt.calibrate.ranges import Chosen
 from graphopt.ir import operators, values
 from graphopt.ir.build import Names
+from graphopt.rewrite import name_of
 from graphopt_passes.quantize import weights
+from graphopt_passes.quantize.coded import pack_as
 from graphopt_passes.quantize.facts import Facts, Layer
+from graphopt_passes.quantize.kinds import BYTES, INTEGERS, MICROSOFT, domain_of, least_ir_version
 from graphopt_passes.quantize.placement import (
+    ABSORBED,
     Allow,
     Role,
     Site,
@@ -21,25 +25,8 @@ from graphopt_passes.quantize.placement import (
     place,
     residual_inputs,
 )
-from graphopt_passes.quantize.styles import Style
-
-
-def candidates(graph: ir.Graph, style: Style, allow: Allow) -> tuple[str, ...]:
-    """Names of all values that a placement may quantise: those to be observed."""
-    sites = place(graph, style, allow)
-    found: dict[str, None] = {}
-    for site in sites.values():
-        for index in site.activations:
-            value = site.node.inputs[index]
-            assert value is not None
-            found[value.name or ""] = None
-        if site.stores:
-            found[site.result.name or ""] = None
-    for node, index in [] if style.stores_outputs else residual_inputs(graph, sites):
-        value = node.inputs[index]
-        assert value is not None
-        found[value.name or ""] = None
-    return tuple(found)
+from graphopt_passes.quantize.reading import bias_behind, rows_of, shape_of, unrows
+from graphopt_passes.quantize.shield import maxed, shield
 
 
 def quantize(
@@ -64,13 +51,17 @@ class _Emitter:
         self.graph = model.graph if body is None else body
         self.style = facts.style
         self.sites = place(self.graph, facts.style, allow, model.opset_imports.get("", 0))
-        self.domain = "" if model.graph.opset_imports.get("", 0) >= 13 else "com.microsoft"
+        self.opset = model.graph.opset_imports.get("", 0)
+        self.kinds: set[ir.DataType] = set()
         self.parameters: dict[ir.Value, Parameters] = {}
         self.methods: dict[ir.Value, Chosen] = {}
         self.decoded: dict[ir.Value, ir.Value] = {}
         self.layers: list[Layer] = []
         self.observed: dict[ir.Value, str] = {}
         self.origins: dict[ir.Value, ir.Value] = {}
+        self.converted: dict[ir.Value, ir.Value] = {}
+        self.stored: dict[ir.Value, Parameters] = {}
+        self.plain = frozenset(s.node for s in self.sites.values() if self._is_plain(s))
 
     def run(self) -> list[Layer]:
         if not self.sites:
@@ -81,8 +72,10 @@ class _Emitter:
             self._rewrite(site)
         for node, index in identities:
             self._replace(node, index)
-        if self.domain:
-            self.model.opset_imports.setdefault(self.domain, 1)
+        shielded = self.style.stores_outputs and shield(self.graph, self.names)
+        if shielded or any(domain_of(kind, self.opset) for kind in self.kinds):
+            self.model.opset_imports.setdefault(MICROSOFT, 1)
+        self.model.ir_version = max(self.model.ir_version, least_ir_version(self.kinds))
         return self.layers
 
     def _decide(self) -> None:
@@ -93,14 +86,37 @@ class _Emitter:
                 self._choose(_input(site, index), narrow)
             if not site.stores:
                 continue
-            if site.role is Role.MOVE:
-                source = _input(site, 0)
-                self.parameters[site.result] = self.parameters[source]
-                self.methods[site.result] = self.methods[source]
+            read = self._chosen(site, 0) if site.role is Role.MOVE else None
+            if read is not None and read.parameters.format.dtype is self._kind(site.result):
+                self.parameters[site.result], self.methods[site.result] = read.parameters, read
                 self.observed[site.result] = site.result.name or ""
             else:
                 self._choose(site.result, narrow)
         self._unify()
+
+    def _kind(self, value: ir.Value) -> ir.DataType:
+        return self.facts.kind(self.observed.get(value, value.name or ""))
+
+    def _converts(self, node: ir.Node, value: ir.Value) -> bool:
+        """Whether a node reads in 8 bits what is stored for others in an element type without kernels."""
+        is_other = name_of(node) not in self.facts.mixed.layers and self.style.activation in BYTES
+        return is_other and self._kind(value) not in BYTES
+
+    def _chosen(self, site: Site, index: int) -> Chosen:
+        """An activation as a site reads it."""
+        value = _input(site, index)
+        if self._converts(site.node, value):
+            return self.facts.choice(self.observed[value], dtype=self.style.activation)
+        return self.methods[value]
+
+    def _is_plain(self, site: Site) -> bool:
+        """Whether all that a site reads and stores is of 8 bits, as integer kernels want it."""
+        kinds = [self._kind(_input(site, i)) for i in site.activations]
+        if self.style.activation in BYTES and name_of(site.node) not in self.facts.mixed.layers:
+            kinds = []  # what is stored otherwise is converted first
+        kinds += [self._kind(site.result)] if site.stores else []
+        kinds += [self.facts.weight(name_of(site.node))] if site.role is Role.PRODUCT else []
+        return all(kind in BYTES for kind in kinds)
 
     def _choose(self, value: ir.Value, narrow: frozenset[ir.Value]) -> None:
         if value not in self.parameters:
@@ -120,6 +136,8 @@ class _Emitter:
                 maker = next((s for s in self.sites.values() if s.result is value), None)
                 if maker is None or maker.role is Role.MOVE or len(value.uses()) > 1:
                     continue
+                if self.parameters[value].format.dtype is not shared.format.dtype:
+                    continue
                 if maker.absorbed is None or shared.zero_point == first:
                     self.parameters[value] = shared
 
@@ -135,7 +153,7 @@ class _Emitter:
             bounds = clip_bounds(site.absorbed) if site.absorbed is not None else None
             if bounds is not None and np.isfinite(bounds[1]):
                 fixed.add(site.result)  # the runtime drops a Clip only where all codes lie within
-            if site.role is Role.PRODUCT and self._may_saturate(site):
+            if site.role is Role.PRODUCT and self._may_saturate(site) and site.node in self.plain:
                 readers.setdefault(_input(site, 0), []).append(site)
         return frozenset(
             value
@@ -148,7 +166,7 @@ class _Emitter:
         extra = self.facts.choice(name, 7).noise - self.facts.choice(name).noise
         coarser = [
             weights.pack(rows, top_code=255).noise - weights.pack(rows, top_code=None).noise
-            for rows in (_rows(site.node)[0] for site in readers)
+            for rows in (rows_of(site.node)[0] for site in readers)
         ]
         return extra < sum(coarser) / len(coarser)
 
@@ -156,7 +174,7 @@ class _Emitter:
     def _may_saturate(site: Site) -> bool:
         """Whether pairs of products are added in 16 bits: not in the kernel for depthwise convolutions."""
         group = operators.attribute(site.node, "group", 1)
-        return not (site.node.op_type == "Conv" and group > 1 and _rows(site.node)[2] == group)
+        return not (site.node.op_type == "Conv" and group > 1 and rows_of(site.node)[2] == group)
 
     def _rewrite(self, site: Site) -> None:
         for index in site.activations:
@@ -173,7 +191,12 @@ class _Emitter:
             stored = self.methods[site.result]
             self.layers.append(
                 Layer(
-                    _name(site.node), site.node.op_type, stored.method, stored.clipped, stored.noise
+                    name_of(site.node),
+                    site.node.op_type,
+                    stored.method,
+                    stored.clipped,
+                    stored.noise,
+                    activations=stored.parameters.format.dtype.name.lower(),
                 )
             )
 
@@ -181,18 +204,35 @@ class _Emitter:
         """Makes an input of a node read the decoded value."""
         value = node.inputs[index]
         assert value is not None
-        if value in self.origins:
-            return  # its maker has stored it already
+        value = self.origins.get(value, value)  # its maker may have stored it already
+        if self._converts(node, value):
+            node.replace_input_with(index, self._narrowed(value))
+            return
         if value not in self.decoded:
             self._choose(value, frozenset())
             self._quantise(value, after=None)
         node.replace_input_with(index, self.decoded[value])
+
+    def _narrowed(self, value: ir.Value) -> ir.Value:
+        """A value in 8 bits, beside the element type in which layers read it that were singled out.
+
+        Not behind that: the runtime makes one of two pairs in a row, by rules that are right for bytes.
+        """
+        if value not in self.converted:
+            chosen = self.facts.choice(self.observed[value], dtype=self.style.activation)
+            given = chosen.parameters
+            self.converted[value] = self._pair_behind(value, given, value.producer())
+            self.origins[self.converted[value]] = value
+        return self.converted[value]
 
     def _store(self, value: ir.Value) -> None:
         """Makes every reader of a value read what was stored; a graph output keeps its name."""
         uses = value.uses()
         maker = value.producer()
         assert maker is not None
+        converting = all(n in self.sites and self._converts(n, value) for n, _ in uses)
+        if uses and converting and not value.is_graph_output():
+            return  # nobody reads it as it would be stored
         self._quantise(value, after=maker)
         decoded = self.decoded[value]
         for node, index in uses:
@@ -204,22 +244,34 @@ class _Emitter:
                 decoded.name = name
 
     def _quantise(self, value: ir.Value, after: ir.Node | None) -> None:
-        base = value.name or "value"
-        given = self.parameters[value]
+        maker = after or value.producer()
+        self.decoded[value] = self._pair_behind(value, self.parameters[value], maker)
+        self.origins[self.decoded[value]] = value
+
+    def _pair_behind(self, value: ir.Value, given: Parameters, maker: ir.Node | None) -> ir.Value:
+        """Q and DQ of a value, behind the node that makes it."""
+        base, kind = value.name or "value", given.format.dtype
+        before = value.producer()
+        if given.format.is_float and before is not None and before.op_type in ABSORBED:
+            # The runtime takes a Relu away whose QuantizeLinear has a zero point of 0, also of a type with a sign.
+            maker = maxed(value, self.names)
+            self.graph.insert_after(before, maker)
+            value = maker.outputs[0]
         scale, zero = self._pair(base, np.float32(given.scale), given)
-        encode = self._node("QuantizeLinear", [value, scale, zero], f"{base}_q")
-        encode.outputs[0].type = ir.TensorType(given.format.dtype)
-        decode = self._node("DequantizeLinear", [encode.outputs[0], scale, zero], f"{base}_dq")
+        encode = self._node("QuantizeLinear", [value, scale, zero], f"{base}_q", kind)
+        encode.outputs[0].type = ir.TensorType(kind)
+        decode = self._node(
+            "DequantizeLinear", [encode.outputs[0], scale, zero], f"{base}_dq", kind
+        )
         decode.outputs[0].type = value.type
         for node in (encode, decode):
             node.outputs[0].shape = value.shape
-        maker = after or value.producer()
         if maker is not None and maker.graph is self.graph:  # a body may read what is made outside
             self.graph.insert_after(maker, [encode, decode])
         else:
             self.graph.insert_before(self.graph[0], [encode, decode])
-        self.decoded[value] = decode.outputs[0]
-        self.origins[decode.outputs[0]] = value
+        self.stored[decode.outputs[0]] = given
+        return decode.outputs[0]
 
     def _pair(
         self, base: str, scale: np.ndarray | np.float32, given: Parameters
@@ -239,22 +291,32 @@ class _Emitter:
         return value
 
     def _node(
-        self, op_type: str, inputs: list[ir.Value], name: str, axis: int | None = None
+        self,
+        op_type: str,
+        inputs: list[ir.Value],
+        name: str,
+        kind: ir.DataType,
+        axis: int | None = None,
     ) -> ir.Node:
         given = [] if axis is None else [ir.AttrInt64("axis", axis)]
-        node = ir.Node(self.domain, op_type, inputs, given, name=self.names.fresh(f"{name}_node"))
+        self.kinds.add(kind)
+        domain = domain_of(kind, self.opset)
+        node = ir.Node(domain, op_type, inputs, given, name=self.names.fresh(f"{name}_node"))
         node.outputs[0].name = self.names.fresh(name)
         return node
 
     def _constant(self, value: ir.Value, site: Site) -> ir.Value:
-        """A constant operand of Add or Mul, stored in the element type of the activations."""
+        """A constant operand of Add or Mul, stored in the element type of the other operand."""
         array = values.array(value)
         assert array is not None
-        form = Format(self.style.activation, self.style.symmetric)
+        form = Format(
+            self._given(site.node, site.activations[0]).format.dtype, self.style.symmetric
+        )
         low, high = float(array.min(initial=0.0)), float(array.max(initial=0.0))
         from_range = parameters(low, high, form)
         first, last = form.codes
-        codes = np.rint(array.astype(np.float64) / from_range.scale) + from_range.zero_point
+        codes = array.astype(np.float64) / from_range.scale
+        codes = codes if form.is_float else np.rint(codes) + from_range.zero_point
         return self._decode(
             value,
             np.clip(codes, first, last).astype(form.dtype.numpy()),
@@ -272,49 +334,47 @@ class _Emitter:
         before: ir.Node,
         axis: int | None = None,
     ) -> ir.Value:
-        base = (value.name if value is not None else None) or f"{_name(before)}_bias"
+        base = (value.name if value is not None else None) or f"{name_of(before)}_bias"
         held = [
             self._held(f"{base}_q", codes),
             self._held(f"{base}_scale", scale),
             self._held(f"{base}_zero", zero),
         ]
-        node = self._node("DequantizeLinear", held, f"{base}_dq", axis)
+        kind = ir.DataType.from_numpy(codes.dtype)
+        node = self._node("DequantizeLinear", held, f"{base}_dq", kind, axis)
         node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
         node.outputs[0].shape = ir.Shape(codes.shape)
         self.graph.insert_before(before, node)
         return node.outputs[0]
 
+    def _given(self, node: ir.Node, index: int) -> Parameters:
+        """Scale and zero point of what a node reads."""
+        value = node.inputs[index]
+        assert value is not None
+        return self.stored[value]
+
     def _weights(self, site: Site) -> None:
-        node, shape = site.node, _shape(site.node)
-        rows, axis, _ = _rows(node)
+        node, shape = site.node, shape_of(site.node)
+        rows, axis, _ = rows_of(node)
         source = self.origins[_input(site, 0)]
-        given = self.parameters[source]
+        given, chosen = self._given(node, 0), self.methods[source]
+        if chosen.parameters.format.dtype is not given.format.dtype:
+            chosen = self.facts.choice(self.observed[source], dtype=given.format.dtype)
         bias_value = node.inputs[2] if len(node.inputs) > 2 else None
         bias = values.array(bias_value)
         bias = None if bias is None else bias.reshape(-1).astype(np.float64)
-        hazard = self.style.saturates and self._may_saturate(site)
-        least = (
-            weights.least_scales(bias, given.scale, rows.shape[1])
-            if self.style.integer_bias
-            else None
-        )
-        top = given.format.codes[1] if hazard else None
-        said = self.facts.overrides.of(_name(node), node.name or "")
-        packed = weights.pack(rows, top_code=top, least=least, shared=said.per_channel is False)
-        if top is None:  # what must not saturate keeps its codes
-            packed = self.facts.refine(_name(node), rows, packed)
+        packed = self._packed(site, rows, bias, given)
         weight = node.inputs[1]
         assert weight is not None
-        codes = _unrows(packed.codes, axis, shape)
-        zero = np.zeros(len(packed.scales), np.int8)
-        node.replace_input_with(1, self._decode(weight, codes, packed.scales, zero, node, axis))
+        node.replace_input_with(1, self._weight(node, weight, packed, axis, shape))
         bias = self._corrected(node, rows, packed, bias, source, math.prod(shape[2:]))
+        if bias is None and node.op_type != "MatMul" and node not in self.plain:
+            bias = np.zeros(len(packed.scales))
         if bias is not None:
-            self._bias(node, bias_value, bias, given, packed)
-        chosen = self.methods[source]
+            self._bias(site, bias_value, bias, given, packed)
         self.layers.append(
             Layer(
-                _name(node),
+                name_of(node),
                 node.op_type,
                 chosen.method,
                 chosen.clipped,
@@ -322,8 +382,51 @@ class _Emitter:
                 packed.noise,
                 packed.raised,
                 packed.refined,
+                given.format.dtype.name.lower(),
+                ir.DataType.from_numpy(packed.codes.dtype).name.lower(),
             )
         )
+
+    def _weight(
+        self,
+        node: ir.Node,
+        weight: ir.Value,
+        packed: weights.Packed,
+        axis: int,
+        shape: tuple[int, ...],
+    ) -> ir.Value:
+        """The decoded weight; of 8-bit floats scaled aside: the runtime would make an integer MatMul, and refuse it."""
+        codes = unrows(packed.codes, axis, shape)
+        kinds = {self._given(node, 0).format.dtype, ir.DataType.from_numpy(codes.dtype)}
+        zero = np.zeros(len(packed.scales), codes.dtype)
+        if node.op_type != "MatMul" or not self.style.stores_outputs or kinds <= INTEGERS:
+            return self._decode(weight, codes, packed.scales, zero, node, axis)
+        one, none = np.float32(1), np.zeros((), codes.dtype)
+        plain = self._decode(weight, codes, np.asarray(one), none, node)
+        scales = self._held(f"{weight.name}_scales", packed.scales)
+        times = ir.Node("", "Mul", [plain, scales], name=self.names.fresh(f"{weight.name}_times"))
+        result = times.outputs[0]
+        result.name = self.names.fresh(f"{weight.name}_scaled")
+        result.type, result.shape = plain.type, plain.shape
+        self.graph.insert_before(node, times)
+        return result
+
+    def _packed(
+        self, site: Site, rows: np.ndarray, bias: np.ndarray | None, given: Parameters
+    ) -> weights.Packed:
+        """The weight in integers: for kernels as they need it, else as near as can be."""
+        name, kind = name_of(site.node), self.facts.weight(name_of(site.node))
+        said = self.facts.overrides.of(name, site.node.name or "")
+        shared, plain = said.per_channel is False, site.node in self.plain
+        if kind is not ir.DataType.INT8:
+            return pack_as(rows, kind, shared=shared)
+        hazard = plain and self.style.saturates and self._may_saturate(site)
+        bounded = plain and self.style.integer_bias
+        least = weights.least_scales(bias, given.scale, rows.shape[1]) if bounded else None
+        top = given.format.codes[1] if hazard else None
+        packed = weights.pack(rows, top_code=top, least=least, shared=shared)
+        # What must not saturate keeps its codes.
+        return packed if hazard else self.facts.refine(name, rows, packed)
 
     def _corrected(
         self,
@@ -356,7 +459,7 @@ class _Emitter:
         A vector would make a Gemm of the two in the runtime, before it looks at Q and DQ, if it knows all sizes; with
         an axis more than it takes for a bias, they stay apart.
         """
-        found = _bias_behind(node, len(shift))
+        found = bias_behind(node, len(shift))
         if found is None:
             return
         user, index, array = found
@@ -365,18 +468,22 @@ class _Emitter:
         apart = self.style.stores_outputs and user.op_type == "Add"
         if apart and shape is not None and len(shape) > 2:
             held = held.reshape(*[1] * (len(shape) - 1), -1)
-        user.replace_input_with(index, self._held(f"{_name(node)}_bias", held))
+        user.replace_input_with(index, self._held(f"{name_of(node)}_bias", held))
 
     def _bias(
         self,
-        node: ir.Node,
+        site: Site,
         value: ir.Value | None,
         bias: np.ndarray,
         given: Parameters,
         packed: weights.Packed,
     ) -> None:
-        if not self.style.integer_bias:
-            stored = self._held(f"{_name(node)}_bias", bias.astype(np.float32))
+        node = site.node
+        if self.style.stores_outputs and node not in self.plain:
+            codes, scales, zero = weights.signs(bias)
+            stored = self._decode(value, codes, scales, zero, node, 0)
+        elif not self.style.integer_bias:
+            stored = self._held(f"{name_of(node)}_bias", bias.astype(np.float32))
         else:
             codes, scales = weights.pack_bias(bias, given.scale, packed.scales)
             zero = np.zeros(len(scales), np.int32)
@@ -386,56 +493,7 @@ class _Emitter:
         node.replace_input_with(2, stored)
 
 
-def _bias_behind(node: ir.Node, size: int) -> tuple[ir.Node, int, np.ndarray] | None:
-    """What adds a constant vector to the output of a MatMul, and nothing else reads it: node, operand, vector."""
-    output = node.outputs[0]
-    uses = tuple(output.uses())
-    if output.is_graph_output() or len(uses) != 1 or uses[0].node.graph is not node.graph:
-        return None
-    user, index = uses[0].node, uses[0].idx
-    if (user.domain, user.op_type) == ("", "Add"):
-        bias = 1 - index
-    elif user.domain == "com.microsoft" and user.op_type in BIASES and index == 0:
-        bias = BIASES[user.op_type]
-    else:
-        return None
-    array = values.array(user.inputs[bias]) if len(user.inputs) > bias else None
-    if array is None or array.shape != (size,):
-        return None
-    return user, bias, array.astype(np.float64)
-
-
-BIASES = {"BiasGelu": 1, "FastGelu": 1, "SkipLayerNormalization": 4}
-"""Fused operators that add a vector to their first input: which operand it is."""
-
-
 def _input(site: Site, index: int) -> ir.Value:
     value = site.node.inputs[index]
     assert value is not None
     return value
-
-
-def _name(node: ir.Node) -> str:
-    return node.outputs[0].name or node.name or ""
-
-
-def _shape(node: ir.Node) -> tuple[int, ...]:
-    weight = values.constant(node.inputs[1])
-    assert weight is not None
-    return tuple(weight.shape.numpy())
-
-
-def _rows(node: ir.Node) -> tuple[np.ndarray, int, int]:
-    """The weight with one row an output channel, the axis of the channels, and how many there are."""
-    array = values.array(node.inputs[1])
-    assert array is not None
-    if node.op_type == "Conv":
-        return array.reshape(array.shape[0], -1), 0, array.shape[0]
-    if node.op_type == "Gemm" and operators.attribute(node, "transB", 0):
-        return array, 0, array.shape[0]
-    return array.T, 1, array.shape[1]
-
-
-def _unrows(codes: np.ndarray, axis: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Codes of `_rows` in the layout of the weight, whose channels lie on `axis`."""
-    return codes.reshape(shape) if axis == 0 else np.ascontiguousarray(codes.T)

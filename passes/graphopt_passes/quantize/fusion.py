@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 
 from graphopt.ir import values
@@ -148,10 +147,14 @@ def _stored(node: ir.Node) -> str:
     return ""
 
 
+_LEAST = {ir.DataType.UINT8: 0, ir.DataType.INT8: -128}
+
+
 def _kept(node: ir.Node) -> str:
     """Why storing does not make a Relu redundant; empty where it does, and of a Clip."""
     encode = next(iter(node.outputs[0].uses())).node
     zero = values.array(encode.inputs[2]) if len(encode.inputs) > 2 else None
-    if node.op_type != "Relu" or zero is None or zero.item() == np.iinfo(zero.dtype).min:
+    kind = None if zero is None else ir.DataType.from_numpy(zero.dtype)
+    if node.op_type != "Relu" or zero is None or kind not in _LEAST or zero == _LEAST[kind]:
         return ""
     return f"the zero point {zero.item()} behind {node.op_type} is not the least code, so that storing does not clip"

@@ -4,7 +4,8 @@
 "conv1: method=percentile"              how the range follows from the samples
 "scores: range=-4..4"                   the range itself
 "stem*: bits=7"                         7 bits for activations of 8
-"stem*: dtype=int8"                     element type of activations: uint8 or int8
+"head: dtype=uint16"                    element type of what a layer reads and stores, or of one value
+"head: dtype=uint16 weights=int16"      of its weight, too
 "fc*: axis=tensor"                      one scale for the whole weight; axis=channel: one an output channel
 """
 
@@ -22,30 +23,11 @@ import onnx_ir as ir
 from graphopt.calibrate.ranges import Method
 from graphopt.errors import OptionError
 from graphopt.rewrite import Context
+from graphopt_passes.quantize.kinds import ACTIVATIONS, BYTES, WEIGHTS
+from graphopt_passes.quantize.styles import Style
 
-_TYPES = {"uint8": ir.DataType.UINT8, "int8": ir.DataType.INT8}
 _AXES = ("channel", "tensor")
-_NO_TYPES = {
-    **dict.fromkeys(
-        ("uint16", "int16"),
-        "no kernel multiplies 16-bit integers, neither of ONNX Runtime nor of TensorRT: the layer would run in float "
-        "between a Q and a DQ; keep it in float with 'exclude'",
-    ),
-    **dict.fromkeys(
-        ("uint4", "int4"),
-        "no kernel takes activations of 4 bits; weights in 4 bits are those of --precision int4-weights, where "
-        "overrides say 'bits=4'",
-    ),
-    **dict.fromkeys(
-        ("float8e4m3fn", "float8_e4m3fn", "float8", "fp8", "float8e5m2", "float8_e5m2"),
-        "8-bit floats do not mix with integers in one product; they are those of --precision fp8",
-    ),
-    **dict.fromkeys(
-        ("float16", "bfloat16", "float32", "float"), "keep a layer in float with 'exclude'"
-    ),
-}
-"""Element types that are not for single activations, and why."""
-_EXAMPLE = '"head*: exclude", "conv1: method=percentile range=-4..4 bits=7 dtype=int8 axis=tensor"'
+_EXAMPLE = '"head*: exclude", "conv1: method=percentile range=-4..4 bits=7 dtype=int8 axis=tensor", "fc: dtype=uint16"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +39,13 @@ class Override:
     ends: tuple[float, float] | None = None
     bits: int | None = None
     dtype: ir.DataType | None = None
+    weight: ir.DataType | None = None
     per_channel: bool | None = None
+
+    def with_stated(self, other: Override) -> Override:
+        """The same, but what the other says holds."""
+        stated = {k: v for k, v in vars(other).items() if v is not None}
+        return dataclasses.replace(self, **stated)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +60,17 @@ class Overrides:
     method: Method = Method.BEST
     rules: tuple[tuple[str, Override], ...] = ()
 
+    @staticmethod
+    def hits(pattern: str, *names: str) -> bool:
+        """Whether a pattern matches one of the names."""
+        return any(fnmatch.fnmatchcase(name, pattern) for name in names)
+
     def of(self, *names: str) -> Override:
         """What holds for something of these names."""
         found = Override()
         for pattern, given in self.rules:
-            if any(fnmatch.fnmatchcase(name, pattern) for name in names):
-                stated = {k: v for k, v in vars(given).items() if v is not None}
-                found = dataclasses.replace(found, **stated)
+            if self.hits(pattern, *names):
+                found = found.with_stated(given)
         return found
 
 
@@ -112,24 +104,46 @@ def check_patterns(patterns: Iterable[str], known: Collection[str]) -> None:
         )
 
 
-def check_symmetric(rules: Iterable[tuple[str, Override]], known: Iterable[str]) -> None:
-    """Refuses what asks a runtime for a zero point that takes none.
+def check_symmetric(
+    rules: Iterable[tuple[str, Override]], known: Iterable[str], style: Style
+) -> None:
+    """Refuses what asks a runtime for a zero point that takes none, or for types that it does not multiply.
 
     Raises:
-        OptionError: an override states an unsigned type, or a range that is not the same both ways.
+        OptionError: an override states another type than that of all layers, or a range that is not the same both ways.
     """
+    whole = style.activation.name.lower()
     for pattern, said in rules:
         low, high = said.ends or (0.0, 0.0)
-        if said.dtype is not ir.DataType.UINT8 and low == -high:
+        kinds = {said.dtype or style.activation, said.weight or style.weight}
+        if kinds == {style.activation, style.weight} and low == -high:
             continue
         node = next((name for name in sorted(known) if fnmatch.fnmatchcase(name, pattern)), pattern)
-        what = "uint8" if said.dtype is ir.DataType.UINT8 else f"a range of {low:g}..{high:g}"
-        most = max(-low, high)
-        remedy = "int8" if said.dtype is ir.DataType.UINT8 else f"range={-most:g}..{most:g}"
-        raise OptionError(
-            f"quantisation override of '{pattern}': {what} for '{node}' needs a zero point, and TensorRT takes none "
-            f"(symmetric int8 only); write {remedy}"
+        if low != -high:
+            most = max(-low, high)
+            raise OptionError(
+                f"quantisation override of '{pattern}': a range of {low:g}..{high:g} for '{node}' needs a zero point, "
+                f"and TensorRT takes none (symmetric {whole} only); write range={-most:g}..{most:g}"
+            )
+        given = (said.dtype or said.weight or style.activation).name.lower()
+        why = _NOT_PARSED.get(
+            given, "beside others: layers of int8 and of float8e4m3fn in one network are untried"
         )
+        raise OptionError(
+            f"quantisation override of '{pattern}': {given} for '{node}' {why}; write {whole}, or say of all layers "
+            "'activations' and 'weights' in the recipe"
+        )
+
+
+_NOT_PARSED = {
+    **dict.fromkeys(
+        ("uint8", "uint4", "uint16"), "needs a zero point, and TensorRT takes none (symmetric only)"
+    ),
+    **dict.fromkeys(
+        ("int16", "float8e5m2"), "is no type that TensorRT's parser takes for Q and DQ"
+    ),
+    "int4": "is a type of weights alone in TensorRT (--precision int4-weights)",
+}
 
 
 def check_operators(given: Iterable[str], known: Collection[str]) -> None:
@@ -165,6 +179,8 @@ def _rule(text: str) -> tuple[str, Override]:
     found = Override()
     for setting in settings.split():
         found = dataclasses.replace(found, **_setting(text, setting))
+    if found.bits is not None and found.dtype not in (None, *BYTES):
+        raise _refusal(text, "bits are those of uint8 and int8")
     return pattern.strip(), found
 
 
@@ -176,14 +192,16 @@ def _setting(text: str, setting: str) -> dict[str, Any]:
         return {"method": Method(value)}
     if key == "bits" and value in ("7", "8"):
         return {"bits": int(value)}
-    if key == "dtype" and value in _TYPES:
-        return {"dtype": _TYPES[value]}
+    if key == "dtype" and value in ACTIVATIONS:
+        return {"dtype": ACTIVATIONS[value]}
+    if key == "weights" and value in WEIGHTS:
+        return {"weight": WEIGHTS[value]}
     if key == "axis" and value in _AXES:
         return {"per_channel": value == "channel"}
+    if key == "dtype" and value in ("float16", "bfloat16", "float32", "float"):
+        raise _refusal(text, f"{setting!r}: keep a layer in float with 'exclude'")
     if key == "range":
         return {"ends": _ends(text, value)}
-    if key == "dtype" and value in _NO_TYPES:
-        raise OptionError(f"quantisation override {text!r}: {setting!r}: {_NO_TYPES[value]}")
     raise _refusal(text, f"{setting!r} is no setting")
 
 
@@ -201,6 +219,6 @@ def _ends(text: str, value: str) -> tuple[float, float]:
 def _refusal(text: str, why: str) -> OptionError:
     methods = ", ".join(m.value for m in Method)
     return OptionError(
-        f"quantisation override {text!r}: {why}; write for example {_EXAMPLE}; methods are {methods}, types uint8 and "
-        "int8, axes channel and tensor"
+        f"quantisation override {text!r}: {why}; write for example {_EXAMPLE}; methods are {methods}, types "
+        f"{', '.join(ACTIVATIONS)}, of weights {', '.join(WEIGHTS)}, axes channel and tensor"
     )

@@ -84,7 +84,8 @@ def _site(node: ir.Node, style: Style, opset: int, stored: set[ir.Value]) -> Sit
     if is_product(node):
         needs = style.stores_outputs and node.op_type == "Conv"
         return _made(node, Role.PRODUCT, (0,), stores=needs)
-    role = _passive_role(node, opset) if style.stores_outputs else None
+    is_passed_on = style.stores_outputs and style.activation.bitwidth in (8, 16)
+    role = _passive_role(node, opset) if is_passed_on and style.activation.is_integer() else None
     if role is None:
         return None
     count = 1 if role in (Role.UNARY, Role.MOVE) else len(node.inputs)
@@ -215,6 +216,24 @@ def residual_inputs(graph: ir.Graph, sites: dict[ir.Node, Site]) -> list[tuple[i
         else:
             found.append((node, fused.index(False)))
     return found
+
+
+def candidates(graph: ir.Graph, style: Style, allow: Allow) -> tuple[str, ...]:
+    """Names of all values that a placement may quantise: those to be observed."""
+    sites = place(graph, style, allow)
+    found: dict[str, None] = {}
+    for site in sites.values():
+        for index in site.activations:
+            value = site.node.inputs[index]
+            assert value is not None
+            found[value.name or ""] = None
+        if site.stores:
+            found[site.result.name or ""] = None
+    for node, index in [] if style.stores_outputs else residual_inputs(graph, sites):
+        value = node.inputs[index]
+        assert value is not None
+        found[value.name or ""] = None
+    return tuple(found)
 
 
 def _ends_in_conv(value: ir.Value | None, sites: dict[ir.Node, Site]) -> bool:

@@ -92,7 +92,7 @@ class Search:
             return [fused]
         products = [n for n in self.trials.whole if is_product(n)]
         dense = frozenset(name_of(n) for n in products if n.op_type != "Conv")
-        alone = frozenset(name_of(n) for n in products)
+        alone = frozenset(name_of(n) for n in products) | self.trials.mixed.layers
         others = fused - alone
         bare = self.trials.all_sites(alone)  # what lies between products may be faster in float
         found = [self._cheapest(fused), self._cheapest(bare), self.trials.all_sites(dense | others)]
@@ -109,7 +109,7 @@ class Search:
         order = sorted(placed, key=lambda n: self.costs.gain({n: placed[n]}, self.trials.whole))
         for node in order:
             rest = self.trials.all_sites(sites - {name_of(node)})
-            if not is_product(node) or rest == sites:
+            if not is_product(node) or rest == sites or name_of(node) in self.trials.mixed.layers:
                 continue
             gain = self.costs.gain(self.trials.placed(rest), self.trials.whole)
             if gain > best:
@@ -188,7 +188,7 @@ class Search:
         placed = self.trials.placed(sites)
         gain = self.costs.gain(placed, self.trials.whole)
         worth = {}
-        for name in noise:
+        for name in noise.keys() - self.trials.mixed.layers:
             rest = self.trials.placed(sites - {name})
             worth[name] = max(gain - self.costs.gain(rest, self.trials.whole), 1.0)
-        return sorted(noise, key=lambda name: (-noise[name] / worth[name], name))
+        return sorted(worth, key=lambda name: (-noise[name] / worth[name], name))

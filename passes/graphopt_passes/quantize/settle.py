@@ -19,11 +19,11 @@ from graphopt.ir.model_file import load_model
 from graphopt.rewrite import RemarkKind, name_of
 from graphopt_passes.quantize import equalize
 from graphopt_passes.quantize.certificate import host_saturates
-from graphopt_passes.quantize.cost import Costs, rates_of
 from graphopt_passes.quantize.emission import quantize
 from graphopt_passes.quantize.equalize import Measure
 from graphopt_passes.quantize.facts import Facts
 from graphopt_passes.quantize.files import on_disk
+from graphopt_passes.quantize.kinds import BYTES
 from graphopt_passes.quantize.overrides import Override
 from graphopt_passes.quantize.placement import Role
 from graphopt_passes.quantize.probing import TRIALS, Probe, Ranging, search
@@ -188,11 +188,14 @@ def _ranged_values(trials: Trials, fused: frozenset[str]) -> tuple[str, ...]:
         read = [site.node.inputs[index] for index in site.activations]
         stored = [site.result] if site.stores else []
         found.update(dict.fromkeys(v for v in (*read, *stored) if v is not None))
-    said = trials.overrides
+    facts = trials.facts
     return tuple(
         name
         for value in found
-        if value not in moved and (name := value.name) and said.of(name) == Override()
+        if value not in moved
+        and (name := value.name)
+        and facts.said(name) == Override()
+        and facts.kind(name) in BYTES
     )
 
 
@@ -218,7 +221,7 @@ def _settle_channels(trials: Trials, fused: frozenset[str]) -> bool:
     trials.model, trials.facts, trials.key, trials.scalings = chosen
     if trials.scalings:
         trials.whole = trials.placed(fused)
-        trials.costs = Costs(trials.facts.statistics, rates_of(trials.style.name))
+        trials.costs = trials.costs_of(trials.facts)
         _note(
             trials,
             f"channels equalised: {best - plain:.1f} dB less noise with all layers in 8 bits",

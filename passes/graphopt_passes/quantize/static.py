@@ -22,6 +22,7 @@ from graphopt.runtime.specs import input_specs
 from graphopt_passes.quantize import bodies, equalize
 from graphopt_passes.quantize.emission import quantize
 from graphopt_passes.quantize.facts import Layer
+from graphopt_passes.quantize.kinds import least_opset, with_kinds
 from graphopt_passes.quantize.overrides import (
     Overrides,
     check_operators,
@@ -50,13 +51,19 @@ class QuantizeStatic:
     Changes numerics: lossy, within the budget.  Leaves alone: computed weights, float16; for TensorRT, bodies
     of control flow.
 
+    Other element types than bytes (`activations`, `weights`, overrides) are stored as the user says; no kernel of a
+    processor multiplies them: layers compute in float between what is stored.
+
     Attributes:
         style: how the runtime wants it: x86-avx2, x86-vnni, arm, tensorrt; by the target's processor where empty.
         method: how ranges follow from statistics: best, min-max, moving-average, percentile, entropy, mse.
+        activations: element type of all activations, the style's where empty: uint8, int8, uint16, int16, uint4, int4,
+            float8e4m3fn, float8e5m2; for TensorRT int8, or float8e4m3fn with weights of that.
+        weights: element type of all weights: int8, int16, int4, float8e4m3fn, float8e5m2.
         skip_ops: operator types that stay float.
         skip_nodes: patterns of names of nodes, or of their first outputs, that stay float.
         overrides: what holds for single layers and values: "PATTERN: exclude", "PATTERN: method=percentile
-            range=-4..4 bits=7 dtype=int8 axis=tensor".
+            range=-4..4 bits=7 dtype=int8 axis=tensor", "PATTERN: dtype=uint16 weights=int16".
         statistics: file that keeps what the samples gave: written where it is missing, read instead of running the
             samples again where it is there.
         workers: processes that share the samples; the result has the same bits.
@@ -64,6 +71,8 @@ class QuantizeStatic:
 
     style: str = ""
     method: str = "best"
+    activations: str = ""
+    weights: str = ""
     skip_ops: tuple[str, ...] = ()
     skip_nodes: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
@@ -82,6 +91,7 @@ class QuantizeStatic:
         if self.workers < 1:
             raise OptionError(f"workers {self.workers}: at least one process runs the samples")
         style = _style(self.style, model, ctx)
+        style = with_kinds(style, self.activations, self.weights, ctx.target)
         overrides = self._overrides(model, style, ctx)
         if ctx.options.calibration is None:
             raise OptionError(
@@ -94,7 +104,7 @@ class QuantizeStatic:
         if not allowed and not inside:
             _say_nothing_fits(ctx)
             return False
-        if not _lifted(model, style, ctx):
+        if not _lifted(model, _least(style, overrides), ctx):
             return False
         _ = ctx.shapes  # inferred once: all that follows asks values for types and shapes
         floats = Floats.of(model, allowed)
@@ -123,7 +133,7 @@ class QuantizeStatic:
             known = names_of(model, ctx)
             check_patterns(patterns, known)
             if style.symmetric:
-                check_symmetric(overrides.rules, known)
+                check_symmetric(overrides.rules, known, style)
         return overrides
 
     def _bodies(
@@ -191,13 +201,20 @@ def _is_finite(node: ir.Node) -> bool:
     return all(array is None or bool(np.isfinite(array).all()) for array in arrays)
 
 
-def _lifted(model: ir.Model, style: Style, ctx: Context) -> bool:
-    """Brings the opset to where the runtime has integer kernels, if every operator in use means the same there."""
+def _least(style: Style, overrides: Overrides) -> int:
+    """The opset from which on Q and DQ of all element types in use can be written."""
+    kinds = {style.activation, style.weight}
+    for _, said in overrides.rules:
+        kinds |= {kind for kind in (said.dtype, said.weight) if kind is not None}
+    return max(10 if style.contrib else style.least_opset, least_opset(kinds))
+
+
+def _lifted(model: ir.Model, wanted: int, ctx: Context) -> bool:
+    """Brings the opset to where the runtime has Q and DQ, if every operator in use means the same there."""
     opset = model.opset_imports.get("", 0)
-    wanted = 10 if style.contrib else style.least_opset
     if opset >= wanted:
         return True
-    for version in (13, 12, 11, 10):
+    for version in (wanted,) if wanted > 13 else (13, 12, 11, 10):
         if version < wanted:
             break
         limits = dataclasses.replace(ctx.target, opset=(version, ctx.target.opset[1]))
@@ -209,7 +226,7 @@ def _lifted(model: ir.Model, style: Style, ctx: Context) -> bool:
         RemarkKind.WARNING,
         RULE,
         "",
-        f"the model imports ai.onnx opset {opset}; integer kernels need {wanted}, where some of its operators mean "
+        f"the model imports ai.onnx opset {opset}; quantised values need {wanted}, where some of its operators mean "
         "something else: export it anew at opset 13 or later",
     )
     return False

@@ -27,6 +27,7 @@ class Style:
             VNNI).
         contrib: whether com.microsoft Q/DQ serve below opset 13, where ai.onnx has no axis.
         least_opset: below it the runtime's integer kernels cannot be named.
+        weight: element type of weights.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Style:
     saturates: bool
     contrib: bool
     least_opset: int
+    weight: ir.DataType = ir.DataType.INT8
 
 
 _X86 = Style("x86-avx2", ir.DataType.UINT8, False, True, True, True, True, 10)

@@ -77,6 +77,8 @@ def facts(layer: Layer, kernel: str) -> dict[str, str | float | bool | None]:
         "weight_sqnr_db": _decibels(layer.weight_noise) if has_weight else None,
         "refined": layer.refined,
         "raised_channels": layer.raised,
+        "activations": layer.activations,
+        "weights": layer.weights,
     }
 
 
@@ -91,10 +93,16 @@ def told(layer: Layer, kernel: str) -> str:
     )
     ranged = f"range by {layer.method}, {layer.clipped:.2%} clipped, {noise:.1f} dB"
     if layer.op_type not in PRODUCTS:
-        return f"{layer.op_type} in 8 bits ({kernel}): {ranged}"
+        return f"{layer.op_type} in {_kinds(layer)} ({kernel}): {ranged}"
     raised = f"{layer.raised} channels coarser against it" if layer.raised else "none"
     refined = ", rounded by second moments" if layer.refined else ""
     return (
-        f"{layer.op_type} in 8 bits ({kernel}): {ranged} (input {of_input:.1f}, weight {of_weight:.1f}{refined}), "
-        f"saturation: {raised}"
+        f"{layer.op_type} in {_kinds(layer)} ({kernel}): {ranged} (input {of_input:.1f}, "
+        f"weight {of_weight:.1f}{refined}), saturation: {raised}"
     )
+
+
+def _kinds(layer: Layer) -> str:
+    """In what a layer is stored."""
+    kinds = [kind for kind in (layer.activations, layer.weights) if kind]
+    return "8 bits" if {*kinds} <= {"uint8", "int8"} else " with weights of ".join(kinds)

@@ -27,13 +27,15 @@ from graphopt.verify.budget import budget_for
 from graphopt.verify.feed_files import Feed
 from graphopt_passes.quantize.certificate import Judgement
 from graphopt_passes.quantize.cost import Costs, rates_of
-from graphopt_passes.quantize.emission import candidates, quantize
+from graphopt_passes.quantize.emission import quantize
 from graphopt_passes.quantize.equalize import Scaling
 from graphopt_passes.quantize.facts import Facts, Layer
 from graphopt_passes.quantize.files import on_disk
 from graphopt_passes.quantize.fusion import read_fusion
+from graphopt_passes.quantize.kinds import BYTES
+from graphopt_passes.quantize.mixed import mixed_of
 from graphopt_passes.quantize.overrides import Overrides
-from graphopt_passes.quantize.placement import PRODUCTS, Site, is_product, place
+from graphopt_passes.quantize.placement import PRODUCTS, Site, candidates, is_product, place
 from graphopt_passes.quantize.quality import Quality
 from graphopt_passes.quantize.styles import Style
 
@@ -122,15 +124,25 @@ class Trials:
         parted = enough and self.on_host and how.file is None
         self.parts = samples.parted(HELD_OUT) if parted else (samples,)
         self.file, self.workers = how.file, how.workers
-        self.facts = Facts(style, self.statistics(model, self.key, 0), overrides)
+        self.mixed = mixed_of(model.graph, style, overrides, model.opset_imports.get("", 0))
+        self.facts = Facts(style, self.statistics(model, self.key, 0), overrides, self.mixed)
         self.budget = budget_for(Precision.INT8, ctx.options.budget)
         self.judge: Judgement | None = None
         if self.on_host:
             further = self.parts[0].first(MARGINS) if enough else []
             judged = samples if self._has_metric else self.parts[-1]
             self.judge = Judgement(model, judged.first(JUDGED), further=further)
-        self.costs = Costs(self.facts.statistics, rates_of(style.name))
+        self.costs = self.costs_of(self.facts)
         self.whole: dict[ir.Node, Site] = {}
+
+    def costs_of(self, facts: Facts) -> Costs:
+        """Predicted times by these statistics."""
+        return Costs(facts.statistics, rates_of(self.style.name), self.is_decoded)
+
+    def is_decoded(self, node: ir.Node) -> bool:
+        """Whether the user wants a node in element types that no integer kernel takes: it stays where it is wanted."""
+        kinds = {self.style.activation, self.style.weight}
+        return not kinds <= BYTES or name_of(node) in self.mixed.layers
 
     @property
     def on_host(self) -> bool:
@@ -244,6 +256,8 @@ class Trials:
             if not fusion.leftovers:
                 break
             bad = self._owners(sites, fusion.leftovers)
+            if not bad:
+                break
             for name, rule in sorted(bad.items()):
                 self.ctx.missed(RULE, name, f"stays float: the runtime does not fuse it: {rule}")
             sites = self.all_sites(sites - frozenset(bad))
@@ -263,7 +277,7 @@ class Trials:
         found = {}
         for node, site in self.placed(sites).items():
             for name in (name_of(node), site.result.name or "", f"{site.result.name}_float"):
-                if name in left:
+                if name in left and not self.is_decoded(node):
                     found[name_of(node)] = left[name]
         return found
 

@@ -198,6 +198,17 @@ def pack_bias(bias: Array, input_scale: float, scales: Array) -> tuple[Array, Ar
     return np.clip(codes, -BIAS_LIMIT, BIAS_LIMIT).astype(np.int32), product
 
 
+def signs(bias: Array) -> tuple[Array, Array, Array]:
+    """The bias as signs, with its magnitudes for scales: exactly what it is.
+
+    ONNX Runtime makes int32 of a float bias between Q and DQ, whatever their type, and an integer convolution of all
+    three, which it then refuses for types that its kernels lack; what is decoded from int8 it leaves alone.
+    """
+    held = bias.astype(np.float32)
+    codes = np.sign(held).astype(np.int8)
+    return codes, np.where(held == 0, np.float32(1), np.abs(held)), np.zeros(len(held), np.int8)
+
+
 def bias_shift(
     rows: Array, packed: Packed, means: Array | None, taps: int, group: int
 ) -> Wide | None:

@@ -100,14 +100,13 @@ def test_names_of_what_was_fused_away_are_known() -> None:
     assert QuantizeStatic(skip_nodes=("u",)).run(model, ctx)
 
 
-@pytest.mark.parametrize(("dtype", "why"), [
-    ("uint16", "no kernel multiplies 16-bit integers"), ("int16", "no kernel multiplies 16-bit integers"),
-    ("int4", "--precision int4-weights"), ("uint4", "--precision int4-weights"),
-    ("float8e4m3fn", "--precision fp8"), ("float16", "keep a layer in float with 'exclude'"),
+@pytest.mark.parametrize(("setting", "why"), [
+    ("dtype=float16", "keep a layer in float with 'exclude'"), ("dtype=uint3", "is no setting"),
+    ("weights=uint8", "is no setting"), ("bits=7 dtype=uint16", "bits are those of uint8 and int8"),
 ])  # fmt: skip
-def test_types_that_no_kernel_takes_are_refused_with_the_reason(dtype: str, why: str) -> None:
-    with pytest.raises(OptionError, match=f"'a: dtype={dtype}'.*{why}"):
-        parse("best", [f"a: dtype={dtype}"])
+def test_types_that_are_none_are_refused_with_the_reason(setting: str, why: str) -> None:
+    with pytest.raises(OptionError, match=f"'a: {setting}'.*{why}.*types uint8, .*float8e4m3fn"):
+        parse("best", [f"a: {setting}"])
 
 
 def for_tensorrt(**options: Any) -> ir.Model:
@@ -120,6 +119,12 @@ def for_tensorrt(**options: Any) -> ir.Model:
 
 @pytest.mark.parametrize(("options", "error"), [
     ({"overrides": ("x: dtype=uint8",)}, "uint8 for 'x' needs a zero point, .*write int8"),
+    ({"overrides": ("d: dtype=uint16",)}, "uint16 for 'd' needs a zero point"),
+    ({"overrides": ("d: dtype=int16",)}, "int16 for 'd' is no type that TensorRT's parser takes"),
+    ({"overrides": ("d: weights=int4",)}, "int4 for 'd' is a type of weights alone"),
+    ({"overrides": ("d: dtype=float8e4m3fn",)}, "float8e4m3fn for 'd' beside others"),
+    ({"activations": "int16"}, "int16 with weights of int8: the parser of 'tensorrt' takes"),
+    ({"activations": "float8e4m3fn"}, "float8e4m3fn with weights of int8: the parser"),
     ({"overrides": ("[x]: range=-1..4",)}, r"a range of -1..4 for 'x' needs a zero point, .*write range=-4..4"),
     ({"style": "x86-avx2"}, "style 'x86-avx2' gives 'c' inputs with zero points and an int32 bias"),
 ])  # fmt: skip

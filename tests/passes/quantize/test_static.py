@@ -9,10 +9,10 @@ import onnx
 import onnx_ir as ir
 import pytest
 from graphopt_passes.quantize.certificate import Judgement, host_saturates
-from graphopt_passes.quantize.emission import candidates, quantize
+from graphopt_passes.quantize.emission import quantize
 from graphopt_passes.quantize.facts import Facts, Layer
 from graphopt_passes.quantize.fusion import read_fusion
-from graphopt_passes.quantize.placement import Allow
+from graphopt_passes.quantize.placement import Allow, candidates
 from graphopt_passes.quantize.search import Search
 from graphopt_passes.quantize.static import QuantizeStatic
 from graphopt_passes.quantize.styles import style_named, style_of
