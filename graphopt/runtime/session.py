@@ -169,7 +169,8 @@ class Session:
         )
 
     def _refuse_unknown(self, feeds: Mapping[str, Any]) -> None:
-        unknown = [name for name in feeds if all(spec.name != name for spec in self.inputs)]
+        known = {spec.name for spec in self.inputs}
+        unknown = [name for name in feeds if name not in known]
         if unknown:
             raise DataError(
                 f"{self.where} has no input '{unknown[0]}'; it takes {name_list(self.inputs)}."

@@ -9,8 +9,9 @@ import pytest
 from graphopt_passes.quantize.facts import Facts
 from graphopt_passes.quantize.probing import Probe, Ranging, search
 from graphopt_passes.quantize.styles import style_named
+from graphopt_passes.quantize.suffixes import Suffixes
 
-from graphopt.calibrate.formats import Parameters
+from graphopt.calibrate.formats import Format, Parameters
 from graphopt.calibrate.ranges import Method, choose
 from graphopt.calibrate.statistics import Statistics
 from graphopt.ir.model_file import load_model
@@ -56,11 +57,10 @@ def test_a_probe_leaves_the_model_as_it_is() -> None:
     model, samples = load_model(model_with(1.0)), feeds()
     probe = Probe(model, ["x", "r", "y"], samples, classes=False)
     assert [node.op_type for node in model.graph] == ["Relu", "MatMul"]
-    assert not probe.noise({}).any()
     form = Facts(style_named("x86-vnni"), {}).choice("r").parameters
-    coarse = Parameters(50.0, 0, form.format)
+    coarse, fine = Parameters(50.0, 0, form.format), Parameters(0.02, 0, Format(ir.DataType.INT16))
     for name in ("x", "r", "y"):
-        assert probe.noise({name: coarse}).any()
+        assert probe.at(name)(coarse).sum() > 10 * probe.at(name)(fine).sum()
 
 
 def test_a_factor_moves_the_ends_within_what_was_seen() -> None:
@@ -82,6 +82,29 @@ def test_signed_activations_are_probed_in_their_own_codes() -> None:
     )
     assert signed.format.dtype is ir.DataType.INT8
     probe = Probe(model, ["x"], samples, classes=False)
-    assert probe.noise({"x": signed}).sum() == pytest.approx(
-        probe.noise({"x": plain}).sum(), rel=0.1
-    )
+    assert probe.at("x")(signed).sum() == pytest.approx(probe.at("x")(plain).sum(), rel=0.1)
+
+
+BRANCHES = """g (float[1,4] x, bool c) => (float[1,4] y, float[1,4] z, float[1,4] s) <float[4,4] w> {
+ s = Sigmoid(x)  m = MatMul(s, w)  z = Relu(x)
+ t = If(c) <then_branch = a () => (float[1,4] p) { p = Add(m, s) },
+           else_branch = b () => (float[1,4] q) { q = Mul(m, x) }>
+ y = Add(t, z) }"""
+
+
+@pytest.mark.parametrize("name", ["x", "s", "m", "t", "z", "y"])
+def test_the_part_behind_a_value_computes_what_the_whole_does(name: str) -> None:
+    proto = parse(BRANCHES)
+    draws = np.random.default_rng(1).normal(size=(2, 1, 4)).astype(np.float32)
+    samples = [{"x": draw, "c": np.array(bool(i))} for i, draw in enumerate(draws)]
+    suffixes = Suffixes(load_model(proto), [name], samples)
+    behind = suffixes.behind(name)
+    for index, plain in enumerate(suffixes.outputs):
+        found = behind.run(index, behind.values[index])
+        assert found
+        for output, value in found.items():
+            np.testing.assert_allclose(value, plain[output], rtol=1e-5)
+    changed = behind.run(0, behind.values[0] + 1)
+    assert all((value != suffixes.outputs[0][output]).any() for output, value in changed.items())
+    expected = {"x": {"y", "z", "s"}, "s": {"y", "s"}, "z": {"y", "z"}}.get(name, {"y"})
+    assert set(changed) == expected
