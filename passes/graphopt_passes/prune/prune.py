@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import onnx_ir as ir
-
 from graphopt.errors import OptionError
 from graphopt.ir import fingerprint
 from graphopt.numerics import Numerics
@@ -21,6 +20,13 @@ from graphopt_passes.prune.recurrent import RECURRENT, find_recurrent, hidden_st
 from graphopt_passes.prune.request import Allocation, Method, SparsityRequest, parse_sparsity
 from graphopt_passes.prune.samples import Feeds, read_feeds
 from graphopt_passes.prune.solve import Goal
+from graphopt_passes.prune.tables import (
+    PrunedTable,
+    find_tables,
+    prune_tables,
+    stored,
+    table_size,
+)
 from graphopt_passes.prune.weights import (
     Pruned,
     dense_moments,
@@ -96,10 +102,13 @@ def _prune(model: ir.Model, ctx: Context, request: SparsityRequest, text: str) -
         ctx.remark(RemarkKind.WARNING, RULE, _site(model), _why_none(model, layers))
     if not wanted or not ctx.permit(RULE, _site(model), Numerics.LOSSY):
         return False
-    done = _solved(model, ctx, request, text, layers, wanted)
+    tables = prune_tables(find_tables(model.graph, request.dense), request.tables)
+    done = _solved(model, ctx, _Work(request, text, layers, wanted, stored(tables)))
     for each in done:
         _store(each)
-    _tell(model, ctx, layers, [each for each in done if each.layer in wanted], request)
+    for table in tables:
+        table.value.const_value = table.tensor
+    _tell(model, ctx, layers, [each for each in done if each.layer in wanted], request, tables)
     return bool(done)
 
 
@@ -172,21 +181,33 @@ def _site(model: ir.Model) -> str:
     return model.graph.name or "main"
 
 
-def _solved(
-    model: ir.Model,
-    ctx: Context,
-    request: SparsityRequest,
-    text: str,
-    layers: Sequence[Layer],
-    wanted: dict[Layer, Goal],
-) -> Sequence[Pruned]:
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """What is to be pruned.
+
+    Attributes:
+        request: what is asked for.
+        text: the same as the user wrote it.
+        layers: all whose weights can be pruned.
+        wanted: zeros of those that are.
+        given: tables that are pruned already, by name.
+    """
+
+    request: SparsityRequest
+    text: str
+    layers: Sequence[Layer]
+    wanted: dict[Layer, Goal]
+    given: Mapping[str, ir.TensorProtocol]
+
+
+def _solved(model: ir.Model, ctx: Context, work: _Work) -> Sequence[Pruned]:
     """The new weights; remembered over the replays of a run, in which the same model comes by again."""
-    key = f"prune:{text}:{fingerprint.structural(model)}:{fingerprint.weights(model)}"
+    key = f"prune:{work.text}:{fingerprint.structural(model)}:{fingerprint.weights(model)}"
     known: dict[str, Pruned] | None = ctx.cache.get(key)
-    if known is not None and all(layer.name in known for layer in wanted):
+    if known is not None and all(layer.name in known for layer in work.wanted):
         return [
             dataclasses.replace(known[each.name], layer=each)
-            for each in layers
+            for each in work.layers
             if each.name in known
         ]
     feeds: Feeds = []
@@ -194,31 +215,24 @@ def _solved(
         feeds = read_feeds(model, ctx.options.calibration)
     if not feeds:
         ctx.remark(RemarkKind.WARNING, RULE, _site(model), BLIND)
-        if request.method not in (Method.AUTO, Method.MAGNITUDE):
-            reason = f"method={request.method} needs samples; pruned by magnitude"
+        if work.request.method not in (Method.AUTO, Method.MAGNITUDE):
+            reason = f"method={work.request.method} needs samples; pruned by magnitude"
             ctx.remark(RemarkKind.WARNING, RULE, _site(model), reason)
-        done = prune_blind(wanted)
+        done = prune_blind(work.wanted)
     else:
-        done = _fitted(model, ctx, request, layers, wanted, feeds)
+        done = _fitted(model, ctx, work, feeds)
     ctx.cache[key] = {each.layer.name: each for each in done}
     return done
 
 
-def _fitted(
-    model: ir.Model,
-    ctx: Context,
-    request: SparsityRequest,
-    layers: Sequence[Layer],
-    wanted: dict[Layer, Goal],
-    feeds: Feeds,
-) -> list[Pruned]:
-    seed = ctx.options.seed
+def _fitted(model: ir.Model, ctx: Context, work: _Work, feeds: Feeds) -> list[Pruned]:
+    seed, request, wanted = ctx.options.seed, work.request, work.wanted
     if request.allocation is Allocation.SENSITIVITY:
         moments = dense_moments(model, list(wanted), feeds, seed)
-        wanted = goals(layers, request, moments)
-    every = fitted(layers, wanted) if request.refit else wanted
+        wanted = goals(work.layers, request, moments)
+    every = fitted(work.layers, wanted) if request.refit else wanted
     method = method_for(request, samples=True)
-    return prune_fitted(model, every, feeds, method, fit=request.refit, seed=seed)
+    return prune_fitted(model, every, feeds, method, fit=request.refit, seed=seed, given=work.given)
 
 
 def _store(done: Pruned) -> None:
@@ -250,12 +264,13 @@ def _tell(
     layers: Sequence[Layer],
     done: Sequence[Pruned],
     request: SparsityRequest,
+    tables: Sequence[PrunedTable],
 ) -> None:
     """Says what share became zero, and warns where it is less than asked for."""
     total = sum(layer.size for layer in layers)
     zeros = sum(each.zeros * each.layer.size for each in done) / max(total, 1)
     said = f"{zeros:.1%} of the {total} weights of {len(layers)} layers are zero, in {len(done)} layers"
-    ctx.remark(RemarkKind.NOTE, RULE, "", f"{said}; {_over_all(model, zeros * total)}")
+    ctx.remark(RemarkKind.NOTE, RULE, "", f"{said}; {_over_all(model, zeros * total, tables)}")
     if request.ratio is not None and zeros < request.ratio - 0.005:
         why = "because the other layers stay dense or have shares of their own (--remarks)"
         reason = f"{said}: short of {request.ratio:.1%}, {why}"
@@ -270,22 +285,38 @@ def _tell(
         ctx.remark(RemarkKind.NOTE, RULE, "", reason)
 
 
-def _over_all(model: ir.Model, zeros: float) -> str:
+def _over_all(model: ir.Model, zeros: float, tables: Sequence[PrunedTable]) -> str:
     """What share of all float constants of the main graph that is, and what reads most of the others."""
     held = [v for v in model.graph.initializers.values() if v.const_value is not None]
     floats = {
         v: v.const_value.size for v in held if v.const_value and v.const_value.dtype in FLOATS
     }
     others: dict[str, int] = {}
+    picked = {each.value: floats.pop(each.value) for each in tables}
     for value, size in floats.items():
         readers = {node.op_type for node, _ in value.uses()} - {*PRUNABLE, *RECURRENT}
         if readers:
             others[min(readers)] = others.get(min(readers), 0) + size
     most = sorted(others.items(), key=lambda each: -each[1])[:3]
-    count = sum(floats.values())
+    count = sum(floats.values()) + sum(picked.values())
+    zeros += sum(each.zeros for each in tables)
     told = ", ".join(f"{name} {size}" for name, size in most) or "none"
-    return f"{zeros / max(count, 1):.1%} of all {count} float constants (not pruned, by what reads them: {told})"
+    share = f"{zeros / max(count, 1):.1%} of all {count} float constants"
+    found = sum(each.zeros for each in tables) / max(sum(picked.values()), 1)
+    more = f", {found:.1%} of the {sum(picked.values())} in tables" if tables else ""
+    return f"{share}{more} (not pruned, by what reads them: {told}){_hint(model, count, tables)}"
 
+
+def _hint(model: ir.Model, count: int, tables: Sequence[PrunedTable]) -> str:
+    """How tables can be pruned, where they are much of the model and were not."""
+    left = 0 if tables else sum(table_size(each) for each in find_tables(model.graph))
+    if left < TABLES_SHARE * count:
+        return ""
+    return f"; tables=0.8 would prune those that Gather reads, {left / count:.0%} of the constants"
+
+
+TABLES_SHARE = 0.1
+"""Of all constants, from which on tables are worth a word."""
 
 TENSORRT_CHANNELS = 256
 """NVIDIA/TensorRT#4065: sparse tactics are seldom picked below."""

@@ -14,7 +14,7 @@ MAX_MULTIPLE = 64
 _REMEDY = (
     "write 0.8 (share of zeros), 2:4 (zeros in each four), channels:0.5 (share of the arithmetic to remove), "
     "lowrank:0.05 (error up to which a matrix becomes two) or threshold:0.01, and after it, if need be, "
-    "method=…, allocation=…, refit=no, multiple=16, blocks=no, dense=REGEX, layer=REGEX:0.5"
+    "method=…, allocation=…, refit=no, multiple=16, blocks=no, tables=0.8, dense=REGEX, layer=REGEX:0.5"
 )
 
 
@@ -88,6 +88,7 @@ class SparsityRequest:
         rounds: in how many the channels go, each fitted before the next is chosen; 0 for as many as the share asks for.
         multiple: of what the channels of convolutions shall stay a multiple; 0 for `block`, or 8 if that is too much.
         blocks: whether whole branches of residual sums may go where `channels` is asked for.
+        tables: share of zeros in tables of embeddings; 0 leaves them dense.
         block: how many channels lie together in the runtime's convolutions; nothing that a user states.
     """
 
@@ -107,6 +108,7 @@ class SparsityRequest:
     blocks: bool = True
     block: int = 8
     low_rank: float | None = None
+    tables: float = 0.0
 
 
 def parse_sparsity(text: str) -> SparsityRequest:
@@ -172,6 +174,8 @@ def _with_option(request: SparsityRequest, key: str, word: str, text: str) -> Sp
         return dataclasses.replace(request, rounds=int(word))
     if key == "multiple" and word.isdecimal() and 1 <= int(word) <= MAX_MULTIPLE:
         return dataclasses.replace(request, multiple=int(word))
+    if key == "tables":
+        return dataclasses.replace(request, tables=_tables(request, word, text))
     if key == "layer" and word:
         return dataclasses.replace(request, own=(*request.own, _own(word, text)))
     if key == "dense" and word:
@@ -187,6 +191,21 @@ def _with_choice(request: SparsityRequest, key: str, word: str) -> SparsityReque
     if key == "by":
         return dataclasses.replace(request, by=Measure(word))
     return dataclasses.replace(request, importance=Importance(word))
+
+
+def _tables(request: SparsityRequest, word: str, text: str) -> float:
+    """The share of zeros in tables; `yes` means that of the weights."""
+    share = request.ratio if word == "yes" else 0.0 if word == "no" else _number(word, text)
+    if request.channels is not None or request.low_rank is not None:
+        raise OptionError(
+            f"--sparsity {text!r}: tables= is for zeros, not for what is removed or split; {_REMEDY}"
+        )
+    if share is None or not 0 <= share < 1:
+        raise OptionError(
+            f"--sparsity {text!r}: tables={word} is no share of zeros between 0 and 1, such as tables=0.8; 'yes' means "
+            "the share asked for of the weights, where there is one"
+        )
+    return share
 
 
 def _own(word: str, text: str) -> tuple[str, float]:

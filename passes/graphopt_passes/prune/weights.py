@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
-
 from graphopt.ir.sparse import thin
 from graphopt.runtime.footprint import let_go
 from graphopt_passes.prune.allocate import allocate, allocate_large, halfway
@@ -216,7 +215,7 @@ def prune_blind(wanted: dict[Layer, Goal]) -> list[Pruned]:
     return found
 
 
-def prune_fitted(
+def prune_fitted(  # noqa: PLR0913  a model, what is wanted of it, samples, and how
     model: ir.Model,
     wanted: dict[Layer, Goal],
     feeds: Feeds,
@@ -224,11 +223,13 @@ def prune_fitted(
     *,
     fit: bool = True,
     seed: int = 0,
+    given: Mapping[str, ir.TensorProtocol] | None = None,
 ) -> list[Pruned]:
     """Prunes in the order of the graph, each layer fitted to the dense model given what was pruned before it.
 
     Layers that read the same value in the same way share their moments.  Memory: the moments of one such group, and
-    the values that later layers read.
+    the values that later layers read.  `given` are constants, by name, that are
+    not what they were, either: what is lost by them is made up for, too.
     """
     groups = grouped_by_source(model, list(wanted))
     stops = [group[0].source for group in groups]
@@ -236,7 +237,7 @@ def prune_fitted(
     release(model)  # what was read to spread the zeros
     feeds = _that_fit(model, pieces, feeds)
     streams = Streams(model, feeds)
-    new: dict[str, ir.TensorProtocol] = {}
+    new: dict[str, ir.TensorProtocol] = dict(given or {})
     found: list[Pruned] = []
     for piece, group in zip(pieces, groups, strict=True):
         streams.run(piece, new)
