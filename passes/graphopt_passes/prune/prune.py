@@ -9,16 +9,18 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import onnx_ir as ir
+
 from graphopt.errors import OptionError
 from graphopt.ir import fingerprint
 from graphopt.numerics import Numerics
 from graphopt.rewrite import Context, RemarkKind
+from graphopt.runtime.specs import input_specs
 from graphopt_passes.prune.layers import FLOATS, PRUNABLE, Layer, find_layers, find_turned
 from graphopt_passes.prune.lowrank import factorize
 from graphopt_passes.prune.narrow import remove_channels
 from graphopt_passes.prune.recurrent import RECURRENT, find_recurrent, hidden_states
-from graphopt_passes.prune.request import Allocation, Method, SparsityRequest, parse_sparsity
-from graphopt_passes.prune.samples import Feeds, read_feeds
+from graphopt_passes.prune.request import Allocation, Method, SparsityRequest, Tune, parse_sparsity
+from graphopt_passes.prune.samples import Feeds, read_feeds, read_singles
 from graphopt_passes.prune.solve import Goal
 from graphopt_passes.prune.tables import (
     PrunedTable,
@@ -27,7 +29,9 @@ from graphopt_passes.prune.tables import (
     stored,
     table_size,
 )
+from graphopt_passes.prune.tuning import tuned
 from graphopt_passes.prune.weights import (
+    ADMM_FROM,
     Pruned,
     dense_moments,
     fitted,
@@ -232,7 +236,32 @@ def _fitted(model: ir.Model, ctx: Context, work: _Work, feeds: Feeds) -> list[Pr
         wanted = goals(work.layers, request, moments)
     every = fitted(work.layers, wanted) if request.refit else wanted
     method = method_for(request, samples=True)
-    return prune_fitted(model, every, feeds, method, fit=request.refit, seed=seed, given=work.given)
+    done = prune_fitted(model, every, feeds, method, fit=request.refit, seed=seed, given=work.given)
+    return _tuned(model, ctx, request, done) if _is_tuned(request, ctx) else done
+
+
+def _is_tuned(request: SparsityRequest, ctx: Context) -> bool:
+    """Whether what stays shall be trained; not where PyTorch will do so."""
+    if request.tune is not Tune.AUTO or not request.refit:
+        return request.tune is Tune.YES
+    high = request.ratio is not None and request.ratio >= ADMM_FROM
+    return (high or request.pattern is not None) and not ctx.options.distill
+
+
+def _tuned(
+    model: ir.Model, ctx: Context, request: SparsityRequest, done: list[Pruned]
+) -> list[Pruned]:
+    assert ctx.options.calibration is not None
+    samples = read_singles(ctx.options.calibration, input_specs(model))
+    asked = request.tune is Tune.YES
+    found = tuned(model, done, samples, ctx.options.seed, long=asked)
+    if isinstance(found, str):
+        kind = RemarkKind.WARNING if asked else RemarkKind.NOTE
+        ctx.remark(kind, RULE, "", f"what stays was not trained together: {found}")
+        return done
+    said = f"distance of the outputs on mixtures of samples held out {found.before:.4g}, {found.after:.4g} after"
+    ctx.remark(RemarkKind.NOTE, RULE, "", f"{found.steps} steps of training what stays: {said}")
+    return found.done
 
 
 def _store(done: Pruned) -> None:

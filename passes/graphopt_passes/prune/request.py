@@ -14,7 +14,7 @@ MAX_MULTIPLE = 64
 _REMEDY = (
     "write 0.8 (share of zeros), 2:4 (zeros in each four), channels:0.5 (share of the arithmetic to remove), "
     "lowrank:0.05 (error up to which a matrix becomes two) or threshold:0.01, and after it, if need be, "
-    "method=…, allocation=…, refit=no, multiple=16, blocks=no, tables=0.8, dense=REGEX, layer=REGEX:0.5"
+    "method=…, allocation=…, refit=no, tune=no, multiple=16, blocks=no, tables=0.8, dense=REGEX, layer=REGEX:0.5"
 )
 
 
@@ -68,6 +68,16 @@ class Measure(enum.StrEnum):
     """As measured here, with one thread."""
 
 
+class Tune(enum.StrEnum):
+    """Whether the weights that stay are trained together after each layer was fitted."""
+
+    AUTO = "auto"
+    """At high ratios and for patterns, where the model is small enough for that to take seconds."""
+
+    YES = "yes"
+    NO = "no"
+
+
 @dataclasses.dataclass(frozen=True)
 class SparsityRequest:
     """One `--sparsity`, in parts; exactly one of ratio, pattern, threshold, channels and low_rank says how much.
@@ -82,6 +92,7 @@ class SparsityRequest:
         allocation: how `ratio` is spread over layers.
         importance: how channels are chosen.
         refit: whether the weights that stay are fitted to the outputs of the dense model.
+        tune: whether those that stay are then trained together.
         dense: names of weights that stay dense, as a regular expression.
         own: shares of zeros of single layers, by regular expressions of the names of their weights.
         low_rank: error of the outputs, RMS over RMS, up to which a large matrix becomes a product of two.
@@ -101,6 +112,7 @@ class SparsityRequest:
     importance: Importance = Importance.AUTO
     by: Measure = Measure.FLOPS
     refit: bool = True
+    tune: Tune = Tune.AUTO
     dense: str = ""
     own: tuple[tuple[str, float], ...] = ()
     rounds: int = 0
@@ -158,6 +170,7 @@ def _with_option(request: SparsityRequest, key: str, word: str, text: str) -> Sp
         "allocation": Allocation,
         "importance": Importance,
         "by": Measure,
+        "tune": Tune,
     }
     if key in choices:
         known = [member.value for member in choices[key]]
@@ -190,6 +203,8 @@ def _with_choice(request: SparsityRequest, key: str, word: str) -> SparsityReque
         return dataclasses.replace(request, allocation=Allocation(word))
     if key == "by":
         return dataclasses.replace(request, by=Measure(word))
+    if key == "tune":
+        return dataclasses.replace(request, tune=Tune(word))
     return dataclasses.replace(request, importance=Importance(word))
 
 

@@ -60,14 +60,15 @@ def batched(
         batches: how many to make at least, if there are as many samples.
         most: samples in one.
     """
-    if not _joinable(singles, specs):
+    if not joinable(singles, specs):
         return [dict(single) for single in singles]
     size = min(most, max(len(singles) // batches, 1))
     groups = [singles[i : i + size] for i in range(0, len(singles), size)]
     return [{n: np.concatenate([s[n] for s in group]) for n in group[0]} for group in groups]
 
 
-def _joinable(singles: Sequence[Mapping[str, Array]], specs: Sequence[TensorSpec]) -> bool:
+def joinable(singles: Sequence[Mapping[str, Array]], specs: Sequence[TensorSpec]) -> bool:
+    """Whether every input has an open leading axis, and all other dims of the samples agree."""
     known = {spec.name: spec for spec in specs}
     first = singles[0]
     leads = set()

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
+
 from graphopt.ir.sparse import thin
 from graphopt.runtime.footprint import let_go
-from graphopt_passes.prune.allocate import allocate, allocate_large, halfway
+from graphopt_passes.prune.allocate import allocate, allocate_large, halfway, smallest
 from graphopt_passes.prune.layers import PRUNABLE, Array, Layer, Wide, Window
 from graphopt_passes.prune.moments import Moments, parts
 from graphopt_passes.prune.request import Allocation, Method, SparsityRequest
@@ -348,10 +349,11 @@ def _fit(
 ) -> Pruned:
     has_bias = layer.bias_vector() is not None
     blocks = _augmented(layer, moments)
-    share = dataclasses.replace(goal, zeros=goal.zeros // len(blocks), fixed=int(has_bias))
+    counts = spread_over_blocks(blocks, moments.moment, goal.zeros, fixed=int(has_bias))
     done = []
-    for weight, moment, aim in zip(blocks, moments.moment, aims, strict=True):
+    for weight, moment, aim, zeros in zip(blocks, moments.moment, aims, counts, strict=True):
         used = weight.shape[1]
+        share = dataclasses.replace(goal, zeros=zeros, fixed=int(has_bias))
         found = solve(weight, moment[:used, :used], aim, share, method, fit=fit)
         done.append(_cleaned(*found))
     solved = np.stack(done)
@@ -359,6 +361,29 @@ def _fit(
         return _pruned(layer, _joined(layer, solved), None)
     bias = solved[..., -1].sum(0) if parts(layer) > 1 else solved[..., -1].reshape(-1)
     return _pruned(layer, _joined(layer, solved[..., :-1]), bias)
+
+
+def spread_over_blocks(
+    blocks: Sequence[Wide], moments: Wide, zeros: int, *, fixed: int
+) -> list[int]:
+    """How many zeros each block of a layer gets: the weights that move its output least go first, wherever they are.
+
+    A depthwise convolution has as many blocks as channels, and some channels hardly matter.
+
+    Args:
+        blocks: the matrices.
+        moments: second moments of what each reads.
+        zeros: of all blocks.
+        fixed: columns at the end that always stay (the bias).
+    """
+    if len(blocks) == 1 or not zeros:
+        return [zeros // len(blocks)] * len(blocks)
+    scores = [
+        np.square(block[:, : block.shape[1] - fixed]) * np.diag(moment)[: block.shape[1] - fixed]
+        for block, moment in zip(blocks, moments, strict=True)
+    ]
+    keep = smallest(np.stack(scores), zeros)
+    return [int(np.sum(~part)) for part in keep]
 
 
 def _cleaned(weight: Wide, mask: Mask) -> Wide:
