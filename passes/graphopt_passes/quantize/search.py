@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from graphopt.rewrite import RemarkKind, name_of
 from graphopt_passes.quantize.placement import is_product
@@ -16,6 +16,9 @@ from graphopt_passes.quantize.trials import GAIN, PROBE_NS, RULE, Trial, Trials
 
 EASED, WORTH = 6, 0.05
 """How many layers are tried in float although the budget is met, and the share of time that a decibel is worth."""
+
+RACED = 2
+"""How many of these choices are timed before the layers all go back to integers."""
 
 QUIET_DB = 40.0
 """Signal to noise from which on no more is bought."""
@@ -47,44 +50,55 @@ class Search:
             trial = self._within_budget(sites)
             if not trial.sites:
                 continue
-            eased = self._eased(trial)
-            if eased.sites != trial.sites:
-                yield eased
-            yield trial
+            yield from self._eased(trial)
 
-    def _eased(self, trial: Trial) -> Trial:
-        """The same without the few layers that add far more noise than they save time, as first ones often do.
+    def _eased(self, trial: Trial) -> list[Trial]:
+        """Choices without the few layers that add far more noise than they save time, the best first; then `trial`.
 
         Not where the user said what is enough, nor where there is next to no noise, nor where it would take long.
         """
         options = self.ctx.options
         if options.force or options.budget is not None:
-            return trial
+            return [trial]
         if 2 * EASED * self.trials.made_ns > PROBE_NS:
-            return trial
-        for name in self._ranking(trial.sites)[:EASED]:
+            return [trial]
+        ranking = self._ranking(trial.sites)[:EASED]
+        # What is dear by itself may open the way: of a residual block, the sum follows the last product for nothing.
+        ways = [*self._walk(trial, ranking, wary=True), *self._walk(trial, ranking, wary=False)]
+        better = {
+            each.sites: each for each in ways if self._price(each.sites) < self._price(trial.sites)
+        }
+        return [*sorted(better.values(), key=lambda each: self._price(each.sites))[:RACED], trial]
+
+    def _walk(self, trial: Trial, ranking: Sequence[str], *, wary: bool) -> Iterator[Trial]:
+        """Choices on the way from `trial` to float, layer by layer; a wary one takes no step that is too dear."""
+        # Where what lies between products was kept on integers against the table, it stays so.
+        tidy = self._cheapest(trial.sites) == trial.sites
+        for name in ranking:
             assert trial.quality is not None
-            if name not in trial.sites or trial.quality.sqnr_db >= QUIET_DB:
+            if trial.quality.sqnr_db >= QUIET_DB:
+                return
+            rest = self.trials.all_sites(trial.sites - {name})
+            rest = self._cheapest(rest) if tidy else rest
+            if name not in trial.sites or not rest or not self._pays(rest):
                 continue
-            rest = self._cheapest(self.trials.all_sites(trial.sites - {name}))
-            if not rest or not self._pays(rest) or not self._is_knee(trial.sites, rest):
+            if self.trials.spread(rest) >= self.trials.spread(trial.sites):
+                continue
+            if wary and self._price(rest) >= self._price(trial.sites):
                 continue
             found = self.trials.judged(rest)
             if self.trials.is_enough(found):
                 trial = found
-        return trial
+                yield trial
 
-    def _is_knee(self, sites: frozenset[str], rest: frozenset[str]) -> bool:
-        """Whether the rest is quieter by more than it is slower."""
-        plain = self.costs.plain(self.trials.whole)
-        times = [
-            plain - self.costs.gain(self.trials.placed(each), self.trials.whole)
-            for each in (sites, rest)
-        ]
-        before, after = self.trials.spread(sites), self.trials.spread(rest)
-        if min(times) <= 0 or after <= 0 or before <= after:
-            return False
-        return 10 * math.log10(before / after) * WORTH > math.log(times[1] / times[0])
+    def _price(self, sites: frozenset[str]) -> float:
+        """Logarithm of the time by the table, and of the noise at what a decibel is worth."""
+        time = self.costs.plain(self.trials.whole)
+        time -= self.costs.gain(self.trials.placed(sites), self.trials.whole)
+        noise = self.trials.spread(sites)
+        if time <= 0 or noise <= 0:
+            return -math.inf if noise <= 0 < time else math.inf
+        return math.log(time) + WORTH * 10 * math.log10(noise)
 
     def _choices(self, fused: frozenset[str]) -> list[frozenset[str]]:
         """What to try, the fastest by the table first; everything with --force."""
