@@ -103,10 +103,10 @@ class Task:
         """At most `count` ways to change the pictures; none where samples are none."""
         if self.kind not in PICTURES:
             return []
-        chosen = VARIANTS[:count]
+        chosen = VARIANTS
         if self.name.startswith(CHIRAL):
             chosen = tuple(dataclasses.replace(v, mirrored=False) for v in chosen)
-        return [each for each in dict.fromkeys(chosen) if each != Variant()]
+        return [each for each in dict.fromkeys(chosen) if each != Variant()][:count]
 
     def record(self, count: int) -> list[dict[str, Any]]:
         """What scoring feeds first."""
