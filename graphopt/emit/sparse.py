@@ -85,6 +85,10 @@ class SparseFacts:
         stored_bytes: all constants as they are in the file.
         compressed_bytes: all constants dense, those at least half zero deflated: what a zip of the dense file takes.
         reason: why nothing is stored sparse although the target reads it, or "".
+        dense_left: bytes of the constants that stay dense.
+        largest: name of the largest of these, "" where there is none.
+        largest_bytes: what it takes.
+        file_bytes: of the file, and of what lies beside it; 0 before it is written.
     """
 
     style: SparseStyle
@@ -95,6 +99,10 @@ class SparseFacts:
     stored_bytes: int
     compressed_bytes: int
     reason: str = ""
+    dense_left: int = 0
+    largest: str = ""
+    largest_bytes: int = 0
+    file_bytes: int = 0
 
     def sentences(self) -> tuple[str, ...]:
         """What a user should know, in words."""
@@ -108,7 +116,22 @@ class SparseFacts:
             "dense kernels multiply by zero; only removed channels (--sparsity channels:R) and, on NVIDIA tensor "
             "cores, 2:4 patterns save time"
         )
-        return (sizes, speed, *([self.reason] if self.reason else []))
+        parts = self._parts()
+        return (sizes, *([parts] if parts else []), speed, *([self.reason] if self.reason else []))
+
+    def _parts(self) -> str:
+        """What the file is made of, so that nobody takes it all for weights that could be zero."""
+        if not self.file_bytes or not self.tensors:
+            return ""
+        sparse, whole = self.stored_bytes - self.dense_left, self.file_bytes
+        shares = (
+            f"of the {whole} bytes of the file {sparse / whole:.0%} are constants stored sparse, "
+            f"{self.dense_left / whole:.0%} constants that stay dense"
+        )
+        most = (
+            f" (the largest, '{self.largest}', {self.largest_bytes} bytes)" if self.largest else ""
+        )
+        return f"{shares}{most}, {1 - self.stored_bytes / whole:.0%} the graph itself"
 
 
 def sparse_form(model: ir.Model, style: SparseStyle) -> tuple[ir.Model, SparseFacts | None]:
@@ -188,14 +211,20 @@ class _Plan:
     """What there is to decide on."""
 
     entries: tuple[_Entry, ...]
-    total_bytes: int
+    sizes: tuple[tuple[tuple[str, str], int], ...]
     held_sparse: bool
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all constants, dense."""
+        return sum(size for _, size in self.sizes)
 
     @classmethod
     def of(cls, model: ir.Model, *, came_only: bool = False) -> _Plan:
-        entries, total, held = [], 0, False
+        entries: list[_Entry] = []
+        sizes, held = [], False
         for key, tensor, movable in _constants(model):
-            total += int(tensor.nbytes)
+            sizes.append((key, int(tensor.nbytes)))
             came = isinstance(tensor, CooTensor)
             held = held or came
             nonzeros = _nonzeros(tensor)
@@ -203,7 +232,7 @@ class _Plan:
                 free = movable and (came or not came_only)
                 entries.append(_Entry(key, tensor, nonzeros, free))
         told = () if came_only and not held else tuple(entries)
-        return cls(told, total, held)
+        return cls(told, tuple(sizes), held)
 
     @property
     def paying(self) -> tuple[_Entry, ...]:
@@ -224,6 +253,9 @@ class _Plan:
         if not self.entries:
             return None
         saved = sum(entry.dense_bytes - entry.stored_bytes for entry in chosen)
+        kept = {entry.key for entry in chosen}
+        left = [each for each in self.sizes if each[0] not in kept]
+        largest = max(left, key=lambda each: each[1], default=(("", ""), 0))
         squeezed = sum(entry.dense_bytes - _deflated(entry.tensor) for entry in self.entries)
         return SparseFacts(
             style=style if chosen else SparseStyle.DENSE,
@@ -234,6 +266,9 @@ class _Plan:
             stored_bytes=self.total_bytes - saved,
             compressed_bytes=self.total_bytes - squeezed,
             reason=reason,
+            dense_left=sum(size for _, size in left),
+            largest=largest[0][1],
+            largest_bytes=largest[1],
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
+import graphopt
 from graphopt.cli.entry import main
 from graphopt.emit import check_model, sparse
 from graphopt.emit.artefacts import is_two_of_four
@@ -328,6 +330,37 @@ class TestFacts:
         _, facts = encoded(product(weight(0.9)), SparseStyle.INITIALIZER)
         assert facts is not None
         assert any("not the model faster" in sentence for sentence in facts.sentences())
+
+    def test_says_what_the_file_is_made_of(self) -> None:
+        proto = product(weight(0.9))
+        proto.graph.initializer.append(nh.from_array(np.ones(1000, np.float32), "table"))
+        proto.graph.initializer.append(nh.from_array(np.ones(10, np.float32), "small"))
+        _, facts = encoded(proto, SparseStyle.INITIALIZER)
+        assert facts is not None
+        assert (facts.dense_left, facts.largest, facts.largest_bytes) == (4040, "table", 4000)
+        assert facts.stored_bytes > facts.dense_left
+        assert len(facts.sentences()) == 2  # not written yet
+        sparse_bytes = facts.stored_bytes - 4040
+        told = dataclasses.replace(facts, file_bytes=10 * sparse_bytes).sentences()[1]
+        whole = f"{10 * sparse_bytes} bytes of the file 10% are constants stored sparse"
+        assert whole in told
+        assert "that stay dense (the largest, 'table', 4000 bytes)" in told
+        assert told.endswith("% the graph itself")
+
+    def test_a_dense_file_is_not_taken_apart(self) -> None:
+        _, facts = encoded(product(weight(0.9)), SparseStyle.DENSE)
+        assert facts is not None
+        assert facts.dense_left == facts.dense_bytes
+        assert len(dataclasses.replace(facts, file_bytes=50_000).sentences()) == 2
+
+    def test_a_run_knows_the_size_of_its_file(self, tmp_path: Path) -> None:
+        path = tmp_path / "s.onnx"
+        report = graphopt.optimize(
+            product(weight(0.9)), output=path, sparse="sparse_initializer", verify="off"
+        ).report
+        assert report.sparse is not None
+        assert report.sparse.file_bytes == path.stat().st_size
+        assert report.to_json()["sparse"]["file_bytes"] == path.stat().st_size
 
 
 class TestDensify:
