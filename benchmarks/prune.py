@@ -85,8 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.append({"tool": tool, "amount": amount, **facts(out, inputs, labels, spent)})
             show(amount or "(none)" if tool == "graphopt" else f"  onnxsim {amount}", rows[-1])
             if given.save:
-                given.save.write_text(json.dumps({"model": given.model.stem, "rows": rows}))
+                about = {"model": given.model.stem, "measure": measure(labels), "rows": rows}
+                given.save.write_text(json.dumps(about))
     return 0
+
+
+def measure(labels: Labels) -> str:
+    """What `accuracy` is."""
+    return "accuracy" if labels.dtype.kind in "iu" else "Spearman's correlation"
 
 
 def _saved(path: Path | None) -> list[dict[str, Any]]:
