@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from graphopt.cli.console import change, count, grid, line, scaled, size, text
-from graphopt.cli.verification import metric_lines, outputs_table, verdict
+from graphopt.cli.verification import metric_lines, outputs_table, unjudged, verdict
 from graphopt.report.patterns import CAVEATS
 from graphopt.report.quantized import quantized_layers
 
@@ -99,12 +99,15 @@ def _verification(report: RunReport) -> list[RenderableType]:
     found = report.verification
     if found.mode == "off":
         return [line(("unverified", "bold yellow"), "  --verify off: nothing was compared")]
-    parts: list[RenderableType] = [verdict(found.passed, found.profile, found.feeds, found.reason)]
+    said = verdict(found.passed, found.profile, found.feeds, found.reason)
+    if found.passed and not found.is_judged:
+        said = unjudged(found)
+    parts: list[RenderableType] = [said]
     if found.outputs:
         wrong = [each for each in found.outputs if not each.passed]
         right = [each for each in found.outputs if each.passed]
         shown = [*wrong, *right][: max(MAX_OUTPUTS, len(wrong))]
-        parts.append(outputs_table(shown, found.reason))
+        parts.append(outputs_table(shown, found.reason, judged=found.is_judged))
         if len(shown) < len(found.outputs):
             parts.append(
                 text(f"… and {len(found.outputs) - len(shown)} more outputs, all equal", "dim")

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
+    from graphopt.report.run import VerificationFacts
     from graphopt.verify.compare import OutputReport
     from graphopt.verify.criteria import MetricReport
 
@@ -19,7 +20,7 @@ def verdict(passed: bool | None, profile: str, feeds: int, reason: str) -> Text:
 
     on = f"{feeds} {'input' if feeds == 1 else 'inputs'}"
     if passed:
-        equal = "bit-equal to" if profile == "exact" else "equal to"
+        equal = {"exact": "bit-equal to", "lossy": "within the budget of"}.get(profile, "equal to")
         return line(
             ("verified", "bold green"), f"  {equal} the reference on {on} (gate: {profile})"
         )
@@ -28,14 +29,26 @@ def verdict(passed: bool | None, profile: str, feeds: int, reason: str) -> Text:
     return line(("differs", "bold red"), f"  {reason} (gate: {profile})")
 
 
-def outputs_table(outputs: Sequence[OutputReport], said: str = "") -> RenderableType:
+def unjudged(found: VerificationFacts) -> Text:
+    """One line in place of the verdict on what was lossy on purpose and has no budget."""
+    from graphopt.cli.console import line
+
+    on = f"{found.feeds} {'input' if found.feeds == 1 else 'inputs'}"
+    far = "" if found.worst_db is None else f" (SQNR of the worst output {found.worst_db:.1f} dB)"
+    said = f"  differs from the original on {on}{far}, as is to be expected; {found.reason}"
+    return line(("not judged", "bold yellow"), said)
+
+
+def outputs_table(
+    outputs: Sequence[OutputReport], said: str = "", *, judged: bool = True
+) -> RenderableType:
     """One row an output: the numbers, and what failed or was forgiven, unless it is `said` already."""
     from graphopt.cli.console import NONE, grid, text
 
     table = grid("output", "max|d|", "/RMS", "SQNR", "cosine", "", right="1234")
     for each in outputs:
         style = "" if each.passed else "red"
-        equal = "bit-equal" if each.equal else "equal" if each.passed else "differs"
+        equal = "bit-equal" if each.equal else "equal" if each.passed and judged else "differs"
         decibels = f"{each.sqnr_db:.0f} dB" if each.sqnr_db is not None else NONE
         table.add_row(
             text(each.name, style),

@@ -65,7 +65,7 @@ def verify(
     truth = _truth(file, request, options.numerics, folder)
     found = reference.verify(truth, options)
     if budget is REPORTED and options.numerics is Numerics.LOSSY:
-        found = dataclasses.replace(found, notes=(*found.notes, UNJUDGED))
+        found = dataclasses.replace(found, notes=(*found.notes, UNJUDGED), judged=False)
     if truth == file:
         return found
     notes = [*found.notes, EMULATED]

@@ -267,4 +267,5 @@ class Judge:
             feeds=len(found.feeds),
             metrics=found.metrics,
             reason="; ".join(filter(None, [found.reason, *found.notes])),
+            judged=found.judged,
         )

@@ -38,9 +38,7 @@ def run_html(report: RunReport, examined: Examined | None = None) -> str:
     return environment.get_template("run.html.j2").render(
         report=report,
         version=graphopt_version(),
-        verdict={True: "verified", False: "differs", None: "unverified"}[
-            report.verification.passed
-        ],
+        verdict=report.verification.verdict,
         totals=[each for each in report.pass_totals() if each.changed or each.rewrites],
         runs=[run for run in report.passes if run.changed],
         fused=[(name, rule, n) for (name, rule), n in report.rewrite_counts().items()],

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from graphopt.report.plain import graphopt_version
 from graphopt.report.run import RunReport, VerificationFacts
+from graphopt.verify.compare import OutputReport
 
 
 def run_markdown(report: RunReport, *, times: bool = True) -> str:
@@ -109,7 +110,7 @@ def _layers(report: RunReport) -> list[str]:
 
 
 def _verification(found: VerificationFacts) -> list[str]:
-    said = {True: "Verified", False: "Differs", None: "Unverified"}[found.passed]
+    said = found.verdict.capitalize()
     about = f", gate {found.profile}, {found.feeds} inputs" if found.profile else ""
     reason = f": {found.reason}" if found.reason else ""
     parts = ["## Verification", f"**{said}** (mode {found.mode}{about}){reason}"]
@@ -121,12 +122,20 @@ def _verification(found: VerificationFacts) -> list[str]:
                 each.max_over_rms,
                 each.sqnr_db,
                 each.cosine,
-                "bit-equal" if each.equal else "equal" if each.passed else f"differs: {each.why}",
+                _said(each, found),
             )
             for each in found.outputs
         ]
         parts.append(_table(("output", "max abs", "over RMS", "SQNR dB", "cosine", ""), rows))
     return parts
+
+
+def _said(output: OutputReport, found: VerificationFacts) -> str:
+    if output.equal:
+        return "bit-equal"
+    if output.passed:
+        return "equal" if found.is_judged else "differs, not judged"
+    return f"differs: {output.why}"
 
 
 def _lists(report: RunReport) -> list[str]:

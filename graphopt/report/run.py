@@ -32,6 +32,8 @@ class VerificationFacts:
         feeds: how many sets of inputs were run.
         reason: why nothing was compared, or what failed; else "".
         metrics: what metrics of the user's said.
+        judged: whether differences were held against anything; where not, `passed` only says that outputs came out
+            finite and of the right shapes.
     """
 
     mode: str
@@ -41,6 +43,25 @@ class VerificationFacts:
     feeds: int = 0
     reason: str = ""
     metrics: tuple[MetricReport, ...] = ()
+    judged: bool = True
+
+    @property
+    def verdict(self) -> str:
+        """In a word: what was lossy on purpose and has no budget is not called verified, however near it is."""
+        if self.passed and not self.is_judged:
+            return "not judged"
+        return {True: "verified", False: "differs", None: "unverified"}[self.passed]
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether `passed` says that the result is equal: it is judged, or the same to the bit."""
+        return self.judged or (bool(self.outputs) and all(each.equal for each in self.outputs))
+
+    @property
+    def worst_db(self) -> float | None:
+        """The least SQNR of an output that differs."""
+        found = [o.sqnr_db for o in self.outputs if o.sqnr_db is not None and not o.equal]
+        return min(found, default=None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,6 +64,7 @@ class Verification:
         metrics: what metrics of the user's said, each at its worst.
         deployed: the candidate at the level it will run at, against the same reference; informs, never fails.
         reason: why the status is not passed; else "".
+        judged: whether differences were held against anything; where not, they are shown alone.
     """
 
     status: Status
@@ -78,6 +79,7 @@ class Verification:
     reason: str = ""
     failing: tuple[str, ...] = ()
     metrics: tuple[MetricReport, ...] = ()
+    judged: bool = True
 
     @property
     def passed(self) -> bool | None:

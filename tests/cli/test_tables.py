@@ -204,3 +204,30 @@ def test_weights_that_sparse_kernels_cannot_take_come_first(
     assert "w19" not in out
     assert "w19" in shown(facts, capsys, every=True)
     assert "sparse tensor cores" not in shown(report(VerificationFacts("off")), capsys)
+
+
+def test_what_is_lossy_on_purpose_is_not_called_equal(capsys: pytest.CaptureFixture[str]) -> None:
+    near = OutputReport("y", passed=True, equal=False, sqnr_db=9.6)
+    facts = VerificationFacts("final", True, "lossy", (near,), 8, "no budget", judged=False)
+    out = shown(report(facts), capsys)
+    assert (
+        "not judged  differs from the original on 8 inputs (SQNR of the worst output 9.6 dB)" in out
+    )
+    assert "no budget" in out
+    assert "verified" not in out
+    assert "equal" not in out
+
+
+def test_what_has_a_budget_is_within_it(capsys: pytest.CaptureFixture[str]) -> None:
+    near = OutputReport("y", passed=True, equal=False, sqnr_db=9.6)
+    out = shown(report(VerificationFacts("final", True, "lossy", (near,), 1)), capsys)
+    assert "verified  within the budget of the reference on 1 input (gate: lossy)" in out
+
+
+def test_without_a_budget_the_same_bits_are_verified(capsys: pytest.CaptureFixture[str]) -> None:
+    same = OutputReport("y", passed=True, equal=True)
+    facts = VerificationFacts("final", True, "lossy", (same,), 8, judged=False)
+    assert facts.verdict == "verified"
+    assert "verified  within the budget" in shown(report(facts), capsys)
+    assert VerificationFacts("final", None, judged=False).verdict == "unverified"
+    assert VerificationFacts("final", False, "lossy", (same,), judged=False).verdict == "differs"
