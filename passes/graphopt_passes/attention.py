@@ -11,7 +11,6 @@ finite queries and keys of ordinary size.  Changes numerics: reordered.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import numpy as np
 import onnx_ir as ir
@@ -22,7 +21,7 @@ from graphopt.ir.shapes import Dim, is_cut_to
 from graphopt.rewrite import Either, Lit, Match, Op, Rule, Skip, Var, rule
 from graphopt_passes.bands import Band, visible
 from graphopt_passes.constants import no_operator
-from graphopt_passes.keys import shares, ungrouped, untransposed
+from graphopt_passes.keys import cast_below_views, shares, ungrouped, untransposed
 from graphopt_passes.masks import HARMLESS, Reach, ends_in, lowest, reach_of
 from graphopt_passes.repeats import unrepeated
 
@@ -149,20 +148,7 @@ def _in_one_type(m: Match, g: Builder, *operands: ir.Value) -> tuple[ir.Value, .
     dtype = _type(m)
     if dtype == m.dtype(q) or dtype is None:
         return operands
-    return tuple(_cast_below_views(g, each, dtype) for each in operands)
-
-
-def _cast_below_views(g: Builder, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-    """A value in another type, cast before it was viewed: what looks for the views finds them."""
-    node = value.producer()
-    if node is None or node.domain or not node.inputs or node.inputs[0] is None:
-        return g.op("Cast", value, to=dtype)
-    if node.op_type in ("Transpose", "Reshape"):
-        below = _cast_below_views(g, node.inputs[0], dtype)
-        return g.op(node.op_type, below, *node.inputs[1:], like=node)
-    if node.op_type == "Cast" and value.dtype == dtype:
-        return _cast_below_views(g, node.inputs[0], dtype)
-    return g.op("Cast", value, to=dtype)
+    return tuple(cast_below_views(g, each, dtype) for each in operands)
 
 
 def _softmax_precision(m: Match) -> int | None:
@@ -217,7 +203,7 @@ def _mask(m: Match, g: Builder) -> ir.Value | None:
         return None
     which = m[keep] if m.has(kept) else m[drop]
     _refuse_shape(m, which)
-    return _for_each_query(m, g, which, _chosen(m, g, which))
+    return _written_out(m, g, which, _chosen(m, g, which))
 
 
 def _chosen(m: Match, g: Builder, which: ir.Value) -> ir.Value:
@@ -271,7 +257,7 @@ def _added_mask(m: Match, g: Builder, value: ir.Value) -> ir.Value:
             value = _steady_where_unknown(m, g, m[mask], value, reach)
         else:
             _refuse_masked_rows(m, value, reach)
-    return _for_each_query(m, g, m[mask], value)
+    return _written_out(m, g, m[mask], value)
 
 
 def _may_be_even(m: Match, reach: Reach) -> bool:
@@ -358,22 +344,35 @@ def _cast_mask(m: Match, g: Builder, value: ir.Value) -> ir.Value:
         return g.const(data.astype(dtype.numpy()), name="mask")
 
 
-def _for_each_query(m: Match, g: Builder, given: ir.Value, value: ir.Value) -> ir.Value:
-    """What was made of a mask [..., 1, L] as [..., S, L]: ONNX Runtime 1.31 does not broadcast it."""
-    dims, queries = m.known_dims(given), m.known_dims(q)[-2]
-    if dims[-2] != 1 or queries == 1:
+def _written_out(m: Match, g: Builder, given: ir.Value, value: ir.Value) -> ir.Value:
+    """What was made of a mask [..., 1, L] as [..., S, L]: ONNX Runtime 1.31 does not broadcast it.
+
+    Likewise of [..., S, X] of which nobody knows whether X is L or 1.
+    """
+    dims, queries, keys = m.known_dims(given), m.known_dims(q)[-2], _columns(m, given)
+    once, open_end = dims[-2] == 1 and queries != 1, not is_cut_to(dims[-1], keys)
+    if not (once or open_end):
         return value
-    if queries.value is not None:
+    rows = columns = g.ints([1])
+    if once:  # of the mask itself, if possible: then it is done once for all layers, and needs nothing of theirs
+        own = (given, len(dims) - 1) if dims[-1] == queries else _first_with(m, q, queries)
+        rows = _size(g, queries, *own)
+    if open_end:
+        columns = _size(g, keys, *_first_with(m, v, keys))
+    if once and not open_end and queries.value is not None:
         return g.op("Expand", value, g.ints([queries.value, 1]))
-    # of the mask itself, if possible: then it is done once for all layers, and needs nothing of theirs
-    source, axis = (given, len(dims) - 1) if dims[-1] == queries else _first_with(m, queries)
-    size = g.op("Shape", source, start=axis, end=axis + 1)
-    return g.op("Expand", value, g.op("Concat", size, g.ints([1]), axis=0))
+    return g.op("Expand", value, g.op("Concat", rows, columns, axis=0))
 
 
-def _first_with(m: Match, size: Dim) -> tuple[ir.Value, int]:
-    """What the queries are a view of, and which of its axes is of that size."""
-    found, node = (m[q], len(m.known_dims(q)) - 2), m[q].producer()
+def _size(g: Builder, size: Dim, source: ir.Value, axis: int) -> ir.Value:
+    if size.value is not None:
+        return g.ints([size.value])
+    return g.op("Shape", source, start=axis, end=axis + 1)
+
+
+def _first_with(m: Match, operand: Var, size: Dim) -> tuple[ir.Value, int]:
+    """What queries or values are a view of, and which of its axes is of that size."""
+    found, node = (m[operand], len(m.known_dims(operand)) - 2), m[operand].producer()
     while node is not None and node.op_type in ("Transpose", "Reshape") and node.inputs[0]:
         dims = m.known_dims(node.inputs[0])
         if size in dims:
@@ -447,20 +446,28 @@ def _refuse_shape(m: Match, value: ir.Value) -> None:
         Skip: it does not end in [S, L], or broadens the scores.
     """
     shape = m.known_dims(value)
-    queries, keys = m.known_dims(q), m.known_dims(k_t)
-    whole = (*queries[:-1], keys[-1])
-    if m.known_dims(v)[-2] == keys[-1] and shape and not is_cut_to(shape[-1], keys[-1]):
-        whole = (*queries[:-1], m.known_dims(weights)[-1])  # as many, or the product is refused
+    whole = (*m.known_dims(q)[:-1], _columns(m, value))
     # The operator's text lets the last two broadcast as well; ONNX Runtime 1.31 refuses that.
-    once = len(shape) > 1 and shape[-2] == 1 and is_cut_to(shape[-1], whole[-1])
-    ends = ends_in(shape, *whole[-2:]) or (once and _may_expand(m, value))
-    if not ends or len(shape) > 4:
-        raise Skip(f"the mask {_text(shape)} does not end in [S, L] = {_text(whole[-2:])}", value)
+    once = len(shape) > 1 and shape[-2] == 1 and _may_expand(m, value)
+    rows = whole[-2] if once or len(shape) < 2 else shape[-2]
+    same = m.known_dims(v)[-2] == m.known_dims(k_t)[-1]
+    open_end = same and shape and shape[-1].value is None and whole[-1].value is None
+    known = not open_end or is_cut_to(shape[-1], whole[-1])
+    ends = (rows, shape[-1] if known else whole[-1]) if shape else ()
+    if len(shape) not in (2, 3, 4) or not ends_in(ends, *whole[-2:]):
+        own, wanted = (", ".join(map(str, dims)) for dims in (shape, whole[-2:]))
+        raise Skip(f"the mask [{own}] does not end in [S, L] = [{wanted}]", value)
     pairs = zip(shape[-3::-1], whole[-3::-1], strict=False)
-    if any(a != 1 and not is_cut_to(a, b) for a, b in pairs):
+    if len(shape) > len(whole) or any(a != 1 and not is_cut_to(a, b) for a, b in pairs):
         raise Skip("the mask broadens the scores", value)
-    if len(shape) > len(whole):
-        raise Skip("the mask broadens the scores", value)
+
+
+def _columns(m: Match, given: ir.Value) -> Dim:
+    """How many keys there are: as many as values, or the product of both is refused."""
+    dims, keys = m.known_dims(given), m.known_dims(k_t)[-1]
+    same = m.known_dims(v)[-2] == keys and dims and not is_cut_to(dims[-1], keys)
+    broad = m.known_dims(weights)[-1]
+    return broad if same and is_cut_to(dims[-1], broad) else keys
 
 
 def _may_expand(m: Match, value: ir.Value) -> bool:
@@ -482,10 +489,6 @@ def _refuse_masked_rows(m: Match, value: ir.Value, reach: Reach | None) -> None:
         raise Skip("what the target's Attention makes of a fully masked row is not known", value)
     if reach.floor <= _least(m):
         raise Skip("a row may hold the lowest number throughout", value)
-
-
-def _text(dims: Iterable[object]) -> str:
-    return "[" + ", ".join(map(str, dims)) + "]"
 
 
 RULES: tuple[Rule, ...] = (

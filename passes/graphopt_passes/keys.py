@@ -69,3 +69,16 @@ def _of_folded_heads(m: Match, k_t: ir.Value, maker: ir.Node) -> ir.Value | None
 
 def _maker(value: ir.Value | None) -> ir.Node | None:
     return None if value is None else value.producer()
+
+
+def cast_below_views(g: Builder, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """A value in another type, cast before it was viewed: what looks for the views finds them."""
+    node = value.producer()
+    if node is None or node.domain or not node.inputs or node.inputs[0] is None:
+        return g.op("Cast", value, to=dtype)
+    if node.op_type in ("Transpose", "Reshape"):
+        below = cast_below_views(g, node.inputs[0], dtype)
+        return g.op(node.op_type, below, *node.inputs[1:], like=node)
+    if node.op_type == "Cast" and value.dtype == dtype:
+        return cast_below_views(g, node.inputs[0], dtype)
+    return g.op("Cast", value, to=dtype)

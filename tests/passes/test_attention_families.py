@@ -153,3 +153,36 @@ def test_choice_of_a_number_that_scores_fall_below() -> None:
     assert result.report.verification.passed
     assert "fuse-attention" in {each.rule for each in result.report.rolled_back}
     assert "Attention" not in _kinds(result.model)
+
+
+OPEN = (
+    "g (float[B,2,S,4] q, float[B,2,L,4] k, float[B,2,{v},4] v, {mask} m) => (float[B,2,S,4] y)"
+    " <float low = {{-1e9}}> {{ {kt} a = MatMul(q, t) z = {score} p = Softmax(z) y = MatMul(p, v) }}"
+)
+
+
+@pytest.mark.parametrize(
+    "mask", ["float[B,1,S,X]", "float[S,X]", "float[B,1,1,X]", "bool[1,1,1,X]"]
+)
+def test_mask_of_as_many_keys_as_nobody_says(mask: str) -> None:
+    """As torch.export names the sizes of each input apart: it may be one for all keys."""
+    score = "Where(m, a, low)" if mask.startswith("bool") else "Add(a, m)"
+    proto = parse(OPEN.format(v="L", mask=mask, kt=KT, score=score), opset=23)
+    made = ir.to_proto(_fused(proto))
+    for keys in (4, 1):
+        feed = make_feeds(proto, keys, dim=4)
+        feed["m"] = feed["m"][..., :keys]
+        np.testing.assert_allclose(run(made, feed)[0], run(proto, feed)[0], rtol=1e-4, atol=1e-5)
+    feed["m"] = np.repeat(feed["m"], 3, axis=-1)
+    with pytest.raises(Exception, match=r"[Bb]roadcast|xpand"):  # as the original refuses it
+        run(made, feed)
+
+
+@pytest.mark.parametrize(("mask", "v"), [("float[B,1,R,X]", "L"), ("float[B,1,S,X]", "M")])
+def test_mask_of_unknown_rows_or_of_other_values_stays(mask: str, v: str) -> None:
+    check(
+        attention.RULES,
+        OPEN.format(v=v, mask=mask, kt=KT, score="Add(a, m)"),
+        opset=23,
+        missed="does not end in [S, L]",
+    )
