@@ -22,19 +22,29 @@ def gains(
     """The opset that each place in `model` asks for where a rule would put an operator newer than the model.
 
     A place that has a replacement at the model's own opset asks for none.  What rules would still say against a place
-    at a newer opset, and do not say now, goes to `declined`.
+    at a newer opset, and do not say now, goes to `declined` in the end.
     """
-    opset = model.opset_imports.get("", 0)
-    ahead = [each for each in ctx.target.fused if opset < each.since <= ctx.target.opset[1]]
-    ahead.sort(
-        key=lambda each: -each.since
-    )  # of an operator's forms and types, the first to come counts
-    newer = {each.op_type: each for each in ahead if not each.domain}
+    newer = _newer(ctx.target, model.opset_imports.get("", 0))
     if newer:
         probe = _Probe(rules, ctx, newer)
         yield from probe.walk(model)
         if declined is not None:
             declined.extend(probe.declined)
+
+
+def newest(model: ir.Model, target: Target) -> int:
+    """The greatest opset that `gains` could ask for; 0 if none."""
+    newer = _newer(target, model.opset_imports.get("", 0))
+    return max((each.since for each in newer.values()), default=0)
+
+
+def _newer(target: Target, opset: int) -> dict[str, FusedOp]:
+    """The operators that the target has from an opset above `opset` on."""
+    ahead = [each for each in target.fused if opset < each.since <= target.opset[1]]
+    ahead.sort(
+        key=lambda each: -each.since
+    )  # of an operator's forms and types, the first to come counts
+    return {each.op_type: each for each in ahead if not each.domain}
 
 
 class _Probe(Rewriter):

@@ -7,7 +7,8 @@ After:   opset 23: the same with ReduceMean(…, [-1]), ready to become RMSNorma
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import onnx.defs
 import onnx_ir as ir
@@ -18,7 +19,7 @@ from graphopt.ir.scopes import all_graphs
 from graphopt.ir.shapes import Shapes
 from graphopt.numerics import Numerics
 from graphopt.rewrite import Context, Remark, Rule, Skip, name_of
-from graphopt.rewrite.probe import gains
+from graphopt.rewrite.probe import gains, newest
 from graphopt.targets import Target
 from graphopt.targets.kernels import KernelTable, packaged_kernels
 from graphopt_passes.opset_changes import CHANGES, NEUTRAL, Spelling
@@ -59,20 +60,37 @@ class LiftOpset:
         opset = model.opset_imports.get("", 0)
         if not ctx.target.raises_opset or not opset or model.functions:
             return False
-        wished = () if self.wishes is None else self.wishes(model, ctx)
         declined: list[Remark] = []
-        asked = (*gains(self.rules, model, ctx, declined), *wished)
-        newer = {each for each in asked if each > opset}
-        for wanted in sorted(newer, reverse=True):
-            plan = self._plan(model, wanted, ctx)
-            where = model.graph.name or "main"
-            if plan is not None and ctx.permit("lift-opset", where, _numerics(plan, opset, wanted)):
-                _apply(model, plan, wanted, ctx)
+        for wanted in self._asked(model, ctx, declined):
+            if self._raise(model, wanted, ctx):
                 return True
         for each in declined:
             reason = f"a newer opset would not let {each.rule} {self.use}: {each.reason}"
             ctx.missed("lift-opset", each.node, reason)
         return False
+
+    def _asked(self, model: ir.Model, ctx: Context, declined: list[Remark]) -> Iterator[int]:
+        """The opsets above the model's that something asks for, the highest first; looks no further than it must."""
+        opset = model.opset_imports.get("", 0)
+        wished = () if self.wishes is None else self.wishes(model, ctx)
+        newer = {each for each in wished if each > opset}
+        places = gains(self.rules, model, ctx, declined)
+        highest = max((newest(model, ctx.target), *newer))
+        while highest not in newer and (asked := next(places, 0)):
+            newer.add(asked)
+        if highest in newer:
+            yield highest
+        newer.update(places)
+        yield from sorted(newer - {highest}, reverse=True)
+
+    def _raise(self, model: ir.Model, wanted: int, ctx: Context) -> bool:
+        """Raises the model to opset `wanted`, where that can be written and is permitted; returns whether."""
+        plan, opset = self._plan(model, wanted, ctx), model.opset_imports[""]
+        where = model.graph.name or "main"
+        if plan is None or not ctx.permit("lift-opset", where, _numerics(plan, opset, wanted)):
+            return False
+        _apply(model, plan, wanted, ctx)
+        return True
 
     def _plan(self, model: ir.Model, wanted: int, ctx: Context) -> list[Spelling] | None:
         """Each node as it is written at opset `wanted`; None, with a remark, where one cannot be."""
@@ -112,7 +130,40 @@ def spell(node: ir.Node, opset: int, wanted: int, shapes: Shapes, target: Target
         Skip: it cannot be written there, or the target has no kernel for it there.
     """
     spelling, version = Spelling.of(node), node.version or opset
+    if not _stays_as_it_is(node.op_type, version, wanted):
+        spelling = _spelled_anew(spelling, version, wanted, shapes)
+    kernels = (*target.kernels, VERIFYING)
+    if _loses_kernel((node.op_type, opset), (spelling.op_type, wanted), kernels):
+        raise Skip(f"target {target.name} has no kernel for its version at {wanted}", node)
+    return spelling
+
+
+@functools.lru_cache(maxsize=1024)
+def _stays_as_it_is(op_type: str, version: int, wanted: int) -> bool:
+    """Whether no version of the operator up to opset `wanted` is written in another way."""
     reached = 0
+    while reached < wanted:
+        before = operators.find_schema(op_type, version, "")
+        if before is None:
+            return wanted >= UNLISTED.get(op_type, wanted + 1)
+        reached = _next_version(op_type, version, wanted)
+        if reached > wanted:
+            return True
+        if (op_type, reached) in CHANGES or not _is_neutral(op_type, before, reached):
+            return False
+        version = reached
+    return True
+
+
+def _is_neutral(op_type: str, before: onnx.defs.OpSchema, version: int) -> bool:
+    """Whether a version of an operator means by the text of the one before what that did."""
+    after = operators.find_schema(op_type, version, "")
+    return (op_type, version) in NEUTRAL or _same_text(before, after)
+
+
+def _spelled_anew(spelling: Spelling, version: int, wanted: int, shapes: Shapes) -> Spelling:
+    """A spelling of an opset as it is at `wanted`, one change after the other."""
+    node, reached = spelling.node, 0
     while reached < wanted:
         schema = operators.find_schema(spelling.op_type, version, "")
         if schema is None and wanted >= UNLISTED.get(spelling.op_type, wanted + 1):
@@ -122,14 +173,12 @@ def spell(node: ir.Node, opset: int, wanted: int, shapes: Shapes, target: Target
         reached = _next_version(spelling.op_type, version, wanted)
         if reached > wanted:
             break
-        after = operators.find_schema(spelling.op_type, reached, "")
         step = CHANGES.get((spelling.op_type, reached))
         if step is not None:
             spelling = step(spelling, shapes)
-        elif (spelling.op_type, reached) not in NEUTRAL and not _same_text(schema, after):
+        elif not _is_neutral(spelling.op_type, schema, reached):
             raise Skip(f"version {reached} of the operator changed", node)
         version = reached
-    _refuse_lost_kernel(node, spelling, opset, wanted, target)
     return spelling
 
 
@@ -154,20 +203,12 @@ def _text(schema: onnx.defs.OpSchema) -> tuple[object, ...]:
     return (schema.doc, formals, attributes)
 
 
-def _refuse_lost_kernel(
-    node: ir.Node, spelling: Spelling, opset: int, wanted: int, target: Target
-) -> None:
-    """Declines where a provider of the target, or the one that verifies, registers the old version of an operator only.
-
-    Raises:
-        Skip: one does.
-    """
-    before = operators.find_schema(node.op_type, opset, "")
-    after = operators.find_schema(spelling.op_type, wanted, "")
-    for table in map(packaged_kernels, dict.fromkeys((*target.kernels, VERIFYING))):
-        had = _serves(table, node.op_type, before)
-        if had and not _serves(table, spelling.op_type, after):
-            raise Skip(f"target {target.name} has no kernel for its version at {wanted}", node)
+@functools.lru_cache(maxsize=1024)
+def _loses_kernel(before: tuple[str, int], after: tuple[str, int], tables: tuple[str, ...]) -> bool:
+    """Whether a provider, of the target or the one that verifies, registers the old version of an operator only."""
+    old, new = (operators.find_schema(*each, "") for each in (before, after))
+    found = map(packaged_kernels, dict.fromkeys(tables))
+    return any(_serves(t, before[0], old) and not _serves(t, after[0], new) for t in found)
 
 
 def _serves(table: KernelTable, op_type: str, schema: onnx.defs.OpSchema | None) -> bool:

@@ -42,16 +42,18 @@ class Spelling:
     @classmethod
     def of(cls, node: ir.Node) -> Spelling:
         """The node as it is."""
-        return cls(node, node.op_type, tuple(node.inputs), MappingProxyType(dict(node.attributes)))
+        return cls(
+            node, node.op_type, tuple(node.inputs), MappingProxyType(dict(node.attributes.data))
+        )
 
     def is_new(self) -> bool:
         """Whether this is not how the node is written already."""
         same = len(self.inputs) == len(self.node.inputs) and all(
             a is b for a, b in zip(self.inputs, self.node.inputs, strict=True)
         )
-        return (
-            not same or self.op_type != self.node.op_type or self.attributes != self.node.attributes
-        )
+        # The dictionary within: that compares attributes by identity first.
+        kept = self.attributes == self.node.attributes.data
+        return not (same and kept and self.op_type == self.node.op_type)
 
     def get(self, name: str, default: Any = None) -> Any:  # noqa: ANN401 - whatever the attribute holds
         """The value of an attribute."""
