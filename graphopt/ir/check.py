@@ -13,7 +13,7 @@ from typing import TypeAlias
 import onnx_ir as ir
 
 from graphopt.ir.operators import HOLDERS, describe, subgraphs
-from graphopt.ir.scopes import Census, Scope
+from graphopt.ir.scopes import Census, Row, Scope
 
 Visible: TypeAlias = dict[str | None, ir.Value]
 
@@ -30,9 +30,34 @@ def violations(model: ir.Model, census: Census | None = None) -> Iterator[str]:
     An input or initializer of a subgraph may hide an outer value of its name: exporters write such models, onnx.checker
     and ONNX Runtime take them.  The hidden value must not be read inside.
     """
-    for scope, nodes in (census or Census(model)).parts:
-        if scope.parent is None:
+    census = census or Census(model)
+    holding = {scope.parent for scope, _ in census.parts}
+    for (scope, nodes), rows in zip(census.parts, census.rows, strict=True):
+        if scope.parent is None and (scope in holding or not _is_flawless(scope, nodes, rows)):
             yield from _graph(scope, nodes, {})
+
+
+def _is_flawless(scope: Scope, nodes: Iterable[ir.Node], rows: Iterable[Row]) -> bool:
+    """Whether nothing is wrong with a graph whose nodes hold none: true of nearly all, and sooner told than what is."""
+    if any(_initializers(scope)):
+        return False
+    graph = scope.graph
+    given = {*graph.inputs, *graph.initializers.values()}
+    names = [value.name for value in given]
+    defined: set[ir.Value | None] = {None, *given}
+    for node, (_, _, inputs, outputs) in zip(nodes, rows, strict=True):
+        if node.graph is not graph or not defined.issuperset(inputs):
+            return False
+        for value in outputs:
+            if value.producer() is not node:
+                return False
+            if name := value.name:
+                names.append(name)
+            elif value.uses() or value.is_graph_output():
+                return False
+        defined.update(outputs)
+    taken = set(names)
+    return len(taken) == len(names) and all(names) and defined.issuperset(graph.outputs)
 
 
 def _graph(scope: Scope, nodes: Iterable[ir.Node], visible: Visible) -> Iterator[str]:

@@ -7,7 +7,8 @@ imports: `Scope` says both.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeAlias
 
 import onnx_ir as ir
 
@@ -63,23 +64,35 @@ def all_graphs(model: ir.Model) -> Iterator[Scope]:
         yield from nested(Scope(function.graph, function.opset_imports, function=function))
 
 
+Row: TypeAlias = tuple[str, str, Sequence[ir.Value | None], Sequence[ir.Value]]
+"""Operator, domain, inputs and outputs of a node: what everybody who walks over the nodes asks of each."""
+
+
 class Census:
     """Every graph of a model with its nodes, as they are now: `all_graphs` for those who look at each node as well.
 
     Attributes:
         parts: each graph and its nodes, in the order of `all_graphs`.
+        rows: what there is to say of those nodes, in the same order.
     """
 
     def __init__(self, model: ir.Model) -> None:
         parts: list[tuple[Scope, tuple[ir.Node, ...]]] = []
+        rows: list[tuple[Row, ...]] = []
         bodies = [Scope(f.graph, f.opset_imports, function=f) for f in model.functions.values()]
         stack = [*reversed(bodies), Scope(model.graph, model.opset_imports)]
         while stack:
             scope = stack.pop()
             nodes = tuple(scope.graph)
+            told = tuple([(n.op_type, n.domain, n.inputs, n.outputs) for n in nodes])
             parts.append((scope, nodes))
-            stack.extend(reversed(_held(scope, nodes)))
+            rows.append(told)
+            pairs = zip(nodes, told, strict=True)
+            holders = [n for n, row in pairs if row[0] in operators.HOLDERS or row[1]]
+            if holders:
+                stack.extend(reversed(_held(scope, holders)))
         self.parts = tuple(parts)
+        self.rows = tuple(rows)
 
     @property
     def size(self) -> int:

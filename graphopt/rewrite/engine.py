@@ -16,8 +16,8 @@ from graphopt.errors import PassError
 from graphopt.ir import collector
 from graphopt.ir.build import Builder
 from graphopt.rewrite.commit import Site, commit, discard, is_dead, remove
-from graphopt.rewrite.context import Context
-from graphopt.rewrite.index import Looks, RuleIndex
+from graphopt.rewrite.context import Context, Tuner
+from graphopt.rewrite.index import UNSEEN, Look, Looks, RuleIndex
 from graphopt.rewrite.pattern import Binding, Op, Trace, least, walk
 from graphopt.rewrite.rules import Facts, Match, Replacement, Rule, Skip
 
@@ -45,37 +45,39 @@ COMMON = frozenset(
 
 @dataclasses.dataclass
 class Worklist:
-    """First in, first out, each node at most once.
+    """First in, first out, each node at most once, with its look where that is known.
 
     Args:
-        nodes: those that wait from the start, in order.
+        looks: the nodes that wait from the start, in order, and how they look; None of a dead one.
         idle: those of them that need no visit, unless they are pushed before it is their turn.
     """
 
-    nodes: Iterable[ir.Node] = ()
+    looks: Mapping[ir.Node, Look | None] = dataclasses.field(default_factory=dict)
     idle: Iterable[ir.Node] = ()
 
     def __post_init__(self) -> None:
-        self._queue = collections.deque(self.nodes)
+        self._queue = collections.deque(self.looks)
         self._queued = set(self._queue)
+        self._looks = dict(self.looks)
         self._idle = set(self.idle)
 
     def push(self, nodes: Sequence[ir.Node]) -> None:
-        """Adds the nodes that are not waiting already."""
-        queued, append = self._queued, self._queue.append
+        """Adds the nodes that are not waiting already; each is to be looked at anew."""
+        queued, append, looks = self._queued, self._queue.append, self._looks
         self._idle.difference_update(nodes)
         for node in nodes:
+            looks.pop(node, None)
             if node not in queued:
                 queued.add(node)
                 append(node)
 
-    def __iter__(self) -> Iterator[ir.Node]:
-        queue, queued, idle = self._queue, self._queued, self._idle
+    def __iter__(self) -> Iterator[tuple[ir.Node, Look | None]]:
+        queue, queued, idle, looks = self._queue, self._queued, self._idle, self._looks
         while queue:
             node = queue.popleft()
             queued.discard(node)
             if node not in idle and node.graph is not None:
-                yield node
+                yield node, looks.pop(node, UNSEEN)
 
 
 class Rewriter:
@@ -118,8 +120,7 @@ class Rewriter:
             body = scope.function is not None and scope.owner is None
             site = Site(scope.graph, facts, is_function=body)
             self._sites[scope.graph] = (site, scope.opsets.get("", 0))
-        waiting = (node for _, nodes in looks.census.parts for node in nodes)
-        self._work = Worklist(waiting, looks.idle(calling))
+        self._work = Worklist(looks.known(), looks.idle(calling))
         return self._drain(start)
 
     def _looks(self, model: ir.Model) -> Looks:
@@ -132,13 +133,14 @@ class Rewriter:
     def _drain(self, start: int) -> bool:
         """Visits the waiting nodes until none waits; returns whether anything changed."""
         changed = False
-        for node in self._work:
-            if is_dead(node):
+        for node, look in self._work:
+            # Who loses a use is pushed, so that the others are as they looked; a dead node may be read by now.
+            if (look is None or look is UNSEEN) and is_dead(node):
                 self._ctx.census = None
                 self._work.push(remove(node, self._ctx))
                 changed = True
                 continue
-            fired = self._visit(node)
+            fired = self._visit(node, look or UNSEEN)
             if fired is None:
                 continue
             changed = True
@@ -150,35 +152,35 @@ class Rewriter:
                 )
         return changed
 
-    def _visit(self, node: ir.Node) -> Rule | None:
-        """Applies the first rule that fires at `node`; returns it, or None."""
+    def _visit(self, node: ir.Node, look: Look) -> Rule | None:
+        """Applies the first rule that fires at `node`, which looks like that; returns it, or None."""
         place = self._sites.get(node.graph)
         if place is None:  # a graph that came with a rewrite: the next turn knows where it is
             return None
         site, opset = place
-        for rule in self._index.candidates(node, opset):
+        index = self._index
+        seen = look is not UNSEEN
+        for rule in index.fitting(look, opset) if seen else index.candidates(node, opset):
             if self._apply(rule, node, site):
                 return rule
         return None
 
     def _apply(self, rule: Rule, root: ir.Node, site: Site) -> bool:
-        env = self._bound(rule, root)
+        env = self._bound(rule, root) if self._traces else rule.pattern.first(root)
         if env is None:
             return False
-        tape = Builder()
+        tape, ctx = Builder(), self._ctx
         new = self._built(rule, env, root, tape, site)
-        if new is not None and self._loses(rule, env, root, new, tape):
-            new = None
-        if new is None or not self._ctx.permit(rule.name, root, rule.numerics):
-            discard(tape, self._ctx)
+        if new is not None and ctx.tuner is not None:
+            new = None if self._loses(rule, env, root, new, tape, ctx.tuner) else new
+        if new is None or not ctx.permit(rule.name, root, rule.numerics):
+            discard(tape, ctx)
             return False
-        self._work.push(commit(rule.name, root, new, tape, site, self._ctx))
+        self._work.push(commit(rule.name, root, new, tape, site, ctx))
         return True
 
     def _bound(self, rule: Rule, root: ir.Node) -> Binding | None:
         """What the pattern binds at `root`; None where it does not match, which may be a near miss."""
-        if not self._traces:
-            return rule.pattern.first(root)
         trace = Trace()
         env = next(rule.pattern.match_node(root, {}, trace), None)
         if env is None:
@@ -209,11 +211,9 @@ class Rewriter:
         root: ir.Node,
         new: Sequence[ir.Value | None],
         tape: Builder,
+        tuner: Tuner,
     ) -> bool:
         """Whether an operator that the target has for its speed was measured to be slower here."""
-        tuner = self._ctx.tuner
-        if tuner is None:
-            return False
         fused = {(each.domain, each.op_type) for each in self._ctx.target.fused}
         if not any((n.domain, n.op_type) in fused for n in tape.nodes):
             return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeAlias
 
@@ -10,7 +11,6 @@ import onnx_ir as ir
 
 from graphopt.ir import operators
 from graphopt.ir.scopes import Census
-from graphopt.rewrite.commit import is_dead
 from graphopt.rewrite.pattern import Either, Lit, Op, Pattern
 from graphopt.rewrite.rules import Rule
 
@@ -19,6 +19,9 @@ Sight: TypeAlias = tuple[str, ...]
 
 Look: TypeAlias = tuple[str, str, Sight]
 """Operator and domain of a node, and what feeds it."""
+
+UNSEEN: Look = ("", "", ())
+"""The look of a node that has changed since anybody looked."""
 
 ABSENT, GIVEN, WEIGHT = "", "<", "#"  # no operator has an empty name
 _MAYBE_CONSTANT = frozenset({WEIGHT, "Constant"})
@@ -78,7 +81,16 @@ class Looks:
 
     def __init__(self, census: Census) -> None:
         self.census = census
-        self._looks = [tuple(map(_look_of, nodes)) for _, nodes in census.parts]
+        words, used = _Words(census), _used(census)
+        self._looks: list[list[Look | None]] = [
+            [
+                None
+                if outputs and used.isdisjoint(outputs)
+                else (op_type, domain, tuple([words[value] for value in inputs]))
+                for op_type, domain, inputs, outputs in rows
+            ]
+            for rows in census.rows
+        ]
         self._kinds = [frozenset(looks) for looks in self._looks]
 
     def calling(self, index: RuleIndex) -> list[frozenset[Look | None]]:
@@ -93,23 +105,46 @@ class Looks:
         for (_, nodes), looks, wanted in zip(self.census.parts, self._looks, calling, strict=True):
             yield from (n for n, look in zip(nodes, looks, strict=True) if look not in wanted)
 
+    def known(self) -> dict[ir.Node, Look | None]:
+        """How each node looks; None of a dead one."""
+        parts = zip(self.census.parts, self._looks, strict=True)
+        pairs = (zip(nodes, looks, strict=True) for (_, nodes), looks in parts)
+        return dict(itertools.chain.from_iterable(pairs))
 
-def _look_of(node: ir.Node) -> Look | None:
-    return None if is_dead(node) else (node.op_type, node.domain, sight_of(node))
+
+class _Words(dict[ir.Value | None, str]):
+    """What feeds those who read a value; told of the values of nodes at once, of the others when asked."""
+
+    def __init__(self, census: Census) -> None:
+        super().__init__({v: row[0] for rows in census.rows for row in rows for v in row[3]})
+
+    def __missing__(self, value: ir.Value | None) -> str:
+        word = self[value] = _word_of(value)
+        return word
+
+
+def _used(census: Census) -> set[ir.Value | None]:
+    """The values that a node reads or a graph returns."""
+    used = {value for rows in census.rows for row in rows for value in row[2]}
+    for scope, _ in census.parts:
+        used.update(scope.graph.outputs)
+    return used
 
 
 def sight_of(node: ir.Node) -> Sight:
     """What feeds each input of a node."""
-    seen = []
-    for value in node.inputs:
-        if value is None:
-            seen.append(ABSENT)
-        elif (producer := value.producer()) is not None:
-            seen.append(producer.op_type)
-        else:  # an initializer that callers may replace is none
-            weight = value.is_initializer() and not value.is_graph_input()
-            seen.append(WEIGHT if weight else GIVEN)
-    return tuple(seen)
+    return tuple([_word_of(value) for value in node.inputs])
+
+
+def _word_of(value: ir.Value | None) -> str:
+    """What feeds the nodes that read a value."""
+    if value is None:
+        return ABSENT
+    producer = value.producer()
+    if producer is not None:
+        return producer.op_type
+    # An initializer that callers may replace is no weight.
+    return WEIGHT if value.is_initializer() and not value.is_graph_input() else GIVEN
 
 
 def _may_nearly_fit(pattern: Op, sight: Sight) -> bool:

@@ -28,6 +28,8 @@ from graphopt.rewrite import (
     exact,
     rule,
 )
+from graphopt.rewrite.engine import Worklist
+from graphopt.rewrite.index import UNSEEN
 from graphopt.targets import get_target
 from tests.rewriting import apply, check, parse
 
@@ -452,3 +454,17 @@ def test_a_parameter_of_a_function_has_no_value_for_a_rule() -> None:
     assert "attribute to is a parameter of the enclosing function" in [
         r.reason for r in ctx.remarks
     ]
+
+
+def test_nodes_wait_in_order_with_the_look_they_had_unless_pushed() -> None:
+    nodes = [ir.Node("", kind, []) for kind in ("Abs", "Neg", "Exp", "Log")]
+    ir.Graph([], [], nodes=nodes, name="g")
+    look = ("Abs", "", ())
+    work = Worklist(dict(zip(nodes, (look, None, look, look), strict=True)), idle=nodes[2:])
+    found = []
+    for node, seen in work:
+        found.append((node.op_type, seen))
+        if node is nodes[0] and seen is look:
+            work.push([nodes[1], nodes[2], nodes[0]])  # what waits keeps its place, idle or not
+    expected = [("Abs", look), ("Neg", UNSEEN), ("Exp", UNSEEN), ("Abs", UNSEEN)]
+    assert found == expected

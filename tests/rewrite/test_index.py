@@ -114,3 +114,13 @@ def test_looks_name_every_node_that_may_be_left_unvisited() -> None:
         called = bool(index.candidates(node, 18)) or node.op_type == "Exp"
         assert (node in idle) == (not called), node.name
     assert {node.outputs[0].name for node in set(model.graph) - idle} == {"s1", "s2", "z", "dead"}
+
+
+def test_looks_are_those_that_each_node_has_by_itself() -> None:
+    text = BODY.replace("z = Abs(y)", "z = Abs(y)  dead = Exp(x)")
+    model = ir.from_proto(parse(text))
+    known = Looks(Census(model)).known()
+    assert list(known) == list(model.graph)
+    for node, look in known.items():
+        alive = (node.op_type, node.domain, sight_of(node))
+        assert look == (None if node.op_type == "Exp" else alive), node.name
