@@ -26,8 +26,9 @@ def live_uses(value: ir.Value) -> list[ir.Node]:
 def is_tied(value: ir.Value) -> bool:
     """Whether a constant is large and used more than once: a changed copy would stand beside the original."""
     tensor = values.constant(value)
-    several = len(live_uses(value)) > 1 or value.is_graph_output()
-    return several and tensor is not None and values.size_bytes(tensor) > TIED_BYTES
+    if tensor is None or values.size_bytes(tensor) <= TIED_BYTES:
+        return False  # before the uses are counted: a scalar that every layer reads has as many as there are layers
+    return value.is_graph_output() or len(live_uses(value)) > 1
 
 
 def refuse_tied(value: ir.Value) -> None:
