@@ -10,7 +10,7 @@ import contextlib
 import gc
 from collections.abc import Iterator
 
-_SELDOM = (50_000, 20, 100)
+_SELDOM = (250_000, 50, 100)
 
 
 @contextlib.contextmanager

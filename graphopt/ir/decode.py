@@ -45,6 +45,12 @@ _FIELDS: dict[int, str] = {
 }
 
 
+_AS_THEY_ARE = frozenset({_KIND.INT, _KIND.FLOAT, _KIND.INTS, _KIND.FLOATS})
+
+_KINDS: dict[int, ir.AttributeType] = {number: _KIND(number) for number in _FIELDS}
+"""The same as calling the enumeration, a fraction of the time."""
+
+
 def decode_model(proto: onnx.ModelProto, reader: TensorReader, origin: str) -> ir.Model:
     """The model that `proto` describes; `origin` is what messages call it.
 
@@ -91,20 +97,25 @@ class _Scope:
     makers: dict[str, onnx.NodeProto] = dataclasses.field(default_factory=dict)
     unsorted: bool = False
 
-    def define(self, name: str, what: str, place: _Place | None = None) -> ir.Value:
-        if not name:
-            raise ModelError(
-                f"{place or self.place}: {what} has no name, so that nothing can use it; name or remove it"
-            )
-        if name in self.values:
-            raise ModelError(
-                f"{place or self.place}: the value {name!r} is defined twice{self._first(name)}, the second time as "
-                f"{what}; which of the two its users mean is not defined: rename one, and the inputs that mean it"
-            )
+    def define(self, name: str, what: str, maker: onnx.NodeProto | None = None) -> ir.Value:
+        if not name or name in self.values:
+            raise self._refusal(name, what, maker)
         value = self.values[name] = ir.Value(name=notes.name(name))
-        if place is not None and place.node is not None:
-            self.makers[name] = place.node
+        if maker is not None:
+            self.makers[name] = maker
         return value
+
+    def _refusal(self, name: str, what: str, maker: onnx.NodeProto | None) -> ModelError:
+        """Why a name cannot be defined."""
+        place = self.place._replace(node=maker)
+        if not name:
+            return ModelError(
+                f"{place}: {what} has no name, so that nothing can use it; name or remove it"
+            )
+        return ModelError(
+            f"{place}: the value {name!r} is defined twice{self._first(name)}, the second time as "
+            f"{what}; which of the two its users mean is not defined: rename one, and the inputs that mean it"
+        )
 
     def _first(self, name: str) -> str:
         """Where a name was defined first, if by a node."""
@@ -255,30 +266,29 @@ class _Decoder:
         # All outputs are declared first: a subgraph, or a node out of order, may use what comes later.
         scope = scopes[-1]
         for proto in protos:
-            place = _Place(scope.place.graph, proto)
             for name in proto.output:
                 if name:
-                    scope.define(name, "an output", place)
+                    scope.define(name, "an output", proto)
                     scope.pending.add(name)
         return [self._node(proto, scopes) for proto in protos]
 
     def _node(self, proto: onnx.NodeProto, scopes: _Scopes) -> ir.Node:
         scope = scopes[-1]
-        place = _Place(scope.place.graph, proto)
+        known, outputs = scope.values, tuple(proto.output)
         node = ir.Node(
             notes.name(proto.domain),
             notes.name(proto.op_type),
-            [_lookup(name, scopes, place) if name else None for name in proto.input],
-            self._attributes(proto, scopes, place) if proto.attribute else (),
+            [_lookup(name, scopes, proto) if name else None for name in proto.input],
+            self._attributes(proto, scopes) if proto.attribute else (),
             overload=notes.name(proto.overload),
-            outputs=[scope.values[name] if name else ir.Value(name="") for name in proto.output],
+            outputs=[known[name] if name else ir.Value(name="") for name in outputs],
             name=notes.name(proto.name),
             doc_string=notes.text(proto, "doc_string"),
             metadata_props=notes.props(proto) if proto.metadata_props else None,
         )
         if configurations := getattr(proto, "device_configurations", ()):
             node.device_configurations = tuple(self._device(c, scopes) for c in configurations)
-        scope.pending.difference_update(proto.output)
+        scope.pending.difference_update(outputs)
         return node
 
     def _device(
@@ -303,11 +313,12 @@ class _Decoder:
         # does the IR. Under its own name it would hide the value that it copies; outputs of a subgraph are
         # told apart by position.
         value = scope.define(_fresh(f"{name}_returned", scopes), "an output")
-        source = _lookup(name, scopes, scope.place)
+        source = _lookup(name, scopes)
         nodes.append(ir.Node("", "Identity", [source], outputs=[value], name=""))
         return value
 
-    def _attributes(self, proto: onnx.NodeProto, scopes: _Scopes, place: _Place) -> list[ir.Attr]:
+    def _attributes(self, proto: onnx.NodeProto, scopes: _Scopes) -> list[ir.Attr]:
+        place = _Place(scopes[-1].place.graph, proto)
         attributes: dict[str, ir.Attr] = {}
         for attribute_proto in proto.attribute:
             attribute = self._attribute(attribute_proto, scopes, place)
@@ -324,7 +335,7 @@ class _Decoder:
         return list(attributes.values())
 
     def _attribute(self, proto: onnx.AttributeProto, scopes: _Scopes, place: _Place) -> ir.Attr:
-        kind = ir.AttributeType(proto.type or _implied_type(proto))
+        kind = _KINDS.get(proto.type) or ir.AttributeType(proto.type or _implied_type(proto))
         name, doc_string = notes.name(proto.name), notes.text(proto, "doc_string")
         if proto.ref_attr_name:
             return ir.RefAttr(name, notes.name(proto.ref_attr_name), kind, doc_string=doc_string)
@@ -337,7 +348,7 @@ class _Decoder:
         self, kind: ir.AttributeType, proto: onnx.AttributeProto, scopes: _Scopes, place: _Place
     ) -> Any:  # noqa: ANN401 - as many types as AttributeProto has
         content = getattr(proto, _FIELDS[kind.value])
-        if kind in (_KIND.INT, _KIND.FLOAT, _KIND.INTS, _KIND.FLOATS):
+        if kind in _AS_THEY_ARE:
             return content
         if kind == _KIND.STRING:
             return notes.read_string(content)
@@ -359,11 +370,23 @@ class _Decoder:
         return tuple(read(tensor, where) for tensor in content)
 
 
-def _lookup(name: str, scopes: _Scopes, place: _Place) -> ir.Value:
-    for scope in reversed(scopes):
+def _lookup(name: str, scopes: _Scopes, reader: onnx.NodeProto | None = None) -> ir.Value:
+    scope = scopes[-1]
+    value = scope.values.get(name)
+    if value is None:
+        return _lookup_outside(name, scopes, reader)
+    if name in scope.pending:
+        scope.unsorted = True
+    return value
+
+
+def _lookup_outside(name: str, scopes: _Scopes, reader: onnx.NodeProto | None) -> ir.Value:
+    """A value of one of the graphs around the innermost."""
+    for scope in reversed(scopes[:-1]):
         if name in scope.values:
             scope.unsorted = scope.unsorted or name in scope.pending
             return scope.values[name]
+    place = scopes[-1].place if reader is None else scopes[-1].place._replace(node=reader)
     raise ModelError(
         f"{place}: the input {name!r} is no graph input, initializer or output of any node in reach; "
         "the model is invalid, export it again"

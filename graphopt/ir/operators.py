@@ -252,7 +252,7 @@ def attribute(node: ir.Node, name: str, default: Any = None, opsets: Opsets | No
         ModelError: the attribute has another type than `default`, or refers to a parameter of the
             enclosing function and so has no value before the call.
     """
-    held = node.attributes.get(name)
+    held = node.attributes.data.get(name)  # the dictionary within, which answers sooner
     if held is None:
         found = None if opsets is None else _schema_default(node, name, opsets)
         return default if found is None else found
@@ -274,7 +274,7 @@ def attribute(node: ir.Node, name: str, default: Any = None, opsets: Opsets | No
 
 def has_references(node: ir.Node) -> bool:
     """Whether an attribute of the node takes its value from the call of its function."""
-    return any(attribute.is_ref() for attribute in node.attributes.values())
+    return any(attribute.is_ref() for attribute in node.attributes.data.values())
 
 
 def describe(node: ir.Node) -> str:
@@ -289,7 +289,7 @@ def subgraphs(node: ir.Node) -> tuple[ir.Graph, ...]:
     if not node.domain and node.op_type not in HOLDERS:
         return ()  # asked of every node of every walk
     graphs: list[ir.Graph] = []
-    for held in node.attributes.values():
+    for held in node.attributes.data.values():
         if held.is_ref():
             continue
         if held.type == ir.AttributeType.GRAPH:
@@ -302,7 +302,7 @@ def subgraphs(node: ir.Node) -> tuple[ir.Graph, ...]:
 def has_subgraph(node: ir.Node) -> bool:
     """Whether the node holds graphs (If, Loop, Scan, SequenceMap and custom ones)."""
     kinds = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
-    return any(held.type in kinds for held in node.attributes.values())
+    return any(held.type in kinds for held in node.attributes.data.values())
 
 
 def is_pure(node: ir.Node, opsets: Opsets, functions: Iterable[ir.OperatorIdentifier] = ()) -> bool:

@@ -105,7 +105,7 @@ def size_bytes(tensor: ir.TensorProtocol) -> int:
 
 def _constant_of_node(node: ir.Node) -> ir.TensorProtocol | None:
     """The tensor of a `Constant` node."""
-    for name, attribute in node.attributes.items():
+    for name, attribute in node.attributes.data.items():
         return None if attribute.is_ref() else constant_of_attribute(name, attribute)
     return None
 

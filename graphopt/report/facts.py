@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from graphopt.ir import values
 from graphopt.ir.mapped import MappedTensor
-from graphopt.ir.scopes import all_graphs
+from graphopt.ir.scopes import Census, all_graphs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,10 @@ def operator_name(node: ir.Node) -> str:
 
 def operator_counts(model: ir.Model) -> dict[str, int]:
     """Nodes of each operator, subgraphs and functions included, most frequent first."""
-    counter = Counter(operator_name(node) for scope in all_graphs(model) for node in scope.graph)
+    counter: Counter[str] = Counter()
+    for rows in Census(model).rows:
+        for (op_type, domain), count in Counter([row[:2] for row in rows]).items():
+            counter[f"{domain}::{op_type}" if domain else op_type] += count
     return dict(sorted(counter.items(), key=lambda item: (-item[1], item[0])))
 
 

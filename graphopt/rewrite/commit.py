@@ -40,8 +40,8 @@ class Site:
         """
         if len(new) != len(root.outputs):
             raise Skip(f"{len(new)} replacements for {len(root.outputs)} outputs", root)
-        built = set(tape.nodes)
-        ctx.shapes.preview(tape.nodes, tape.constants, self.graph)
+        if tape.nodes or tape.constants:
+            ctx.shapes.preview(tape.nodes, tape.constants, self.graph)
         for old, value in zip(root.outputs, new, strict=True):
             if value is None:
                 if old.uses() or old.is_graph_output():
@@ -49,13 +49,13 @@ class Site:
                 continue
             _check_type(old, value, ctx)
             if old.is_graph_output():
-                self._check_output(old, value, built, new)
+                self._check_output(old, value, tape.nodes, new)
 
     def _check_output(
         self,
         old: ir.Value,
         value: ir.Value,
-        built: set[ir.Node],
+        built: Sequence[ir.Node],
         new: Sequence[ir.Value | None],
     ) -> None:
         """A graph output needs a producer of its own in its graph: it takes over the output's name."""
@@ -113,7 +113,7 @@ def commit(
     for old, value in zip(root.outputs, new, strict=True):
         if value is not None:
             name = old.name
-            take_over(old, value, fresh=value.producer() in set(tape.nodes))
+            take_over(old, value, fresh=value.producer() in tape.nodes)
             ctx.replaced(name, value.name)
     left = remove(root, ctx)
     ctx.shapes.placed(tape.nodes, (user for user in users if user.graph is not None), stale=stale)
@@ -205,7 +205,7 @@ def take_over(old: ir.Value, value: ir.Value, *, fresh: bool) -> None:
 
 def discard(tape: Builder, ctx: Context) -> None:
     """Undoes what building did to the model: new nodes count as users of the values that they read."""
-    for node in reversed(tape.nodes):
+    for node in reversed(tape.nodes):  # most rules that decline have built nothing
         ctx.forget(node)
         for index, value in enumerate(node.inputs):
             if value is not None:
@@ -228,12 +228,14 @@ def remove(node: ir.Node, ctx: Context) -> list[ir.Node]:
     """Removes a node without uses; returns the producers that it leaves behind."""
     graph = node.graph
     assert graph is not None
-    feeding = [p for v in _reads(node) if (p := v.producer()) is not None and p is not node]
-    for inner in subgraphs(node):
+    held = subgraphs(node)
+    reads = _reads(node) if held else node.inputs
+    makers = dict.fromkeys([value.producer() for value in reads if value is not None])
+    for inner in held:
         _dissolve(inner)
     ctx.forget(node)
-    graph.remove(node, safe=True)
-    return [p for p in dict.fromkeys(feeding) if p.graph is not None]
+    graph.remove((node,), safe=True)  # in a tuple: onnx_ir takes longer to see that a node is none
+    return [m for m in makers if m is not None and m.graph is not None]
 
 
 def _dissolve(graph: ir.Graph) -> None:

@@ -336,6 +336,8 @@ class Context:
 
     def settle_remarks(self) -> None:
         """Drops what was missed at first and made after all; of near misses, what is no longer there or so."""
+        if not any(remark.kind is RemarkKind.MISSED for remark in self.remarks):
+            return
         made = {(each.pass_name, each.rule, each.site) for each in self.rewrites}
         there = {name_of(node) for _, nodes in Census(self.model).parts for node in nodes}
         told = {place: said for place, said in self._near.items() if place[2] in there}
@@ -357,11 +359,11 @@ class Context:
 
 def name_of(site: ir.Node | ir.Value | str) -> str:
     """A stable name for a node: its first named output, which survives where node names are absent."""
-    if isinstance(site, str):
-        return site
     if isinstance(site, ir.Node):
-        return next((v.name for v in site.outputs if v.name), None) or site.name or ""
-    return site.name or ""
+        for value in site.outputs:
+            if name := value.name:
+                return name
+    return site if isinstance(site, str) else site.name or ""
 
 
 def describe(nodes: Sequence[ir.Node]) -> str:

@@ -103,6 +103,7 @@ class Op:
         shared: the node may have other uses, which keep it alive beside the rewrite.
         fed_by: operators one of which, of whatever domain, feeds the node, given as "Expand|Tile"; none: any or none.
         flat: the inputs where every one is a variable of its own, else None.
+        takes_all: whether those are variables that take any value.
     """
 
     types: tuple[str, ...]
@@ -113,6 +114,7 @@ class Op:
     shared: bool
     fed_by: tuple[str, ...]
     flat: tuple[Var, ...] | None
+    takes_all: bool
 
     def __init__(
         self,
@@ -134,6 +136,8 @@ class Op:
         flat = tuple(p for p in fixed if isinstance(p, Var))
         is_flat = len(set(flat)) == len(fixed)
         object.__setattr__(self, "flat", flat if is_flat else None)
+        asking = any(p.const or p.computed or p.optional for p in flat)
+        object.__setattr__(self, "takes_all", is_flat and not asking)
 
     def match(
         self, value: ir.Value | None, env: Binding, trace: Trace | None = None
@@ -169,18 +173,23 @@ class Op:
         inputs, flat = node.inputs, self.flat
         if flat is None or len(inputs) < len(flat) or (len(inputs) > len(flat) and not self.open):
             return next(self.match_node(node, {}), None)
-        if not self._is_fed(node):
+        if self.fed_by and not self._is_fed(node):
             return None
         args = inputs[: len(flat)]
-        if all(map(Var.takes, flat, args)):
-            return {self: node, **dict(zip(flat, args, strict=True))}
-        if (
-            len(flat) == 2
-            and operators.is_commutative(node)
-            and all(map(Var.takes, flat, args[::-1]))
-        ):
-            return {self: node, **dict(zip(flat, args[::-1], strict=True))}
-        return None
+        if not self._takes(args):
+            swaps = len(flat) == 2 and not self.takes_all and operators.is_commutative(node)
+            args = args[::-1]
+            if not swaps or not self._takes(args):
+                return None
+        env: dict[Pattern, ir.Value | ir.Node | None] = {self: node}
+        env.update(zip(flat, args, strict=True))
+        return env
+
+    def _takes(self, args: Sequence[ir.Value | None]) -> bool:
+        """Whether the inputs of a flat pattern may be bound to these."""
+        if self.takes_all:
+            return None not in args
+        return all(map(Var.takes, self.flat or (), args))
 
     def _is_fed(self, node: ir.Node) -> bool:
         """Whether one of the operators that shall feed the node does."""

@@ -113,7 +113,7 @@ class Match:
             Skip: the attribute refers to an attribute of the enclosing function.
         """
         node = self[pattern] if isinstance(pattern, Op) else pattern
-        attribute = node.attributes.get(name)
+        attribute = node.attributes.data.get(name)
         if attribute is not None and attribute.is_ref():
             raise Skip(f"attribute {name} is a parameter of the enclosing function", node)
         return operators.attribute(node, name, default, self.facts.opsets)

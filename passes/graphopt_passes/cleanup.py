@@ -127,14 +127,16 @@ class LiftConstants:
         for scope, nodes in ctx.walk(model).parts:
             if scope.function is not None:
                 continue
-            for node in nodes:
-                changed = _lift(node, scope.graph, ctx) or changed
+            gone = [node for node in nodes if _lift(node, scope.graph, ctx)]
+            scope.graph.remove(gone, safe=True)
+            changed = changed or bool(gone)
         if changed:
             ctx.refresh()  # one inference over the whole model costs less than an update for each constant
         return changed
 
 
 def _lift(node: ir.Node, graph: ir.Graph, ctx: Context) -> bool:
+    """Puts an initializer where the output of a `Constant` node was; whether the node may go now."""
     if node.op_type != "Constant" or node.domain:
         return False
     old = node.outputs[0]
@@ -154,7 +156,6 @@ def _lift(node: ir.Node, graph: ir.Graph, ctx: Context) -> bool:
     new.meta.update(old.meta)
     old.replace_all_uses_with(new)
     old.name = None
-    remove(node, ctx)
     graph.register_initializer(new)
     return True
 

@@ -120,8 +120,9 @@ def stored_bytes(tensor: ir.TensorProtocol) -> int:
 def _is_foldable(
     node: ir.Node, scope: Scope, region: Region, functions: frozenset[ir.OperatorIdentifier]
 ) -> bool:
-    if not all(region.knows(value) for value in node.inputs):
-        return False
+    for value in node.inputs:  # spelt out: asked of every node
+        if not region.knows(value):
+            return False
     if any(_must_stay(each) for each in _with_inner(node)):
         return False
     if not operators.is_pure(node, scope.opsets, functions):

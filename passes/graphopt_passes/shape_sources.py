@@ -120,6 +120,7 @@ class Survey:
         self.arithmetic = {node: None for node in self.nodes if self._is_arithmetic(node)}
         self.positions: dict[ir.Node, int] = {}
         self._stretches: dict[Dims, tuple[int, Stretch]] = {}
+        self._seen: set[Dims] = set()
         self._atoms: dict[Dim, tuple[int, Atom]] = {}
         if self.arithmetic:
             self._collect()
@@ -181,7 +182,10 @@ class Survey:
     def _add_source(self, value: ir.Value, position: int) -> None:
         """Notes every stretch of a tensor's dims that holds an unknown one, if it is the first of its kind."""
         dims = self.shapes.dims(value)
-        if dims is None or len(dims) > _RANK_LIMIT or all(d.is_static for d in dims):
+        if dims is None or dims in self._seen or len(dims) > _RANK_LIMIT:
+            return
+        self._seen.add(dims)  # whoever had them before is the first to have any part of them, too
+        if all(d.is_static for d in dims):
             return
         for start, end in itertools.combinations(range(len(dims) + 1), 2):
             part = dims[start:end]

@@ -94,12 +94,19 @@ class Engine:
         if known is not None:
             return known
         tensor = values.constant(value)
-        if tensor is None:
-            return UNKNOWN
+        return UNKNOWN if tensor is None else self.of_constant(value, tensor)
+
+    def of_constant(
+        self, value: ir.Value, tensor: ir.TensorProtocol, *, passing: bool = False
+    ) -> Facts:
+        """The facts of a constant, found once; of one that may be dropped again only a small one is kept."""
         cached = self._constants.get(value)
-        if cached is None or cached[0] is not tensor:
-            cached = self._constants[value] = (tensor, facts.of_tensor(tensor))
-        return cached[1]
+        if cached is not None and cached[0] is tensor:
+            return cached[1]
+        found = facts.of_tensor(tensor)
+        if not passing or found.data is not None:
+            self._constants[value] = (tensor, found)
+        return found
 
     def infer(self, frame: Frame, node: ir.Node) -> Sequence[Facts]:
         """The facts of each output of a node, from the facts of its inputs."""
@@ -112,7 +119,11 @@ class Engine:
         else:
             outputs = self._of_operator(frame, node)
         return [
-            self.completed(frame, value, _or_declared(self, frame, value, given))
+            given
+            if given.type is not None
+            and given.dims is not None
+            and (given.data is not None or len(given.dims) > 1)
+            else self.completed(frame, value, _or_declared(self, frame, value, given))
             for value, given in zip(node.outputs, outputs, strict=True)
         ]
 

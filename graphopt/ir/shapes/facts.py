@@ -40,12 +40,13 @@ class SymbolicData:
     Immutable; equal when dtype, shape and every element are.
     """
 
-    __slots__ = ("_hash", "array", "dtype")
+    __slots__ = ("_hash", "_static", "array", "dtype")
 
     def __init__(self, array: Array, dtype: ir.DataType) -> None:
         self.array = array
         self.dtype = dtype
         self._hash: int | None = None
+        self._static: bool | None = None
 
     @staticmethod
     def of(elements: Iterable[DimLike | Ratio | float], dtype: ir.DataType) -> SymbolicData:
@@ -83,9 +84,11 @@ class SymbolicData:
     @property
     def is_static(self) -> bool:
         """Whether every element is a known number."""
-        return all(
-            e.is_static if isinstance(e, Dim) else isinstance(e, float) for e in self.elements
-        )
+        if self._static is None:
+            self._static = all(
+                e.is_static if isinstance(e, Dim) else isinstance(e, float) for e in self.elements
+            )
+        return self._static
 
     def static(self) -> Array | None:
         """The elements as an array of the tensor's dtype, or None where one is not a known number."""

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from graphopt.ir import kernels, operators, scopes, values
 from graphopt.ir.shapes.engine import Engine, Frame
-from graphopt.ir.shapes.facts import UNKNOWN, Dims, Facts, SymbolicData, of_tensor
+from graphopt.ir.shapes.facts import UNKNOWN, Dims, Facts, SymbolicData
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Shapes:
         self._main = Frame(model.opset_imports)
         self._bodies: dict[ir.Function, Frame] = {}
         self._levels: dict[ir.Node, int] = {}
+        self._worded: dict[int, tuple[Dims, list[int | str | None]]] = {}
         self._infer_all()
 
     def dims(self, value: ir.Value) -> Dims | None:
@@ -50,8 +51,8 @@ class Shapes:
 
         A value that several calls of a function share has the dimensions on which all calls agree.
         """
-        known = self._facts(value)
-        return known.dims if known.is_tensor or known.type is None else None
+        known = self._main.facts.get(value) or self._facts(value)
+        return known.dims if known.type is None or isinstance(known.type, ir.TensorType) else None
 
     def data(self, value: ir.Value) -> SymbolicData | None:
         """The elements of a small tensor, each an integer or an expression of dimensions, or None."""
@@ -93,14 +94,16 @@ class Shapes:
         when it is, `forget` when it is not.
         """
         frame = self._frame(graph)
-        held = {v: of_tensor(v.const_value) for v in constants if v.const_value is not None}
-        frame.facts.update(held)
+        held = [(value, value.const_value) for value in constants]
+        for value, tensor in held:
+            if tensor is not None:
+                frame.facts[value] = self._engine.of_constant(value, tensor, passing=True)
         for node in nodes:
             for value, given in zip(node.outputs, self._engine.infer(frame, node), strict=True):
                 frame.facts[value] = given
                 self._write(value, given)
-        for value in held:  # once placed, they are found like any other
-            del frame.facts[value]
+        for value, _ in held:  # once placed, they are found like any other
+            frame.facts.pop(value, None)
 
     def agree(self, one: ir.Value, other: ir.Value) -> bool:
         """Whether the same is known of two values, so that nodes cannot tell them apart."""
@@ -124,7 +127,8 @@ class Shapes:
             self._level(user)
             if stale:
                 seeds.append(user)
-        self._propagate(seeds)
+        if seeds:
+            self._propagate(seeds)
 
     def _taken_over(self, node: ir.Node) -> bool:
         """Whether all that inference can say of a node was found before it was placed."""
@@ -132,14 +136,17 @@ class Shapes:
         known = [self._main.facts.get(value, UNKNOWN) for value in node.outputs]
         if any(given.type is None or given.dims is None for given in known):
             return False  # where inference knows nothing, what the model declares counts
-        if operators.has_subgraph(node):
+        if node.attributes.data and operators.has_subgraph(node):
             return False
         for value, given in zip(node.outputs, known, strict=True):
-            self._write(value, given)
+            if value.is_graph_output():  # it took over a declaration since
+                self._write(value, given)
         return True
 
     def _frame(self, graph: ir.Graph) -> Frame:
         """The facts that hold in a graph: those of its function's body, or of the main graph."""
+        if not self._bodies:
+            return self._main
         root: ir.Graph | None = graph
         while root is not None and root in self._engine.owners:
             root = self._engine.owners[root].graph
@@ -171,15 +178,17 @@ class Shapes:
         self._levels.pop(node, None)
         for graph in operators.subgraphs(node):
             self._engine.owners.pop(graph, None)
-        for frame in (self._main, *self._bodies.values()):
+        outputs = node.outputs
+        for frame in (self._main, *self._bodies.values()) if self._bodies else (self._main,):
             frame.calls.pop(node, None)
-            for value in node.outputs:
+            for value in outputs:
                 frame.facts.pop(value, None)
 
     def _facts(self, value: ir.Value) -> Facts:
         """The facts in the main graph, else in the body of the function that has the value."""
-        if value in self._main.facts:
-            return self._main.facts[value]
+        known = self._main.facts.get(value)
+        if known is not None:
+            return known
         for frame in self._bodies.values():
             if value in frame.facts:
                 return frame.facts[value]
@@ -239,17 +248,17 @@ class Shapes:
 
     def _level(self, node: ir.Node) -> int:
         """A number greater than that of every node it depends on, as far as that is known."""
-        above = (
-            self._levels.get(producer, 0)
-            for value in node.inputs
-            if value is not None and (producer := value.producer()) is not None
-        )
-        level = max(above, default=-1) + 1
-        owner = None if node.graph is None else self._engine.owners.get(node.graph)
-        level = max(
-            level, self._levels.get(node, 0), 0 if owner is None else self._levels.get(owner, 0)
-        )
-        self._levels[node] = level
+        levels = self._levels
+        level = levels.get(node, 0)
+        for value in node.inputs:
+            producer = None if value is None else value.producer()
+            if producer is not None:
+                level = max(level, levels.get(producer, 0) + 1)
+        owners = self._engine.owners
+        owner = owners.get(node.graph) if owners and node.graph is not None else None
+        if owner is not None:
+            level = max(level, levels.get(owner, 0))
+        levels[node] = level
         return level
 
     def _in_function(self, node: ir.Node) -> bool:
@@ -297,14 +306,24 @@ class Shapes:
 
     def _write(self, value: ir.Value, given: Facts) -> None:
         """Puts type and shape into the model, in its own words; declared outputs stay."""
+        kind, dims = value.type, given.dims
         kept = value.is_graph_output() and value.graph is self._model.graph
-        if given.type is not None and value.type != given.type and not (kept and value.type):
+        if given.type is not None and kind != given.type and not (kept and kind):
             value.type = _copied(given.type)
-        if given.dims is None or (kept and value.shape is not None):
+        shape = value.shape
+        if dims is None or (kept and shape is not None):
             return
-        wanted = [dim.value if dim.value is not None else dim.symbol for dim in given.dims]
-        if value.shape is None or _words(value.shape) != wanted:
+        wanted = self._wording(dims)
+        if shape is None or _words(shape) != wanted:
             value.shape = ir.Shape(wanted)
+
+    def _wording(self, dims: Dims) -> list[int | str | None]:
+        """The dims in the model's own words; nodes that are alike share the tuple, and so the answer."""
+        known = self._worded.get(id(dims))
+        if known is None:
+            words = [dim.value if dim.value is not None else dim.symbol for dim in dims]
+            known = self._worded[id(dims)] = dims, words  # kept, so that the identity stays theirs
+        return known[1]
 
     def _conflict(self, value: ir.Value) -> Conflict | None:
         """The contradiction between declaration and inference of a graph output, or None."""
