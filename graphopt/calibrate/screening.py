@@ -10,6 +10,7 @@ import numpy as np
 
 from graphopt.calibrate.samples import Samples
 from graphopt.errors import DataError
+from graphopt.rewrite import Context, RemarkKind
 from graphopt.verify.feed_files import Feed
 from graphopt.verify.metrics import is_float
 
@@ -73,6 +74,20 @@ class Screening:
             self.found.update({(feed.name, name): each for name, each in counts.items()})
             if not any(broken for broken, _ in counts.values()):
                 yield feed
+
+
+def screening_of(ctx: Context) -> Screening:
+    """What all passes of a run saw in the samples: read again, they are told of once."""
+    found: Screening = ctx.cache.setdefault("screened samples", Screening())
+    return found
+
+
+def tell_screened(ctx: Context, rule: str) -> None:
+    """Warns of what was seen, unless a pass did so before."""
+    known = {remark.reason for remark in ctx.remarks}
+    for text in screening_of(ctx).told():
+        if text not in known:
+            ctx.remark(RemarkKind.WARNING, rule, "", text)
 
 
 def _counts(values: Mapping[str, Any]) -> dict[str, tuple[int, int]]:

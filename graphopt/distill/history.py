@@ -20,6 +20,7 @@ class History:
         kept: the step whose weights are in the result; 0 where training made nothing better.
         measure: what the losses are: divergence of logits, or error over signal.
         transferred: constants taken from the teacher first; None where the student was nearer to it without.
+        left_out: what is to be said of samples that hold no numbers.
     """
 
     steps: int
@@ -32,6 +33,7 @@ class History:
     kept: int
     measure: str
     transferred: int | None = 0
+    left_out: tuple[str, ...] = ()
 
     @property
     def before(self) -> float:
@@ -45,7 +47,7 @@ class History:
 
     def sentences(self) -> tuple[str, ...]:
         """What a user should know, in words."""
-        return (*self._beginning(), self._end())
+        return (*self.left_out, *self._beginning(), self._end())
 
     def _beginning(self) -> tuple[str, ...]:
         if self.transferred is None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 
 from graphopt.calibrate.samples import read_samples
+from graphopt.calibrate.screening import Screening
 from graphopt.distill.history import History
 from graphopt.distill.recover import Progress, distill
 from graphopt.distill.settings import parse_settings
@@ -39,13 +41,15 @@ def distil_file(  # noqa: PLR0913  the options of the command line
     """
     wanted = parse_settings(settings)
     original, made = load_model(teacher), load_model(student)
+    screening = Screening()
     feeds = [
         {name: np.asarray(array) for name, array in each.values.items()}
-        for each in read_samples(calibration, input_specs(original))
+        for each in screening.of(read_samples(calibration, input_specs(original)))
     ]
     came_sparse = any(isinstance(tensor, CooTensor) for _, tensor in stored_tensors(made))
     style = SparseStyle.INITIALIZER if came_sparse else SparseStyle.DENSE
     history = distill(original, made, feeds, wanted, seed=seed, progress=progress)
+    history = dataclasses.replace(history, left_out=screening.told())
     form, _ = sparse_form(made, style)
     save_model(form, output, external=external)
     return history

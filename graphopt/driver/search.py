@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from graphopt.calibrate.samples import batch_size, read_samples
+from graphopt.calibrate.screening import Screening
 from graphopt.driver.attempt import attempt, write
 from graphopt.driver.judge import Judge
 from graphopt.driver.request import Progress, Request, VerifyMode
@@ -127,7 +128,7 @@ def _parted(request: Request, index: int) -> Request:
         return request
     specs = input_specs(load_model(request.source))
     rest, apart = read_samples(calibration, specs).parted(HELD_OUT_OF, index)
-    held = [dict(feed.values) for feed in apart.first(MOST_HELD_OUT)]
+    held = [dict(feed.values) for feed in Screening().of(apart).first(MOST_HELD_OUT)]
     if len(held) < LEAST_HELD_OUT:
         return request
     source = [dict(feed.values) for feed in rest]

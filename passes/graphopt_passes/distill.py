@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.calibrate.samples import read_samples
+from graphopt.calibrate.screening import screening_of, tell_screened
 from graphopt.distill.history import History
 from graphopt.distill.recover import distill, require_torch
 from graphopt.distill.settings import parse_settings
@@ -71,7 +72,9 @@ class Distill:
         known: tuple[History, dict[str, ir.TensorProtocol]] | None = ctx.cache.get(key)
         if known is None:
             specs = input_specs(model)
-            samples = [dict(each.values) for each in read_samples(ctx.options.calibration, specs)]
+            read = screening_of(ctx).of(read_samples(ctx.options.calibration, specs))
+            samples = [dict(each.values) for each in read]
+            tell_screened(ctx, RULE)
             arrays = [{name: np.asarray(a) for name, a in each.items()} for each in samples]
             history = distill(
                 ctx.original(),

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.calibrate.screening import screening_of, tell_screened
 from graphopt.ir import fingerprint
 from graphopt.ir.build import Names
 from graphopt.ir.model_file import model_to_bytes
@@ -155,7 +156,8 @@ def _samples(model: ir.Model, ctx: Context) -> tuple[Feeds, Feeds]:
         ctx.remark(RemarkKind.WARNING, RULE, model.graph.name or "main", _BLIND)
         return [], []
     specs, most = input_specs(model), most_together(model)
-    singles = read_singles(ctx.options.calibration, specs)
+    singles = read_singles(ctx.options.calibration, specs, screening_of(ctx))
+    tell_screened(ctx, RULE)
     if len(singles) < LEAST_SAMPLES:
         ctx.remark(RemarkKind.WARNING, RULE, model.graph.name or "main", _FEW)
         return batched(singles, specs, most=most), []

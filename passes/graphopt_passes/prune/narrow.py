@@ -6,6 +6,7 @@ import dataclasses
 
 import onnx_ir as ir
 
+from graphopt.calibrate.screening import screening_of, tell_screened
 from graphopt.ir import fingerprint
 from graphopt.ir.build import Names
 from graphopt.ir.model_file import load_model
@@ -47,7 +48,11 @@ def remove_channels(model: ir.Model, ctx: Context, request: SparsityRequest, tex
     )
     best: Slimming | None = ctx.cache.get(key)
     if best is None:
-        best = best_slimming(model, ctx.shapes, request, ctx.options.calibration, ctx.options.seed)
+        options, screening = ctx.options, screening_of(ctx)
+        best = best_slimming(
+            model, ctx.shapes, request, options.calibration, options.seed, screening
+        )
+        tell_screened(ctx, RULE)
         ctx.cache[key] = best
     if best is None or not (best.keep or best.branches):
         reason = "no channels can be removed: inputs, outputs or operators that are not known hold all of them"

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from graphopt.calibrate.screening import screening_of, tell_screened
 from graphopt.errors import OptionError
 from graphopt.ir import fingerprint
 from graphopt.numerics import Numerics
@@ -216,7 +217,8 @@ def _solved(model: ir.Model, ctx: Context, work: _Work) -> Sequence[Pruned]:
         ]
     feeds: Feeds = []
     if ctx.options.calibration is not None:
-        feeds = read_feeds(model, ctx.options.calibration)
+        feeds = read_feeds(model, ctx.options.calibration, screening_of(ctx))
+        tell_screened(ctx, RULE)
     if not feeds:
         ctx.remark(RemarkKind.WARNING, RULE, _site(model), BLIND)
         if work.request.method not in (Method.AUTO, Method.MAGNITUDE):
@@ -252,7 +254,7 @@ def _tuned(
     model: ir.Model, ctx: Context, request: SparsityRequest, done: list[Pruned]
 ) -> list[Pruned]:
     assert ctx.options.calibration is not None
-    samples = read_singles(ctx.options.calibration, input_specs(model))
+    samples = read_singles(ctx.options.calibration, input_specs(model), screening_of(ctx))
     asked = request.tune is Tune.YES
     found = tuned(model, done, samples, ctx.options.seed, long=asked)
     if isinstance(found, str):

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.calibrate.samples import read_samples
+from graphopt.calibrate.screening import Screening
 from graphopt.rewrite import Calibration
 from graphopt.runtime.specs import Kind, TensorSpec, input_specs
 from graphopt_passes.prune.layers import Array
@@ -21,14 +22,14 @@ LARGE_BYTES = 1 << 26
 Feeds = list[dict[str, Array]]
 
 
-def read_feeds(model: ir.Model, calibration: Calibration) -> Feeds:
-    """All samples in batches.
+def read_feeds(model: ir.Model, calibration: Calibration, screening: Screening) -> Feeds:
+    """All samples that hold numbers, in batches.
 
     Raises:
         DataError: there are none, or one does not fit the model.
     """
     specs = input_specs(model)
-    return batched(read_singles(calibration, specs), specs, most=most_together(model))
+    return batched(read_singles(calibration, specs, screening), specs, most=most_together(model))
 
 
 def most_together(model: ir.Model) -> int:
@@ -37,13 +38,15 @@ def most_together(model: ir.Model) -> int:
     return BATCH if held < LARGE_BYTES else BATCH_OF_LARGE
 
 
-def read_singles(calibration: Calibration, specs: Sequence[TensorSpec]) -> Feeds:
-    """All samples, one by one.
+def read_singles(
+    calibration: Calibration, specs: Sequence[TensorSpec], screening: Screening
+) -> Feeds:
+    """All samples that hold numbers, one by one: NaN in one of them would be in every moment.
 
     Raises:
-        DataError: there are none, or one does not fit the model.
+        DataError: there are none, all hold NaN or infinities, or one does not fit the model.
     """
-    return [dict(feed.values) for feed in read_samples(calibration, specs)]
+    return [dict(feed.values) for feed in screening.of(read_samples(calibration, specs))]
 
 
 def batched(

@@ -12,6 +12,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from graphopt.calibrate.screening import Screening
 from graphopt.errors import ModelError, OptionError
 from graphopt.ir.model_file import load_model, model_to_bytes
 from graphopt.ir.shapes import Shapes
@@ -96,6 +97,7 @@ def best_slimming(
     request: SparsityRequest,
     calibration: Calibration | None,
     seed: int,
+    screening: Screening | None = None,
 ) -> Slimming | None:
     """The best way found; None where no channel can go.
 
@@ -104,7 +106,7 @@ def best_slimming(
         ModelError: ... or the interpreter does not know the model.
         DataError: the samples do not fit the model.
     """
-    job = _job(model, shapes, request, calibration, seed)
+    job = _job(model, shapes, request, calibration, seed, screening or Screening())
     which, thrifts = request.importance, THRIFTS if job.feeds else THRIFTS[:1]
     if job.is_large and job.feeds:
         which = Importance.ACTIVATION if which is Importance.AUTO else which
@@ -143,10 +145,11 @@ def _job(
     request: SparsityRequest,
     calibration: Calibration | None,
     seed: int,
+    screening: Screening,
 ) -> Job:
     assert request.channels is not None
     specs = input_specs(model)
-    singles = [] if calibration is None else read_singles(calibration, specs)
+    singles = [] if calibration is None else read_singles(calibration, specs, screening)
     feeds = batched(singles, specs, batches=HELD_OUT) if singles else []
     layers = [*find_layers(model.graph), *find_turned(model.graph)]
     return Job(

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.calibrate.samples import Samples, read_samples
-from graphopt.calibrate.screening import Screening
+from graphopt.calibrate.screening import screening_of, tell_screened
 from graphopt.emit import finalize
 from graphopt.errors import OptionError
 from graphopt.ir import values
@@ -108,15 +108,14 @@ class QuantizeStatic:
             return False
         _ = ctx.shapes  # inferred once: all that follows asks values for types and shapes
         floats = Floats.of(model, allowed)
-        screening = ctx.cache.setdefault("screened samples", Screening())
+        screening = screening_of(ctx)
         samples = screening.of(read_samples(ctx.options.calibration, input_specs(model)))
         trials = best = None
         if allowed:
             trials = Trials(model, style, samples, ctx, overrides, self._collecting())
             best = Search(trials).best(allowed)
         changed = inside and self._bodies(model, style, samples, ctx, overrides)
-        for text in screening.told():
-            ctx.remark(RemarkKind.WARNING, RULE, "", text)
+        tell_screened(ctx, RULE)
         if trials is not None and best is not None:
             changed |= _apply(model, model.graph, best, trials, ctx)
         floats.tell(ctx, RULE)

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from graphopt.calibrate.moments import Wanted, collect_moments
 from graphopt.calibrate.samples import JUDGED, Samples, read_samples
-from graphopt.calibrate.screening import Screening
+from graphopt.calibrate.screening import screening_of, tell_screened
 from graphopt.emit import finalize
 from graphopt.errors import GraphoptError, OptionError
 from graphopt.ir import fingerprint, operators, values
@@ -254,8 +254,7 @@ def _is_worth_it(
 ) -> bool:
     on_host = ctx.target.provider == "CPUExecutionProvider"
     worth = not on_host or _pays(model, sites, ctx, precision, write)
-    for text in ctx.cache.get("screened samples", Screening()).told():
-        ctx.remark(RemarkKind.WARNING, "quantize", "", text)
+    tell_screened(ctx, "quantize")
     return worth
 
 
@@ -358,8 +357,7 @@ def _measured(
 
 def _samples(calibration: Calibration, model: ir.Model, ctx: Context) -> Samples:
     """The samples that hold numbers."""
-    screening: Screening = ctx.cache.setdefault("screened samples", Screening())
-    return screening.of(read_samples(calibration, input_specs(model)))
+    return screening_of(ctx).of(read_samples(calibration, input_specs(model)))
 
 
 def _feeds(model: ir.Model, ctx: Context) -> list[Feed]:
