@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from graphopt.driver.request import Progress, Request, VerifyMode
 from graphopt.errors import OptionError
 from graphopt.ir.model_file import load_model
 from graphopt.runtime.specs import TensorSpec, input_specs
+from graphopt.verify.budget import parse_budget
 from graphopt.verify.feed_files import Feed
 
 MAX = "max"
@@ -30,6 +32,12 @@ amounts, one too high holds on a single part by luck soon enough."""
 MOST_HELD_OUT, LEAST_HELD_OUT = 128, 8
 FEW = 100
 """Samples held out, in all parts, below which shares such as `top1-agreement` say little."""
+
+_NORMAL = 1.96
+"""Standard deviations to both sides between which 95 % of a normal distribution lie."""
+
+Agreed: TypeAlias = dict[str, list[tuple[float, int]]]
+"""By amount and part: the share of samples held out whose greatest output is the original's, and how many they are."""
 
 _RATIOS = ("0.5", "0.6", "0.7", "0.75", "0.8", "0.85", "0.9", "0.93", "0.95", "0.97", "0.98")
 _ERRORS = tuple(
@@ -99,13 +107,14 @@ def with_amount(request: Request, say: Progress) -> tuple[Request, tuple[str, ..
         )
     parts = _parts(request)
     with tempfile.TemporaryDirectory(prefix="graphopt-") as scratch:
-        found = consistent(rungs, [_trial(part, Path(scratch), say) for part in parts])
+        agreed: Agreed = {}
+        found = consistent(rungs, [_trial(part, Path(scratch), say, agreed) for part in parts])
     # What was held out may be learnt from once the amount is known; the result is judged as the trials were.
     chosen = dataclasses.replace(_asking(request, found), inputs=parts[0].inputs)
     if found is None:
         told = f"not even --sparsity {rungs[0]} stays within {request.options.budget}: nothing was pruned"
         return chosen, (told,)
-    return chosen, _doubts(request, parts)
+    return chosen, _doubts(request, parts) + _interval(request, found, agreed.get(found, []))
 
 
 def _parts(request: Request) -> list[Request]:
@@ -156,6 +165,34 @@ def _doubts(request: Request, parts: Sequence[Request]) -> tuple[str, ...]:
     return (f"--sparsity {request.options.sparsity}: {told}; {remedy}",)
 
 
+def _interval(request: Request, rung: str, agreed: Sequence[tuple[float, int]]) -> tuple[str, ...]:
+    """What an agreement on the samples held out says of others, where less than was asked for is possible."""
+    asked = parse_budget(request.options.budget or "").argmax_agreement
+    if asked is None or not agreed:
+        return ()
+    count = sum(size for _, size in agreed)
+    same = round(sum(share * size for share, size in agreed))
+    low, high = likely(same, count)
+    if low >= asked:
+        return ()
+    return (
+        f"--sparsity {request.options.sparsity}: {rung} agrees with the original on {same} of {count} samples held "
+        f"out, so that on others (95 % confidence) {low:.1%} to {min(high, 1):.1%} agree, and less than {asked:.1%} is "
+        "possible; give --inputs with more samples of their own, or ask for more than is needed",
+    )
+
+
+def likely(same: int, count: int) -> tuple[float, float]:
+    """Between which shares of all the truth lies, with 95 % confidence, where `same` of `count` drawn agree.
+
+    Source: Wilson 1927, which also holds near 0 and 1.
+    """
+    share, square = same / count, _NORMAL**2 / count
+    middle = share + square / 2
+    spread = math.sqrt(share * (1 - share) * square + square * square / 4)
+    return (middle - spread) / (1 + square), (middle + spread) / (1 + square)
+
+
 def _given(part: Request) -> Sequence[dict[str, Any]]:
     assert isinstance(part.inputs, list)
     return part.inputs
@@ -178,8 +215,15 @@ def _asking(request: Request, sparsity: str | None) -> Request:
     )
 
 
-def _trial(request: Request, scratch: Path, say: Progress) -> Callable[[str], bool]:
-    """Whether the result of an amount stays within the budget, on the inputs of a request; each is tried once."""
+def _trial(request: Request, scratch: Path, say: Progress, agreed: Agreed) -> Callable[[str], bool]:
+    """Whether the result of an amount stays within the budget, on the inputs of a request; each is tried once.
+
+    Args:
+        request: one part.
+        scratch: for files.
+        say: what is tried.
+        agreed: is told the share of rows with the same greatest element, and of how many, by amount.
+    """
     folder = Path(tempfile.mkdtemp(dir=scratch))
     judge = Judge(request, folder, say)
 
@@ -189,6 +233,11 @@ def _trial(request: Request, scratch: Path, say: Progress) -> Callable[[str], bo
         asked = _asking(request, rung)
         made = attempt(asked, asked.gate)
         written = write(made, folder, "tried.onnx", asked.external, asked.sparse_style)
-        return judge.verdict(written).passed is True
+        said = judge.verdict(written)
+        shares = [o.argmax_agreement for o in said.outputs if o.argmax_agreement is not None]
+        feeds = judge.reference.feeds
+        if shares and len(feeds) == 1:
+            agreed.setdefault(rung, []).append((min(shares), batch_size(feeds[0])))
+        return said.passed is True
 
     return holds

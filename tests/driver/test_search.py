@@ -13,10 +13,11 @@ import pytest
 
 import graphopt
 from graphopt.driver.request import Request
-from graphopt.driver.search import _joined, _parted, consistent, highest, ladder
+from graphopt.driver.search import _interval, _joined, _parted, consistent, highest, ladder, likely
 from graphopt.errors import OptionError
 from graphopt.ir.model_file import load_model
 from graphopt.pipeline.recipe import Recipe
+from graphopt.rewrite import Options
 from graphopt.runtime.specs import TensorSpec
 from tests.rewriting import parse
 
@@ -176,6 +177,34 @@ def test_says_what_few_samples_are_worth(given: dict[str, Any], told: str | None
     found = [w for w in made.report.warnings if w.startswith("--sparsity max")]
     assert len(found) == (told is not None)
     assert told is None or told in found[0]
+
+
+@pytest.mark.parametrize(
+    ("same", "count", "low", "high"),
+    [(0, 10, 0.0, 0.278), (10, 10, 0.722, 1.0), (251, 256, 0.955, 0.992), (5, 10, 0.237, 0.763)],
+)
+def test_shares_of_few_samples_are_uncertain(
+    same: int, count: int, low: float, high: float
+) -> None:
+    assert likely(same, count) == pytest.approx((low, high), abs=1e-3)
+
+
+def test_says_between_what_an_agreement_lies_where_less_than_asked_for_is_possible() -> None:
+    given: dict[str, Any] = {"calibration": samples(200)}
+    made = graphopt.optimize(
+        network(), sparsity="max,refit=no", budget="top1-agreement>=0.6", **given
+    )
+    said = [w for w in made.report.warnings if "95 % confidence" in w]
+    assert len(said) <= 1
+    asked = Options(sparsity="max", budget="top1-agreement>=0.9")
+    request = dataclasses.replace(request_for(**given), options=asked)
+    (told,) = _interval(request, "0.8", [(0.95, 40), (0.925, 40)])
+    assert "0.8 agrees with the original on 75 of 80 samples held out" in told
+    assert "86.2% to 97.3% agree, and less than 90.0% is possible" in told
+    assert _interval(request, "0.8", [(1.0, 100)]) == ()
+    assert _interval(request, "0.8", []) == ()
+    plain = dataclasses.replace(request, options=Options(sparsity="max", budget="sqnr>=10"))
+    assert _interval(plain, "0.8", [(0.95, 40)]) == ()
 
 
 @pytest.mark.parametrize(
