@@ -16,8 +16,9 @@ import onnx_ir as ir
 from graphopt.distill.batches import Feed, join, mixed, noisy, spreads, unseen
 from graphopt.distill.losses import as_logits, distance, log_softmax, logit_outputs
 from graphopt.ir import values
+from graphopt.ir.model_file import model_to_bytes
 from graphopt.ir.sparse import thin
-from graphopt.runtime.session import Session, SessionOptions
+from graphopt.runtime.session import OptimizationLevel, Session, SessionOptions
 from graphopt.runtime.specs import input_specs
 from graphopt_passes.prune.gradients import backward, key
 from graphopt_passes.prune.layers import FLOATS, Array
@@ -27,8 +28,8 @@ from graphopt_passes.prune.streams import Piece, ancestors, piece_model
 from graphopt_passes.prune.weights import Pruned
 
 BATCH = 64
-STEPS, LEAST_STEPS = 150, 60
-WORK = 6e10
+STEPS, LEAST_STEPS = 160, 64
+WORK = 6.5e10
 """Multiply-adds that may be spent unasked, three for each of a forward run; where that is fewer than the least steps,
 training is not begun."""
 
@@ -36,7 +37,7 @@ RATE, LAST = 0.02, 0.05
 """Of a step, over the root mean square of the weights of its layer; and what is left of it at the end."""
 
 NOISE, MIX = 0.2, 0.1
-HELD_OUT_OF, LEAST_HELD_OUT = 5, 8
+HELD_OUT_OF, LEAST_HELD_OUT, MOST_HELD_OUT = 5, 8, 128
 JUDGED = 16
 PATIENCE = 6
 TOO_FAR, BACK = 1.5, 0.25
@@ -99,6 +100,15 @@ class Network:
         data = piece_model(model, piece, known).SerializeToString()
         self._session = Session(data, options=SessionOptions(threads=2))
         self._takes = {spec.name for spec in self._session.inputs}
+        self._original = Session(
+            model_to_bytes(model),
+            level=OptimizationLevel.EXTENDED,
+            options=SessionOptions(threads=2),
+        )
+
+    def taught(self, feed: Feed) -> dict[str, Array]:
+        """The float outputs with the weights as they were."""
+        return self._original.run(feed, self.outputs)
 
     def run(self, feed: Feed, weights: Mapping[str, Array]) -> dict[str, Array]:
         """All values that gradients need, and the outputs."""
@@ -181,16 +191,11 @@ def tuned(
         return f"no gradient is known of {network.stopped}"
     if not network.outputs or any(a.dtype != np.float32 for a in start.values()):
         return "only float32 is trained"
-    steps = STEPS
-    if not long:
-        spent = 3 * BATCH * max(_work(done, network, samples[0], start), 1)
-        if spent * LEAST_STEPS > WORK:
-            return SLOW
-        steps = min(int(WORK / spent), STEPS)
+    steps = _affordable(done, network, samples[0], start, long=long)
+    if not steps:
+        return SLOW
     taught = [each for i, each in enumerate(samples) if i % HELD_OUT_OF != HELD_OUT_OF - 1]
-    return _Training(network, start, masks, _originals(model, start), seed).run(
-        done, taught, held, steps
-    )
+    return _Training(network, start, masks, seed).run(done, taught, held, steps)
 
 
 def _start(done: Sequence[Pruned]) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -206,13 +211,20 @@ def _start(done: Sequence[Pruned]) -> tuple[dict[str, Array], dict[str, Array]]:
     return start, masks
 
 
-def _originals(model: ir.Model, names: Mapping[str, Array]) -> dict[str, Array]:
-    found = {}
-    for name in names:
-        tensor = model.graph.initializers[name].const_value
-        assert tensor is not None
-        found[name] = tensor.numpy()
-    return found
+def _affordable(
+    done: Sequence[Pruned],
+    network: Network,
+    sample: Feed,
+    start: Mapping[str, Array],
+    *,
+    long: bool,
+) -> int:
+    """How many steps there may be; 0 where that is too few to begin."""
+    if long:
+        return STEPS
+    spent = 3 * BATCH * max(_work(done, network, sample, start), 1)
+    steps = min(int(WORK / spent), STEPS)
+    return 0 if spent * LEAST_STEPS > WORK else steps - steps % JUDGED  # the last is judged, too
 
 
 def _work(
@@ -235,10 +247,9 @@ class _Training:
         network: Network,
         start: Mapping[str, Array],
         masks: Mapping[str, Array],
-        originals: Mapping[str, Array],
         seed: int,
     ) -> None:
-        self._network, self._masks, self._originals = network, masks, originals
+        self._network, self._masks = network, masks
         self._random = np.random.default_rng(seed)
         self._now = {name: array.copy() for name, array in start.items()}
         self._mean = {name: array.copy() for name, array in start.items()}
@@ -251,13 +262,13 @@ class _Training:
     ) -> Trained:
         """Trains on some samples, and keeps what is nearest on mixtures of those held out."""
         noise = spreads(taught, NOISE)
-        judged = [join(unseen(held, noise, self._random))]
-        wanted = self._taught(judged[0])
+        judged = join(unseen(held[:MOST_HELD_OUT], noise, self._random))
+        wanted = self._network.taught(judged)
         self._logits = {
             name: self._network.tails.get(name, "")
             for name in logit_outputs(wanted, self._network.tails)
         }
-        before = least = self._judge(judged[0], wanted, self._now)
+        before = least = self._judge(judged, wanted, self._now)
         best, rate, idle, count = dict(self._now), RATE, 0, 0
         for step in range(1, steps + 1):
             count = step
@@ -265,7 +276,7 @@ class _Training:
             self._step(self._batch(taught, noise), rate * ease, step)
             if step % JUDGED:
                 continue
-            loss = self._judge(judged[0], wanted, self._mean)
+            loss = self._judge(judged, wanted, self._mean)
             if loss < least:
                 least, idle, best = loss, 0, {n: a.copy() for n, a in self._mean.items()}
                 continue
@@ -278,10 +289,6 @@ class _Training:
                 self._mean = {n: a.copy() for n, a in best.items()}
                 self._moments = {}
         return Trained([_with(each, best) for each in done], before, least, count)
-
-    def _taught(self, feed: Feed) -> dict[str, Array]:
-        made = self._network.run(feed, self._originals)
-        return {name: made[name] for name in self._network.outputs}
 
     def _judge(
         self, feed: Feed, wanted: Mapping[str, Array], weights: Mapping[str, Array]
@@ -296,7 +303,7 @@ class _Training:
         )
 
     def _step(self, feed: Feed, rate: float, step: int) -> None:
-        wanted = self._taught(feed)
+        wanted = self._network.taught(feed)
         made = self._network.run(feed, self._now)
         slopes = {name: self._slope(name, wanted[name], made[name]) for name in wanted}
         for name, grad in self._network.gradients(made, self._now, slopes).items():

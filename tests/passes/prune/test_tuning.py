@@ -92,7 +92,7 @@ def test_what_is_kept_is_never_farther_from_the_samples_held_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(tuning, "RATE", 30.0)
-    monkeypatch.setattr(tuning, "STEPS", 40)
+    monkeypatch.setattr(tuning, "STEPS", 32)
     wild, _ = pruned(network(), "0.9")
     fitted, _ = pruned(network(), "0.9,tune=no")
     for name in "wuvz":
@@ -103,7 +103,7 @@ def test_what_is_kept_is_never_farther_from_the_samples_held_out(
 
 
 def test_patterns_stay_patterns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "STEPS", 20)
+    monkeypatch.setattr(tuning, "STEPS", 32)
     model, ctx = pruned(network(), "2:4")
     tensor = model.graph.initializers["u"].const_value
     assert tensor is not None
@@ -122,7 +122,7 @@ def test_is_not_begun_unasked(text: str, distill: str | None) -> None:
 
 
 def test_is_begun_at_low_ratios_where_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "STEPS", 20)
+    monkeypatch.setattr(tuning, "STEPS", 32)
     _, ctx = pruned(network(), "0.5,tune=yes")
     assert "steps of training what stays" in told(ctx)
 
@@ -167,7 +167,7 @@ def test_work_counts_the_positions_that_share_a_weight(monkeypatch: pytest.Monke
 
 
 def test_runs_are_repeatable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "STEPS", 20)
+    monkeypatch.setattr(tuning, "STEPS", 32)
     one, other = (pruned(network(), "0.9")[0] for _ in range(2))
     for name in "wuvz":
         a, b = (m.graph.initializers[name].const_value for m in (one, other))
