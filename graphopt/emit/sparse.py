@@ -148,7 +148,7 @@ def sparse_form(model: ir.Model, style: SparseStyle) -> tuple[ir.Model, SparseFa
         style: what the target reads.
     """
     plan = _Plan.of(model, came_only=style is SparseStyle.KEPT)
-    style = SparseStyle.INITIALIZER if style is SparseStyle.KEPT else style
+    style = plan.came if style is SparseStyle.KEPT else style
     style, reason = _possible(style, plan, model.opset_imports.get("", 0))
     chosen = plan.paying if style is not SparseStyle.DENSE else ()
     facts = plan.facts(style, chosen, reason)
@@ -233,6 +233,13 @@ class _Plan:
                 entries.append(_Entry(key, tensor, nonzeros, free))
         told = () if came_only and not held else tuple(entries)
         return cls(told, tuple(sizes), held)
+
+    @property
+    def came(self) -> SparseStyle:
+        """The form of what came sparse; initializers where it came in both: one file does not mix them."""
+        held = [each.tensor for each in self.entries if isinstance(each.tensor, CooTensor)]
+        in_nodes = bool(held) and all(tensor.in_node for tensor in held)
+        return SparseStyle.CONSTANT if in_nodes else SparseStyle.INITIALIZER
 
     @property
     def paying(self) -> tuple[_Entry, ...]:

@@ -330,6 +330,7 @@ class _Decoder:
         sparse = attributes.get("sparse_value")
         if sparse is not None and not sparse.is_ref() and _is_constant(proto):
             # So every pass reads it as the constant it is; `encode` knows it by the CooTensor.
+            sparse.value.in_node = True
             dense = ir.AttrTensor("value", sparse.value, doc_string=sparse.doc_string)
             attributes["sparse_value"] = dense
         return list(attributes.values())

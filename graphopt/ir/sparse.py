@@ -22,12 +22,13 @@ class CooTensor(HeldTensor):
 
     `values`: [NNZ], any dtype. `indices`: integer, [NNZ] into the flattened tensor or [NNZ, rank]; both
     are written back as they came. `packed`: the indices stand in the file as packed integers (`int64_data`), one byte
-    for every 7 bits, in place of eight bytes each. `nbytes` is that of the dense form, as for any tensor of this shape.
+    for every 7 bits, in place of eight bytes each. `in_node`: it was read from a Constant
+    node. `nbytes` is that of the dense form, as for any tensor of this shape.
     Source: SparseTensorProto of onnx.proto. Indices narrower than int64 are not in the standard, but ONNX
     Runtime writes them.
     """
 
-    __slots__ = ("_dense", "indices", "packed", "values")
+    __slots__ = ("_dense", "in_node", "indices", "packed", "values")
 
     def __init__(
         self,
@@ -47,6 +48,7 @@ class CooTensor(HeldTensor):
         self.values = values
         self.indices = indices
         self.packed = packed
+        self.in_node = False
         self._dense: weakref.ref[np.ndarray[Any, Any]] | None = None
         self._check()
 

@@ -55,7 +55,7 @@ class SparseStyle(enum.StrEnum):
     INITIALIZER = "sparse_initializer"
     CONSTANT = "constant"
     KEPT = "kept"
-    """Sparse initializers for what came sparse, dense for what came dense."""
+    """Sparse for what came sparse, dense for what came dense; in Constant nodes where all that came sparse did."""
 
 
 class Artefact(enum.StrEnum):

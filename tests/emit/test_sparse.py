@@ -391,6 +391,22 @@ class TestKept:
         assert facts is not None
         assert facts.tensors == 1
 
+    def test_what_came_in_constant_nodes_stays_in_them(self) -> None:
+        made, _ = encoded(product(weight(0.9)), SparseStyle.CONSTANT)
+        again = load_model(model_to_bytes(made))
+        node = next(node for node in again.graph if node.op_type == "Constant")
+        value = ir.Value(name="w2", const_value=node.attributes["value"].as_tensor())
+        node.outputs[0].replace_all_uses_with(value)  # as passes that lift constants do
+        again.graph.remove(node, safe=True)
+        again.graph.register_initializer(value)
+        kept, _ = sparse_form(again, SparseStyle.KEPT)
+        held = [node for node in kept.graph if node.op_type == "Constant"]
+        assert isinstance(held[0].attributes["value"].as_tensor(), CooTensor)
+        onnx.checker.check_model(onnx.load_from_string(model_to_bytes(kept)), full_check=True)
+        other, _ = encoded(product(weight(0.9)), SparseStyle.INITIALIZER)
+        read, _ = sparse_form(load_model(model_to_bytes(other)), SparseStyle.KEPT)
+        assert isinstance(read.graph.initializers["w"].const_value, CooTensor)
+
 
 @pytest.mark.parametrize(
     ("style", "sparsity", "pays"),
