@@ -2,6 +2,9 @@
 
     python -m benchmarks.simplify [--peer-python PYTHON] [--tools graphopt,onnxsim,…] [--repeat N] MODEL.onnx …
 
+`--tools …,onnxruntime` adds ONNX Runtime's optimiser of transformers, told by the model's name that it is a BERT, a
+GPT-2 or a ViT.
+
 Each tool runs in a fresh process and does what its users do: read the file, simplify, write the file.  CPU time is user
 and system of the whole process, imports included, the least of N runs; `call` is that of the simplifying call alone
 (for graphopt the mapped load is part of it).  graphopt runs with verification off, because no peer verifies; what
@@ -49,6 +52,16 @@ TOOLS = {
         "onnxscript.optimizer.optimize(model); mark('done'); onnx_ir.save(model, sys.argv[2])"
     ),
 }
+FUSERS = {
+    "onnxruntime": (
+        "from onnxruntime.transformers import optimizer; mark('imported')\n"
+        "kind = next((k for k in ('bert', 'gpt2', 'vit') if k in sys.argv[1]), 'bert')\n"
+        "made = optimizer.optimize_model(sys.argv[1], model_type=kind, use_gpu=False); mark('done')\n"
+        "made.save_model_to_file(sys.argv[2])"
+    )
+}
+"""ONNX Runtime's optimiser of transformers, which wants to know what they are: run where it is named."""
+
 VERIFIED = "import graphopt; graphopt.optimize(sys.argv[1], output=sys.argv[2])"
 CHECK = "import sys, onnx.checker; onnx.checker.check_model(sys.argv[1])"
 
@@ -88,7 +101,8 @@ class Row:
 def measure(tool: str, python: str, model: Path, *, repeat: int, folder: Path, dims: str) -> Row:
     """What a tool does to a model, and at which cost."""
     out = folder / f"{model.stem}.{tool}.onnx"
-    cost = least(python, TOOLS[tool], [model, out], repeat=repeat)
+    code = {**TOOLS, **FUSERS}[tool]
+    cost = least(python, code, [model, out], repeat=repeat)
     if cost.failure:
         verdict = f"failed: {cost.failure[:110]}"
         return Row(model.stem, tool, None, cost.cpu_seconds, None, cost.peak_mb, 0.0, verdict)
@@ -230,7 +244,7 @@ def main() -> None:
                     with args.keep.open("a") as file:
                         file.write(json.dumps(dataclasses.asdict(rows[-1])) + "\n")
     originals = {m.stem: (nodes_of(m), m.stat().st_size / 1e6) for m in args.models}
-    order = {name: i for i, name in enumerate((*originals, *TOOLS))}
+    order = {name: i for i, name in enumerate((*originals, *TOOLS, *FUSERS))}
     wanted = sorted(
         (row for row in rows if row.model in originals),
         key=lambda row: (order[row.model], order[row.tool]),
