@@ -18,7 +18,6 @@ import json
 import math
 import subprocess
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -222,39 +221,32 @@ def file_of(model: str, tool: str, given: argparse.Namespace) -> Path:
 
 
 def table(given: argparse.Namespace) -> list[str]:
-    """Rows of all models that have any, as far as they go."""
-    heads = ["model, metric in float", "tool", "drop", "same", "with variants: drop", "same"]
-    lines = ["| " + " | ".join([*heads, "speed"]) + " |", "|---|---|--:|--:|--:|--:|--:|"]
+    """A row for each model that has any result."""
+    heads = ["model, metric in float", *TOOLS.values()]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for model in given.models:
-        told = ""
-        for tool in TOOLS:
-            file = file_of(model, tool, given)
-            if not file.exists():
-                continue
-            row = json.loads(file.read_text(encoding="utf-8"))
-            if not told and "float" in row:
-                told = f"{model}, {row['float']:.2f}"
-            lines.append(line(told if tool == "graphopt" else "", row))
+        files = {tool: file_of(model, tool, given) for tool in TOOLS}
+        known = {
+            tool: json.loads(file.read_text(encoding="utf-8"))
+            for tool, file in files.items()
+            if file.exists()
+        }
+        if known:
+            plain = next((row["float"] for row in known.values() if "float" in row), math.nan)
+            cells = [cell(known[tool]) if tool in known else "" for tool in TOOLS]
+            lines.append("| " + " | ".join([f"{model}, {plain:.2f}", *cells]) + " |")
     return lines
 
 
-def line(head: str, row: dict[str, Any]) -> str:
-    """One row of the table."""
-    cells = [head, TOOLS[row["tool"]]]
+def cell(row: dict[str, Any]) -> str:
+    """Drop on the samples; on these and their variants; share of equal answers on all; speed."""
     if "fails" in row:
-        return "| " + " | ".join([*cells, f"fails: {row['fails'][:90]}", "", "", "", ""]) + " |"
-    for key in ("plain", "varied"):
-        found = Change(**row[key]) if key in row else None
-        cells += told_of(found)
-    cells.append(f"{row['speed']:.2f}x")
-    return "| " + " | ".join(cells) + " |"
-
-
-def told_of(found: Change | None) -> Sequence[str]:
-    if found is None:
-        return "", ""
-    same = "" if math.isnan(found.same) else f"{found.same:.2%}"
-    return f"{found.drop:+.2f} ± {found.error:.2f}", same
+        return f"fails: {row['fails'][:60]}"
+    found = [Change(**row[key]) for key in ("plain", "varied") if key in row]
+    told = "; ".join(f"{each.drop:+.2f} ± {each.error:.2f}" for each in found)
+    same = "" if math.isnan(found[-1].same) else f", {found[-1].same:.1%}"
+    layers = row["remark"].partition(" layers")[0] if row["tool"] == "graphopt" else ""
+    return f"{told}{same}, {row['speed']:.2f}x" + (f" ({layers} layers)" if layers else "")
 
 
 def main() -> None:
