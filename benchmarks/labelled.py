@@ -103,7 +103,7 @@ class Task:
         """At most `count` ways to change the pictures; none where samples are none."""
         if self.kind not in PICTURES:
             return []
-        chosen = VARIANTS
+        chosen: tuple[Variant, ...] = VARIANTS
         if self.name.startswith(CHIRAL):
             chosen = tuple(dataclasses.replace(v, mirrored=False) for v in chosen)
         return [each for each in dict.fromkeys(chosen) if each != Variant()][:count]
