@@ -19,7 +19,12 @@ from tests.rewriting import compare, make_feeds, parse, run
 FOLDER = Path(__file__).with_name("exports")
 LEFT = {
     "bertemb_ts17": "Add Gather*2 LayerNormalization Sum",
+    "bloom_ts17d": "Add*2 And Attention Cast*2 CumSum Flatten Gather*5 LayerNormalization*2 LessOrEqual"
+    " MatMul*2 Max Mul*3 Range*2 Reshape*7 Shape*2 Squeeze*2 Sub Unsqueeze*5 Where",
     "cache_ts17": "Add*4 Attention MatMul*4 Reshape*4",
+    "codegen_ts17d": "Add And Attention Cast Div Expand*2 Flatten Gather*3 LayerNormalization LessOrEqual"
+    " MatMul*2 Mul Range*2 Reshape*5 RotaryEmbedding*2 Shape*3 Split*2 Squeeze*2 Unsqueeze*4"
+    " Where",
     "convbn_dy20": "Conv*2 HardSwish QuickGelu",
     "cross_dy20": "Add*4 Attention MatMul*4",
     "dec_layer_dy20": "Add*5 Attention*2 LayerNormalization*3 MatMul*7 Relu Slice*5 Sum*3",
@@ -37,6 +42,9 @@ LEFT = {
     "focus_ts17": "Conv Gather QuickGelu SpaceToDepth",
     "gelu_new_dy20": "Gelu",
     "gelu_new_ts13": "FastGelu",
+    "gptj_ts17d": "Add And Attention Cast Expand*2 Flatten Gather*2 GatherElements LayerNormalization"
+    " LessOrEqual MatMul*4 Max Mul Range*2 Reshape RotaryEmbedding*2 Shape*3 Split Squeeze*2"
+    " Tile Unsqueeze*4 Where",
     "hardswish_py_ts17": "HardSigmoid Mul",
     "ln_cf_dy20": "LayerNormalization Transpose*2",
     "ln_cf_ts13": "LayerNormalization Transpose*2",
@@ -47,6 +55,12 @@ LEFT = {
     "mha_weights_dy23": "Add Attention MatMul*2 Slice*3",
     "mha_weights_ts13": "Add*2 Attention MatMul*2 Slice*3",
     "mish_py_dy20": "Mul Softplus Tanh",
+    "mobilebert_ts17d": "Add*3 And Attention Cast Concat ConstantOfShape Flatten Gather*4 GreaterOrEqual MatMul*6"
+    " Mul Pad*2 Range*2 Reshape Shape*3 Slice*3 Squeeze*2 Unsqueeze*3 Where",
+    "mpt_ts17d": "Add And Attention Cast*2 Flatten Gather*2 LayerNormalization LessOrEqual MatMul*2 Max"
+    " Mul Range*2 Reshape Shape*2 Slice*4 Squeeze*2 Sub Unsqueeze*4 Where*2",
+    "openai_gpt_ts17d": "Add*3 Attention Cast*2 Gather*2 MatMul*2 Max Mul ReduceMax Shape Slice*3 Split Sub*2"
+    " Unsqueeze Where",
     "packed_chunk_dy20": "Add*2 Attention MatMul*2 Split",
     "packed_index_ts17": "Add*2 Attention MatMul*2 Slice*3",
     "packed_unbind_dy20h": "Add*2 Attention MatMul*2 Slice*3",
@@ -83,6 +97,10 @@ LEFT = {
     " Transpose*2",
     "t5_dy20": "Attention MatMul*4",
     "t5_ts13": "Add*2 Attention Cast MatMul*4 Max Mul ReduceMax Sub*2 Unsqueeze",
+    "xglm_ts17d": "Add*2 And Attention Cast Flatten Gather*3 LayerNormalization LessOrEqual MatMul*4 Max"
+    " Mul*2 Range*2 Reshape*3 Shape*2 Squeeze*2 Sum Unsqueeze*4 Where",
+    "xlm_ts17d": "Attention Cast Equal Expand Gather*2 LayerNormalization MatMul*4 Mul Reshape Shape*2"
+    " Slice Sum Unsqueeze Where",
 }
 """What is left on the CPU."""
 
