@@ -141,7 +141,7 @@ class Task:
         found: list[list[Any]] = [[] for _ in models]
         original, score, recipe = self.score.T, self.score, self.recipe
         assert self.answer is not None
-        answer = self.answer
+        answer, labels = self.answer, self.labels
 
         class Panel(original):  # type: ignore[misc, valid-type]
             def __init__(self, _path: str) -> None:
@@ -152,7 +152,8 @@ class Task:
                 values = dict(zip(self.i, given, strict=False)) if given else named
                 outputs = [session.run(None, values) for session in self.all]
                 for into, each in zip(found, outputs, strict=True):
-                    into.append(answer(score, recipe, each))
+                    label = labels[len(into)]
+                    into.append([answer(score, recipe, each), _sure(recipe, each, label)])
                 return outputs[0]
 
         plain = dict(score.PRE)
@@ -209,8 +210,13 @@ class Task:
         """The task metric over some units, in points: a hundredth of its range; more is better."""
         if self.answer is None:
             return METRICS[self.kind](self.score, [answers[i] for i in units])
-        shares = [np.mean([a == self.labels[i] for a in answers[i]]) for i in units]
+        shares = [np.mean([a == self.labels[i] for a, _ in answers[i]]) for i in units]
         return 100 * float(np.mean(shares))
+
+    @staticmethod
+    def sureness(answers: Answers) -> npt.NDArray[np.float64]:
+        """How probable each unit's label is by the model, in points, on average over its variants."""
+        return np.array([100 * np.mean([sure for _, sure in unit]) for unit in answers])
 
     def _labels(self) -> list[Any]:
         data, root = self.recipe["data"], self.zoo
@@ -237,12 +243,16 @@ class Change:
         error: its standard error, of the paired difference, by unit.
         same: share of answers that are those of float; NaN where answers are numbers.
         count: answers.
+        sure: points that the probability of the label falls, which no coin decides; NaN where there is none.
+        sure_error: its standard error.
     """
 
     drop: float
     error: float
     same: float
     count: int
+    sure: float = math.nan
+    sure_error: float = math.nan
 
 
 def change(task: Task, plain: Answers, found: Answers) -> Change:
@@ -254,13 +264,19 @@ def change(task: Task, plain: Answers, found: Answers) -> Change:
 
     if task.answer is not None:  # a mean: its jackknife in closed form
         each = np.array([drop([i]) for i in units])
-        error = float(each.std(ddof=1) / math.sqrt(len(each)))
-        return Change(float(each.mean()), error, *_same(plain, found))
+        fallen = task.sureness(plain) - task.sureness(found)
+        told = (*_mean(each), *_same(plain, found), *_mean(fallen))
+        return Change(*told)
     each = np.array([drop([j for j in units if j != i]) for i in units])
     spread = ((each - each.mean()) ** 2).sum()
     error = math.sqrt(float(spread) * (len(each) - 1) / len(each))
     same = _same_tokens(plain, found) if task.kind == "lm" else (math.nan, len(plain))
     return Change(drop(units), error, *same)
+
+
+def _mean(each: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """Mean and its standard error."""
+    return float(each.mean()), float(each.std(ddof=1) / math.sqrt(len(each)))
 
 
 def _same(plain: Answers, found: Answers) -> tuple[float, int]:
@@ -291,6 +307,18 @@ def _picture(pixels: Picture) -> Any:  # noqa: ANN401
     from PIL import Image  # noqa: PLC0415  the zoo's own scoring needs it, and nothing else here
 
     return Image.fromarray(pixels)
+
+
+def _sure(recipe: Recipe, outputs: Sequence[Any], label: object) -> float:
+    """How probable a class is by the model; NaN where the label is no number."""
+    if not isinstance(label, int):
+        return math.nan
+    flat = np.asarray(outputs[recipe.get("out_index", 0)]).reshape(-1).astype(np.float64)
+    flat = flat[recipe["pre"].get("class_offset", 0) :]
+    if (flat >= 0).all() and abs(flat.sum() - 1) < 1e-2:
+        return float(flat[label])
+    powers = np.exp(flat - flat.max())
+    return float(powers[label] / powers.sum())
 
 
 def _class(_score: Scorer, recipe: Recipe, outputs: Sequence[Any]) -> int:

@@ -1,7 +1,7 @@
 """INT8 on labelled data: the drop of the task metric and the speed, graphopt beside its peers.
 
     python -m benchmarks.quantize ZOO FOLDER [MODEL …] [--tools graphopt ort expert inc modelopt] [--samples 48]
-        [--limit N] [--variants 8] [--inc PYTHON] [--modelopt PYTHON] [--made FOLDER] [--again] [--table]
+        [--limit N] [--variants 8] [--inc PYTHON] [--modelopt PYTHON] [--made FOLDER] [--again | --rescore] [--table]
 
 Calibrates on what the zoo's own scoring feeds first, scores with it (labelled.py), times interleaved on one thread.
 FOLDER keeps the quantised models, the answers of float, and one JSON file a row: rows are made piecemeal, those that
@@ -167,6 +167,9 @@ def make(tool: str, model: Path, output: Path, feeds: Feeds, given: argparse.Nam
 def made(task: Task, tool: str, given: argparse.Namespace) -> dict[str, Any]:
     """Writes the model of one tool and asks whether it runs; what there is to tell of it."""
     output = given.folder / f"{task.name}.{tool}.onnx"
+    if given.rescore and output.exists():
+        known: dict[str, Any] = json.loads(file_of(task.name, tool, given).read_text("utf-8"))
+        return known
     feeds = task.record(given.samples)
     began = time.process_time()
     row: dict[str, Any] = {"model": task.name, "tool": tool, "remark": ""}
@@ -185,14 +188,13 @@ def made(task: Task, tool: str, given: argparse.Namespace) -> dict[str, Any]:
 
 def rows(task: Task, given: argparse.Namespace) -> None:
     """Makes and scores what is missing of one model."""
-    wanted = [
-        tool for tool in given.tools if given.again or not file_of(task.name, tool, given).exists()
-    ]
+    anew = given.again or given.rescore
+    wanted = [t for t in given.tools if anew or not file_of(task.name, t, given).exists()]
     found = [made(task, tool, given) for tool in wanted]
     alive = [row for row in found if "fails" not in row]
     variants = task.variants(given.variants)
     asked = [given.folder / f"{task.name}.{row['tool']}.onnx" for row in alive]
-    kept = given.folder / f"{task.name}.float.{given.limit}.{len(variants)}.json"
+    kept = given.folder / f"{task.name}.answers.{given.limit}.{len(variants)}.json"
     first = [] if kept.exists() else [task.float_model]
     answers = task.answers([*first, *asked], variants) if asked else []
     if first and asked:
@@ -239,12 +241,14 @@ def table(given: argparse.Namespace) -> list[str]:
 
 
 def cell(row: dict[str, Any]) -> str:
-    """Drop on the samples; on these and their variants; share of equal answers on all; speed."""
+    """Drop on the samples; on these and their variants; of all, equal answers and fall of the label's probability."""
     if "fails" in row:
         return f"fails: {row['fails'][:60]}"
     found = [Change(**row[key]) for key in ("plain", "varied") if key in row]
     told = "; ".join(f"{each.drop:+.2f} ± {each.error:.2f}" for each in found)
-    same = "" if math.isnan(found[-1].same) else f", {found[-1].same:.1%}"
+    last = found[-1]
+    same = "" if math.isnan(last.same) else f", {last.same:.1%}"
+    same += "" if math.isnan(last.sure) else f", sure {last.sure:+.2f} ± {last.sure_error:.2f}"
     layers = row["remark"].partition(" layers")[0] if row["tool"] == "graphopt" else ""
     return f"{told}{same}, {row['speed']:.2f}x" + (f" ({layers} layers)" if layers else "")
 
@@ -262,6 +266,7 @@ def main() -> None:
     parser.add_argument("--modelopt", default="")
     parser.add_argument("--made", type=Path)
     parser.add_argument("--again", action="store_true")
+    parser.add_argument("--rescore", action="store_true", help="score the models that are there")
     parser.add_argument("--table", action="store_true", help="only print what there is")
     given = parser.parse_intermixed_args()
     given.folder.mkdir(parents=True, exist_ok=True)
