@@ -195,7 +195,9 @@ def tuned(
     if not steps:
         return SLOW
     taught = [each for i, each in enumerate(samples) if i % HELD_OUT_OF != HELD_OUT_OF - 1]
-    return _Training(network, start, masks, seed).run(done, taught, held, steps)
+    training = _Training(network, start, masks, seed)
+    with np.errstate(all="ignore"):  # what overflows is far off, and so not kept
+        return training.run(done, taught, held, steps)
 
 
 def _start(done: Sequence[Pruned]) -> tuple[dict[str, Array], dict[str, Array]]:
