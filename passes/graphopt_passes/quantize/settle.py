@@ -14,6 +14,7 @@ import onnx_ir as ir
 from graphopt.calibrate.formats import Parameters
 from graphopt.calibrate.moments import collect_moments
 from graphopt.calibrate.ranges import Method
+from graphopt.calibrate.statistics import Statistics
 from graphopt.ir.build import Names
 from graphopt.ir.model_file import load_model
 from graphopt.rewrite import RemarkKind, name_of
@@ -58,9 +59,10 @@ def settle(trials: Trials, allowed: frozenset[str]) -> frozenset[str]:
     fused = trials.fused(allowed)
     trials.whole = trials.placed(fused)
     ranges = _settle_values if _probed(trials) else _settle_ranges
-    ranges(trials, fused)
+    ranges(trials, fused, {})
+    before = trials.facts.statistics
     if _settle_channels(trials, fused):
-        ranges(trials, fused)
+        ranges(trials, fused, before)
     _settle_rounding(trials, fused)
     return fused
 
@@ -112,7 +114,9 @@ def _saturation(trials: Trials, facts: Facts, allowed: frozenset[str]) -> tuple[
     return float(agreement), float(noise)
 
 
-def _settle_ranges(trials: Trials, fused: frozenset[str]) -> None:
+def _settle_ranges(
+    trials: Trials, fused: frozenset[str], _before: Mapping[str, Statistics]
+) -> None:
     """Where all layers together are too noisy, tries ranges that lose more of the values and less of the outputs."""
     if trials.overrides.method is not Method.BEST or trials.is_enough(trials.judged(fused)):
         return
@@ -144,10 +148,14 @@ def _probed(trials: Trials) -> int:
     return 0 if count < LEAST_PROBED else min(count, PROBED)
 
 
-def _settle_values(trials: Trials, fused: frozenset[str]) -> None:
-    """Chooses the range of each value by what it does to the outputs, if that lowers the noise of all together."""
+def _settle_values(trials: Trials, fused: frozenset[str], before: Mapping[str, Statistics]) -> None:
+    """Chooses the range of each value by what it does to the outputs, if that lowers the noise of all together.
+
+    Values that are as they were `before` keep what was chosen for them then.
+    """
     facts, key = trials.facts, trials.key
-    names = _ranged_values(trials, fused)
+    every = _ranged_values(trials, fused)
+    names = tuple(name for name in every if not _is_as_before(name, facts.statistics, before))
     cached = f"ranged:{key}"
     if cached not in trials.ctx.cache:
 
@@ -160,12 +168,22 @@ def _settle_values(trials: Trials, fused: frozenset[str]) -> None:
         classes = quality is not None and quality.change is not None
         feeds = trials.parts[0].first(_probed(trials))
         probe = Probe(trials.model, names, feeds, classes=classes)
-        trials.ctx.cache[cached] = search(probe, names, resolve)
+        chosen = {name: each for name, each in facts.ranged.items() if name not in names}
+        trials.ctx.cache[cached] = chosen | search(probe, names, resolve)
     ranged: Mapping[str, Ranging] = trials.ctx.cache[cached]
-    if not ranged:
+    if ranged == facts.ranged:
         return
     told = f"ranges of {len(ranged)} values by what they do to the outputs"
     _adopt(trials, fused, dataclasses.replace(facts, ranged=ranged, chosen={}), "ranged", told)
+
+
+def _is_as_before(
+    name: str, found: Mapping[str, Statistics], before: Mapping[str, Statistics]
+) -> bool:
+    """Whether a value has the range that it had, up to rounding."""
+    if name not in before or name not in found:
+        return False
+    return bool(np.allclose(found[name].mean_range, before[name].mean_range, rtol=1e-3))
 
 
 def _adopt(trials: Trials, fused: frozenset[str], facts: Facts, how: str, told: str) -> None:

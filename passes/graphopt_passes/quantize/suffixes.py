@@ -20,6 +20,9 @@ from graphopt_passes.quantize.files import on_disk
 Array: TypeAlias = "np.ndarray[Any, Any]"
 Feed: TypeAlias = Mapping[str, Any]
 
+KEPT_BYTES = 1 << 28
+"""What values in the middle may take that are kept; those of further samples are computed again for each value."""
+
 
 class Suffixes:
     """Parts of one model behind single values.
@@ -37,16 +40,27 @@ class Suffixes:
         with on_disk(model) as path:
             self._whole = Session(path, level=OptimizationLevel.ALL, options=options)
         wanted = [value.name or "" for value in model.graph.outputs]
-        self.outputs = [self._whole.run(sample, wanted) for sample in samples]
+        self.outputs: list[dict[str, Any]] = []
+        self._kept: list[dict[str, Any]] = []
+        room = KEPT_BYTES
+        for sample in samples:
+            made = self._whole.run(sample)
+            self.outputs.append({name: made[name] for name in wanted})
+            room -= sum(value.nbytes for value in made.values() if isinstance(value, np.ndarray))
+            if room > 0:
+                self._kept.append(made)
 
     def behind(self, name: str) -> Suffix:
         """What lies behind a value, ready to run."""
         sides, changed = self._behind(name)
         known = {spec.name for spec in self._whole.outputs}
         feeds = []
-        for sample in self._samples:
+        for index, sample in enumerate(self._samples):
             wanted = [side for side in sides if side in known]
-            made = self._whole.run(sample, wanted) if wanted else {}
+            if index < len(self._kept):
+                made = {side: self._kept[index][side] for side in wanted}
+            else:
+                made = self._whole.run(sample, wanted) if wanted else {}
             feeds.append({side: sample[side] for side in sides if side in sample} | made)
         is_output = name in changed
         outputs = [output for output in changed if output != name]
