@@ -280,7 +280,9 @@ def _mean(each: npt.NDArray[np.float64]) -> tuple[float, float]:
 
 
 def _same(plain: Answers, found: Answers) -> tuple[float, int]:
-    pairs = [a == b for p, f in zip(plain, found, strict=True) for a, b in zip(p, f, strict=True)]
+    pairs = [
+        a[0] == b[0] for p, f in zip(plain, found, strict=True) for a, b in zip(p, f, strict=True)
+    ]
     return float(np.mean(pairs)), len(pairs)
 
 
