@@ -317,10 +317,14 @@ def _sure(recipe: Recipe, outputs: Sequence[Any], label: object) -> float:
         return math.nan
     flat = np.asarray(outputs[recipe.get("out_index", 0)]).reshape(-1).astype(np.float64)
     flat = flat[recipe["pre"].get("class_offset", 0) :]
-    if (flat >= 0).all() and abs(flat.sum() - 1) < 1e-2:
-        return float(flat[label])
+    if (flat >= 0).all() and 0 < flat.max() <= PROBABLE:
+        return float(flat[label] / flat.sum())
     powers = np.exp(flat - flat.max())
     return float(powers[label] / powers.sum())
+
+
+PROBABLE = 1.05
+"""What no probability exceeds; those that a peer stores in 8 bits do not add up to one."""
 
 
 def _class(_score: Scorer, recipe: Recipe, outputs: Sequence[Any]) -> int:
