@@ -302,7 +302,11 @@ class _Keys:
         given = list(node.inputs)
         while given and given[-1] is None:  # to leave an input out is the same as to name none
             given.pop()
-        inputs = [self._value(value, local) for value in given]
+        if local:
+            inputs = [self._value(value, local) for value in given]
+        else:
+            numbers = self._numbers
+            inputs = [numbers.setdefault(value, len(numbers)) for value in given]
         if len(inputs) == 2 and _commutes(node):
             inputs.sort(key=repr)
         outputs = tuple(bool(value.name) for value in node.outputs)

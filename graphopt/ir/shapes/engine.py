@@ -210,7 +210,8 @@ class Engine:
 
     def _inputs(self, frame: Frame, node: ir.Node) -> Inputs:
         """The facts of the inputs of a node."""
-        return tuple(None if value is None else self.lookup(frame, value) for value in node.inputs)
+        known, lookup = frame.facts.get, self.lookup
+        return tuple([None if v is None else known(v) or lookup(frame, v) for v in node.inputs])
 
     def _query(self, frame: Frame, node: ir.Node, inputs: Inputs) -> Query:
         """A node with the facts of its inputs."""
