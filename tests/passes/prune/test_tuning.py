@@ -80,7 +80,10 @@ def share_of_zeros(model: ir.Model) -> list[float]:
     return [float(np.mean(tensor.numpy() == 0)) for tensor in held if tensor is not None]
 
 
-def test_training_brings_the_answers_nearer_and_keeps_the_zeros() -> None:
+def test_training_brings_the_answers_nearer_and_keeps_the_zeros(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tuning, "STEPS", 160)
     fitted, _ = pruned(network(), "0.9,tune=no", count=160)
     trained, ctx = pruned(network(), "0.9", count=160)
     assert error(trained) < 0.9 * error(fitted)
