@@ -133,10 +133,14 @@ def is_distribution(array: Wide) -> bool:
 def expected_change(expected: Wide, found: Wide, more: Wide | None = None) -> Change | None:
     """What noise like the one seen does to classes; None where rows name no class.
 
-    Differences of the greatest score and the next few are off by s, another for each row that was seen in both; a row
-    whose greatest score leads the k-th by m_k turns to it with probability Phi(-m_k / s), over all s, and loses
-    p_1 - p_k of being right, by what the model itself takes for probable.  Counting changes instead would need
+    Differences of the greatest score and the k-th are off by s_k = s r_k, another s for each row that was seen in both,
+    and r_k what the k-th is off by compared with others: the next class is often like the first, and off with it.
+    A row whose greatest score leads the k-th by m_k turns to it with probability Phi(-m_k / s_k), over all s, and
+    loses p_1 - p_k of being right, by what the model itself takes for probable.  Counting changes instead would need
     thousands of samples.
+
+    Where few rows would turn, more noise is taken, and the result scaled back.  Rows become more the farther from a
+    tie, so that this says too much: it is followed back to no noise from two amounts.
 
     Args:
         expected: scores in float [rows, classes].
@@ -148,18 +152,42 @@ def expected_change(expected: Wide, found: Wide, more: Wide | None = None) -> Ch
         return None
     if len(np.unique(rows.argmax(axis=1))) < 2 or not _is_decided(rows):
         return None  # the same class for all, or no class at all: margins say nothing
-    deviations = deviations_of(expected, found)
+    deviations = _deviations(expected, found)
     if not deviations.any():
         return Change(0.0, 0.0)
     leaders = _leaders(rows)
     shares = np.take_along_axis(_shares(rows), leaders, axis=1)
     scores = np.take_along_axis(rows, leaders, axis=1)
     margins, lead = scores[:, :1] - scores[:, 1:], shares[:, :1] - shares[:, 1:]
-    turned, scale = _turned(margins, lead, deviations), 1.0
-    while turned.flips * len(rows) < min(FEW, len(rows) / 4) and scale < FAR:
+    scale, share = 1.0, _turned(margins, lead, deviations)
+    while share.flips * len(rows) < min(FEW, len(rows) / 4) and scale < FAR:
         scale *= 2
-        turned = _turned(margins, lead, deviations * scale)
-    return Change(turned.flips / scale, turned.loss / scale**2)
+        share = _turned(margins, lead, deviations * scale)
+    if scale == 1:
+        return share
+    less = _turned(margins, lead, deviations * (scale / 2))
+    flips = _followed(less.flips / (scale / 2), share.flips / scale)
+    return Change(flips, _followed(less.loss / (scale / 2) ** 2, share.loss / scale**2))
+
+
+def _followed(near: float, far: float) -> float:
+    """What a quantity per noise is without any, from what it is at some and at twice as much; no more than there."""
+    return min(max(2 * near - far, far * LEAST_FOLLOWED), far)
+
+
+LEAST_FOLLOWED = 0.25
+"""What is left at least of what much noise says, however few rows lie near a tie."""
+
+
+def _deviations(expected: Wide, found: Wide) -> Wide:
+    """How far leads over the next few are off: [rows, rivals], of each row alone and of each rank over all rows."""
+    leaders = _leaders(expected)
+    error = np.take_along_axis(found, leaders, axis=1)
+    error -= np.take_along_axis(expected, leaders, axis=1)
+    squares = (error[:, :1] - error[:, 1:]) ** 2
+    whole = squares.mean()
+    ranks = np.sqrt(squares.mean(axis=0) / whole) if whole > 0 else np.zeros(squares.shape[1])
+    return np.asarray(np.sqrt(squares.mean(axis=1))[:, None] * ranks)
 
 
 def deviations_of(expected: Wide, found: Wide) -> Wide:
@@ -189,7 +217,7 @@ a tie, and more noise is taken, up to so much; changes grow with it, losses with
 def _turned(margins: Wide, lead: Wide, deviations: Wide) -> Change:
     """What noise of these deviations does to rows that lead by these margins, in score and in probability."""
     floor = deviations.max() * 1e-6
-    tails = np.mean([_upper_tail(margins / max(each, floor)) for each in deviations], axis=0)
+    tails = np.mean([_upper_tail(margins / np.maximum(each, floor)) for each in deviations], axis=0)
     tails /= np.maximum(tails.sum(axis=1, keepdims=True), 1)  # a row turns once
     return Change(float(tails.sum(axis=1).mean()), float((tails * lead).sum(axis=1).mean()))
 

@@ -51,6 +51,45 @@ def test_margins_of_further_samples_count() -> None:
     assert 0 < alone.flips < 0.005 < 0.01 < more.flips
 
 
+@pytest.mark.parametrize(("rising", "most"), [(False, 1.3), (True, 2.0)])
+def test_few_rows_near_a_tie_are_not_taken_for_many(*, rising: bool, most: float) -> None:
+    # Leads between 0 and 10, even, or rarer the nearer to a tie: then more noise turns more than its share.
+    rng = np.random.default_rng(5)
+
+    def drawn(count: int) -> np.ndarray:
+        even = rng.random(count)
+        lead = 10 * even if not rising else np.sqrt(1 + 120 * even) - 1
+        found = np.stack([lead, np.zeros(count), np.full(count, -20.0)], axis=1)
+        turned = rng.random(count) < 0.5
+        found[turned] = found[turned][:, [1, 0, 2]]
+        return found
+
+    many = drawn(200_000)
+    noisy = many + rng.normal(size=many.shape) * 0.2
+    happened = (many.argmax(axis=1) != noisy.argmax(axis=1)).mean()
+    told = []
+    for _ in range(40):
+        rows = drawn(64)
+        seen = rows[:16] + rng.normal(size=(16, 3)) * 0.2
+        change = expected_change(rows[:16], seen, rows[16:])
+        assert change is not None
+        told.append(change.flips)
+    assert 0.7 * happened < np.mean(told) < most * happened
+
+
+def test_the_next_class_may_be_off_with_the_first() -> None:
+    # The first two classes are alike, and off together; the others are off by themselves.
+    rng = np.random.default_rng(6)
+    rows = rng.normal(size=(3000, 5)) + np.array([8, 8, 0, 0, 0])
+    noise = rng.normal(size=rows.shape)
+    noise[:, 1] = noise[:, 0] + 0.1 * noise[:, 1]
+    found = rows + 0.3 * noise
+    change = expected_change(rows, found)
+    assert change is not None
+    happened = (rows.argmax(axis=1) != found.argmax(axis=1)).mean()
+    assert abs(change.flips - happened) < 0.4 * happened
+
+
 @pytest.mark.parametrize(
     "scores",
     [
