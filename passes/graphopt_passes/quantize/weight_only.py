@@ -71,7 +71,7 @@ class QuantizeDynamic:
         rules = _rules(self.skip_nodes, (), model, ctx)
         nodes = [node for node in everywhere(model) if not _said(rules, node).get("exclude")]
         sites = products_of(nodes, self.least)
-        return _run(model, ctx, Precision.INT8_DYNAMIC, self.least, write_dynamic, sites)
+        return _run(model, ctx, Precision.INT8_DYNAMIC, self, write_dynamic, sites)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +140,7 @@ class QuantizeWeights:
             write_blocks(changed, sites, names, how)
 
         sites = products_of(nodes, self.least, HALVES) | tables
-        return _run(model, ctx, Precision.INT4_WEIGHTS, self.least, write, sites)
+        return _run(model, ctx, Precision.INT4_WEIGHTS, self, write, sites)
 
     def _is_table(self, node: ir.Node, block: int) -> bool:
         """Whether the node looks rows up in a large constant matrix, whose rows are whole blocks."""
@@ -227,16 +227,16 @@ def _run(
     model: ir.Model,
     ctx: Context,
     precision: Precision,
-    least: int,
+    how: QuantizeDynamic | QuantizeWeights,
     write: Write,
     sites: frozenset[str],
 ) -> bool:
     if not sites:
         return _decline(
             ctx,
-            f"nothing to quantise: no MatMul or Gemm with a constant weight of {least} elements or more",
+            f"nothing to quantise: no MatMul or Gemm with a constant weight of {how.least} elements or more",
         )
-    if not _is_worth_it(model, sites, ctx, precision, write):
+    if not _is_worth_it(model, sites, ctx, precision, how, write):
         return False
     permitted = frozenset(
         name_of(node)
@@ -250,10 +250,15 @@ def _run(
 
 
 def _is_worth_it(
-    model: ir.Model, sites: frozenset[str], ctx: Context, precision: Precision, write: Write
+    model: ir.Model,
+    sites: frozenset[str],
+    ctx: Context,
+    precision: Precision,
+    how: QuantizeDynamic | QuantizeWeights,
+    write: Write,
 ) -> bool:
     on_host = ctx.target.provider == "CPUExecutionProvider"
-    worth = not on_host or _pays(model, sites, ctx, precision, write)
+    worth = not on_host or _pays(model, sites, ctx, precision, how, write)
     tell_screened(ctx, "quantize")
     return worth
 
@@ -314,10 +319,16 @@ def _is_matrix_product(node: ir.Node, least: int, dtypes: Collection[ir.DataType
 
 
 def _pays(
-    model: ir.Model, sites: frozenset[str], ctx: Context, precision: Precision, write: Write
+    model: ir.Model,
+    sites: frozenset[str],
+    ctx: Context,
+    precision: Precision,
+    how: QuantizeDynamic | QuantizeWeights,
+    write: Write,
 ) -> bool:
     """Whether the quantised model is faster than float here, and within the budget; said where it is not."""
-    key = f"{precision}:{fingerprint.structural(model)}:{fingerprint.weights(model)}:{len(sites)}"
+    known = f"{fingerprint.structural(model)}:{fingerprint.weights(model)}"
+    key = f"{how}:{known}:{sorted(sites)}"  # other bits and blocks are another answer
     if key not in ctx.cache:
         ctx.cache[key] = _measured(model, sites, ctx, precision, write)
     ratio, passed, sqnr = ctx.cache[key]

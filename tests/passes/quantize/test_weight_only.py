@@ -103,6 +103,14 @@ def test_a_budget_out_of_reach_leaves_float() -> None:
     assert "outside the budget" in ctx.remarks[0].reason
 
 
+def test_other_bits_of_the_same_weights_are_judged_anew() -> None:
+    model = load_model(varied(PAIR))
+    ctx = context(model, budget="sqnr>=28")
+    assert not QuantizeWeights(least=1).run(model, ctx)
+    assert "outside the budget" in ctx.remarks[-1].reason
+    assert QuantizeWeights(bits=8, least=1).run(model, ctx)
+
+
 def test_a_block_that_no_kernel_takes_is_refused() -> None:
     model = load_model(varied(PAIR))
     with pytest.raises(OptionError, match="block size 24"):
