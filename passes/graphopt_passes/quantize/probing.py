@@ -89,7 +89,8 @@ class Probe:
 def _stored(value: npt.NDArray[Any], given: Parameters) -> npt.NDArray[Any]:
     """A value as it comes back from integers, in its own precision."""
     first, last = given.format.codes
-    codes = np.rint(value / np.float32(given.scale))
+    with np.errstate(over="ignore"):  # masks are beyond any range
+        codes = np.rint(value / np.float32(given.scale))
     codes += np.float32(given.zero_point)
     np.clip(codes, first, last, out=codes)
     codes -= np.float32(given.zero_point)
