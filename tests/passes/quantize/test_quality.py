@@ -113,9 +113,9 @@ def test_no_noise_changes_nothing() -> None:
         (Quality(31, passed=True), True),
         (Quality(29, passed=True), False),
         (Quality(40, passed=False), False),
-        (Quality(25, passed=True, change=Change(0.015, 0.001)), True),
-        (Quality(25, passed=True, change=Change(0.025, 0.001)), False),
-        (Quality(25, passed=True, change=Change(0.015, 0.003)), False),
+        (Quality(25, passed=True, change=Change(0.0095, 0.001)), True),
+        (Quality(25, passed=True, change=Change(0.0105, 0.001)), False),
+        (Quality(25, passed=True, change=Change(0.0095, 0.003)), False),
         (Quality(19, passed=True, change=Change(0.0, 0.0)), False),
     ],
 )
