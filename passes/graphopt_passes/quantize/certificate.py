@@ -157,8 +157,8 @@ class Judgement:
     def race(self, model: ir.Model, seconds: float = 0.6) -> Callable[[], float]:
         """A function that says how many times faster than float `model` is, interleaved on the first sample.
 
-        Where memory came to lie for a session makes several percent, so that each call makes new ones, now the one
-        first and now the other; of large models they are made once.
+        One pair of sessions may be off by several percent however often it is timed, so that each call makes new ones,
+        now the one first and now the other; of large models they are made once.
         """
         values = [self.feeds[0].values] * 2
         if self.kept is None:

@@ -20,8 +20,8 @@ LEAST_SQNR_DB = 20.0
 FLIPS = 0.01
 """Expected share of samples whose class changes that a classifier may have: each may be for better or for worse.
 
-Half a point of accuracy is what a classifier may lose; of the classes that change, those lost and not made up for by
-others that are won were at most half (docs/quantization.md).
+So at most a point of accuracy is expected to be lost, all changes being for the worse, and about nothing where they are
+coins; half a point is the aim on image classifiers.
 """
 
 LOSS = 0.002
