@@ -93,6 +93,20 @@ class Costs:
         """Nanoseconds of all sites in float."""
         return sum(self._float(site) for site in whole.values())
 
+    def beside(self, graph: ir.Graph, whole: Mapping[ir.Node, Site]) -> float:
+        """Nanoseconds of the nodes that are no sites, which integers do not change, as far as sizes are known."""
+        inside = {id(node) for node in whole} | {id(site.absorbed) for site in whole.values()}
+        return sum(self._computed(node) for node in graph if id(node) not in inside)
+
+    def _computed(self, node: ir.Node) -> float:
+        if node.op_type == "Constant" or not node.outputs:
+            return 0.0
+        elements = self.elements(node.outputs[0])
+        shape = node.inputs[0].shape if node.inputs and node.inputs[0] is not None else None
+        depth = shape[-1] if node.op_type == "MatMul" and shape else 0
+        each = depth * self._rates.product if isinstance(depth, int) else 0.0
+        return max(each, PASSIVE) * elements + NODE
+
     def _edges(self, sites: Mapping[ir.Node, Site]) -> float:
         """What encoding and decoding between the two costs."""
         stored = {site.result: site for site in sites.values() if site.stores}

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from graphopt.rewrite import RemarkKind, name_of
 from graphopt_passes.quantize.placement import is_product
-from graphopt_passes.quantize.settle import settle
+from graphopt_passes.quantize.settle import fuse, settle
 from graphopt_passes.quantize.trials import GAIN, PROBE_NS, RULE, Trial, Trials
 
 EASED, WORTH = 6, 0.05
@@ -29,20 +29,37 @@ class Search:
 
     def __init__(self, trials: Trials) -> None:
         self.trials, self.ctx, self.costs = trials, trials.ctx, trials.costs
+        self.refused: list[str] = []
 
     def best(self, allowed: frozenset[str]) -> Trial:
         """The choice to apply; one without sites where float is better."""
         if self.trials.judge is None:
             return Trial(self.trials.all_sites(allowed))
-        fused = settle(self.trials, allowed)
+        fused = fuse(self.trials, allowed)
+        if not self._choices(fused):
+            self._say_too_little(fused)
+            return Trial(frozenset())
+        settle(self.trials, fused)
         self.costs = self.trials.costs
         for trial in self._acceptable(fused):
-            ratio = self.trials.ratio(trial.sites)
-            if ratio >= GAIN or self.ctx.options.force:
+            if self._is_worth(trial.sites):
                 self._explain(trial, fused)
+                ratio = self.trials.ratio(trial.sites)
                 return dataclasses.replace(trial, ratio=ratio, scalings=self.trials.scalings)
         self._say_why_not(fused)
         return Trial(frozenset())
+
+    def _is_worth(self, sites: frozenset[str]) -> bool:
+        """Whether what is gained is worth other numbers, by the table and then by the clock; with --force it is."""
+        if self.ctx.options.force:
+            return True
+        told = f"{self.trials.predicted(sites):.2f}x by the table of kernel times"
+        if not self._pays(sites):
+            self.refused.append(told)
+            return False
+        ratio = self.trials.ratio(sites)
+        self.refused.append(f"{ratio:.2f}x by the clock, {told}")
+        return ratio >= GAIN
 
     def _acceptable(self, fused: frozenset[str]) -> Iterator[Trial]:
         """Choices within the budget, the best first."""
@@ -103,7 +120,7 @@ class Search:
     def _choices(self, fused: frozenset[str]) -> list[frozenset[str]]:
         """What to try, the fastest by the table first; everything with --force."""
         if self.ctx.options.force:
-            return [fused]
+            return [fused] if fused else []
         products = [n for n in self.trials.whole if is_product(n)]
         dense = frozenset(name_of(n) for n in products if n.op_type != "Conv")
         alone = frozenset(name_of(n) for n in products) | self.trials.mixed.layers
@@ -114,7 +131,7 @@ class Search:
         return [group for group in dict.fromkeys(found) if group and self._pays(group)]
 
     def _pays(self, sites: frozenset[str]) -> bool:
-        return self.costs.gain(self.trials.placed(sites), self.trials.whole) > 0
+        return self.trials.predicted(sites) >= GAIN
 
     def _cheapest(self, sites: frozenset[str]) -> frozenset[str]:
         """The sites without those whose integer kernels lose time, by the table."""
@@ -145,18 +162,30 @@ class Search:
                     "stays float: speed; in 8 bits it would take longer on this processor",
                 )
 
-    def _say_why_not(self, fused: frozenset[str]) -> None:
-        forced = self.ctx.options.force
-        fastest = fused if forced else self._cheapest(fused)
-        if not forced and (not fastest or not self._pays(fastest)):
+    def _say_too_little(self, fused: frozenset[str]) -> None:
+        """Says that no choice promises enough."""
+        if not fused:
+            self.trials.say("stays float: the runtime fuses none of its layers in 8 bits")
+            return
+        best = self.trials.predicted(self._cheapest(fused))
+        if best <= 1:
             self.trials.say(
                 "stays float: no layer would be faster in 8 bits on this processor; --force emits it all the same"
             )
             return
+        self.trials.say(
+            f"stays float: too little to gain: in 8 bits it would run at {best:.2f}x the speed of float here, by the "
+            f"table of kernel times, and other numbers are for {GAIN}x or more; --force emits it all the same"
+        )
+
+    def _say_why_not(self, fused: frozenset[str]) -> None:
+        fastest = fused if self.ctx.options.force else self._cheapest(fused)
         found, ratio = self.trials.judged(fastest), self.trials.ratio(fastest)
-        if not forced and ratio < GAIN:
+        predicted = self.trials.predicted(fastest)
+        if not self.ctx.options.force and ratio < GAIN:
             self.trials.say(
-                f"stays float: quantised it would run at {ratio:.2f}x the speed of float here; --force emits it"
+                f"stays float: quantised it would run at {ratio:.2f}x the speed of float here by the clock "
+                f"({predicted:.2f}x by the table), and other numbers are for {GAIN}x or more; --force emits it"
             )
             return
         assert found.quality is not None
@@ -169,9 +198,11 @@ class Search:
         told = (
             "" if change is None else f" and {change.flips:.1%} of the samples with another class"
         )
+        within = f"what it allows is {self.refused[0]}" if self.refused else "it allows none"
         self.trials.say(
-            f"stays float: no faster choice of layers is within the budget; all that pay would be {ratio:.2f}x as fast "
-            f"at {found.quality.sqnr_db:.1f} dB{told}: relax it with --budget sqnr>={found.quality.sqnr_db - 0.5:.0f}"
+            f"stays float: no choice of layers within the budget is {GAIN}x as fast as float ({within}; --force emits "
+            f"that); all that pay would be {ratio:.2f}x as fast by the clock at {found.quality.sqnr_db:.1f} dB{told}: "
+            f"relax it with --budget sqnr>={found.quality.sqnr_db - 0.5:.0f}"
         )
 
     def _within_budget(self, sites: frozenset[str]) -> Trial:

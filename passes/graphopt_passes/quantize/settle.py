@@ -53,18 +53,22 @@ OTHERS = (Method.PERCENTILE, Method.MIN_MAX)
 """Ways to find ranges that are tried where noise is too much: what an outlier is worth only the output can tell."""
 
 
-def settle(trials: Trials, allowed: frozenset[str]) -> frozenset[str]:
-    """Chooses the methods; returns the nodes that the runtime fuses."""
+def fuse(trials: Trials, allowed: frozenset[str]) -> frozenset[str]:
+    """Chooses how wide weights are; returns the nodes that the runtime fuses."""
     _settle_width(trials, allowed)
     fused = trials.fused(allowed)
     trials.whole = trials.placed(fused)
+    return fused
+
+
+def settle(trials: Trials, fused: frozenset[str]) -> None:
+    """Chooses the other methods."""
     ranges = _settle_values if _probed(trials) else _settle_ranges
     ranges(trials, fused, {})
     before = trials.facts.statistics
     if _settle_channels(trials, fused):
         ranges(trials, fused, before)
     _settle_rounding(trials, fused)
-    return fused
 
 
 def _note(trials: Trials, text: str) -> None:

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from graphopt_passes.quantize import search
 from graphopt_passes.quantize.quality import Quality
 from graphopt_passes.quantize.search import Search
-from graphopt_passes.quantize.trials import Trial
+from graphopt_passes.quantize.trials import GAIN, TIMED, Trial, timed
 
 NOISE = {"first": 6e-3, "second": 1e-3, "third": 1e-3}
 SAVED = {"first": 5.0, "second": 15.0, "third": 15.0}
@@ -43,6 +44,9 @@ class Additive:
         return sites
 
     all_sites = placed
+
+    def predicted(self, sites: frozenset[str]) -> float:
+        return 100.0 / (100.0 - sum(SAVED[name] for name in sites))
 
     def noise(self, sites: frozenset[str]) -> dict[str, float]:
         return {name: NOISE[name] for name in sites}
@@ -106,3 +110,77 @@ def test_layers_that_were_kept_against_the_table_are_not_dropped_on_the_way(
     """Here the table would have dropped the third from the beginning."""
     found = eased(monkeypatch, cheapest=lambda sites: sites - {"third"})
     assert found[0] == {"second", "third"}
+
+
+class Worth(Additive):
+    """What the table and the clock say of all choices."""
+
+    def __init__(self, predicted: float, ratio: float, **options: Any) -> None:
+        super().__init__(**options)
+        self.table, self.clock, self.asked, self.said = predicted, ratio, 0, [""]
+        self.judge, self.scalings = True, ()
+
+    def predicted(self, sites: frozenset[str]) -> float:
+        return self.table if sites else 1.0
+
+    def ratio(self, sites: frozenset[str]) -> float:
+        self.asked += 1
+        return self.clock if sites else 0.0
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def chosen(self, sites: frozenset[str]) -> bool:
+        return self.ctx.options.force or self.predicted(sites) >= GAIN
+
+
+def searched(monkeypatch: pytest.MonkeyPatch, trials: Any) -> Trial:
+    """What is chosen where all layers are fused and within the budget."""
+    monkeypatch.setattr(search, "fuse", lambda _trials, allowed: allowed)
+    monkeypatch.setattr(search, "settle", lambda _trials, _fused: None)
+    monkeypatch.setattr(Search, "_cheapest", lambda _self, sites: sites)
+    monkeypatch.setattr(Search, "_choices", lambda _self, sites: [sites] * trials.chosen(sites))
+    monkeypatch.setattr(Search, "_explain", lambda *_given: None)
+    return Search(trials).best(ALL)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "clock", "raced", "told"),
+    [
+        (GAIN - 0.02, 2.0, False, "1.03x the speed of float here, by the table"),
+        (0.9, 2.0, False, "no layer would be faster"),
+        (GAIN + 0.1, GAIN - 0.01, True, "1.04x the speed of float here by the clock (1.15x by the"),
+    ],
+)
+def test_little_gain_is_not_worth_other_numbers(
+    monkeypatch: pytest.MonkeyPatch, predicted: float, clock: float, raced: bool, told: str
+) -> None:
+    trials = Worth(predicted, clock)
+    assert not searched(monkeypatch, trials).sites
+    assert bool(trials.asked) == raced
+    assert told in trials.said[-1]
+    assert "--force" in trials.said[-1]
+
+
+def test_enough_gain_by_both_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert searched(monkeypatch, Worth(GAIN, GAIN)).sites
+
+
+def test_little_gain_is_taken_by_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert searched(monkeypatch, Worth(0.5, 0.5, force=True)).sites == ALL
+
+
+@pytest.mark.parametrize(
+    ("turns", "worth"),
+    [
+        ([1.2] * 5, True),
+        ([1.2, 0.7, 1.2, 1.2, 1.2], True),  # a busy moment
+        ([1.06, 1.04, 1.07, 1.02], False),  # a median of 1.05: near the bound
+        ([1.02, 1.2, 1.04], False),
+        ([0.9, 0.9], False),
+    ],
+)
+def test_all_turns_but_one_must_say_that_it_is_faster(turns: list[float], worth: bool) -> None:
+    left = iter(turns)
+    assert (timed(lambda: next(left)) >= GAIN) == worth
+    assert len(turns) - len(list(left)) <= TIMED
