@@ -10,6 +10,7 @@ finite queries and keys of ordinary size.  Changes numerics: reordered.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -22,8 +23,16 @@ from graphopt.rewrite import Either, Lit, Match, Op, Rule, Skip, Var, rule
 from graphopt_passes.bands import Band, visible
 from graphopt_passes.constants import no_operator
 from graphopt_passes.keys import cast_below_views, shares, ungrouped, untransposed
-from graphopt_passes.masks import HARMLESS, Reach, ends_in, lowest, reach_of
-from graphopt_passes.repeats import unrepeated
+from graphopt_passes.masks import (
+    HARMLESS,
+    Hidden,
+    Reach,
+    apart,
+    ends_in,
+    lowest,
+    number_of,
+    reach_of,
+)
 
 OPSETS = (7, 10_000)
 """Opsets of multidirectional broadcasting; before 13, Softmax over the last axis alone is the same."""
@@ -128,7 +137,8 @@ def fuse_attention(m: Match, g: Builder) -> ir.Value | None:
     if not m.emits("Attention", dtype=dtype, form="" if heads == served else "grouped"):
         raise Skip("the target gains nothing by Attention with shared keys", m[q])
     operands = _in_one_type(m, g, m[q], key, value)
-    return g.op("Attention", *operands, hidden, scale=scale, softmax_precision=precision)
+    whole = g.op("Attention", *operands, hidden.mask, scale=scale, softmax_precision=precision)
+    return hidden.zeroed(g, whole, _type(m))
 
 
 def _type(m: Match) -> ir.DataType | None:
@@ -169,7 +179,7 @@ def _softmax_precision(m: Match) -> int | None:
 
 
 def _without_heads(
-    m: Match, g: Builder, hidden: ir.Value | None, scale: float, precision: int | None
+    m: Match, g: Builder, hidden: Hidden, scale: float, precision: int | None
 ) -> ir.Value:
     """Attention of [B, S, D], [B, L, D] and [B, L, E]: one head each, side by side with none."""
     if len({m.known_dims(each)[0] for each in (q, k_t, v)}) > 1:
@@ -178,20 +188,22 @@ def _without_heads(
     if maker is not None and maker.op_type == "Transpose" and m.attr(maker, "perm", ()) == turn:
         stored = maker.inputs[0]
     stored = stored or g.op("Transpose", m[k_t], perm=turn)
-    if hidden is not None and len(_mask_dims(m)) == 3:
-        hidden = g.op("Unsqueeze", hidden, g.ints([1]))
-    return g.op(
+    added = hidden.mask
+    if added is not None and len(_mask_dims(m)) == 3:
+        added = g.op("Unsqueeze", added, g.ints([1]))
+    whole = g.op(
         "Attention",
         *_in_one_type(m, g, m[q], stored, m[v]),
-        hidden,
+        added,
         scale=scale,
         softmax_precision=precision,
         q_num_heads=1,
         kv_num_heads=1,
     )
+    return hidden.zeroed(g, whole, _type(m))
 
 
-def _mask(m: Match, g: Builder) -> ir.Value | None:
+def _mask(m: Match, g: Builder) -> Hidden:
     """The mask of the operator: what is added to the scores, or which scores count.
 
     Raises:
@@ -200,23 +212,31 @@ def _mask(m: Match, g: Builder) -> ir.Value | None:
     if m.has(biased):
         return _added_mask(m, g, m[mask])
     if not (m.has(kept) or m.has(dropped)):
-        return None
+        return Hidden(None)
     which = m[keep] if m.has(kept) else m[drop]
     _refuse_shape(m, which)
     return _written_out(m, g, which, _chosen(m, g, which))
 
 
-def _chosen(m: Match, g: Builder, which: ir.Value) -> ir.Value:
+def _chosen(m: Match, g: Builder, which: ir.Value) -> Hidden:
     """The mask that does what choosing a number instead of scores does."""
     reach = _reach_of_choice(m, which)
     if reach is None or not _sees_itself(m, which):
         if reach is not None and not _is_kept(m, reach):
             return _instead_of_choice(m, g, which, reach)
         _refuse_masked_rows(m, which, reach)
-    return which if m.has(kept) else g.op("Not", which)
+        if reach is not None and reach.masked and not _is_trusted(m):
+            return apart(g, _instead(m, g, which, number_of(g, -math.inf, _type(m))), _type(m))
+    return Hidden(which if m.has(kept) else g.op("Not", which))
 
 
-def _instead_of_choice(m: Match, g: Builder, which: ir.Value, reach: Reach) -> ir.Value:
+def _instead(m: Match, g: Builder, which: ir.Value, number: ir.Value) -> ir.Value:
+    """An added mask of zero where scores are kept, and of a number elsewhere."""
+    zero = number_of(g, 0.0, _type(m))
+    return g.op("Where", which, *((zero, number) if m.has(kept) else (number, zero)))
+
+
+def _instead_of_choice(m: Match, g: Builder, which: ir.Value, reach: Reach) -> Hidden:
     """An added mask that does what the choice does, also in rows of which nothing is kept.
 
     Raises:
@@ -225,39 +245,37 @@ def _instead_of_choice(m: Match, g: Builder, which: ir.Value, reach: Reach) -> i
     even = _may_be_even(m, reach)
     if not even and not reach.masked:
         raise Skip("a row may hold one number throughout", which)
-    number = _floor(m, g) if even else _number(m, g, -math.inf)
-    zero = _number(m, g, 0.0)
-    added = g.op("Where", which, *((zero, number) if m.has(kept) else (number, zero)))
-    return added if even else _steady(m, g, which, added)
-
-
-def _number(m: Match, g: Builder, number: float) -> ir.Value:
-    """A number in the type of the queries."""
-    dtype = _type(m)
-    assert dtype is not None, "emits() knew it"
-    return g.const(np.asarray(number, dtype.numpy()))
+    added = _instead(m, g, which, _floor(m, g) if even else number_of(g, -math.inf, _type(m)))
+    return Hidden(added) if even else _steady(m, g, which, added)
 
 
 def _floor(m: Match, g: Builder) -> ir.Value:
     """The number of `LIFTED`."""
-    return _number(m, g, LIFTED[_type(m) or ir.DataType.FLOAT])
+    return number_of(g, LIFTED[_type(m) or ir.DataType.FLOAT], _type(m))
 
 
-def _added_mask(m: Match, g: Builder, value: ir.Value) -> ir.Value:
+def _added_mask(m: Match, g: Builder, value: ir.Value) -> Hidden:
     """A mask that is added to the scores, as the operator takes it: [S, L] at its end, in the type of the queries."""
     reach = reach_of(value)
     even = reach is not None and _may_be_even(m, reach)
     _refuse_shape(m, value)
     if value.dtype != _type(m):
         value = _cast_mask(m, g, value)
+    hidden = Hidden(value)
     if even:  # beside such a number every score vanishes, as beside the lowest, and a row of it is spread evenly
-        value = g.op("Max", value, _floor(m, g))
+        hidden = Hidden(g.op("Max", value, _floor(m, g)))
     elif not _sees_itself(m, value):
         if reach is None or not _is_kept(m, reach):
-            value = _steady_where_unknown(m, g, m[mask], value, reach)
+            hidden = _steady_where_unknown(m, g, m[mask], value, reach)
         else:
             _refuse_masked_rows(m, value, reach)
-    return _written_out(m, g, m[mask], value)
+            hidden = apart(g, value, _type(m)) if reach.masked and not _is_trusted(m) else hidden
+    return _written_out(m, g, m[mask], hidden)
+
+
+def _is_trusted(m: Match) -> bool:
+    """Whether the target's Attention is known to give zeros for queries that see no key."""
+    return m.emits("Attention", dtype=_type(m), form="masked-rows")
 
 
 def _may_be_even(m: Match, reach: Reach) -> bool:
@@ -286,7 +304,7 @@ def _is_kept(m: Match, reach: Reach) -> bool:
 
 def _steady_where_unknown(
     m: Match, g: Builder, given: ir.Value, added: ir.Value, reach: Reach | None
-) -> ir.Value:
+) -> Hidden:
     """As `_steady`; of a small bias for every head and an unknown mask for all, the mask alone, which absorbs the bias.
 
     As T5 adds them.
@@ -299,18 +317,20 @@ def _steady_where_unknown(
                 continue
             dims = m.known_dims(unknown)
             if len(dims) < 3 or dims[-3] == 1:
-                return g.op("Add", bias, _steady(m, g, unknown, unknown))
+                steady = _steady(m, g, unknown, unknown)
+                return dataclasses.replace(steady, mask=g.op("Add", bias, steady.mask))
     return _steady(m, g, given, added, masked=reach is None or reach.masked)
 
 
 def _steady(
     m: Match, g: Builder, given: ir.Value, added: ir.Value, *, masked: bool = True
-) -> ir.Value:
+) -> Hidden:
     """A mask of which nothing is known, z, as `z + (max(r, low) - r)`, r the largest number of each row.
 
-    A row of -infinity, if there can be one (`masked`), becomes NaN, which is what Softmax made of it (-infinity again
-    where the guard would say 0), and a row of the lowest number is spread as it was; other rows are as they were, bit
-    for bit.  Once for all layers that share the mask.
+    A row of -infinity, if there can be one (`masked`), becomes NaN, which is what Softmax made of it, and a row of the
+    lowest number is spread as it was; other rows are as they were, bit for bit.  Where the guard would say 0, such a
+    row is -infinity again, or told apart if the target's Attention is not known to give 0 for it: so are rows with
+    infinity or NaN, whose lift is no number either.  Once for all layers that share the mask.
 
     Raises:
         Skip: it is not of the type of the queries, or of every head: more work than it saves.
@@ -320,15 +340,17 @@ def _steady(
         raise Skip("a row may be masked throughout", given)
     if len(dims) > 2 and len(m.known_dims(q)) == 4 and dims[-3] != 1:
         raise Skip("a row of a mask for every head may be masked throughout", given)
-    guarded_rows = masked and m.has(guard)
-    if guarded_rows and not m.emits("Attention", dtype=_type(m), form="masked-rows"):
-        raise Skip("what the target's Attention makes of a fully masked row is not known", given)
     best = g.op("ReduceMax", added, g.ints([-1]))
     lift = g.op("Sub", g.op("Max", best, _floor(m, g)), best)
     steady = g.op("Add", added, lift)
-    if not guarded_rows:
-        return steady
-    return g.op("Where", g.op("IsNaN", steady), _number(m, g, -math.inf), steady)
+    if not (masked and m.has(guard)):
+        return Hidden(steady)
+    if _is_trusted(m):
+        return Hidden(
+            g.op("Where", g.op("IsNaN", steady), number_of(g, -math.inf, _type(m)), steady)
+        )
+    seen = g.op("Less", lift, number_of(g, math.inf, _type(m)))
+    return Hidden(g.op("Where", seen, steady, number_of(g, 0.0, _type(m))), seen)
 
 
 def _cast_mask(m: Match, g: Builder, value: ir.Value) -> ir.Value:
@@ -344,7 +366,7 @@ def _cast_mask(m: Match, g: Builder, value: ir.Value) -> ir.Value:
         return g.const(data.astype(dtype.numpy()), name="mask")
 
 
-def _written_out(m: Match, g: Builder, given: ir.Value, value: ir.Value) -> ir.Value:
+def _written_out(m: Match, g: Builder, given: ir.Value, hidden: Hidden) -> Hidden:
     """What was made of a mask [..., 1, L] as [..., S, L]: ONNX Runtime 1.31 does not broadcast it.
 
     Likewise of [..., S, X] of which nobody knows whether X is L or 1.
@@ -352,7 +374,7 @@ def _written_out(m: Match, g: Builder, given: ir.Value, value: ir.Value) -> ir.V
     dims, queries, keys = m.known_dims(given), m.known_dims(q)[-2], _columns(m, given)
     once, open_end = dims[-2] == 1 and queries != 1, not is_cut_to(dims[-1], keys)
     if not (once or open_end):
-        return value
+        return hidden
     rows = columns = g.ints([1])
     if once:  # of the mask itself, if possible: then it is done once for all layers, and needs nothing of theirs
         own = (given, len(dims) - 1) if dims[-1] == queries else _first_with(m, q, queries)
@@ -360,8 +382,10 @@ def _written_out(m: Match, g: Builder, given: ir.Value, value: ir.Value) -> ir.V
     if open_end:
         columns = _size(g, keys, *_first_with(m, v, keys))
     if once and not open_end and queries.value is not None:
-        return g.op("Expand", value, g.ints([queries.value, 1]))
-    return g.op("Expand", value, g.op("Concat", rows, columns, axis=0))
+        sizes = g.ints([queries.value, 1])
+    else:
+        sizes = g.op("Concat", rows, columns, axis=0)
+    return dataclasses.replace(hidden, mask=g.op("Expand", hidden.mask, sizes))
 
 
 def _size(g: Builder, size: Dim, source: ir.Value, axis: int) -> ir.Value:
@@ -392,30 +416,6 @@ def _reach_of_choice(m: Match, which: ir.Value) -> Reach | None:
             return HARMLESS
     # A row of one finite number is spread evenly, whatever the number.
     return Reach(0.0, masked=True) if number == -math.inf else Reach(-math.inf, masked=False)
-
-
-all_keys, all_values = Var(), Var()
-given = Op("Attention", q, all_keys, all_values, ...)
-
-
-@rule(given, opset=(23, 10_000))
-def share_repeated_heads(m: Match, g: Builder) -> ir.Value | None:
-    """`Attention(q, repeat(k), repeat(v))` -> `Attention(q, k, v)`: each head of keys serves several of queries.
-
-    As torch.export writes grouped attention at opset 23.  Source: Attention-23.
-    """
-    node = m[given]
-    found = [unrepeated(m, m[each]) for each in (all_keys, all_values)]
-    if found[0] is None or found[1] is None or m.attr(node, "q_num_heads", 0):
-        return None
-    if len(node.outputs) > 1 or any(v is not None for v in node.inputs[4:]):
-        raise Skip("past or present keys are repeated too", node)
-    dims = [m.known_dims(each)[:2] for each in found if each is not None]
-    if dims[0] != dims[1] or not shares(m.known_dims(q)[:2], dims[0]):
-        return None
-    if not m.emits("Attention", dtype=m.dtype(q), form="grouped"):
-        return None
-    return g.op("Attention", m[q], *found, *node.inputs[3:], like=node)
 
 
 def _is_last_axis(m: Match) -> bool:
@@ -485,14 +485,11 @@ def _refuse_masked_rows(m: Match, value: ir.Value, reach: Reach | None) -> None:
     """
     if reach is None or (reach.masked and not m.has(guard)):
         raise Skip("a row may be masked throughout", value)
-    if reach.masked and not m.emits("Attention", dtype=_type(m), form="masked-rows"):
-        raise Skip("what the target's Attention makes of a fully masked row is not known", value)
     if reach.floor <= _least(m):
         raise Skip("a row may hold the lowest number throughout", value)
 
 
 RULES: tuple[Rule, ...] = (
     fuse_attention,
-    share_repeated_heads,
     drop_guard_of_unmasked_rows,
 )

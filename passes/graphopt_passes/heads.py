@@ -15,8 +15,11 @@ import onnx_ir as ir
 from graphopt.ir import values
 from graphopt.ir.build import Builder
 from graphopt.ir.shapes import Dim
-from graphopt.rewrite import Either, Match, Op, Rule, Skip, Var, exact
+from graphopt.rewrite import Either, Lit, Match, Op, Rule, Skip, Var, exact, rule
 from graphopt_passes.constants import live_uses
+from graphopt_passes.keys import shares
+from graphopt_passes.masks import Hidden
+from graphopt_passes.repeats import unrepeated
 
 TO_FRONT = (0, 2, 1, 3)
 """[B, S, H, D] <-> [B, H, S, D]."""
@@ -27,9 +30,10 @@ BATCH_FIRST = (1, 0, 2)
 TO_FRONT_OF_BATCH, FROM_FRONT_OF_BATCH = (1, 2, 0, 3), (2, 0, 1, 3)
 """[S, B, H, D] -> [B, H, S, D] -> [S, B, H, D]."""
 
-q, k, v = Var(), Var(), Var()
+q, k, v, seen = Var(), Var(), Var(), Var()
 attention = Op("Attention", q, k, v, ...)
-back = Op("Transpose", attention)
+zeroed = Op("Where", seen, attention, Lit(0.0))
+back = Op("Transpose", Either(zeroed, attention))
 
 
 @exact(back, opset=(23, 10_000))
@@ -38,7 +42,8 @@ def keep_heads_in_place(m: Match, g: Builder) -> ir.Value | None:
 
     q, k, v: [B, S, H, D], each Transpose by (0, 2, 1, 3), or [S, B, H, D] (nn.MultiheadAttention), where the sequence
     still moves behind the batch, but in [S, B, H D], where it may cancel.  Values that come with heads in front keep
-    all as it is.  Source: Attention-23, 3-dimensional inputs.
+    all as it is.  Queries that see no key are made zero in [B, S, H D] as well.
+    Source: Attention-23, 3-dimensional inputs.
     """
     node = m[attention]
     end = tuple(m.attr(back, "perm", ()))
@@ -55,6 +60,7 @@ def keep_heads_in_place(m: Match, g: Builder) -> ir.Value | None:
     width = m.known_dims(attention)[3].value
     if None in heads or width is None:
         raise Skip("the number or the size of the heads is unknown", node)
+    rows = _rows_seen(m, g)
     flat = [_flat(m, g, *each) for each in sources if each is not None]
     made = g.op(
         "Attention",
@@ -64,9 +70,24 @@ def keep_heads_in_place(m: Match, g: Builder) -> ir.Value | None:
         q_num_heads=heads[0],
         kv_num_heads=heads[1],
     )
+    made = rows.zeroed(g, made, m.dtype(q))
     if end != TO_FRONT:
         made = g.op("Transpose", made, perm=BATCH_FIRST)
     return g.op("Reshape", made, g.ints([0, 0, int(heads[0] or 0), width]))
+
+
+def _rows_seen(m: Match, g: Builder) -> Hidden:
+    """Which queries see a key, [B, S, 1], of the same for all heads, [B, 1, S, 1] or less.
+
+    Raises:
+        Skip: that differs between heads.
+    """
+    if not m.has(zeroed):
+        return Hidden(None)
+    dims = m.known_dims(seen)
+    if not dims or dims[-1] != 1 or any(dim != 1 for dim in dims[-3:-2]):
+        raise Skip("queries are made zero for some heads alone", m[zeroed])
+    return Hidden(None, g.op("Squeeze", m[seen], g.ints([1])) if len(dims) == 4 else m[seen])
 
 
 def _has_outputs(node: ir.Node) -> bool:
@@ -97,7 +118,7 @@ def _flat(m: Match, g: Builder, source: ir.Value, late_batch: bool = False) -> i
     return g.op("Transpose", whole, perm=BATCH_FIRST) if late_batch else whole
 
 
-back_of_batch = Op("Transpose", attention)
+back_of_batch = Op("Transpose", Either(zeroed, attention))
 
 
 @exact(back_of_batch, opset=(23, 10_000))
@@ -118,12 +139,17 @@ def take_heads_out_of_batch(m: Match, g: Builder) -> ir.Value | None:
     if None in found or not width or any(m.known_dims(each)[2] != width for each in (k, v)):
         return None
     hidden = node.inputs[3] if len(node.inputs) > 3 else None
-    if any(each is not None for each in node.inputs[4:]) or not _is_for_all(m, hidden):
+    zeros = Hidden(None, m.get(seen))
+    masks = (hidden, zeros.seen)
+    if any(each is not None for each in node.inputs[4:]) or not all(
+        _is_for_all(m, each) for each in masks
+    ):
         raise Skip("a mask for each head, or a past", node)
     wholes = [each for each in found if each is not None]
     heads = int(m.known_dims(wholes[0])[2]) // width
     turned = [g.op("Transpose", each, perm=BATCH_FIRST) for each in wholes]
     made = g.op("Attention", *turned, hidden, like=node, q_num_heads=heads, kv_num_heads=heads)
+    made = zeros.zeroed(g, made, m.dtype(q))
     first = g.op("Transpose", made, perm=BATCH_FIRST)
     shape = [dim.value for dim in m.known_dims(back_of_batch)]
     if shape[1] is None:
@@ -194,6 +220,8 @@ def _is_turned_operand(m: Match, user: ir.Node, value: ir.Value) -> bool:
     if any(each is not None for each in user.inputs[4:]) or _has_outputs(user):
         return False
     after = live_uses(user.outputs[0])
+    if len(after) == 1 and after[0].op_type == "Where":  # zeros for queries that see no key
+        after = live_uses(after[0].outputs[0])
     turns = [n.op_type == "Transpose" and _perm(m, n) == TO_FRONT for n in after]
     return bool(turns) and all(turns) and all(_comes_turned(m, each) for each in user.inputs[:3])
 
@@ -326,7 +354,32 @@ def _feeds_attention(part: ir.Value) -> bool:
     return bool(users) and all(user.op_type == "Attention" and not user.domain for user in users)
 
 
+all_keys, all_values = Var(), Var()
+given = Op("Attention", q, all_keys, all_values, ...)
+
+
+@rule(given, opset=(23, 10_000))
+def share_repeated_heads(m: Match, g: Builder) -> ir.Value | None:
+    """`Attention(q, repeat(k), repeat(v))` -> `Attention(q, k, v)`: each head of keys serves several of queries.
+
+    As torch.export writes grouped attention at opset 23.  Source: Attention-23.
+    """
+    node = m[given]
+    found = [unrepeated(m, m[each]) for each in (all_keys, all_values)]
+    if found[0] is None or found[1] is None or m.attr(node, "q_num_heads", 0):
+        return None
+    if len(node.outputs) > 1 or any(v is not None for v in node.inputs[4:]):
+        raise Skip("past or present keys are repeated too", node)
+    dims = [m.known_dims(each)[:2] for each in found if each is not None]
+    if dims[0] != dims[1] or not shares(m.known_dims(q)[:2], dims[0]):
+        return None
+    if not m.emits("Attention", dtype=m.dtype(q), form="grouped"):
+        return None
+    return g.op("Attention", m[q], *found, *node.inputs[3:], like=node)
+
+
 RULES: tuple[Rule, ...] = (
+    share_repeated_heads,
     keep_heads_in_place,
     rotate_heads_in_place,
     split_packed_heads,

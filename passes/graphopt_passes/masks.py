@@ -1,4 +1,7 @@
-"""Reads what the elements of an attention mask can be: whether a whole row may be masked, and by what."""
+"""Reads what the elements of an attention mask can be: whether a whole row may be masked, and by what.
+
+Such rows can be told apart, for targets whose operator is not known to make zeros of them.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.ir import values
+from graphopt.ir.build import Builder
 from graphopt.ir.shapes import Dim, is_cut_to, maximum
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -49,6 +53,39 @@ class Reach:
     def floor(self) -> float:
         """What the largest element of a row is at least, where it is finite."""
         return max(self.low, self.best)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hidden:
+    """What hides scores from attention.
+
+    Attributes:
+        mask: as the operator takes it; None for none.
+        seen: [..., S, 1], which queries see a key, where the others shall be zero and the operator is not trusted to
+            make them so; None where it is.
+    """
+
+    mask: ir.Value | None
+    seen: ir.Value | None = None
+
+    def zeroed(self, g: Builder, whole: ir.Value, dtype: ir.DataType | None) -> ir.Value:
+        """The result of the operator, zero for queries that see no key, as a guard against NaN would have it."""
+        if self.seen is None:
+            return whole
+        return g.op("Where", self.seen, whole, number_of(g, 0.0, dtype))
+
+
+def apart(g: Builder, added: ir.Value, dtype: ir.DataType | None) -> Hidden:
+    """A mask each of whose rows holds -infinity alone or an ordinary number too: the former are told apart."""
+    best = g.op("ReduceMax", added, g.ints([-1]))
+    seen = g.op("Greater", best, number_of(g, -math.inf, dtype))
+    return Hidden(g.op("Where", seen, added, number_of(g, 0.0, dtype)), seen)
+
+
+def number_of(g: Builder, number: float, dtype: ir.DataType | None) -> ir.Value:
+    """A number in the type that attention is computed in, which the target's table knew."""
+    assert dtype is not None
+    return g.const(np.asarray(number, dtype.numpy()))
 
 
 HARMLESS = Reach(0.0, masked=False)

@@ -167,18 +167,6 @@ def test_attention_below_its_opset_or_elsewhere_stays() -> None:
     _check(text, opset=23, target="portable", missed="no Attention")
 
 
-def test_fully_masked_rows_on_a_target_of_unknown_answer_stay() -> None:
-    proto = parse(
-        f"{MASKED}> {{ m = Where(c, zero, no) {KT} a = MatMul(q, t) z = Add(a, m) p = Softmax(z) {GUARD} }}",
-        opset=23,
-    )
-    held = next(t for t in proto.graph.initializer if t.name == "no")
-    held.CopyFrom(onnx.numpy_helper.from_array(np.asarray(-np.inf, np.float32), "no"))
-    ctx = apply(attention.RULES, ir.from_proto(proto), target="cuda")
-    assert not ctx.rewrites
-    assert any("not known" in remark.reason for remark in ctx.remarks)
-
-
 def test_weights_that_are_an_output_stay() -> None:
     _check(
         G.replace("y)", "y, float[B,2,S,L] p)", 1)
@@ -436,36 +424,6 @@ def test_mask_where_it_is_zero_of_itself() -> None:
         f"{ins} {{ {head} {KT} a = MatMul(q, t) z = Add(a, m) p = Softmax(z) y = MatMul(p, v) }}",
         f"{ins} {{ {head} y = Attention<scale=1.0>(q, k, v, m) }}",
         opset=23,
-    )
-
-
-def test_operator_whose_heads_are_repeated() -> None:
-    """torch.export at opset 23 writes the operator itself, and repeats the heads before it."""
-    body = f"{REPEAT.format('k')} {REPEAT.format('v')}"
-    g = f"g ({GROUPED}, float[S,L] m) => (float[B,4,S,4] y)"
-    _check(
-        f"{g} <{SIZES}> {{ {body} y = Attention<scale=0.5>(q, k3, v3, m) }}",
-        f"{g} {{ y = Attention<scale=0.5>(q, k, v, m) }}",
-        opset=23,
-    )
-    _check(
-        f"{g} <{SIZES}> {{ {REPEAT.format('k')} y = Attention(q, k3, k3, m) }}".replace(
-            "y = Attention(q, k3, k3, m)", "y = Attention(q, k3, q, m)"
-        ).replace(",L]", ",S]"),
-        opset=23,
-    )
-
-
-def test_operator_with_a_past_and_repeated_heads_stays() -> None:
-    ins = (
-        "float[1,4,1,4] q, float[1,2,1,4] k, float[1,2,1,4] v, float[1,4,3,4] pk, float[1,4,3,4] pv"
-    )
-    body = f"{REPEAT.format('k')} {REPEAT.format('v')}"
-    _check(
-        f"g ({ins}) => (float[1,4,1,4] y, float[1,4,4,4] nk, float[1,4,4,4] nv) <{SIZES}> {{ {body}"
-        " y, nk, nv = Attention(q, k3, v3, , pk, pv) }",
-        opset=23,
-        missed="repeated too",
     )
 
 

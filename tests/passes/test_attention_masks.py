@@ -69,7 +69,6 @@ def test_mask_from_outside(tail: str, shape: str, dtype: str, error: float) -> N
     [
         ("float", "B,2,S,L", "cpu", "y = MatMul(p, v)", "for every head"),
         ("float16", "B,2,S,L", "cpu", "y = MatMul(p, v)", "for every head"),
-        ("float", "S,L", "cuda", GUARD, "not known"),
     ],
 )
 def test_mask_from_outside_stays(

@@ -199,3 +199,35 @@ def test_rows_that_are_no_heads_stay() -> None:
         " qt = Transpose<perm=[1,0,2]>(q) kt = Transpose<perm=[1,0,2]>(k) vt = Transpose<perm=[1,0,2]>(v)"
         " o = Attention<q_num_heads=1, kv_num_heads=1>(qt, kt, vt) y = Transpose<perm=[1,0,2]>(o) }"
     )
+
+
+GROUPED = "float[B,4,S,4] q, float[B,2,L,4] k, float[B,2,L,4] v"
+REPEAT = "{0}1 = Unsqueeze({0}, two) {0}2 = Expand({0}1, five) {0}3 = Reshape({0}2, four)"
+SIZES = "int64[1] two = {2}, int64[5] five = {1, 2, 2, 1, 4}, int64[4] four = {0, 4, -1, 4}"
+
+
+def test_operator_whose_heads_are_repeated() -> None:
+    """torch.export at opset 23 writes the operator itself, and repeats the heads before it."""
+    body = f"{REPEAT.format('k')} {REPEAT.format('v')}"
+    g = f"g ({GROUPED}, float[S,L] m) => (float[B,4,S,4] y)"
+    _check(
+        f"{g} <{SIZES}> {{ {body} y = Attention<scale=0.5>(q, k3, v3, m) }}",
+        f"{g} {{ y = Attention<scale=0.5>(q, k, v, m) }}",
+    )
+    _check(
+        f"{g} <{SIZES}> {{ {REPEAT.format('k')} y = Attention(q, k3, k3, m) }}".replace(
+            "y = Attention(q, k3, k3, m)", "y = Attention(q, k3, q, m)"
+        ).replace(",L]", ",S]"),
+    )
+
+
+def test_operator_with_a_past_and_repeated_heads_stays() -> None:
+    ins = (
+        "float[1,4,1,4] q, float[1,2,1,4] k, float[1,2,1,4] v, float[1,4,3,4] pk, float[1,4,3,4] pv"
+    )
+    body = f"{REPEAT.format('k')} {REPEAT.format('v')}"
+    _check(
+        f"g ({ins}) => (float[1,4,1,4] y, float[1,4,4,4] nk, float[1,4,4,4] nv) <{SIZES}> {{ {body}"
+        " y, nk, nv = Attention(q, k3, v3, , pk, pv) }",
+        missed="repeated too",
+    )
