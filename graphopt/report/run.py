@@ -136,6 +136,7 @@ class RunReport:
             **facts,
             "nodes": {"before": before.nodes, "after": after.nodes},
             "parameter_bytes": {"before": before.parameter_bytes, "after": after.parameter_bytes},
+            "verification": {"verdict": self.verification.verdict, **plain(self.verification)},
             "remarks": [{**plain(each), "facts": dict(each.facts)} for each in self.remarks],
             "quantized_layers": plain(quantized_layers(self.remarks)),
             "rewrites": [

@@ -75,6 +75,7 @@ def test_json_has_the_documented_keys_and_is_strict() -> None:
     }
     assert body["verification"]["mode"] == "final"
     assert body["verification"]["passed"] is True
+    assert body["verification"]["verdict"] == "verified"
     output = body["verification"]["outputs"][0]
     assert output["max_abs"] is None, "NaN is not JSON"
     assert {"name", "max_over_rms", "sqnr_db", "cosine", "nonfinite_equal", "passed"} <= set(output)
@@ -129,3 +130,10 @@ def test_markdown_says_when_nothing_was_compared_or_done() -> None:
     text = run_markdown(make_report(verification=off, passes=(), remarks=(), rolled_back=()))
     assert "**Unverified** (mode off): not asked for" in text
     assert "No pass found anything to change." in text
+
+
+def test_json_tells_what_was_not_judged_from_what_was_verified() -> None:
+    nothing_held = VerificationFacts("final", passed=True, profile="lossy", judged=False)
+    body = make_report(verification=nothing_held).to_json()
+    assert body["verification"]["passed"] is True
+    assert body["verification"]["verdict"] == "not judged"
