@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import onnx_ir as ir
 
@@ -30,6 +30,13 @@ def gains(
         yield from probe.walk(model)
         if declined is not None:
             declined.extend(probe.declined)
+
+
+def replacing(rules: Sequence[Rule], opset: int, ctx: Context) -> Callable[[ir.Node], bool]:
+    """Tells of a node whether one of `rules` would replace it in a model of opset `opset`, written as it is."""
+    probe = _Probe(rules, ctx, {})
+    facts = Facts(ctx.shapes, ctx.target, {"": opset})
+    return lambda node: probe.replaces(node, facts)
 
 
 def newest(model: ir.Model, target: Target) -> int:
@@ -76,6 +83,13 @@ class _Probe(Rewriter):
                     self._note(node, now)
                 if wanted and all(self._ops(r, node, now) is None for r in self._rules(node, now)):
                     yield wanted
+
+    def replaces(self, node: ir.Node, facts: Facts) -> bool:
+        """Whether a rule fires at `node` under `facts`."""
+        if not isinstance(node.graph, ir.Graph):
+            return False
+        site = Site(node.graph, facts, is_function=False)
+        return any(self._ops(rule, node, site) is not None for rule in self._rules(node, site))
 
     def _note(self, node: ir.Node, now: Site) -> None:
         """Keeps what was said against `node`, but for what is said of it now as well."""

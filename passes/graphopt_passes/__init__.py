@@ -118,7 +118,9 @@ def _opsets_for_half(dtype: ir.DataType, model: ir.Model, ctx: Context) -> Itera
     return precision.opsets_for(dtype)(model, ctx)
 
 
-LIFT_OPSET = LiftOpset(rules=(*FUSE_ATTENTION.rules, *norm.RULES, *activation.RULES))
+LIFT_OPSET = LiftOpset(
+    rules=(*FUSE_ATTENTION.rules, *norm.RULES, *activation.RULES), later=groupnorm.RULES
+)
 LIFT_FOR_HALF: Mapping[str, LiftOpset] = {
     half: LiftOpset(
         f"lift-opset-{half}",

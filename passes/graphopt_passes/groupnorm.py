@@ -10,7 +10,9 @@ InstanceNormalization of opset 22 and later.  Changes numerics: reordered.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from graphopt.ir import values
@@ -29,7 +31,7 @@ def lower_group_norm(m: Match, g: Builder) -> ir.Value | None:
     """`GroupNormalization(x, s, b)` -> a normalisation of [N, G, -1], and `* s + b`.
 
     x: [N, C, …], s, b: [C].  An instance normalisation, or, where the target has that for older opsets alone, a layer
-    normalisation, if the sizes are known.  Source: GroupNormalization-21 (18, with numbers per group, is deprecated),
+    normalisation.  Source: GroupNormalization-21 (18, with numbers per group, is deprecated),
     InstanceNormalization-6, LayerNormalization-17.
     """
     kind = _kind(m)
@@ -49,14 +51,14 @@ single = Op("InstanceNormalization", x, scale, bias)
 def lower_instance_norm(m: Match, g: Builder) -> ir.Value | None:
     """`InstanceNormalization(x, s, b)` -> `LayerNormalization` over all behind the channels, and `* s + b`.
 
-    x: [N, C, …] of known sizes, s, b: [C].  Where the target has the one for older opsets alone.
+    x: [N, C, …], s, b: [C].  Where the target has the one for older opsets alone.
     Source: InstanceNormalization-22, LayerNormalization-17.
     """
     dtype = m.dtype(x)
     if m.emits("InstanceNormalization", dtype=dtype) or _kind(m) != "LayerNormalization":
         return None
     dims, epsilon = m.known_dims(x), float(m.attr(single, "epsilon", 1e-5))
-    ones = scale_of_ones(g, dtype, list(dims[2:]), m[x])
+    ones = _ones(g, dtype, [each.value for each in dims[2:]], m[x])
     normal = g.op("LayerNormalization", m[x], ones, axis=2, epsilon=epsilon)
     return _affine(m, g, normal, len(dims))
 
@@ -68,11 +70,7 @@ def _kind(m: Match) -> str | None:
 
 
 def _normal_groups(m: Match, g: Builder, kind: str, dims: tuple[Dim, ...]) -> ir.Value:
-    """The normalisation of [N, G, K] over K, without scale.
-
-    Raises:
-        Skip: it takes a scale of K numbers, and K is not known.
-    """
+    """The normalisation of [N, G, K] over K, without scale."""
     dtype, groups = m.dtype(x), int(m.attr(grouped, "num_groups"))
     epsilon = float(m.attr(grouped, "epsilon", 1e-5))
     flat = g.op("Reshape", m[x], g.ints([0, groups, -1]))
@@ -80,11 +78,25 @@ def _normal_groups(m: Match, g: Builder, kind: str, dims: tuple[Dim, ...]) -> ir
         ones = filled(g, 1.0, dtype, [Dim.of(groups)], m[x])
         zeros = filled(g, 0.0, dtype, [Dim.of(groups)], m[x])
         return g.op(kind, flat, ones, zeros, epsilon=epsilon)
-    if not all(each.is_static for each in dims[1:]):
-        raise Skip("the size of the groups is unknown", m[x])
-    size = math.prod(int(each) for each in dims[1:]) // groups
-    ones = scale_of_ones(g, dtype, [Dim.of(size)], m[x])
+    known = all(each.is_static for each in dims[1:])
+    size = math.prod(int(each) for each in dims[1:]) // groups if known else None
+    ones = _ones(g, dtype, [size], flat)
     return g.op(kind, flat, ones, axis=-1, epsilon=epsilon)
+
+
+def _ones(
+    g: Builder, dtype: ir.DataType | None, sizes: Sequence[int | None], normalised: ir.Value
+) -> ir.Value:
+    """The scale of a layer normalisation over all behind the second axis that leaves it as it is, written out.
+
+    Raises:
+        Skip: it is empty, or of no known type.
+    """
+    known = [size for size in sizes if size is not None]
+    if dtype is None or len(known) == len(sizes):
+        return scale_of_ones(g, dtype, [Dim.of(size) for size in known], normalised)
+    one = g.const(np.ones([1] * len(sizes), dtype.numpy()), name="scale")
+    return g.op("Expand", one, g.op("Shape", normalised, start=2))
 
 
 def _affine(m: Match, g: Builder, normal: ir.Value, rank: int) -> ir.Value:

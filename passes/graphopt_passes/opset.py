@@ -19,7 +19,7 @@ from graphopt.ir.scopes import all_graphs
 from graphopt.ir.shapes import Shapes
 from graphopt.numerics import Numerics
 from graphopt.rewrite import Context, Remark, Rule, Skip, name_of
-from graphopt.rewrite.probe import gains, newest
+from graphopt.rewrite.probe import gains, newest, replacing
 from graphopt.targets import Target
 from graphopt.targets.kernels import KernelTable, packaged_kernels
 from graphopt_passes.opset_changes import CHANGES, NEUTRAL, Spelling
@@ -30,8 +30,8 @@ class LiftOpset:
     """Raises ai.onnx to the smallest opset at which everything fuses that the target has an operator for.
 
     A model in which no rule would put a newer operator is left alone; so is one with an operator whose meaning changed
-    on the way in a manner that cannot be written down, or that the target has kernels for in the old version only: a
-    remark names it.
+    on the way in a manner that cannot be written down, or that the target has kernels for in the old version only, and
+    that no later pass takes away: a remark names it.
 
     Before:  opset 17: …parts of an RMS normalisation…   y = Squeeze(x, axes)
     After:   opset 23: …parts of an RMS normalisation…   y = Squeeze(x, axes)
@@ -43,12 +43,14 @@ class LiftOpset:
         rules: what would use a newer operator.
         wishes: opsets that somebody else has a use for, asked of the model; None for none.
         use: what a newer opset would let more nodes do, in words.
+        later: rules that run afterwards, and may replace what has no kernel.
     """
 
     name: str = "lift-opset"
     rules: tuple[Rule, ...] = ()
     wishes: Callable[[ir.Model, Context], Iterable[int]] | None = None
     use: str = "fuse"
+    later: tuple[Rule, ...] = ()
 
     @property
     def numerics(self) -> Numerics:
@@ -96,12 +98,13 @@ class LiftOpset:
         """Each node as it is written at opset `wanted`; None, with a remark, where one cannot be."""
         opset = model.opset_imports[""]
         plan: list[Spelling] = []
+        passing = replacing(self.later, wanted, ctx)
         for scope in all_graphs(model):
             for node in scope.graph:
                 if node.domain:
                     continue
                 try:
-                    plan.append(spell(node, opset, wanted, ctx.shapes, ctx.target))
+                    plan.append(spell(node, opset, wanted, ctx.shapes, ctx.target, passing))
                 except Skip as skip:
                     where = f"{operators.describe(node)} stays at opset {opset}: {skip}"
                     reason = f"at opset {wanted} more would {self.use}, but {where}"
@@ -123,8 +126,19 @@ UNLISTED = {"LayerNormalization": 17, "SimplifiedLayerNormalization": 1}
 """What ONNX Runtime takes below the opset that defines it, or at any, and means the same by."""
 
 
-def spell(node: ir.Node, opset: int, wanted: int, shapes: Shapes, target: Target) -> Spelling:
-    """`node` as it is written at opset `wanted`.
+def _stays(_node: ir.Node) -> bool:
+    return False
+
+
+def spell(
+    node: ir.Node,
+    opset: int,
+    wanted: int,
+    shapes: Shapes,
+    target: Target,
+    passing: Callable[[ir.Node], bool] = _stays,
+) -> Spelling:
+    """`node` as it is written at opset `wanted`; without a kernel there only if it is `passing`, replaced afterwards.
 
     Raises:
         Skip: it cannot be written there, or the target has no kernel for it there.
@@ -133,7 +147,8 @@ def spell(node: ir.Node, opset: int, wanted: int, shapes: Shapes, target: Target
     if not _stays_as_it_is(node.op_type, version, wanted):
         spelling = _spelled_anew(spelling, version, wanted, shapes)
     kernels = (*target.kernels, VERIFYING)
-    if _loses_kernel((node.op_type, opset), (spelling.op_type, wanted), kernels):
+    lost = _loses_kernel((node.op_type, opset), (spelling.op_type, wanted), kernels)
+    if lost and (spelling.is_new() or not passing(node)):
         raise Skip(f"target {target.name} has no kernel for its version at {wanted}", node)
     return spelling
 

@@ -134,14 +134,30 @@ def test_groups_on_cuda_from_opset_22() -> None:
     )
 
 
-def test_groups_of_unknown_size_on_cuda_stay() -> None:
+def test_groups_of_unknown_size_on_cuda_from_opset_22() -> None:
+    """The scale is written out for as many numbers as there turn out to be."""
+    head = "g (float[N,4,W] x, float[4] s, float[4] b) => (float[N,4,W] y)"
     check(
         groupnorm.RULES,
-        "g (float[N,4,W] x, float[4] s, float[4] b) => (float[N,4,W] y)"
+        f"{head} {{ y = GroupNormalization<num_groups=2>(x, s, b) }}",
+        f"{head} <int64[3] f = {{0, 2, -1}}, float[1] one, int64[1] a = {{1}}> {{ r = Reshape(x, f)"
+        " k = Shape<start=2>(r) o = Expand(one, k) n = LayerNormalization<axis=-1, epsilon=0.00001>(r, o)"
+        " d = Shape(x) t = Reshape(n, d) w = Unsqueeze(s, a) v = Unsqueeze(b, a) m = Mul(t, w) y = Add(m, v) }",
+        opset=23,
+        target="cuda",
+        tolerance=1e-5,
+    )
+
+
+def test_empty_images_stay() -> None:
+    check(
+        groupnorm.RULES,
+        "g (float[1,4,0] x, float[4] s, float[4] b) => (float[1,4,0] y)"
         " { y = GroupNormalization<num_groups=2>(x, s, b) }",
         opset=23,
         target="cuda",
-        missed="size of the groups is unknown",
+        feeds=(),
+        missed="empty",
     )
 
 
@@ -161,10 +177,24 @@ def test_instance_norm_on_cuda_from_opset_22() -> None:
     )
 
 
+def test_instance_norm_of_unknown_size_on_cuda_from_opset_22() -> None:
+    head = "g (float[N,4,H,5] x, float[4] s, float[4] b) => (float[N,4,H,5] y)"
+    check(
+        groupnorm.RULES,
+        f"{head} {SINGLE}",
+        f"{head} <float[1,1] one, int64[2] a = {{1, 2}}> {{ k = Shape<start=2>(x) o = Expand(one, k)"
+        " n = LayerNormalization<axis=2, epsilon=0.001>(x, o) w = Unsqueeze(s, a) v = Unsqueeze(b, a)"
+        " m = Mul(n, w) y = Add(m, v) }",
+        opset=23,
+        target="cuda",
+        tolerance=1e-5,
+    )
+
+
 @pytest.mark.parametrize(
     ("sizes", "opset", "target", "missed"),
     [
-        ("N,4,H,5", 23, "cuda", "unknown"),
+        ("N,4,0,5", 23, "cuda", "empty"),
         ("N,4,3,5", 21, "cuda", ""),
         ("N,4,3,5", 23, "cpu", ""),
         ("N,4,3,5", 23, "tensorrt", ""),

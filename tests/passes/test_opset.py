@@ -8,7 +8,7 @@ import onnx
 import onnx.checker
 import onnx_ir as ir
 import pytest
-from graphopt_passes import LIFT_OPSET, attention, norm
+from graphopt_passes import LIFT_OPSET, attention, conv, groupnorm, norm
 from graphopt_passes.opset import LiftOpset, _apply, spell
 from graphopt_passes.opset_changes import CHANGES, NEUTRAL
 
@@ -16,7 +16,7 @@ import graphopt
 from graphopt.ir import operators
 from graphopt.ir.shapes import Shapes
 from graphopt.numerics import Numerics
-from graphopt.rewrite import Context, RemarkKind, Skip
+from graphopt.rewrite import Context, RemarkKind, Rule, Skip
 from graphopt.targets import get_target
 from tests.rewriting import apply, compare, make_feeds, parse, run
 
@@ -109,6 +109,47 @@ def test_next_best_opset_where_the_best_is_out_of_reach() -> None:
     feeds["rois"][:] = [[0, 0, 4, 3]]
     feeds["at"][:] = 0
     compare(run(proto, feeds), run(ir.to_proto(model), feeds), Numerics.EXACT, 0)
+
+
+IMAGE = (
+    "g (float[2,3,8] x, float[N,4,W] img, float[4] ga, float[4] be) => (float[2,3,8] n, float[N,4,W] o)"
+    f" <float eps = {{1e-5}}> {{ {RMS.format('x')} o = InstanceNormalization(img, ga, be) }}"
+)
+
+
+@pytest.mark.parametrize("later", [(), groupnorm.RULES, conv.RULES])
+def test_what_is_replaced_later_needs_no_kernel(later: tuple[Rule, ...]) -> None:
+    """CUDA has an InstanceNormalization up to opset 21 alone; a rule that runs after lifting writes another norm."""
+    model = ir.from_proto(parse(IMAGE, opset=17))
+    lift = LiftOpset(rules=norm.RULES, later=later)
+    ctx = apply((lift,), model, target="cuda")
+    reached = later == groupnorm.RULES
+    assert model.opset_imports[""] == (23 if reached else 17)
+    assert any("no kernel" in r.reason for r in ctx.remarks) is not reached
+
+
+def test_the_pipeline_looks_ahead() -> None:
+    result = graphopt.optimize(parse(IMAGE, opset=17), target="cuda")
+    kinds = {node.op_type for node in result.model.graph}
+    assert {"RMSNormalization", "LayerNormalization"} <= kinds
+    assert "InstanceNormalization" not in kinds
+
+
+@pytest.mark.parametrize("owner", ["branch", "empty"])
+def test_what_stays_later_needs_a_kernel(owner: str) -> None:
+    """What no rule would replace as it is: an empty image, a node in a branch is judged where it is."""
+    text = (
+        IMAGE.replace("float[N,4,W]", "float[N,4,0]")
+        if owner == "empty"
+        else (
+            "g (float[2,3,8] x, float[N,4,W] img, float[4] ga, float[4] be, bool c) => (float[2,3,8] n, float[N,4,W] o)"
+            f" <float eps = {{1e-5}}> {{ {RMS.format('x')} o = If(c) <then_branch = t () => (float[N,4,W] p)"
+            " { p = InstanceNormalization(img, ga, be) }, else_branch = e () => (float[N,4,W] q) { q = Relu(img) }> }"
+        )
+    )
+    model = ir.from_proto(parse(text, opset=17))
+    apply((LIFT_OPSET,), model, target="cuda")
+    assert model.opset_imports[""] == (17 if owner == "empty" else 23)
 
 
 def test_subgraphs_are_raised_too() -> None:
