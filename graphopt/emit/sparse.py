@@ -20,16 +20,8 @@ from graphopt.ir.scopes import Scope, all_graphs
 from graphopt.ir.sparse import CooTensor
 from graphopt.targets import SparseStyle
 
-MIN_ELEMENTS = 4096
-"""Smaller tensors save less than the reader of the file would have to learn, unless there are many: see `MANY`."""
-
-LEAST_ELEMENTS = 512
-"""What is smaller stays dense in any case."""
-
-MANY = 2
-MANY_SAVE = 0.02
-"""So many tensors below `MIN_ELEMENTS` are stored sparse where they save this share of all bytes: narrow models hold
-hardly any others."""
+LEAST_ELEMENTS = 128
+"""What is smaller stays dense: names and tags of a sparse tensor take about as much as it could save."""
 
 WORTH_A_TENSOR = 0.90
 """A tensor is stored sparse only below this share of its dense bytes."""
@@ -243,12 +235,7 @@ class _Plan:
 
     @property
     def paying(self) -> tuple[_Entry, ...]:
-        worth = [entry for entry in self.entries if entry.pays]
-        small = [entry for entry in worth if entry.tensor.size < MIN_ELEMENTS]
-        saved = sum(entry.saved for entry in small)
-        if len(small) < MANY or saved < MANY_SAVE * self.total_bytes:
-            worth = [entry for entry in worth if entry.tensor.size >= MIN_ELEMENTS]
-        return tuple(worth)
+        return tuple(entry for entry in self.entries if entry.pays)
 
     @property
     def saved(self) -> int:
