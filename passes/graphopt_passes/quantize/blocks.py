@@ -1,4 +1,4 @@
-"""Weights in 4 or 8 bits with a scale a block: as the kernels for single tokens want them.
+"""Weights in 4 or 8 bits with a scale a block, and zero points where asked: as kernels for single tokens want them.
 
 Source: com.microsoft MatMulNBits and GatherBlockQuantized, ONNX Runtime 1.31 (ContribOperators.md); ai.onnx
 DequantizeLinear, opset 21.
@@ -6,6 +6,7 @@ DequantizeLinear, opset 21.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -19,6 +20,9 @@ Wide: TypeAlias = npt.NDArray[np.float64]
 CLIPS = {4: (0.925, 0.85, 0.775), 8: (1.004, 0.996, 0.992)}
 """Shares of the range of a block that are tried, by bits; the one of least squared error is taken, or the whole."""
 
+CLIPS_BOTH_ENDS = {4: (1.04, 0.95, 0.9), 8: (1.01, 1.005, 0.995)}
+"""The same of a range with a zero point: each end is cut; steps a little longer lie otherwise beside the weights."""
+
 CHUNK = 1 << 16
 """Elements that are worked on at once: they stay in the cache."""
 
@@ -30,16 +34,49 @@ _TURNED = 256
 """Rows that are turned at once: their parts of a block stay in the nearest cache."""
 
 
-def encode(rows: Array, block: int, bits: int, moments: Wide | None = None) -> tuple[Array, Array]:
-    """Signed codes int8 [rows, K padded to whole blocks] and scales [rows, blocks], float16 where the rows are.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Encoded:
+    """Weights in blocks: code less zero point, times scale.
 
-    The largest weight of a block becomes the least code, the longer end.
+    Attributes:
+        codes: int8 [rows, K padded to whole blocks].
+        scales: [rows, blocks], float16 where the rows are.
+        zeros: int8 [rows, blocks]; None where all are 0.
+    """
+
+    codes: Array
+    scales: Array
+    zeros: Array | None = None
+
+    def decoded(self, width: int) -> Wide:
+        """What comes back of the first `width` columns."""
+        block = self.codes.shape[1] // self.scales.shape[1]
+        codes = self.codes.astype(np.float64)
+        if self.zeros is not None:
+            codes -= np.repeat(self.zeros, block, axis=1)
+        return np.asarray(codes * np.repeat(self.scales.astype(np.float64), block, axis=1))[
+            :, :width
+        ]
+
+
+def encode(
+    rows: Array,
+    block: int,
+    bits: int,
+    moments: rounding.Moments | None = None,
+    *,
+    zero_points: bool = False,
+) -> Encoded:
+    """The rows in blocks.
+
+    Without zero points the largest weight of a block becomes the least code, the longer end.
 
     Args:
         rows: float weights [rows, K], one output channel a row.
         block: elements that share a scale.
         bits: 4 or 8.
-        moments: second moments of what the rows are multiplied with [K, K]; then rounding is by them (GPTQ).
+        moments: second moments of what the rows are multiplied with, K of them; then rounding is by them (GPTQ).
+        zero_points: whether blocks have one, so that their range need not be the same both ways.
     """
     width = rows.shape[1]
     columns = np.asarray(rows.T, np.float32)  # a view: blocks lie along the first axis
@@ -48,6 +85,7 @@ def encode(rows: Array, block: int, bits: int, moments: Wide | None = None) -> t
         columns = np.concatenate([columns, np.zeros((-width % block, len(rows)), np.float32)])
     codes = np.empty_like(columns, np.int8)
     scales = np.empty((count, len(rows)), np.float32)
+    zeros = np.zeros((count, len(rows)), np.int8) if zero_points else None
     half = rows.dtype == np.float16
     many = max(CHUNK // block, 1)
     work = np.empty(4 * block * many, np.float32)
@@ -60,18 +98,26 @@ def encode(rows: Array, block: int, bits: int, moments: Wide | None = None) -> t
         some = slice(first, first + at_once)
         for start in range(0, len(rows), many):
             part = slice(start, start + many)
+            own = None if zeros is None else zeros[some, part]
             scales[some, part] = _nearest(
-                parted[:, some, part], found[:, some, part], bits, work, half
+                parted[:, some, part], found[:, some, part], own, bits, work, half
             )
-    if moments is not None and len(moments) == width:
-        codes[:width] = _by_moments(rows, codes.T, scales.T, moments, bits).T
-    return codes.T, scales.T.astype(np.float16) if half else scales.T
+    made = Encoded(
+        codes.T,
+        scales.T.astype(np.float16) if half else scales.T,
+        None if zeros is None else zeros.T,
+    )
+    if moments is None or len(moments.damped) != width:
+        return made
+    return _by_moments(rows, made, moments, bits)
 
 
-def _nearest(columns: Array, codes: Array, bits: int, work: Array, half: bool) -> Array:
+def _nearest(
+    columns: Array, codes: Array, zeros: Array | None, bits: int, work: Array, half: bool
+) -> Array:
     """Puts the nearest codes of each column, one block, into `codes` [block, blocks, rows]; returns their scales.
 
-    Errors are compared in units of the longer end: each step is one pass over what stays in the cache.
+    Errors are compared in steps of the whole range: each is one pass over what stays in the cache.
     """
     low, high = limits(bits)
     held, scaled = work[: 2 * columns.size].reshape(2, *columns.shape)
@@ -80,43 +126,71 @@ def _nearest(columns: Array, codes: Array, bits: int, work: Array, half: bool) -
             part = slice(start, start + _TURNED)
             held[:, :, part] = columns[:, :, part]
         columns = held
-    least, most = columns.min(axis=0), columns.max(axis=0)
-    peak = np.where(-least > most, least, most)
-    peak[np.abs(peak) < np.finfo(np.float32).tiny] = low
-    scales = peak / np.float32(low)
-    np.multiply(columns, np.float32(low) / peak, out=scaled)
-    flat = scaled.reshape(len(scaled), -1)
-    scales = scales * _best_clips(flat, bits, work[2 * columns.size :]).reshape(peak.shape)
+    steps = _one_ended(columns, low) if zeros is None else _both_ended(columns, bits, zeros)
+    np.multiply(columns, 1 / steps, out=scaled)
+    flat, offset = scaled.reshape(len(scaled), -1), None
+    if zeros is not None:
+        offset = zeros.astype(np.float32).reshape(-1)
+    clips = _best_clips(flat, offset, bits, work[2 * columns.size :])
+    scales = steps * clips.reshape(steps.shape)
     if half:  # codes are those of the scale as it is stored
         stored = scales.astype(np.float16)
         scales = np.where(stored == 0, LEAST_HALF, stored.astype(np.float32))
     np.divide(columns, scales, out=scaled)
+    if zeros is not None:
+        scaled += zeros
     np.rint(scaled, out=scaled)
     scaled.clip(low, high, out=codes, casting="unsafe")
     return np.asarray(scales)
 
 
-def _best_clips(scaled: Array, bits: int, work: Array) -> Array:
-    """The share of its range that loses the least of each column, whose longer end is `low`.
+def _one_ended(columns: Array, low: int) -> Array:
+    """Steps by which the longer end of each block is the least code; negative where that is the positive one."""
+    least, most = columns.min(axis=0), columns.max(axis=0)
+    peak = np.where(-least > most, least, most)
+    peak[np.abs(peak) < np.finfo(np.float32).tiny] = low
+    return np.asarray(peak / np.float32(low))
 
-    What a clip takes from that end alone is known beforehand: only columns that lose more without it are tried.
+
+def _both_ended(columns: Array, bits: int, zeros: Array) -> Array:
+    """Steps by which the range of each block, 0 in it, takes all codes; puts the code of 0 into `zeros`."""
+    low, high = limits(bits)
+    least, most = (
+        np.minimum(columns.min(axis=0), np.float32(0)),
+        np.maximum(columns.max(axis=0), np.float32(0)),
+    )
+    steps = most / np.float32(high - low) - least / np.float32(high - low)
+    steps[steps < np.finfo(np.float32).tiny] = 1
+    np.clip(np.rint(low - least / steps), low, high, out=zeros, casting="unsafe")
+    return np.asarray(steps)
+
+
+def _best_clips(scaled: Array, zeros: Array | None, bits: int, work: Array) -> Array:
+    """The share of its range that loses the least of each column, which in steps of the whole range is `scaled`.
+
+    What a clip takes from the ends alone is known beforehand: only columns that lose more without it are tried.
     """
     low, high = limits(bits)
     rounded, other = work[: 2 * scaled.size].reshape(2, *scaled.shape)
+    first, last, ends = (np.array([end], np.float32) for end in (low, high, low**2))
+    if zeros is not None:
+        first, last = low - zeros, high - zeros  # of codes less zero point
+        ends = first**2 + last**2
     np.rint(scaled, out=rounded)
-    np.minimum(rounded, np.float32(high), out=rounded)
+    np.clip(rounded, first, last, out=rounded)
     np.subtract(rounded, scaled, out=rounded)
     best = np.einsum("kb,kb->b", rounded, rounded)
     chosen: Array = np.ones_like(best)
-    for clip in CLIPS[bits]:
-        near = np.flatnonzero(best > np.float32((low * (1 - clip)) ** 2))
+    for clip in (CLIPS if zeros is None else CLIPS_BOTH_ENDS)[bits]:
+        near = np.flatnonzero(best > ends * np.float32((1 - clip) ** 2))
         every = 2 * len(near) > len(best)
         kept = slice(None) if every else near
         part = scaled if every else scaled[:, near]
+        bounds = (first, last) if zeros is None else (first[kept], last[kept])
         shrunk, found = other[:, : part.shape[1]], rounded[:, : part.shape[1]]
         np.multiply(part, np.float32(1 / clip), out=shrunk)
         np.rint(shrunk, out=found)
-        found.clip(low, high, out=found)
+        np.clip(found, *bounds, out=found)
         np.subtract(found, shrunk, out=found)
         error = np.einsum("kb,kb->b", found, found) * np.float32(clip**2)
         better = error < best[kept]
@@ -125,17 +199,45 @@ def _best_clips(scaled: Array, bits: int, work: Array) -> Array:
     return chosen
 
 
-def _by_moments(rows: Array, codes: Array, scales: Array, moments: Wide, bits: int) -> Array:
-    """Codes by compensation and refinement, where that loses less of the outputs than the nearest ones do."""
+def _by_moments(rows: Array, made: Encoded, moments: rounding.Moments, bits: int) -> Encoded:
+    """The same with codes by compensation and refinement, where they lose less of the outputs than the nearest do."""
     wide, width = rows.astype(np.float64), rows.shape[1]
-    steps = np.repeat(scales.astype(np.float64), codes.shape[1] // scales.shape[1], axis=1)
-    steps, safe = steps[:, :width], rounding.damped(moments)
-    nearest = codes[:, :width].astype(np.float64)
-    made = rounding.compensate(wide, steps, safe, limits(bits))
-    before = rounding.error(wide - nearest * steps, safe)
-    better = rounding.error(wide - made * steps, safe) < before
-    start = made if better else nearest
-    return rounding.refine(wide, start, steps, safe, limits(bits)).astype(np.int8)
+    block = made.codes.shape[1] // made.scales.shape[1]
+    steps = np.repeat(made.scales.astype(np.float64), block, axis=1)[:, :width]
+    zeros = np.zeros((1, 1)) if made.zeros is None else np.repeat(made.zeros, block, axis=1)
+    zeros = zeros[:, :width].astype(np.float64)
+    bounds = limits(bits)[0] - zeros, limits(bits)[1] - zeros
+    nearest = made.codes[:, :width] - zeros
+    passed_on = rounding.compensate(wide, steps, moments, bounds)
+    before = rounding.error(wide - nearest * steps, moments.damped)
+    better = rounding.error(wide - passed_on * steps, moments.damped) < before
+    start = passed_on if better else nearest
+    found = rounding.refine(wide, start, steps, moments.damped, bounds) + zeros
+    made.codes[:, :width] = found
+    return made
+
+
+SAMPLED = 1 << 15
+"""Weights of a matrix, whole rows evenly spread, that are stored both ways to see which loses less."""
+
+
+def wants_zero_points(
+    rows: Array, block: int, bits: int, moments: rounding.Moments | None = None
+) -> bool:
+    """Whether zero points lower the squared error of what is stored by a larger share than they add bytes.
+
+    Of the weights, or of what they make of inputs with these second moments.
+    """
+    some = rows[:: max(rows.size // SAMPLED, 1)]
+    exact = some.astype(np.float64)
+    known = moments if moments is not None and len(moments.damped) == rows.shape[1] else None
+    lost = []
+    for zero_points in (False, True):
+        made = encode(some, block, bits, known, zero_points=zero_points)
+        gone = exact - made.decoded(rows.shape[1])
+        lost.append(float((gone**2).sum()) if known is None else rounding.error(gone, known.damped))
+    stored = block * bits + 8 * rows.dtype.itemsize
+    return lost[1] * (1 + bits / stored) < lost[0]
 
 
 def limits(bits: int) -> tuple[int, int]:
@@ -146,13 +248,19 @@ def limits(bits: int) -> tuple[int, int]:
 def packed(codes: Array, bits: int) -> Array:
     """Codes as unsigned bytes, zero in the middle; two of 4 bits share a byte, the low half first."""
     shifted = codes.view(np.uint8) + np.uint8(1 << (bits - 1))  # wraps around below zero
-    return shifted if bits == 8 else shifted[..., 0::2] | (shifted[..., 1::2] << 4)
+    if bits == 8:
+        return shifted
+    if shifted.shape[-1] % 2:
+        shifted = np.concatenate([shifted, np.full_like(shifted[..., :1], 8)], axis=-1)
+    return shifted[..., 0::2] | (shifted[..., 1::2] << 4)
 
 
-def pack_blocks(
-    matrix: Array, block: int, bits: int = 4, moments: Wide | None = None
-) -> tuple[Array, Array]:
-    """A matrix [K, N] for MatMulNBits: uint8 [N, ceil(K / block), block * bits / 8], scales [N * ceil(K / block)]."""
-    codes, scales = encode(matrix.T, block, bits, moments)
-    shape = (matrix.shape[1], scales.shape[1], block * bits // 8)
-    return packed(codes, bits).reshape(shape), scales.reshape(-1)
+def pack_blocks(made: Encoded, bits: int) -> tuple[Array, Array, Array | None]:
+    """For MatMulNBits: codes uint8 [N, ceil(K / block), block * bits / 8], scales [N * blocks], zero points or None.
+
+    Zero points are uint8 [N * blocks] for 8 bits, [N * ceil(blocks / 2)] for 4.
+    """
+    many, blocks = made.scales.shape
+    codes = packed(made.codes, bits).reshape(many, blocks, -1)
+    zeros = None if made.zeros is None else packed(np.ascontiguousarray(made.zeros), bits)
+    return codes, made.scales.reshape(-1), None if zeros is None else zeros.reshape(-1)

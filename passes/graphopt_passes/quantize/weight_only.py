@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -33,7 +33,15 @@ from graphopt_passes.quantize.certificate import Judgement
 from graphopt_passes.quantize.files import on_disk
 from graphopt_passes.quantize.overrides import check_patterns, names_of
 from graphopt_passes.quantize.quality import LEAST_SQNR_DB
-from graphopt_passes.quantize.single_blocks import Rule, parse_rules, settings_of
+from graphopt_passes.quantize.single_blocks import (
+    BITS,
+    SCHEMES,
+    SIZES,
+    Rule,
+    Settings,
+    parse_rules,
+    settings_of,
+)
 from graphopt_passes.quantize.writers import Blocks, write_blocks, write_dynamic
 
 GAIN = 1.02
@@ -69,7 +77,7 @@ class QuantizeDynamic:
         if model.opset_imports.get("", 0) < 11:
             return _decline(ctx, "DynamicQuantizeLinear came with opset 11: export the model anew")
         rules = _rules(self.skip_nodes, (), model, ctx)
-        nodes = [node for node in everywhere(model) if not _said(rules, node).get("exclude")]
+        nodes = [node for node in everywhere(model) if not _said(rules, node).exclude]
         sites = products_of(nodes, self.least)
         return _run(model, ctx, Precision.INT8_DYNAMIC, self, write_dynamic, sites)
 
@@ -89,15 +97,19 @@ class QuantizeWeights:
         block: elements of a column that share a scale: a power of two from 16.
         bits: 4 or 8.
         form: contrib, or qdq: DequantizeLinear with blocks (opset 21), which other runtimes read too.
+        scheme: symmetric, asymmetric (each block has a zero point), or auto: what loses less of each weight, where the
+            target takes zero points.
         tables: whether rows that are looked up (Gather) are stored so, too.
         least: elements of a weight from which on it pays.
         skip_nodes: patterns of names of nodes, or of their first outputs, that stay float.
-        overrides: what holds for single weights: "PATTERN: exclude", "PATTERN: bits=8 block=64".
+        overrides: what holds for single weights: "PATTERN: exclude", "PATTERN: bits=8 block=64
+            scheme=symmetric".
     """
 
     block: int = 32
     bits: int = 4
     form: str = "contrib"
+    scheme: str = "auto"
     tables: bool = True
     least: int = 1 << 14
     skip_nodes: tuple[str, ...] = ()
@@ -110,23 +122,17 @@ class QuantizeWeights:
         """Rewrites `model`; returns whether anything changed.
 
         Raises:
-            OptionError: a block size, number of bits or form that no kernel takes.
+            OptionError: a block size, number of bits, form or scheme that no kernel takes, or not that of the target.
         """
-        if self.block < 16 or self.block & (self.block - 1) or self.block > 256:
-            raise OptionError(f"block size {self.block}: choose 16, 32, 64, 128 or 256")
-        if self.bits not in (4, 8) or self.form not in ("contrib", "qdq"):
-            raise OptionError(
-                f"bits {self.bits}, form {self.form!r}: bits are 4 or 8, the form is contrib (MatMulNBits and "
-                "GatherBlockQuantized) or qdq (DequantizeLinear with blocks, opset 21)"
-            )
+        self._check()
         if self.form == "qdq" and not _has_blocks(model, ctx):
             return False
         if ctx.target.provider == "CUDAExecutionProvider" and self.bits == 8:
             ctx.remark(RemarkKind.WARNING, "quantize", "", CUDA)
         rules = _rules(self.skip_nodes, self.overrides, model, ctx)
         said = {name_of(node): _said(rules, node) for node in everywhere(model)}
-        nodes = [node for node in everywhere(model) if not said[name_of(node)].get("exclude")]
-        blocks_of = {name: given.get("block", self.block) for name, given in said.items()}
+        nodes = [node for node in everywhere(model) if not said[name_of(node)].exclude]
+        blocks_of = {name: given.block or self.block for name, given in said.items()}
         tables = frozenset(
             name_of(node)
             for node in nodes
@@ -134,13 +140,40 @@ class QuantizeWeights:
             and node.graph is model.graph
             and self._is_table(node, blocks_of[name_of(node)])
         )
-        how = Blocks(self.block, self.bits, self.form, self._moments(model, ctx), said)
+        sites = products_of(nodes, self.least, HALVES) | tables
+        scheme = self.scheme
+        if ctx.target.qdq is not None and not ctx.target.qdq.zero_points:
+            scheme = "symmetric"
+            said = self._without_zero_points(sites, said, ctx)
+        how = Blocks(self.block, self.bits, self.form, scheme, self._moments(model, ctx), said)
 
         def write(changed: ir.Model, sites: frozenset[str], names: Names) -> None:
             write_blocks(changed, sites, names, how)
 
-        sites = products_of(nodes, self.least, HALVES) | tables
         return _run(model, ctx, Precision.INT4_WEIGHTS, self, write, sites)
+
+    def _check(self) -> None:
+        if self.block not in SIZES:
+            raise OptionError(f"block size {self.block}: choose 16, 32, 64, 128 or 256")
+        if self.bits not in BITS or self.form not in ("contrib", "qdq"):
+            raise OptionError(
+                f"bits {self.bits}, form {self.form!r}: bits are 4 or 8, the form is contrib (MatMulNBits and "
+                "GatherBlockQuantized) or qdq (DequantizeLinear with blocks, opset 21)"
+            )
+        if self.scheme not in SCHEMES:
+            raise OptionError(f"scheme {self.scheme!r}: choose one of {', '.join(SCHEMES)}")
+
+    def _without_zero_points(
+        self, sites: frozenset[str], said: Mapping[str, Settings], ctx: Context
+    ) -> dict[str, Settings]:
+        """What is said of single weights, for a target without zero points."""
+        for name in sorted(sites):
+            if (said[name].scheme or self.scheme) == "asymmetric":
+                raise OptionError(
+                    f"scheme asymmetric gives the weight of '{name}' zero points, and the target '{ctx.target.name}' "
+                    'takes none: write scheme = "symmetric", or leave it out'
+                )
+        return {name: dataclasses.replace(each, scheme=None) for name, each in said.items()}
 
     def _is_table(self, node: ir.Node, block: int) -> bool:
         """Whether the node looks rows up in a large constant matrix, whose rows are whole blocks."""
@@ -273,7 +306,7 @@ def _rules(
     return rules
 
 
-def _said(rules: tuple[Rule, ...], node: ir.Node) -> dict[str, int]:
+def _said(rules: tuple[Rule, ...], node: ir.Node) -> Settings:
     return settings_of(rules, node.name or "", name_of(node))
 
 

@@ -16,7 +16,8 @@ import onnx_ir as ir
 from graphopt.ir import operators, values
 from graphopt.ir.build import Names
 from graphopt.rewrite import name_of
-from graphopt_passes.quantize import blocks, weights
+from graphopt_passes.quantize import blocks, rounding, weights
+from graphopt_passes.quantize.single_blocks import Settings
 
 MICROSOFT = "com.microsoft"
 
@@ -29,26 +30,41 @@ class Blocks:
         block: elements that share a scale.
         bits: of each, 4 or 8.
         form: contrib or qdq.
+        scheme: symmetric, asymmetric (with zero points), or auto: what loses less of each weight.
         moments: second moments of the input of a product, by name of its output; of none, rounding is to nearest.
-        single: other blocks and bits of single nodes, by name of their outputs.
+        single: other blocks, bits and schemes of single nodes, by name of their outputs.
     """
 
     block: int
     bits: int = 4
     form: str = "contrib"
+    scheme: str = "auto"
     moments: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    single: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
+    single: Mapping[str, Settings] = dataclasses.field(default_factory=dict)
 
     @property
-    def size(self) -> tuple[int, int]:
+    def kind(self) -> tuple[int, int, str]:
         """What weights must have in common to be stored once."""
-        return self.block, self.bits
+        return self.block, self.bits, self.scheme
 
     def of(self, name: str) -> Blocks:
         """The same for the node of this name."""
-        given = self.single.get(name, {})
-        block, bits = given.get("block", self.block), given.get("bits", self.bits)
-        return dataclasses.replace(self, block=block, bits=bits)
+        said = self.single.get(name, Settings())
+        return dataclasses.replace(
+            self,
+            block=said.block or self.block,
+            bits=said.bits or self.bits,
+            scheme=said.scheme or self.scheme,
+        )
+
+    def encoded(self, rows: np.ndarray, moments: np.ndarray | None) -> blocks.Encoded:
+        """A weight, one output channel a row."""
+        known = None if moments is None else rounding.Moments.of(moments)
+        if self.scheme == "auto":
+            zero_points = blocks.wants_zero_points(rows, self.block, self.bits, known)
+        else:
+            zero_points = self.scheme == "asymmetric"
+        return blocks.encode(rows, self.block, self.bits, known, zero_points=zero_points)
 
 
 def write_dynamic(model: ir.Model, sites: frozenset[str], names: Names) -> None:
@@ -87,8 +103,11 @@ def _integer_product(node: ir.Node, encoder: ir.Node, names: Names) -> None:
     _replace(node, "MatMulIntegerToFloat", [*values_in, _bias(node, names)], {}, names)
 
 
-Held: TypeAlias = dict[tuple[object, ...], tuple[ir.Value, ir.Value]]
-"""Codes and scales of weights that are written already: those who share a weight share them."""
+Parts: TypeAlias = list[ir.Value | None]
+"""Codes, scales and zero points of a weight; None for zero points where there are none."""
+
+Held: TypeAlias = dict[tuple[object, ...], Parts]
+"""Weights that are written already: those who share one share it."""
 
 
 def write_blocks(model: ir.Model, sites: frozenset[str], names: Names, how: Blocks) -> None:
@@ -111,9 +130,9 @@ def _once(
     index: int,
     kind: object,
     held: Held,
-    make: Callable[[], tuple[ir.Value, ir.Value]],
-) -> tuple[ir.Value, ir.Value]:
-    """Codes and scales of the weight that a node reads, made for the first who asks for them so."""
+    make: Callable[[], Parts],
+) -> Parts:
+    """The parts of the weight that a node reads, made for the first who asks for them so."""
     key = (node.graph, node.inputs[index], kind)
     if key not in held:
         held[key] = make()
@@ -125,9 +144,9 @@ def _block_product(node: ir.Node, names: Names, how: Blocks, held: Held) -> None
     assert isinstance(graph, ir.Graph)
     moments = how.moments.get(name_of(node))
 
-    def make() -> tuple[ir.Value, ir.Value]:
-        codes, scales = blocks.pack_blocks(array, how.block, how.bits, moments)
-        return _held_pair(graph, _weight_name(node, 1), codes, scales, names, how)
+    def make() -> Parts:
+        made = blocks.pack_blocks(how.encoded(array.T, moments), how.bits)
+        return _held_parts(graph, _weight_name(node, 1), made, names, how)
 
     attributes = {
         "K": array.shape[0],
@@ -136,8 +155,8 @@ def _block_product(node: ir.Node, names: Names, how: Blocks, held: Held) -> None
         "block_size": how.block,
         "accuracy_level": 4,
     }
-    pair = _once(node, 1, (how.size, _is_turned(node), id(moments)), held, make)
-    inputs = [node.inputs[0], *pair, None, None, _bias(node, names)]
+    parts = _once(node, 1, (how.kind, _is_turned(node), id(moments)), held, make)
+    inputs = [node.inputs[0], *parts, None, _bias(node, names)]
     _replace(node, "MatMulNBits", inputs, attributes, names)
 
 
@@ -146,14 +165,20 @@ def _block_gather(node: ir.Node, names: Names, how: Blocks, held: Held) -> None:
     assert table is not None
     assert isinstance(graph, ir.Graph)
 
-    def make() -> tuple[ir.Value, ir.Value]:
-        codes, scales = blocks.encode(table, how.block, how.bits)
-        laid = _laid(codes, how) if how.form == "qdq" else blocks.packed(codes, how.bits)
-        return _held_pair(graph, _weight_name(node, 0), laid, scales, names, how)
+    def make() -> Parts:
+        made = how.encoded(table, None)
+        zeros = None if made.zeros is None else np.ascontiguousarray(made.zeros)
+        if how.form == "qdq":
+            laid = _laid(made.codes, zeros, how)
+        else:
+            packed = None if zeros is None else blocks.packed(zeros, how.bits)
+            laid = blocks.packed(made.codes, how.bits), packed
+        parts = laid[0], made.scales, laid[1]
+        return _held_parts(graph, _weight_name(node, 0), parts, names, how)
 
-    pair = _once(node, 0, (how.size, "table"), held, make)
+    parts = _once(node, 0, (how.kind, "table"), held, make)
     if how.form == "qdq":
-        node.replace_input_with(0, _decoded(_weight_name(node, 0), pair, 1, node, names, how))
+        node.replace_input_with(0, _decoded(_weight_name(node, 0), parts, 1, node, names, how))
         return
     attributes = {
         "gather_axis": 0,
@@ -161,7 +186,7 @@ def _block_gather(node: ir.Node, names: Names, how: Blocks, held: Held) -> None:
         "block_size": how.block,
         "bits": how.bits,
     }
-    inputs = [pair[0], node.inputs[1], pair[1]]
+    inputs = [parts[0], node.inputs[1], *parts[1:]]
     _replace(node, "GatherBlockQuantized", inputs, attributes, names)
 
 
@@ -171,44 +196,58 @@ def _block_decoded(node: ir.Node, names: Names, how: Blocks, held: Held) -> None
     assert isinstance(graph, ir.Graph)
     moments, turned = how.moments.get(name_of(node)), _is_turned(node)
 
-    def make() -> tuple[ir.Value, ir.Value]:
-        codes, scales = blocks.encode(array.T, how.block, how.bits, moments)
-        codes = codes[:, : array.shape[0]]
-        codes, scales = (codes, scales) if turned else (codes.T, scales.T)
-        return _held_pair(graph, _weight_name(node, 1), _laid(codes, how), scales, names, how)
+    def make() -> Parts:
+        made = how.encoded(array.T, moments)
+        codes, scales, zeros = made.codes[:, : array.shape[0]], made.scales, made.zeros
+        if not turned:
+            codes, scales, zeros = codes.T, scales.T, None if zeros is None else zeros.T
+        laid = _laid(codes, zeros, how)
+        parts = laid[0], scales, laid[1]
+        return _held_parts(graph, _weight_name(node, 1), parts, names, how)
 
-    pair = _once(node, 1, (how.size, turned, id(moments)), held, make)
+    parts = _once(node, 1, (how.kind, turned, id(moments)), held, make)
     axis = 1 if turned else 0
-    node.replace_input_with(1, _decoded(_weight_name(node, 1), pair, axis, node, names, how))
+    node.replace_input_with(1, _decoded(_weight_name(node, 1), parts, axis, node, names, how))
 
 
-def _laid(codes: np.ndarray, how: Blocks) -> np.ndarray:
-    return np.asarray(codes.astype(ml_dtypes.int4 if how.bits == 4 else np.int8))
+def _laid(
+    codes: np.ndarray, zeros: np.ndarray | None, how: Blocks
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Codes and zero points for DequantizeLinear: signed where 0 is 0, else unsigned, as runtimes look for them."""
+    if zeros is None:
+        return np.asarray(codes.astype(ml_dtypes.int4 if how.bits == 4 else np.int8)), None
+    kind, middle = (ml_dtypes.uint4 if how.bits == 4 else np.uint8), np.uint8(1 << (how.bits - 1))
+    shifted = [np.ascontiguousarray(each).view(np.uint8) + middle for each in (codes, zeros)]
+    return shifted[0].astype(kind), shifted[1].astype(kind)
 
 
-def _held_pair(
-    graph: ir.Graph, base: str, codes: np.ndarray, scales: np.ndarray, names: Names, how: Blocks
-) -> tuple[ir.Value, ir.Value]:
-    return (
-        _held(graph, names.fresh(f"{base}_q{how.bits}"), codes),
-        _held(graph, names.fresh(f"{base}_scales"), scales),
-    )
+def _held_parts(
+    graph: ir.Graph,
+    base: str,
+    parts: tuple[np.ndarray, np.ndarray, np.ndarray | None],
+    names: Names,
+    how: Blocks,
+) -> Parts:
+    ends = (f"q{how.bits}", "scales", "zeros")
+    return [
+        None if array is None else _held(graph, names.fresh(f"{base}_{end}"), array)
+        for array, end in zip(parts, ends, strict=True)
+    ]
 
 
 def _decoded(
-    base: str,
-    pair: tuple[ir.Value, ir.Value],
-    axis: int,
-    before: ir.Node,
-    names: Names,
-    how: Blocks,
+    base: str, parts: Parts, axis: int, before: ir.Node, names: Names, how: Blocks
 ) -> ir.Value:
+    codes, scales = parts[:2]
+    assert codes is not None
+    assert scales is not None
     given = [ir.AttrInt64("axis", axis), ir.AttrInt64("block_size", how.block)]
-    decode = ir.Node("", "DequantizeLinear", pair, given, num_outputs=1)
+    inputs = [part for part in parts if part is not None]
+    decode = ir.Node("", "DequantizeLinear", inputs, given, num_outputs=1)
     decode.name = names.fresh(f"{base}_decode")
     value = decode.outputs[0]
     value.name = names.fresh(f"{base}_decoded")
-    value.type, value.shape = pair[1].type, pair[0].shape
+    value.type, value.shape = scales.type, codes.shape
     assert isinstance(before.graph, ir.Graph)
     before.graph.insert_before(before, decode)
     return value

@@ -10,7 +10,8 @@ RNG = np.random.default_rng(0)
 ROWS = RNG.normal(size=(12, 40))
 MIX = RNG.normal(size=(40, 6))
 INPUTS = RNG.normal(size=(500, 6)) @ MIX.T + 0.1 * RNG.normal(size=(500, 40)) + 1.0
-MOMENTS = rounding.damped(INPUTS.T @ INPUTS / len(INPUTS))
+KNOWN = rounding.Moments.of(INPUTS.T @ INPUTS / len(INPUTS))
+MOMENTS = KNOWN.damped
 SCALES = np.abs(ROWS).max(axis=1, keepdims=True) / 7 * RNG.choice([-1, 1], (12, 1))
 NEAREST = np.clip(np.rint(ROWS / SCALES), -8, 7)
 
@@ -30,7 +31,7 @@ def test_refinement_lowers_the_error_of_outputs() -> None:
 
 
 def test_compensation_lowers_it_too() -> None:
-    assert lost(rounding.compensate(ROWS, SCALES, MOMENTS, (-8, 7))) < lost(NEAREST) / 4
+    assert lost(rounding.compensate(ROWS, SCALES, KNOWN, (-8, 7))) < lost(NEAREST) / 4
 
 
 @pytest.mark.parametrize("rows", [ROWS, np.zeros_like(ROWS)])

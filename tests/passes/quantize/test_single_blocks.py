@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from graphopt_passes.quantize.single_blocks import parse_rules, settings_of
+from graphopt_passes.quantize.single_blocks import Settings, parse_rules, settings_of
 from graphopt_passes.quantize.weight_only import QuantizeDynamic, QuantizeWeights
 
 from graphopt.errors import OptionError
 from graphopt.ir.model_file import load_model
+from graphopt.rewrite import Context
+from graphopt.targets import get_target
 from tests.passes.quantize.test_weight_only import changed, context, varied
 from tests.rewriting import run
 
@@ -22,9 +24,9 @@ FEED = {"x": np.random.default_rng(0).normal(size=(2, 6, 96)).astype(np.float32)
 
 def test_later_rules_win_and_what_is_skipped_is_excluded() -> None:
     rules = parse_rules(("c",), ("a*: bits=8 block=64", "*b: dtype=int4"))
-    assert settings_of(rules, "ab") == {"bits": 4, "block": 64}
-    assert settings_of(rules, "c") == {"exclude": 1}
-    assert settings_of(rules, "x", "y") == {}
+    assert settings_of(rules, "ab") == Settings(bits=4, block=64)
+    assert settings_of(rules, "c") == Settings(exclude=True)
+    assert settings_of(rules, "x", "y") == Settings()
 
 
 @pytest.mark.parametrize(
@@ -37,6 +39,7 @@ def test_later_rules_win_and_what_is_skipped_is_excluded() -> None:
         "a: dtype=int16",
         "a: dtype=float8e4m3fn",
         "a: exclude=1",
+        "a: scheme=both",
     ],
 )
 def test_what_no_kernel_takes_is_refused(text: str) -> None:
@@ -64,13 +67,32 @@ def test_one_weight_in_8_bits_among_those_in_4() -> None:
 
 
 def test_blocks_for_every_runtime_take_them_too() -> None:
-    after = changed(varied(PAIR), QuantizeWeights(least=1, form="qdq", overrides=("z: bits=8",)))
+    after = changed(
+        varied(PAIR),
+        QuantizeWeights(least=1, form="qdq", scheme="symmetric", overrides=("z: bits=8",)),
+    )
     kinds = {t.name: t.data_type for t in after.graph.initializer}
     decodes = [node for node in after.graph.node if node.op_type == "DequantizeLinear"]
     assert sorted(kinds[node.input[0]] for node in decodes) == [
         onnx.TensorProto.INT8,
         onnx.TensorProto.INT4,
     ]
+
+
+def test_one_weight_with_zero_points_among_those_without() -> None:
+    given = QuantizeWeights(least=1, scheme="symmetric", overrides=("z: scheme=asymmetric",))
+    after = changed(varied(PAIR), given)
+    assert [len(node.input) for node in after.graph.node] == [3, 4]
+
+
+def test_tensorrt_refuses_zero_points_of_single_weights_too() -> None:
+    model = load_model(varied(PAIR, 21))
+    ctx = Context(model, get_target("tensorrt"), pass_name="quantize")
+    given = QuantizeWeights(least=1, form="qdq", overrides=("z: scheme=asymmetric",))
+    with pytest.raises(
+        OptionError, match="the weight of 'z' zero points, and the target 'tensorrt'"
+    ):
+        given.run(model, ctx)
 
 
 def test_a_shared_weight_is_stored_once_a_format() -> None:

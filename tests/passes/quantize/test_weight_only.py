@@ -8,7 +8,6 @@ import numpy as np
 import onnx
 import pytest
 from graphopt_passes.quantize import blocks
-from graphopt_passes.quantize.blocks import pack_blocks
 from graphopt_passes.quantize.weight_only import QuantizeDynamic, QuantizeWeights
 
 from graphopt.errors import OptionError
@@ -71,12 +70,14 @@ def test_a_gemm_keeps_its_bias(each: QuantizeDynamic | QuantizeWeights, least: f
 @pytest.mark.parametrize("block", [16, 32, 128])
 def test_blocks_are_read_as_they_are_written(block: int) -> None:
     proto = varied(PAIR)
-    after = changed(proto, QuantizeWeights(block=block, least=1))
+    after = changed(proto, QuantizeWeights(block=block, least=1, scheme="symmetric"))
     assert {node.op_type for node in after.graph.node} == {"MatMulNBits"}
     w = onnx.numpy_helper.to_array(proto.graph.initializer[0])
-    packed, scales = pack_blocks(w, block)
+    made = blocks.encode(w.T, block, 4)
+    packed, scales, _ = blocks.pack_blocks(made, 4)
     codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(160, -1).astype(np.float32) - 8
     decoded = (codes.reshape(-1, block) * scales[:, None]).reshape(160, -1)[:, :96].T
+    np.testing.assert_allclose(decoded.T, made.decoded(96), rtol=1e-6, atol=1e-7)
     np.testing.assert_array_less(np.abs(decoded - w).max(), np.abs(w).max() / 3)
     got = run(after, {"x": X})[0]
     assert sqnr(X @ decoded, got) > 30
@@ -188,7 +189,7 @@ def test_a_weight_that_two_products_share_is_stored_once(form: str) -> None:
              y = MatMul(x, w)  z = MatMul(y, w) }""",
         21,
     )
-    after = changed(proto, QuantizeWeights(least=1, form=form))
+    after = changed(proto, QuantizeWeights(least=1, form=form, scheme="symmetric"))
     assert len([name for name in read(after) if name.startswith("w_") and "dec" not in name]) == 2
     feed = {"x": X.reshape(-1, 96)}
     for a, b in zip(run(proto, feed), run(after, feed), strict=True):
@@ -278,10 +279,10 @@ def test_names_that_two_branches_share_are_left_alone() -> None:
 @pytest.mark.parametrize(("bits", "gain"), [(4, 1.05), (8, 1.02)])
 def test_clips_lose_less_than_the_whole_range(bits: int, gain: float) -> None:
     rows = np.random.default_rng(3).normal(size=(64, 256)).astype(np.float32)
-    codes, scales = blocks.encode(rows, 32, bits)
+    made = blocks.encode(rows, 32, bits)
     parted = rows.reshape(64, -1, 32)
     low, high = blocks.limits(bits)
     peaks = np.take_along_axis(parted, np.abs(parted).argmax(-1)[..., None], -1) / low
     plain = np.clip(np.rint(parted / peaks), low, high) * peaks
-    ours = codes.reshape(parted.shape) * scales[..., None]
+    ours = made.decoded(256).reshape(parted.shape)
     assert ((plain - parted) ** 2).sum() > gain * ((ours - parted) ** 2).sum()

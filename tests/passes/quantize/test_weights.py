@@ -52,7 +52,8 @@ def test_blocks_hold_the_nearest_codes_of_the_best_of_some_scales(
     wide[:, : shape[1]] = rows
     low, high = limits(bits)
     for given in laid(rows):
-        codes, scales = encode(given, block, bits)
+        made = encode(given, block, bits)
+        codes, scales = made.codes, made.scales
         steps = np.repeat(scales, block, axis=1)
         assert (codes == np.clip(np.rint(wide / steps), low, high)).all()
         lost = ((codes * steps - wide) ** 2).reshape(shape[0], -1, block).sum(axis=2)
@@ -91,14 +92,17 @@ def test_the_shift_is_what_rounding_takes_on_average(
 
 
 @pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("zero_points", [False, True])
 def test_blocks_are_the_same_however_many_are_worked_on_at_once(
-    monkeypatch: pytest.MonkeyPatch, bits: int
+    monkeypatch: pytest.MonkeyPatch, bits: int, zero_points: bool
 ) -> None:
     rows = RNG.normal(size=(50, 320)).astype(np.float32) ** 3
     found = []
     for chunk in (1, 700, 1 << 16):
         monkeypatch.setattr("graphopt_passes.quantize.blocks.CHUNK", chunk)
-        found += [encode(given, 32, bits) for given in laid(rows)]
-    for codes, scales in found[1:]:
-        np.testing.assert_array_equal(codes, found[0][0])
-        np.testing.assert_array_equal(scales, found[0][1])
+        found += [encode(given, 32, bits, zero_points=zero_points) for given in laid(rows)]
+    for made in found[1:]:
+        np.testing.assert_array_equal(made.codes, found[0].codes)
+        np.testing.assert_array_equal(made.scales, found[0].scales)
+        if zero_points:
+            np.testing.assert_array_equal(made.zeros, found[0].zeros)
