@@ -9,14 +9,16 @@ ONNX Runtime, zeros among the weights, millions of multiply-adds of one sample, 
 deflated, CPU seconds of the run (verification off), latency of one sample (least CPU time of 50 runs, one thread).
 `blind:AMOUNT` prunes without samples.  With `--peer PYTHON`, which has onnxsim, a second row shows what onnxsim makes
 of the same amount (see `benchmarks/prune_peer.py`); `--only` runs one of the two.  Rows that ROWS.json has already are
-not run again.  `python -m benchmarks.prune_curves` draws what `--save` writes.
+not run again.  `python -m benchmarks.prune_curves` does all that for four networks of the zoo, and draws the rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -53,6 +55,20 @@ SENTENCES = 16
 RUNS = 50
 
 
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One model, and what its rows are made with."""
+
+    model: Path
+    samples: Path
+    test: Path
+    save: Path | None = None
+    labels: str = "y"
+    peer: Path | None = None
+    only: str | None = None
+    keep: Path | None = None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; returns 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -62,32 +78,54 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--labels", default="y")
     parser.add_argument("--peer", type=Path)
     parser.add_argument("--save", type=Path)
+    parser.add_argument("--keep", type=Path, help="folder in which the pruned models stay")
     parser.add_argument("--only", choices=("graphopt", "onnxsim"))
     parser.add_argument("amounts", nargs="*", default=AMOUNTS)
-    given = parser.parse_args(argv)
-    inputs = dict(np.load(given.test))
-    labels = inputs.pop(given.labels)
+    given = vars(parser.parse_intermixed_args(argv))
+    amounts = given.pop("amounts")
+    complete(Trial(**given), amounts)
+    return 0
+
+
+def complete(trial: Trial, amounts: Sequence[str]) -> None:
+    """Runs, prints and saves the rows that are not saved yet."""
+    inputs = dict(np.load(trial.test))
+    labels = inputs.pop(trial.labels)
     header = ("sparsity", "accuracy", "zeros", "MMACs", "bytes", "deflated", "CPU s", "ms")
     sys.stdout.write("{:20}{:>10}{:>8}{:>9}{:>10}{:>10}{:>8}{:>8}\n".format(*header))
-    rows = _saved(given.save)
+    rows = _saved(trial.save)
     known = {(row["tool"], row["amount"]) for row in rows}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "m.onnx"
-        for tool, amount in _wanted(given.amounts, peer=bool(given.peer), only=given.only):
+        for tool, amount in _wanted(amounts, peer=bool(trial.peer), only=trial.only):
             if (tool, amount) in known:
                 continue
-            if tool == "graphopt":
-                spent: float | None = ours(given.model, given.samples, out, amount)
-            else:
-                spent = theirs(given.peer, given.model, given.samples, out, amount)
+            spent = _pruned(trial, tool, amount, out)
             if spent is None:
                 continue
+            if trial.keep:
+                name = f"{trial.model.stem}.{tool}.{amount.replace(':', '-') or 'none'}.onnx"
+                shutil.copy(out, trial.keep / name)
             rows.append({"tool": tool, "amount": amount, **facts(out, inputs, labels, spent)})
             show(amount or "(none)" if tool == "graphopt" else f"  onnxsim {amount}", rows[-1])
-            if given.save:
-                about = {"model": given.model.stem, "measure": measure(labels), "rows": rows}
-                given.save.write_text(json.dumps(about))
-    return 0
+            if trial.save:
+                _write(trial, labels, rows)
+
+
+def _pruned(trial: Trial, tool: str, amount: str, out: Path) -> float | None:
+    """Writes what a tool makes; returns the CPU seconds, None where it fails."""
+    if tool == "graphopt":
+        return ours(trial.model, trial.samples, out, amount)
+    assert trial.peer is not None
+    return theirs(trial.peer, trial.model, trial.samples, out, amount)
+
+
+def _write(trial: Trial, labels: Labels, rows: Sequence[Mapping[str, Any]]) -> None:
+    assert trial.save is not None
+    lines = ",\n  ".join(json.dumps(row) for row in rows)
+    about = json.dumps({"model": trial.model.stem, "measure": measure(labels)})
+    about = about.removesuffix("}") + f', "tested": {len(labels)}'
+    trial.save.write_text(f'{about}, "rows": [\n  {lines}\n]}}\n')
 
 
 def measure(labels: Labels) -> str:
