@@ -170,7 +170,7 @@ def _patterns(rows: Sequence[PatternLayer], *, every: bool) -> list[RenderableTy
             row.operator,
             f"{row.axis} = {row.inputs}" if row.axis else "",
             str(row.multiple or ""),
-            f"{row.following:.1%}",
+            f"{row.following:.1%} of {row.pattern}",
             text("yes", "green") if row.eligible else text("no", "yellow"),
             text(row.why_not or row.note),
         )

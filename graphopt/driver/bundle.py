@@ -33,7 +33,7 @@ from graphopt.pipeline import PassRun, Step
 from graphopt.pipeline.recipe import to_spec
 from graphopt.report.facts import ModelFacts, file_sha256, model_facts
 from graphopt.report.markdown import run_markdown
-from graphopt.report.patterns import pattern_layers, pattern_of
+from graphopt.report.patterns import pattern_layers
 from graphopt.report.plain import graphopt_version, plain
 from graphopt.report.run import RolledBack, RunReport, VerificationFacts
 from graphopt.runtime import onnxruntime_api
@@ -88,7 +88,7 @@ def build(run: Finished, folder: Path) -> Path:
         output_specs(model),
         input_profiles(input_specs(model), dict(run.request.profiles), feed, decided),
         golden,
-        is_two_of_four(run.request.target.sparse, run.request.options.sparsity),
+        is_two_of_four(run.request.target.sparse, (each.pattern for each in run.request.patterns)),
         decided,
     )
     listing = None if golden is None else golden.write(place, {s.name: s for s in specs})
@@ -200,9 +200,7 @@ def _report(run: Finished, place: Path) -> str:
             seed=run.request.options.seed,
             warnings=run.warnings,
             sparse=run.made.sparse,
-            pattern_layers=pattern_layers(
-                run.made.model, pattern_of(run.request.options.sparsity), run.made.remarks
-            ),
+            pattern_layers=pattern_layers(run.made.model, run.request.patterns, run.made.remarks),
             specialized=run.specialized,
         ),
         times=False,

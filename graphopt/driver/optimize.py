@@ -27,7 +27,7 @@ from graphopt.numerics import Numerics
 from graphopt.pipeline import flatten
 from graphopt.report.facts import model_facts
 from graphopt.report.layers import layers
-from graphopt.report.patterns import pattern_layers, pattern_of
+from graphopt.report.patterns import pattern_layers
 from graphopt.report.run import RolledBack, RunReport, VerificationFacts
 from graphopt.rewrite import Gate, Remark, RemarkKind, Rewrite
 
@@ -335,9 +335,7 @@ def _report(done: Finished, path: Path | None, seconds: float) -> RunReport:
         sparse=made.sparse,
         stages=made.stages,
         layers=layers(made.model) if request.stages else (),
-        pattern_layers=pattern_layers(
-            made.model, pattern_of(request.options.sparsity), made.remarks
-        ),
+        pattern_layers=pattern_layers(made.model, request.patterns, made.remarks),
         distilled=made.distilled,
         warnings=done.warnings,
         specialized=done.specialized,

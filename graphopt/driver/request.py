@@ -14,6 +14,7 @@ from graphopt.emit.profiles import Range
 from graphopt.errors import OptionError
 from graphopt.ir.model_file import ExternalData
 from graphopt.pipeline import Pass, Step, flatten
+from graphopt.report.patterns import Asked, patterns_asked
 from graphopt.rewrite import Gate, Options
 from graphopt.specialize import Specialization
 from graphopt.targets import Precision, SparseStyle, Target, get_target
@@ -106,6 +107,12 @@ class Request:
             return self.sparse
         keeps = self.target.sparse is not SparseStyle.DENSE and not self.options.sparsity
         return SparseStyle.KEPT if keeps else self.target.sparse
+
+    @property
+    def patterns(self) -> tuple[Asked, ...]:
+        """The N:M patterns that the run asks for, or one of its passes for itself."""
+        own = (getattr(each, "sparsity", None) for each in flatten(self.steps))
+        return patterns_asked((self.options.sparsity, *own))
 
 
 def parse_choice(kind: str, text: str, enumeration: type[enum.Enum]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -217,10 +217,9 @@ def io_binding(made: Deployment) -> str:
     return "\n".join(lines) + "\n"
 
 
-def is_two_of_four(style: SparseStyle, sparsity: str | None) -> bool:
-    """Whether the run pruned to 2:4, which dense kernels for sparse tensor cores take."""
-    words = (sparsity or "").split(",")
-    return style is SparseStyle.DENSE and words[0].strip() == "2:4"
+def is_two_of_four(style: SparseStyle, patterns: Iterable[tuple[int, int]]) -> bool:
+    """Whether the run pruned weights to 2:4, which dense kernels for sparse tensor cores take."""
+    return style is SparseStyle.DENSE and (2, 4) in patterns
 
 
 def _json(body: object) -> str:

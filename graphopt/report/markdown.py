@@ -57,7 +57,7 @@ def _smaller(report: RunReport) -> list[str]:
                 each.operator,
                 f"{each.axis} = {each.inputs}" if each.axis else "",
                 each.multiple or "",
-                f"{each.following:.1%}",
+                f"{each.following:.1%} of {each.pattern}",
                 "yes" if each.eligible else "no",
                 each.why_not or each.note,
             )

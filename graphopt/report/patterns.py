@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -50,6 +50,7 @@ class PatternLayer:
         eligible: whether a sparse kernel can take the weight.
         why_not: what keeps it from that; "" where it is eligible.
         note: what may keep the kernel from being picked, or from being faster.
+        pattern: N:M, the one that it was compared with: of several the last one asked for that it follows.
     """
 
     node: str
@@ -64,16 +65,39 @@ class PatternLayer:
     eligible: bool
     why_not: str = ""
     note: str = ""
+    pattern: str = ""
 
 
-def pattern_of(sparsity: str | None) -> tuple[int, int] | None:
-    """(N, M) of a `--sparsity` that asks for a pattern; None for others."""
-    found = re.match(r"\s*(\d+):(\d+)\s*(?:,|$)", sparsity or "")
-    return (int(found[1]), int(found[2])) if found else None
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A pattern that a run asks for.
+
+    Attributes:
+        pattern: (N, M): at most N of M weights are not zero.
+        names: of the weights that it is for, as a regular expression; "" for all.
+    """
+
+    pattern: tuple[int, int]
+    names: str = ""
+
+
+def patterns_asked(sparsities: Iterable[str | None]) -> tuple[Asked, ...]:
+    """The patterns that some `--sparsity` texts ask for, of the run or of its passes, each once.
+
+    `2:4` asks for one of all weights, `layer=REGEX:2:4` of some.
+    """
+    found: list[Asked] = []
+    for text in sparsities:
+        first, *rest = (text or "").split(",")
+        if whole := re.fullmatch(r"\s*(\d+):(\d+)\s*", first):
+            found.append(Asked((int(whole[1]), int(whole[2]))))
+        matches = (re.fullmatch(r"\s*layer=(.+):(\d+):([1-9]\d*)\s*", each) for each in rest)
+        found.extend(Asked((int(own[2]), int(own[3])), own[1]) for own in matches if own)
+    return tuple(dict.fromkeys(found))
 
 
 def pattern_layers(
-    model: ir.Model, pattern: tuple[int, int] | None, remarks: Iterable[Remark] = ()
+    model: ir.Model, asked: Sequence[Asked], remarks: Iterable[Remark] = ()
 ) -> tuple[PatternLayer, ...]:
     """A row for every weight of the main graph that is multiplied, in the order of the file; none without a pattern.
 
@@ -81,10 +105,10 @@ def pattern_layers(
 
     Args:
         model: the result.
-        pattern: (N, M): at most N of M weights are not zero.
+        asked: the patterns that the run asks for.
         remarks: of the run; say why a layer stays dense.
     """
-    if pattern is None:
+    if not asked:
         return ()
     dense = {
         remark.node: remark.reason.removeprefix(_DENSE)
@@ -92,9 +116,25 @@ def pattern_layers(
         if remark.reason.startswith(_DENSE)
     }
     return tuple(
-        _row(node, weight, held, pattern, dense.get(name_of(node), ""))
+        _nearest(
+            [
+                _row(node, weight, held, pattern, dense.get(name_of(node), ""))
+                for pattern in _patterns_of(_name(weight), asked)
+            ]
+        )
         for node, weight, held in _weights(model)
     )
+
+
+def _patterns_of(name: str, asked: Sequence[Asked]) -> list[tuple[int, int]]:
+    """Those asked for of one weight, the last word first; all where none is."""
+    own = [each.pattern for each in asked if re.search(each.names, name)]
+    return [*dict.fromkeys(reversed(own or [each.pattern for each in asked]))]
+
+
+def _nearest(rows: Sequence[PatternLayer]) -> PatternLayer:
+    """Of the rows of one weight the first whose pattern it follows."""
+    return next((row for row in rows if row.eligible), rows[0])
 
 
 def _weights(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Value, ir.TensorProtocol]]:
@@ -146,6 +186,7 @@ def _row(
         eligible=not why,
         why_not=why,
         note="" if why else _note(node, weight, inputs),
+        pattern=f"{n}:{m}",
     )
 
 

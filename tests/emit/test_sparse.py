@@ -401,17 +401,16 @@ class TestKept:
 
 
 @pytest.mark.parametrize(
-    ("style", "sparsity", "pays"),
+    ("style", "patterns", "pays"),
     [
-        (SparseStyle.DENSE, "2:4", True),
-        (SparseStyle.DENSE, "2:4,method=wanda", True),
-        (SparseStyle.DENSE, "2:40", False),
-        (SparseStyle.DENSE, "0.5,layer=2:4", False),
-        (SparseStyle.DENSE, None, False),
-        (SparseStyle.INITIALIZER, "2:4", False),
+        (SparseStyle.DENSE, [(2, 4)], True),
+        (SparseStyle.DENSE, [(1, 4), (2, 4)], True),
+        (SparseStyle.DENSE, [(2, 40)], False),
+        (SparseStyle.DENSE, [], False),
+        (SparseStyle.INITIALIZER, [(2, 4)], False),
     ],
 )
 def test_sparse_tensor_cores_are_asked_for_where_two_of_four_were(
-    style: SparseStyle, sparsity: str | None, *, pays: bool
+    style: SparseStyle, patterns: list[tuple[int, int]], *, pays: bool
 ) -> None:
-    assert is_two_of_four(style, sparsity) is pays
+    assert is_two_of_four(style, patterns) is pays

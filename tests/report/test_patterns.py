@@ -13,7 +13,7 @@ from onnx import numpy_helper, parser
 import graphopt
 from graphopt.report.html import run_html
 from graphopt.report.markdown import run_markdown
-from graphopt.report.patterns import PatternLayer, pattern_layers, pattern_of
+from graphopt.report.patterns import Asked, PatternLayer, pattern_layers, patterns_asked
 from graphopt.rewrite.context import Remark, RemarkKind
 
 
@@ -35,7 +35,7 @@ def rows(
     """
     model = parser.parse_model(text)
     model.graph.initializer.append(numpy_helper.from_array(weight, "w"))
-    return pattern_layers(ir.from_proto(model), (2, 4), remarks)
+    return pattern_layers(ir.from_proto(model), [Asked((2, 4))], remarks)
 
 
 @pytest.mark.parametrize(
@@ -123,24 +123,61 @@ def test_computed_and_overridable_weights_have_no_row() -> None:
               g (float[N, 4] x, float[4, 4] w) => (float[N, 4] y) { y = MatMul (x, w) }"""
     model = parser.parse_model(text)
     model.graph.initializer.append(numpy_helper.from_array(np.ones((4, 4), np.float32), "w"))
-    assert pattern_layers(ir.from_proto(model), (2, 4)) == ()
+    assert pattern_layers(ir.from_proto(model), [Asked((2, 4))]) == ()
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("texts", "found"),
     [
-        ("2:4", (2, 4)),
-        ("4:8,method=wanda", (4, 8)),
-        (" 2:4 ", (2, 4)),
-        ("0.8", None),
-        ("channels:0.5", None),
-        ("0.8,layer=^a:0.5", None),
-        ("", None),
-        (None, None),
+        (["2:4"], [Asked((2, 4))]),
+        (["4:8,method=wanda"], [Asked((4, 8))]),
+        ([" 2:4 ", "2:4"], [Asked((2, 4))]),
+        (["0.8", "1:4"], [Asked((1, 4))]),
+        (["0.8,layer=^a:2:4"], [Asked((2, 4), "^a")]),
+        (["2:4,layer=b:4:8,layer=c:0.5"], [Asked((2, 4)), Asked((4, 8), "b")]),
+        (["0.8"], []),
+        (["channels:0.5"], []),
+        (["0.8,layer=^a:0.5"], []),
+        (["", None], []),
     ],
 )
-def test_the_pattern_of_a_request(text: str | None, found: tuple[int, int] | None) -> None:
-    assert pattern_of(text) == found
+def test_the_patterns_of_requests(texts: list[str | None], found: list[Asked]) -> None:
+    assert patterns_asked(texts) == tuple(found)
+
+
+def test_of_several_patterns_the_one_that_a_weight_follows_counts() -> None:
+    model = parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 21]>
+           g (float[N, 8] x) => (float[N, 8] y) { h = Gemm (x, a) i = Gemm (h, b) y = Gemm (i, c) }"""
+    )
+    thin = halved((8, 8), 0) * (np.arange(8) % 4 < 1)[:, None]
+    for name, weight in (("a", thin), ("b", halved((8, 8), 0)), ("c", np.ones((8, 8)))):
+        held = numpy_helper.from_array(weight.astype(np.float32), name)
+        model.graph.initializer.append(held)
+    asked = [Asked((2, 4)), Asked((1, 4), "a")]
+    found = pattern_layers(ir.from_proto(model), asked)
+    assert [(row.pattern, row.eligible) for row in found] == [
+        ("1:4", True),
+        ("2:4", True),
+        ("2:4", False),
+    ]
+    others = pattern_layers(ir.from_proto(model), [Asked((1, 4), "a"), Asked((2, 4), "z")])
+    assert [row.pattern for row in others] == ["1:4", "2:4", "2:4"]
+
+
+def test_a_pattern_that_a_pass_is_given_is_listed_too() -> None:
+    model = parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 21]>
+           g (float[N, 64] x) => (float[N, 64] y) { h = Gemm (x, a) r = Relu (h) y = Gemm (r, b) }"""
+    )
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        weight = rng.normal(size=(64, 64)).astype(np.float32)
+        model.graph.initializer.append(numpy_helper.from_array(weight, name))
+    report = graphopt.optimize(model, passes=["prune{sparsity=2:4}"], verify="off").report
+    assert [(row.pattern, row.eligible) for row in report.pattern_layers] == [("2:4", True)] * 2
+    assert "100.0% of 2:4" in run_markdown(report)
+    assert "100.0 % of 2:4" in run_html(report)
 
 
 def test_a_run_lists_the_layers_in_json_and_in_markdown(tmp_path: Path) -> None:

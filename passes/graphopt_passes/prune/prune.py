@@ -20,7 +20,14 @@ from graphopt_passes.prune.layers import FLOATS, PRUNABLE, Layer, find_layers, f
 from graphopt_passes.prune.lowrank import factorize
 from graphopt_passes.prune.narrow import remove_channels
 from graphopt_passes.prune.recurrent import RECURRENT, find_recurrent, hidden_states
-from graphopt_passes.prune.request import Allocation, Method, SparsityRequest, Tune, parse_sparsity
+from graphopt_passes.prune.request import (
+    Allocation,
+    Method,
+    Pattern,
+    SparsityRequest,
+    Tune,
+    parse_sparsity,
+)
 from graphopt_passes.prune.samples import Feeds, read_feeds, read_singles
 from graphopt_passes.prune.solve import Goal
 from graphopt_passes.prune.tables import (
@@ -40,6 +47,7 @@ from graphopt_passes.prune.weights import (
     method_for,
     prune_blind,
     prune_fitted,
+    takes,
 )
 
 RULE = "weights"
@@ -247,7 +255,8 @@ def _is_tuned(request: SparsityRequest, ctx: Context) -> bool:
     if request.tune is not Tune.AUTO or not request.refit:
         return request.tune is Tune.YES
     high = request.ratio is not None and request.ratio >= ADMM_FROM
-    return (high or request.pattern is not None) and not ctx.options.distill
+    shares = [request.pattern, *(share for _, share in request.own)]
+    return (high or any(isinstance(each, tuple) for each in shares)) and not ctx.options.distill
 
 
 def _tuned(
@@ -279,14 +288,29 @@ def _tell_dense(
 ) -> None:
     for layer in layers:
         if layer in wanted:
+            _tell_unfit(ctx, layer, wanted[layer], request)
             continue
         reason = layer.dense
         if not reason and request.pattern is not None:
-            n, m = request.pattern
-            reason = f"{layer.inner} inputs in {layer.blocks} groups are no multiple of the {m} that {n}:{m} takes"
-            if layer.node.op_type not in PRUNABLE:
-                reason = f"no hardware reads {n}:{m} in the weights of a {layer.node.op_type}"
+            reason = _why_unfit(layer, request.pattern)
         ctx.missed(RULE, layer.node, f"stays dense: {reason}")
+
+
+def _tell_unfit(ctx: Context, layer: Layer, goal: Goal, request: SparsityRequest) -> None:
+    """Says that a layer has not got the pattern that the user gave it."""
+    for name, share in request.own:
+        fits = isinstance(share, float) or goal.pattern is not None or takes(layer, share)
+        if not fits and re.search(name, layer.name):
+            assert not isinstance(share, float)
+            said = f"layer={name}:{share[0]}:{share[1]} does not fit: {_why_unfit(layer, share)}"
+            ctx.missed(RULE, layer.node, f"{said}; it has its part of the other zeros")
+
+
+def _why_unfit(layer: Layer, pattern: Pattern) -> str:
+    n, m = pattern
+    if layer.node.op_type not in PRUNABLE:
+        return f"no hardware reads {n}:{m} in the weights of a {layer.node.op_type}"
+    return f"{layer.inner} inputs in {layer.blocks} groups are no multiple of the {m} that {n}:{m} takes"
 
 
 def _tell(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import re
+from typing import TypeAlias
 
 from graphopt.errors import OptionError
 
@@ -14,7 +15,8 @@ MAX_MULTIPLE = 64
 _REMEDY = (
     "write 0.8 (share of zeros), 2:4 (zeros in each four), channels:0.5 (share of the arithmetic to remove), "
     "lowrank:0.05 (error up to which a matrix becomes two) or threshold:0.01, and after it, if need be, "
-    "method=…, allocation=…, refit=no, tune=no, multiple=16, blocks=no, tables=0.8, dense=REGEX, layer=REGEX:0.5"
+    "method=…, allocation=…, refit=no, tune=no, multiple=16, blocks=no, tables=0.8, dense=REGEX, layer=REGEX:0.5, "
+    "layer=REGEX:2:4"
 )
 
 
@@ -78,6 +80,15 @@ class Tune(enum.StrEnum):
     NO = "no"
 
 
+Pattern: TypeAlias = tuple[int, int]
+Share: TypeAlias = "float | Pattern"
+"""How many zeros one layer has: a share of them, or N of each M that stay."""
+
+_OF_CHANNELS = ("importance", "by", "rounds", "multiple", "blocks")
+_OF_WEIGHTS = ("method", "allocation", "tune", "layer")
+"""Options that say something of one kind of amount alone."""
+
+
 @dataclasses.dataclass(frozen=True)
 class SparsityRequest:
     """One `--sparsity`, in parts; exactly one of ratio, pattern, threshold, channels and low_rank says how much.
@@ -94,7 +105,7 @@ class SparsityRequest:
         refit: whether the weights that stay are fitted to the outputs of the dense model.
         tune: whether those that stay are then trained together.
         dense: names of weights that stay dense, as a regular expression.
-        own: shares of zeros of single layers, by regular expressions of the names of their weights.
+        own: shares of zeros, or patterns, of single layers, by regular expressions of the names of their weights.
         low_rank: error of the outputs, RMS over RMS, up to which a large matrix becomes a product of two.
         rounds: in how many the channels go, each fitted before the next is chosen; 0 for as many as the share asks for.
         multiple: of what the channels of convolutions shall stay a multiple; 0 for `block`, or 8 if that is too much.
@@ -104,7 +115,7 @@ class SparsityRequest:
     """
 
     ratio: float | None = None
-    pattern: tuple[int, int] | None = None
+    pattern: Pattern | None = None
     threshold: float | None = None
     channels: float | None = None
     method: Method = Method.AUTO
@@ -114,7 +125,7 @@ class SparsityRequest:
     refit: bool = True
     tune: Tune = Tune.AUTO
     dense: str = ""
-    own: tuple[tuple[str, float], ...] = ()
+    own: tuple[tuple[str, Share], ...] = ()
     rounds: int = 0
     multiple: int = 0
     blocks: bool = True
@@ -165,6 +176,7 @@ def _number(word: str, text: str) -> float:
 
 
 def _with_option(request: SparsityRequest, key: str, word: str, text: str) -> SparsityRequest:
+    _check_use(request, key, text)
     choices: dict[str, type[enum.StrEnum]] = {
         "method": Method,
         "allocation": Allocation,
@@ -196,6 +208,24 @@ def _with_option(request: SparsityRequest, key: str, word: str, text: str) -> Sp
     raise OptionError(f"--sparsity {text!r}: {key!r} is no option with value {word!r}; {_REMEDY}")
 
 
+def _check_use(request: SparsityRequest, key: str, text: str) -> None:
+    """Refuses options that would change nothing."""
+    amount = text.partition(",")[0].strip()
+    if key in _OF_CHANNELS and request.channels is None:
+        raise OptionError(
+            f"--sparsity {text!r}: {key}= is for channels that are removed (channels:0.5), not for {amount}; {_REMEDY}"
+        )
+    if key in _OF_WEIGHTS and (request.channels is not None or request.low_rank is not None):
+        raise OptionError(
+            f"--sparsity {text!r}: {key}= is for zeros (0.8, 2:4, threshold:0.01), not for {amount}; {_REMEDY}"
+        )
+    if key == "allocation" and request.ratio is None:
+        raise OptionError(
+            f"--sparsity {text!r}: allocation= spreads a share of zeros (0.8), and {amount} leaves nothing to spread; "
+            f"{_REMEDY}"
+        )
+
+
 def _with_choice(request: SparsityRequest, key: str, word: str) -> SparsityRequest:
     if key == "method":
         return dataclasses.replace(request, method=Method(word))
@@ -223,13 +253,16 @@ def _tables(request: SparsityRequest, word: str, text: str) -> float:
     return share
 
 
-def _own(word: str, text: str) -> tuple[str, float]:
+def _own(word: str, text: str) -> tuple[str, Share]:
+    found = re.fullmatch(r"(.+):(\d+):(\d+)", word)
+    if found and 0 < int(found[2]) < int(found[3]):
+        return _regex(found[1], text, "layer"), (int(found[2]), int(found[3]))
     pattern, _, number = word.rpartition(":")
     share = _number(number, text)
     if not pattern or not 0 <= share < 1:
         raise OptionError(
             f"--sparsity {text!r}: layer={word} is not a regular expression, a colon and a share of zeros between 0 "
-            "and 1, such as layer=^encoder:0.5"
+            "and 1, such as layer=^encoder:0.5, or a pattern, such as layer=^encoder:2:4"
         )
     return _regex(pattern, text, "layer"), share
 

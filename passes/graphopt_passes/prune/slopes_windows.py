@@ -65,7 +65,9 @@ def _conv(call: Call) -> Grads:
     view, groups = _View(call, weight.shape[2:]), call.attribute("group", 1)
     turned = np.ascontiguousarray(np.swapaxes(grad, 0, 1))
     if groups > 1 and weight.shape[1] == 1 and weight.shape[0] == groups:
-        by_x, by_weight = _depthwise(view, np.swapaxes(x, 0, 1), weight, turned)
+        small = math.prod(view.padded) <= _FEW_PLACES
+        rule = _depthwise_as_products if small else _depthwise
+        by_x, by_weight = rule(view, np.swapaxes(x, 0, 1), weight, turned)
     else:
         by_x, by_weight = _dense(view, np.swapaxes(x, 0, 1), weight, turned, groups)
     found: Grads = [np.swapaxes(by_x, 0, 1), by_weight]
@@ -102,6 +104,32 @@ def _depthwise(view: _View, x: Array, weight: Array, grad: Array) -> tuple[Array
         by_weight[at] = (padded[(..., *where)] * grad).sum(axes)
         by_padded[(..., *where)] += grad * weight[at].reshape(-1, *[1] * len(axes))
     return view.inside(by_padded), by_weight
+
+
+_FEW_PLACES = 400
+"""Of a padded image, up to which products with the whole of it are faster than its windows one by one."""
+
+
+def _depthwise_as_products(
+    view: _View, x: Array, weight: Array, grad: Array
+) -> tuple[Array, Array]:
+    """Each channel as one matrix [places out, places in], mostly zero."""
+    index = np.arange(math.prod(view.padded)).reshape(view.padded)
+    inside, rows = view.inside(index).reshape(-1), np.arange(math.prod(view.out))
+    reads: list[tuple[Where, Array]] = [
+        ((slice(None), 0, *place), index[at].reshape(-1)) for place, at in view.places()
+    ]
+    matrix = np.zeros((len(x), len(rows), index.size), x.dtype)
+    for at, columns in reads:
+        matrix[:, rows, columns] += weight[at][:, None]
+    flat = grad.reshape(*grad.shape[:2], -1)
+    by_x = flat @ np.ascontiguousarray(matrix[:, :, inside])
+    met = np.zeros_like(matrix)
+    met[:, :, inside] = np.swapaxes(flat, 1, 2) @ x.reshape(*x.shape[:2], -1)
+    by_weight = np.empty_like(weight)
+    for at, columns in reads:
+        by_weight[at] = met[:, rows, columns].sum(1)
+    return by_x.reshape(x.shape), by_weight
 
 
 def _max_pool(call: Call) -> Grads:

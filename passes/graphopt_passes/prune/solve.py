@@ -49,6 +49,13 @@ class Goal:
         """Whether there is anything to set to zero."""
         return self.zeros > 0 or self.pattern is not None
 
+    def of(self, size: int) -> int:
+        """How many zeros it makes in so many weights."""
+        if self.pattern is None:
+            return self.zeros
+        n, m = self.pattern
+        return size * (m - n) // m
+
     def mask(self, scores: Wide, *, rough: bool = False) -> Mask:
         """Which weights stay: those with the greatest scores.
 

@@ -102,7 +102,7 @@ class Network:
         self._takes = {spec.name for spec in self._session.inputs}
         self._original = Session(
             model_to_bytes(model),
-            level=OptimizationLevel.EXTENDED,
+            level=OptimizationLevel.ALL,
             options=SessionOptions(threads=2),
         )
 

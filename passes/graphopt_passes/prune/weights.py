@@ -15,7 +15,7 @@ from graphopt.runtime.footprint import let_go
 from graphopt_passes.prune.allocate import allocate, allocate_large, halfway, smallest
 from graphopt_passes.prune.layers import PRUNABLE, Array, Layer, Wide, Window
 from graphopt_passes.prune.moments import Moments, parts
-from graphopt_passes.prune.request import Allocation, Method, SparsityRequest
+from graphopt_passes.prune.request import Allocation, Method, Pattern, SparsityRequest
 from graphopt_passes.prune.roots import ridge
 from graphopt_passes.prune.samples import Feeds
 from graphopt_passes.prune.solve import Goal, Mask, solve
@@ -69,28 +69,20 @@ def goals(
         request: what is asked for.
         moments: second moments of what each layer reads, for allocation by sensitivity.
     """
-    free = _free(layers, request)
+    own = _own(layers, request)
+    free = [layer for layer in _free(layers, request) if layer not in own]
     if request.pattern is not None:
-        m = request.pattern[1]
-        fit = [
-            layer
-            for layer in free
-            if layer.inner % m == 0 and layer.blocks == 1 and layer.node.op_type in PRUNABLE
-        ]
-        return {layer: Goal(pattern=request.pattern) for layer in fit}
+        pattern = request.pattern
+        return own | {each: Goal(pattern=pattern) for each in free if takes(each, pattern)}
     if request.threshold is not None:
         limit = request.threshold
-        return {each: Goal(int((np.abs(each.matrix()) <= limit).sum())) for each in free}
+        return own | {each: Goal(int((np.abs(each.matrix()) <= limit).sum())) for each in free}
     assert request.ratio is not None
     if not free:
-        return {}
-    total = sum({layer.weight: layer.size for layer in layers}.values())
-    own = _own(free, request)
-    free = [layer for layer in free if layer not in own]
-    left = round(request.ratio * total) - sum(goal.zeros for goal in own.values())
-    zeros = min(max(left, 0), sum(layer.size for layer in free))
-    if not free:
         return own
+    total = sum({layer.weight: layer.size for layer in layers}.values())
+    left = round(request.ratio * total) - sum(goal.of(layer.size) for layer, goal in own.items())
+    zeros = min(max(left, 0), sum(layer.size for layer in free))
     counts = _counts(free, zeros, request.allocation)
     if request.allocation is Allocation.SENSITIVITY and moments is not None:
         costs = [
@@ -100,15 +92,26 @@ def goals(
     return own | {layer: Goal(count) for layer, count in zip(free, counts, strict=True)}
 
 
-def _own(free: Sequence[Layer], request: SparsityRequest) -> dict[Layer, Goal]:
-    """Goals of the layers for which the user says how many zeros they shall have; the last word counts."""
+def takes(layer: Layer, pattern: Pattern) -> bool:
+    """Whether hardware reads patterns in such a layer, and its inputs come in so many."""
+    plain = layer.blocks == 1 and layer.node.op_type in PRUNABLE
+    return plain and layer.inner % pattern[1] == 0
+
+
+def _own(layers: Sequence[Layer], request: SparsityRequest) -> dict[Layer, Goal]:
+    """Goals of the layers for which the user says how many zeros they shall have; the last word counts.
+
+    Also of those that would stay dense otherwise, if they can be pruned at all.
+    """
     found: dict[Layer, Goal] = {}
-    for pattern, share in request.own:
-        found |= {
-            layer: Goal(round(share * layer.size))
-            for layer in free
-            if re.search(pattern, layer.name)
-        }
+    for name, share in request.own:
+        for layer in layers:
+            if layer.is_bound or not re.search(name, layer.name):
+                continue
+            if isinstance(share, float):
+                found[layer] = Goal(round(share * layer.size))
+            elif takes(layer, share):
+                found[layer] = Goal(pattern=share)
     return found
 
 

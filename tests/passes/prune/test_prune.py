@@ -237,6 +237,46 @@ def test_single_layers_have_the_share_that_they_are_given() -> None:
     assert sum(goal.zeros for goal in wanted.values()) == pytest.approx(0.8 * total, abs=2)
 
 
+def test_a_layer_that_is_named_is_pruned_even_if_it_would_stay_dense() -> None:
+    layers = find_layers(network(PATCHES).graph)
+    closing = next(layer for layer in layers if layer.dense)
+    named = weights.goals(layers, parse_sparsity(f"0.5,layer=^{closing.name}$:0.25"))
+    assert named[closing].zeros == closing.size // 4
+    assert closing not in weights.goals(layers, parse_sparsity("0.5"))
+    bound = find_layers(network(PATCHES).graph, ".")
+    assert not weights.goals(bound, parse_sparsity("0.5,layer=.:0.25,dense=."))
+
+
+@pytest.mark.parametrize("sparsity", ["0.8,layer=^w3$:2:4", "2:4,layer=^w2$:0.75"])
+def test_patterns_and_shares_can_be_mixed(sparsity: str) -> None:
+    model = network()
+    layers = find_layers(model.graph)
+    wanted = {
+        layer.name: goal for layer, goal in weights.goals(layers, parse_sparsity(sparsity)).items()
+    }
+    sizes = {layer.name: layer.size for layer in layers}
+    assert wanted["w3"].pattern == (2, 4)
+    if sparsity.startswith("0.8"):
+        zeros = sum(goal.of(sizes[name]) for name, goal in wanted.items())
+        assert zeros == pytest.approx(0.8 * sum(sizes.values()), abs=2)
+    else:
+        assert wanted["w2"].zeros == 0.75 * sizes["w2"]
+    assert Prune().run(model, context(model, sparsity, blind=True))
+    (made,) = [layer for layer in find_layers(model.graph) if layer.name == "w3"]
+    assert ((made.matrix().reshape(-1, 4) != 0).sum(1) <= 2).all()
+
+
+def test_a_pattern_that_a_layer_cannot_have_is_told() -> None:
+    model = network()
+    ctx = context(model, "0.8,layer=^w3$:2:5", blind=True)
+    assert Prune().run(model, ctx)
+    said = [r.reason for r in ctx.remarks if r.kind is RemarkKind.MISSED]
+    assert any("layer=^w3$:2:5 does not fit: 64 inputs" in reason for reason in said), said
+    fits = context(model, "0.8,layer=^w3$:2:4", blind=True)
+    assert Prune().run(model, fits)
+    assert not any("does not fit" in r.reason for r in fits.remarks)
+
+
 @pytest.mark.parametrize(
     ("sparsity", "near"),
     [("0.8,dense=^v3$", "w3"), ("0.8,layer=b9:0.1", "b2"), ("channels:0.3,dense=q", "w1")],

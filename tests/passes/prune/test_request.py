@@ -16,6 +16,10 @@ from graphopt.errors import OptionError
         ("channels:0.5", SparsityRequest(channels=0.5)),
         ("threshold:0.01", SparsityRequest(threshold=0.01)),
         (
+            "0.8,layer=^a:0.5,layer=b:2:4,layer=c:2:0.5",
+            SparsityRequest(ratio=0.8, own=(("^a", 0.5), ("b", (2, 4)), ("c:2", 0.5))),
+        ),
+        (
             "0.9, method=wanda, allocation=erk, refit=no, dense=^head",
             SparsityRequest(
                 ratio=0.9,
@@ -47,6 +51,16 @@ def test_reads(text: str, expected: SparsityRequest) -> None:
         ("channels:0.5,multiple=0", "is no option"),
         ("channels:0.5,multiple=x", "is no option"),
         ("channels:0.5,blocks=maybe", "is no option"),
+        ("0.8,layer=a:4:2", "is not a regular expression, a colon and"),
+        ("0.8,layer=(:2:4", "is not a regular expression"),
+        ("0.8,importance=l2", "importance= is for channels"),
+        ("2:4,by=latency", "by= is for channels"),
+        ("lowrank:0.05,rounds=2", "rounds= is for channels"),
+        ("channels:0.5,method=wanda", "method= is for zeros"),
+        ("channels:0.5,layer=a:0.5", "layer= is for zeros"),
+        ("lowrank:0.05,tune=yes", "tune= is for zeros"),
+        ("2:4,allocation=erk", "allocation= spreads a share"),
+        ("threshold:0.1,allocation=erk", "allocation= spreads a share"),
     ],
 )
 def test_refuses(text: str, says: str) -> None:

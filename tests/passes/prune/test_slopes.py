@@ -37,6 +37,11 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "h = Conv<group=6, strides=[2,2], pads=[1,1,1,1]>(x, w)",
         {"w": (6, 1, 3, 3)},
     ),
+    "depthwise large": (
+        "float[N, 2, 21, 19] x",
+        "h = Conv<group=2, dilations=[2,1], pads=[1,2,3,0]>(x, w, b)",
+        {"w": (2, 1, 3, 3), "b": (2,)},
+    ),
     "pools": (
         SPATIAL,
         "a = Conv(x, w) b = MaxPool<kernel_shape=[3,3], strides=[2,2], pads=[1,1,1,1]>(a) "
