@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import ClassVar, TypeAlias
 
 import onnx_ir as ir
 
@@ -115,8 +115,10 @@ def _prune(model: ir.Model, ctx: Context, request: SparsityRequest, text: str) -
         ctx.remark(RemarkKind.WARNING, RULE, _site(model), _why_none(model, layers))
     if not wanted or not ctx.permit(RULE, _site(model), Numerics.LOSSY):
         return False
-    tables = prune_tables(find_tables(model.graph, request.dense), request.tables)
-    done = _solved(model, ctx, _Work(request, text, layers, wanted, stored(tables)))
+    tables: Sequence[PrunedTable] = prune_tables(
+        find_tables(model.graph, request.dense), request.tables
+    )
+    done, tables = _solved(model, ctx, _Work(request, text, layers, wanted, tables))
     for each in done:
         _store(each)
     for table in tables:
@@ -203,26 +205,47 @@ class _Work:
         text: the same as the user wrote it.
         layers: all whose weights can be pruned.
         wanted: zeros of those that are.
-        given: tables that are pruned already, by name.
+        tables: those that are pruned already.
     """
 
     request: SparsityRequest
     text: str
     layers: Sequence[Layer]
     wanted: dict[Layer, Goal]
-    given: Mapping[str, ir.TensorProtocol]
+    tables: Sequence[PrunedTable]
 
 
-def _solved(model: ir.Model, ctx: Context, work: _Work) -> Sequence[Pruned]:
+Solved: TypeAlias = tuple[Sequence[Pruned], Sequence[PrunedTable]]
+
+
+def _solved(model: ir.Model, ctx: Context, work: _Work) -> Solved:
     """The new weights; remembered over the replays of a run, in which the same model comes by again."""
     key = f"prune:{work.text}:{fingerprint.structural(model)}:{fingerprint.weights(model)}"
-    known: dict[str, Pruned] | None = ctx.cache.get(key)
-    if known is not None and all(layer.name in known for layer in work.wanted):
-        return [
+    known: Solved | None = ctx.cache.get(key)
+    if known is not None and (again := _again(work, *known)) is not None:
+        return again
+    done, tables = _found(model, ctx, work)
+    ctx.cache[key] = done, tables
+    return done, tables
+
+
+def _again(work: _Work, done: Sequence[Pruned], tables: Sequence[PrunedTable]) -> Solved | None:
+    """What was found before, for the layers of this replay; None where one of them was left out then."""
+    known = {each.layer.name: each for each in done}
+    if not all(layer.name in known for layer in work.wanted):
+        return None
+    trained = {each.value.name: each for each in tables}
+    return (
+        [
             dataclasses.replace(known[each.name], layer=each)
             for each in work.layers
             if each.name in known
-        ]
+        ],
+        [dataclasses.replace(trained[each.value.name], value=each.value) for each in work.tables],
+    )
+
+
+def _found(model: ir.Model, ctx: Context, work: _Work) -> Solved:
     feeds: Feeds = []
     if ctx.options.calibration is not None:
         feeds = read_feeds(model, ctx.options.calibration, screening_of(ctx))
@@ -232,22 +255,20 @@ def _solved(model: ir.Model, ctx: Context, work: _Work) -> Sequence[Pruned]:
         if work.request.method not in (Method.AUTO, Method.MAGNITUDE):
             reason = f"method={work.request.method} needs samples; pruned by magnitude"
             ctx.remark(RemarkKind.WARNING, RULE, _site(model), reason)
-        done = prune_blind(work.wanted)
-    else:
-        done = _fitted(model, ctx, work, feeds)
-    ctx.cache[key] = {each.layer.name: each for each in done}
-    return done
+        return prune_blind(work.wanted), work.tables
+    return _fitted(model, ctx, work, feeds)
 
 
-def _fitted(model: ir.Model, ctx: Context, work: _Work, feeds: Feeds) -> list[Pruned]:
+def _fitted(model: ir.Model, ctx: Context, work: _Work, feeds: Feeds) -> Solved:
     seed, request, wanted = ctx.options.seed, work.request, work.wanted
     if request.allocation is Allocation.SENSITIVITY:
         moments = dense_moments(model, list(wanted), feeds, seed)
         wanted = goals(work.layers, request, moments)
     every = fitted(work.layers, wanted) if request.refit else wanted
     method = method_for(request, samples=True)
-    done = prune_fitted(model, every, feeds, method, fit=request.refit, seed=seed, given=work.given)
-    return _tuned(model, ctx, request, done) if _is_tuned(request, ctx) else done
+    given = stored(work.tables)
+    done = prune_fitted(model, every, feeds, method, fit=request.refit, seed=seed, given=given)
+    return _tuned(model, ctx, work, done) if _is_tuned(request, ctx) else (done, work.tables)
 
 
 def _is_tuned(request: SparsityRequest, ctx: Context) -> bool:
@@ -259,20 +280,18 @@ def _is_tuned(request: SparsityRequest, ctx: Context) -> bool:
     return (high or any(isinstance(each, tuple) for each in shares)) and not ctx.options.distill
 
 
-def _tuned(
-    model: ir.Model, ctx: Context, request: SparsityRequest, done: list[Pruned]
-) -> list[Pruned]:
+def _tuned(model: ir.Model, ctx: Context, work: _Work, done: list[Pruned]) -> Solved:
     assert ctx.options.calibration is not None
     samples = read_singles(ctx.options.calibration, input_specs(model), screening_of(ctx))
-    asked = request.tune is Tune.YES
-    found = tuned(model, done, samples, ctx.options.seed, long=asked)
+    asked = work.request.tune is Tune.YES
+    found = tuned(model, done, samples, ctx.options.seed, long=asked, tables=work.tables)
     if isinstance(found, str):
         kind = RemarkKind.WARNING if asked else RemarkKind.NOTE
         ctx.remark(kind, RULE, "", f"what stays was not trained together: {found}")
-        return done
+        return done, work.tables
     said = f"distance of the outputs on mixtures of samples held out {found.before:.4g}, {found.after:.4g} after"
     ctx.remark(RemarkKind.NOTE, RULE, "", f"{found.steps} steps of training what stays: {said}")
-    return found.done
+    return found.done, found.tables
 
 
 def _store(done: Pruned) -> None:

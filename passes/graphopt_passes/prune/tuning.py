@@ -25,6 +25,7 @@ from graphopt_passes.prune.layers import FLOATS, Array
 from graphopt_passes.prune.samples import joinable
 from graphopt_passes.prune.slopes import RULES
 from graphopt_passes.prune.streams import Piece, ancestors, piece_model
+from graphopt_passes.prune.tables import PrunedTable
 from graphopt_passes.prune.weights import Pruned
 
 BATCH = 64
@@ -57,12 +58,14 @@ class Trained:
         before: distance of the outputs on samples held out.
         after: the same at the end; not larger.
         steps: how many were made.
+        tables: pruned tables as they are now.
     """
 
     done: list[Pruned]
     before: float
     after: float
     steps: int
+    tables: Sequence[PrunedTable] = ()
 
 
 class Network:
@@ -166,7 +169,13 @@ def _has_rule(node: ir.Node, opset: int) -> bool:
 
 
 def tuned(
-    model: ir.Model, done: Sequence[Pruned], samples: Sequence[Feed], seed: int, *, long: bool
+    model: ir.Model,
+    done: Sequence[Pruned],
+    samples: Sequence[Feed],
+    seed: int,
+    *,
+    long: bool,
+    tables: Sequence[PrunedTable] = (),
 ) -> Trained | str:
     """The layers after training; why there was none, where there was none.
 
@@ -176,6 +185,7 @@ def tuned(
         samples: without labels, one by one.
         seed: of what is drawn.
         long: whether it may take as long as it takes.
+        tables: of embeddings, pruned: trained with the layers.
     """
     least = 3 * BATCH * LEAST_STEPS
     if not long and least * sum(each.layer.size for each in done) > WORK:
@@ -185,7 +195,7 @@ def tuned(
         return f"{len(samples)} samples are too few: {HELD_OUT_OF * LEAST_HELD_OUT} are needed"
     if not joinable(samples, input_specs(model)):
         return "samples differ in shape, or the model takes a fixed number of them"
-    start, masks = _start(done)
+    start, masks = _start(done, tables)
     network = Network(model, list(start), samples[0])
     if network.stopped:
         return f"no gradient is known of {network.stopped}"
@@ -197,13 +207,23 @@ def tuned(
     taught = [each for i, each in enumerate(samples) if i % HELD_OUT_OF != HELD_OUT_OF - 1]
     training = _Training(network, start, masks, seed)
     with np.errstate(all="ignore"):  # what overflows is far off, and so not kept
-        return training.run(done, taught, held, steps)
+        found, best = training.run(taught, held, steps)
+    return dataclasses.replace(
+        found,
+        done=[_with(each, best) for each in done],
+        tables=[_table_with(each, best) for each in tables],
+    )
 
 
-def _start(done: Sequence[Pruned]) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Weights and biases by name, and where they may be other than zero."""
+def _start(
+    done: Sequence[Pruned], tables: Sequence[PrunedTable] = ()
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Weights, biases and tables by name, and where they may be other than zero."""
     start: dict[str, Array] = {}
     masks: dict[str, Array] = {}
+    for table in tables:
+        name, array = table.value.name or "", table.tensor.numpy()
+        start[name], masks[name] = array, array != 0
     for each in done:
         weight = each.weight.numpy()
         start[each.layer.name], masks[each.layer.name] = weight, weight != 0
@@ -260,9 +280,9 @@ class _Training:
         self._logits: dict[str, str] = {}
 
     def run(
-        self, done: Sequence[Pruned], taught: Sequence[Feed], held: Sequence[Feed], steps: int
-    ) -> Trained:
-        """Trains on some samples, and keeps what is nearest on mixtures of those held out."""
+        self, taught: Sequence[Feed], held: Sequence[Feed], steps: int
+    ) -> tuple[Trained, dict[str, Array]]:
+        """What it brought, trained on some samples; the weights nearest on mixtures of those held out."""
         noise = spreads(taught, NOISE)
         judged = join(unseen(held[:MOST_HELD_OUT], noise, self._random))
         wanted = self._network.taught(judged)
@@ -290,7 +310,7 @@ class _Training:
                 self._now = {n: a.copy() for n, a in best.items()}
                 self._mean = {n: a.copy() for n, a in best.items()}
                 self._moments = {}
-        return Trained([_with(each, best) for each in done], before, least, count)
+        return Trained([], before, least, count), best
 
     def _judge(
         self, feed: Feed, wanted: Mapping[str, Array], weights: Mapping[str, Array]
@@ -342,6 +362,13 @@ def _size(array: Array) -> float:
     """The root mean square of what is not zero."""
     kept = array[array != 0]
     return float(np.sqrt(np.mean(np.square(kept, dtype=np.float64)))) if kept.size else 0.0
+
+
+def _table_with(table: PrunedTable, weights: Mapping[str, Array]) -> PrunedTable:
+    array = weights[table.value.name or ""]
+    zeros = int(array.size - np.count_nonzero(array))
+    tensor = thin(array, table.tensor.dtype, table.value.name)
+    return dataclasses.replace(table, tensor=tensor, zeros=zeros)
 
 
 def _with(done: Pruned, weights: Mapping[str, Array]) -> Pruned:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -168,3 +169,24 @@ def test_tables_go_with_patterns_and_thresholds_too() -> None:
     model = reader()
     assert Prune().run(model, context(model, "threshold:0.5,tables=0.75"))
     assert zeros(model, "words") == pytest.approx(0.75, abs=1e-4)
+
+
+def test_what_stays_of_a_table_is_trained_with_the_layers() -> None:
+    whole, error = outputs(related()), {}
+    for tune in ("yes", "no"):
+        model = related()
+        ctx = context(model, f"0.5,tables=0.75,tune={tune}", count=120)
+        assert Prune().run(model, ctx)
+        assert zeros(model, "words") == pytest.approx(0.75, abs=1e-4)
+        error[tune] = float(np.mean((outputs(model) - whole) ** 2))
+        again = related()
+        replay = dataclasses.replace(ctx, model=again)
+        assert Prune().run(again, replay)
+        assert weights_of(again) == weights_of(model)
+        assert ("training what stays" in notes(ctx)) is (tune == "yes")
+    assert error["yes"] < 0.9 * error["no"]
+
+
+def weights_of(model: ir.Model) -> dict[str, bytes]:
+    held = model.graph.initializers
+    return {name: v.const_value.tobytes() for name, v in held.items() if v.const_value is not None}
