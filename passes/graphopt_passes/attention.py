@@ -30,6 +30,7 @@ from graphopt_passes.masks import (
     apart,
     ends_in,
     lowest,
+    narrowed,
     number_of,
     reach_of,
 )
@@ -136,7 +137,7 @@ def fuse_attention(m: Match, g: Builder) -> ir.Value | None:
         raise Skip("queries, keys and values differ in batch or heads", m[attention])
     if not m.emits("Attention", dtype=dtype, form="" if heads == served else "grouped"):
         raise Skip("the target gains nothing by Attention with shared keys", m[q])
-    operands = _in_one_type(m, g, m[q], key, value)
+    operands = _in_one_type(m, g, _queries(m, g), key, value)
     whole = g.op("Attention", *operands, hidden.mask, scale=scale, softmax_precision=precision)
     return hidden.zeroed(g, whole, _type(m))
 
@@ -193,7 +194,7 @@ def _without_heads(
         added = g.op("Unsqueeze", added, g.ints([1]))
     whole = g.op(
         "Attention",
-        *_in_one_type(m, g, m[q], stored, m[v]),
+        *_in_one_type(m, g, _queries(m, g), stored, m[v]),
         added,
         scale=scale,
         softmax_precision=precision,
@@ -260,7 +261,7 @@ def _added_mask(m: Match, g: Builder, value: ir.Value) -> Hidden:
     even = reach is not None and _may_be_even(m, reach)
     _refuse_shape(m, value)
     if value.dtype != _type(m):
-        value = _cast_mask(m, g, value)
+        value = narrowed(g, value, _type(m))
     hidden = Hidden(value)
     if even:  # beside such a number every score vanishes, as beside the lowest, and a row of it is spread evenly
         hidden = Hidden(g.op("Max", value, _floor(m, g)))
@@ -353,19 +354,6 @@ def _steady(
     return Hidden(g.op("Where", seen, steady, number_of(g, 0.0, _type(m))), seen)
 
 
-def _cast_mask(m: Match, g: Builder, value: ir.Value) -> ir.Value:
-    """A constant mask in the type of the queries; what is below its range masks.
-
-    Raises:
-        Skip: it is computed, or -infinity would mask a whole row.
-    """
-    data, dtype = values.array(value), _type(m)
-    if data is None or dtype is None:
-        raise Skip("the mask is computed in another type than the scores", value)
-    with np.errstate(over="ignore"):
-        return g.const(data.astype(dtype.numpy()), name="mask")
-
-
 def _written_out(m: Match, g: Builder, given: ir.Value, hidden: Hidden) -> Hidden:
     """What was made of a mask [..., 1, L] as [..., S, L]: ONNX Runtime 1.31 does not broadcast it.
 
@@ -423,16 +411,35 @@ def _is_last_axis(m: Match) -> bool:
 
 
 def _scale(m: Match) -> float | None:
-    """The product of all scales, None where one is no positive number."""
+    """The product of all scales that are one number, None where one is not positive."""
     total = 1.0
     for operator, constant in ((left, left_scale), (right, right_scale), (after, after_scale)):
-        if not m.has(operator):
+        if not m.has(operator) or _is_spread(m, operator, constant):
             continue
         number = values.scalar(m[constant])
         if number is None or not 0 < number < math.inf:
             return None
         total *= 1 / float(number) if m[operator].op_type == "Div" else float(number)
     return total
+
+
+def _is_spread(m: Match, operator: Op, constant: Var) -> bool:
+    """Whether a scale is many finite numbers that queries can have: any of them, or one for each head of the scores."""
+    if operator is right or values.scalar(m[constant]) is not None:
+        return False
+    sizes = m.known_dims(constant)
+    of_heads = len(sizes) > 2 and all(size == 1 for size in sizes[-2:])
+    fits = m.dims(operator) == m.dims(q if operator is left else products)
+    return fits and (operator is left or of_heads) and bool(np.isfinite(m.wide(constant)).all())
+
+
+def _queries(m: Match, g: Builder) -> ir.Value:
+    """The queries, times what is not one number: as cosines are scaled by what each head has learnt (Swin 2, XCiT)."""
+    found = m[q]
+    for operator, constant in ((left, left_scale), (after, after_scale)):
+        if m.has(operator) and _is_spread(m, operator, constant):
+            found = g.op(m[operator].op_type, found, m[constant])
+    return found
 
 
 def _mask_dims(m: Match) -> tuple[Dim, ...]:
@@ -489,7 +496,4 @@ def _refuse_masked_rows(m: Match, value: ir.Value, reach: Reach | None) -> None:
         raise Skip("a row may hold the lowest number throughout", value)
 
 
-RULES: tuple[Rule, ...] = (
-    fuse_attention,
-    drop_guard_of_unmasked_rows,
-)
+RULES: tuple[Rule, ...] = (fuse_attention, drop_guard_of_unmasked_rows)

@@ -269,6 +269,9 @@ def fold_scale_after_bias(m: Match, g: Builder) -> ir.Value | None:
     return g.op("Add", product_, g.const(bias_data, name="bias"))
 
 
+LAST_KEPT = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
+"""Views that may leave the last axis what it is."""
+
 moved = Var()
 normalized_view = Op("BatchNormalization", moved, gamma, beta_, mean, var)
 
@@ -304,14 +307,14 @@ def unfold_batchnorm_of_moved_product(m: Match, g: Builder) -> ir.Value | None:
 
 
 def _views_to_columns(m: Match) -> list[ir.Node]:
-    """The Transpose and Reshape, the last first, that bring the last axis of a value to the place of the channels."""
+    """The Transpose and views, the last first, that bring the last axis of a value to the place of the channels."""
     found: list[ir.Node] = []
     value, axis = m[moved], 1
     while len(found) < MAX_STEPS:
         node = value.producer()
         if node is None or node.domain or node.inputs[0] is None or value.is_graph_output():
             return []
-        if node.op_type not in ("Transpose", "Reshape"):
+        if node.op_type not in ("Transpose", *LAST_KEPT):
             return found if axis == len(m.known_dims(value)) - 1 else []
         if len(value.uses()) > 1:
             return []

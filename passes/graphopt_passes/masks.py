@@ -15,6 +15,7 @@ import onnx_ir as ir
 from graphopt.ir import values
 from graphopt.ir.build import Builder
 from graphopt.ir.shapes import Dim, is_cut_to, maximum
+from graphopt.rewrite import Skip
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
@@ -80,6 +81,19 @@ def apart(g: Builder, added: ir.Value, dtype: ir.DataType | None) -> Hidden:
     best = g.op("ReduceMax", added, g.ints([-1]))
     seen = g.op("Greater", best, number_of(g, -math.inf, dtype))
     return Hidden(g.op("Where", seen, added, number_of(g, 0.0, dtype)), seen)
+
+
+def narrowed(g: Builder, mask: ir.Value, dtype: ir.DataType | None) -> ir.Value:
+    """A constant mask in the type that attention is computed in; what is below its range masks.
+
+    Raises:
+        Skip: it is computed.
+    """
+    data = values.array(mask)
+    if data is None or dtype is None:
+        raise Skip("the mask is computed in another type than the scores", mask)
+    with np.errstate(over="ignore"):
+        return g.const(data.astype(dtype.numpy()), name="mask")
 
 
 def number_of(g: Builder, number: float, dtype: ir.DataType | None) -> ir.Value:

@@ -187,3 +187,58 @@ def test_mask_of_unknown_rows_or_of_other_values_stays(mask: str, v: str) -> Non
         opset=23,
         missed="does not end in [S, L]",
     )
+
+
+HEADS = "g (float[1,2,3,4] q, float[1,2,4,5] k, float[1,2,5,4] v) => (float[{0},2,3,4] y)"
+
+
+@pytest.mark.parametrize(
+    ("held", "body", "after"),
+    [
+        ("float[2,1,1] c", "a = MatMul(q, k) z = Mul(a, c)", "<scale=1.0>(r, t, v)"),
+        ("float[1,2,1,1] c", "a = MatMul(q, k) z = Div(a, c)", "<scale=1.0>(r, t, v)"),
+        ("float[2,1,1] c", "b = Mul(q, c) z = MatMul(b, k)", "<scale=1.0>(r, t, v)"),
+        ("float[4] c, float h = {0.5}", "b = Mul(q, c) a = MatMul(b, k) z = Mul(a, h)", "<scale=0.5>(r, t, v)"),
+        ("float[2,1,1] c, float[2,3,5] m", "a = MatMul(q, k) b = Mul(a, c) z = Add(b, m)", "<scale=1.0>(r, t, v, m)"),
+    ],
+    ids=["scores", "divided", "queries", "features", "masked"],
+)  # fmt: skip
+def test_scale_of_each_head(held: str, body: str, after: str) -> None:
+    """As Swin 2 and XCiT scale cosines: the queries are scaled, which are no more than the scores."""
+    kind = "Div" if "Div" in body else "Mul"
+    check(
+        attention.RULES,
+        f"{HEADS.format(1)} <{held}> {{ {body} p = Softmax(z) y = MatMul(p, v) }}",
+        f"{HEADS.format(1)} <{held.replace(', float h = {0.5}', '')}> {{ "
+        f" t = Transpose<perm=[0,1,3,2]>(k) r = {kind}(q, c) y = Attention{after} }}",
+        opset=23,
+        tolerance=1e-5,
+    )
+
+
+@pytest.mark.parametrize(
+    ("held", "body"),
+    [
+        ("float[2,3,1] c", "a = MatMul(q, k) z = Mul(a, c)"),
+        ("float[5] c", "a = MatMul(q, k) z = Mul(a, c)"),
+        ("float[2,1,1] c", "d = Mul(k, c) z = MatMul(q, d)"),
+        ("float[2,2,1,1] c", "a = MatMul(q, k) z = Mul(a, c)"),
+    ],
+    ids=["query", "key", "keys", "images"],
+)
+def test_scale_of_something_else_stays(held: str, body: str) -> None:
+    batch = 2 if "2,2,1,1" in held else 1
+    check(
+        attention.RULES,
+        f"{HEADS.format(batch)} <{held}> {{ {body} p = Softmax(z) y = MatMul(p, v) }}",
+        opset=23,
+    )
+
+
+def test_scale_that_is_no_number_stays() -> None:
+    proto = parse(
+        f"{HEADS.format(1)} <float[2,1,1] c = {{1.0, inf}}> {{ a = MatMul(q, k) z = Mul(a, c) p = Softmax(z)"
+        " y = MatMul(p, v) }",
+        opset=23,
+    )
+    assert not apply(attention.RULES, ir.from_proto(proto)).rewrites

@@ -290,6 +290,25 @@ def test_batchnorm_of_viewed_columns() -> None:
 
 
 @pytest.mark.parametrize(
+    ("size", "views", "out"),
+    [
+        (2, "{1} = Flatten<axis=2>({0})", "6,6"),
+        (1, "{1} = Squeeze({0}, first)", "3,6"),
+        (2, "u = Unsqueeze({0}, first) {1} = Flatten<axis=3>(u)", "6,6"),
+    ],
+)
+def test_batchnorm_of_columns_viewed_otherwise(size: int, views: str, out: str) -> None:
+    """LeViT flattens what a layer makes of each token."""
+    head = f"g (float[{size},3,4] x) => (float[{out}] y) <float[4,6] w, int64[1] first = {{0}}"
+    _check(
+        f"{head}, {STATISTICS}> {{ p = MatMul(x, w) {views.format('p', 't')}"
+        " y = BatchNormalization(t, ga, be, me, va) }",
+        f"{head}, float[6] f, float[6] h> {{ p = MatMul(x, w) q = Mul(p, f) r = Add(q, h)"
+        f" {views.format('r', 'y')} }}",
+    )
+
+
+@pytest.mark.parametrize(
     ("body", "out"),
     [
         (
