@@ -1,11 +1,13 @@
 """Weights in blocks, by tool: what is left of the outputs, and what the kernels take with and without zero points.
 
-    python -m benchmarks.blocks MODEL [MODEL …] [--block 32 128] [--bits 4 8] [--inc PYTHON]
+    python -m benchmarks.blocks MODEL [MODEL …] [--block 32 128] [--bits 4 8] [--level 0 4] [--inc PYTHON]
+    python -m benchmarks.blocks NAME [NAME …] --zoo ZOO [--made FOLDER] …
     python -m benchmarks.blocks --kernels
 
+NAME: a model of the zoo, on the first of its own samples; then graphopt rounds by eight further ones, too.
 Models are simplified first, the same for every tool; only MatMul is quantised (no Gather, no Gemm), nothing is judged
-or timed.  dB: of the first output, by signal to noise, over four generated inputs (of 32 tokens), by the kernels.
-MB: of all that is stored.
+or timed.  dB: of the first output, by signal to noise, over generated inputs (of 32 tokens), by the kernels at each
+accuracy level (4: activations are rounded to 8 bits, a scale a block; 0: not).  MB: of all that is stored.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -25,13 +28,16 @@ from graphopt_passes.quantize.writers import Blocks, write_blocks
 from onnxruntime.quantization import matmul_nbits_quantizer as nbits
 
 import graphopt
+from benchmarks.labelled import Task
+from graphopt.calibrate.moments import Wanted, collect_moments
 from graphopt.errors import GraphoptError
 from graphopt.ir.build import Names
 from graphopt.ir.model_file import load_model, save_model
 from graphopt.runtime.session import Session, SessionOptions
+from graphopt.verify.feed_files import Feed
 
 LEAST = 1 << 14
-TOKENS = 32
+TOKENS, COUNT = 32, 8
 _INC = """
 import sys, onnx
 from onnx_neural_compressor.quantization import matmul_nbits_quantizer as q
@@ -45,9 +51,9 @@ onnx.save(found.model if isinstance(found.model, onnx.ModelProto) else found.mod
 
 
 def feeds(model: Path) -> list[dict[str, np.ndarray]]:
-    """Four inputs: ids below 1000, masks of ones, normal numbers."""
+    """Some inputs: ids below 1000, masks of ones, normal numbers."""
     rng, found = np.random.default_rng(0), []
-    for _ in range(4):
+    for _ in range(COUNT):
         feed = {}
         for spec in Session(model).inputs:
             shape = [
@@ -65,7 +71,9 @@ def feeds(model: Path) -> list[dict[str, np.ndarray]]:
     return found
 
 
-def ours(source: Path, target: Path, bits: int, block: int, scheme: str) -> None:
+def ours(
+    source: Path, target: Path, bits: int, block: int, scheme: str, further: list[dict[str, Any]]
+) -> None:
     """Products as graphopt stores them."""
     model = load_model(source)
     sites = frozenset(
@@ -74,7 +82,22 @@ def ours(source: Path, target: Path, bits: int, block: int, scheme: str) -> None
         if node.op_type == "MatMul"
         and (node.outputs[0].name or "") in products_of(model.graph, LEAST)
     )
-    write_blocks(model, sites, Names.of(model), Blocks(block, bits, scheme=scheme))
+    moments = {}
+    if scheme == "samples":
+        wanted = {
+            node.outputs[0].name or "": Wanted(node.inputs[0].name or "")
+            for node in model.graph
+            if (node.outputs[0].name or "") in sites and node.inputs[0] is not None
+        }
+        samples = [Feed(str(index), feed) for index, feed in enumerate(further)]
+        found = collect_moments(source, list(dict.fromkeys(wanted.values())), samples)
+        moments = {name: found[each] for name, each in wanted.items() if each in found}
+        scheme = "auto"
+    how = Blocks(block, bits, scheme=scheme, moments=moments)
+    write_blocks(model, sites, Names.of(model), how)
+    for name, value in list(model.graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del model.graph.initializers[name]
     save_model(model, target)
 
 
@@ -106,15 +129,29 @@ def inc(python: str, source: Path, target: Path, bits: int, block: int, scheme: 
     subprocess.run([python, "-c", _INC, *given], check=True, capture_output=True, text=True)
 
 
-def outputs(model: Path, given: list[dict[str, np.ndarray]]) -> list[np.ndarray]:
-    """The first output of each."""
-    session = Session(model, options=SessionOptions(threads=1))
+def outputs(path: Path, given: list[dict[str, np.ndarray]], level: int) -> list[np.ndarray]:
+    """The first output of each, by the kernels of this accuracy level."""
+    model = onnx.load(path)
+    for node in model.graph.node:
+        if node.op_type == "MatMulNBits":
+            kept = [each for each in node.attribute if each.name != "accuracy_level"]
+            del node.attribute[:]
+            node.attribute.extend([*kept, onnx.helper.make_attribute("accuracy_level", level)])
+    session = Session(model.SerializeToString(), options=SessionOptions(threads=1))
     return [np.asarray(next(iter(session.run(feed).values())), np.float64) for feed in given]
 
 
-def ways(arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
+def _decibels(exact: list[np.ndarray], found: list[np.ndarray]) -> str:
+    power = sum(float((each**2).sum()) for each in exact)
+    lost = sum(float(((a - b) ** 2).sum()) for a, b in zip(exact, found, strict=True))
+    return f"{10 * np.log10(power / lost):.2f}" if lost else "exact"
+
+
+def ways(arguments: argparse.Namespace, bits: int) -> Iterator[tuple[str, str]]:
     """Tools and schemes."""
     yield from (("graphopt", each) for each in ("symmetric", "asymmetric", "auto"))
+    if arguments.zoo and bits == 4:
+        yield "graphopt", "samples"
     yield from (("onnxruntime", each) for each in ("symmetric", "asymmetric", "k-quant"))
     if arguments.inc:
         yield from (("neural-compressor", each) for each in ("symmetric", "asymmetric"))
@@ -123,33 +160,37 @@ def ways(arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
 def compare(path: Path, folder: Path, arguments: argparse.Namespace) -> None:
     """A table of one model."""
     source = folder / "source.onnx"
-    graphopt.optimize(path, output=source, verify="off")
-    given = feeds(source)
-    exact = outputs(source, given)
-    power = sum(float((each**2).sum()) for each in exact)
+    model = (
+        Task(arguments.zoo, path.name, made=arguments.made).float_model if arguments.zoo else path
+    )
+    graphopt.optimize(model, output=source, verify="off")
+    given, further = feeds(source), []
+    if arguments.zoo:
+        recorded = Task(arguments.zoo, path.name, made=arguments.made).record(2 * COUNT)
+        given, further = recorded[:COUNT], recorded[COUNT:]
+    exact = outputs(source, given, 0)
+    levels = arguments.level
     for bits in arguments.bits:
         for block in arguments.block:
-            for tool, scheme in ways(arguments):
+            for tool, scheme in ways(arguments, bits):
                 target = folder / "target.onnx"
                 started = time.process_time()
                 try:
                     if tool == "graphopt":
-                        ours(source, target, bits, block, scheme)
+                        ours(source, target, bits, block, scheme, further)
                     elif tool == "onnxruntime":
                         theirs(source, target, bits, block, scheme)
                     else:
                         inc(arguments.inc, source, target, bits, block, scheme)
                     spent = time.process_time() - started
-                    found = outputs(target, given)
+                    found = [_decibels(exact, outputs(target, given, each)) for each in levels]
                 except (GraphoptError, ValueError, subprocess.CalledProcessError) as error:
                     print(
                         f"| {path.stem} | {bits} | {block} | {tool} | {scheme} | {str(error).splitlines()[0][:60]} |"
                     )
                     continue
-                lost = sum(float(((a - b) ** 2).sum()) for a, b in zip(exact, found, strict=True))
                 size = target.stat().st_size / 1e6
-                decibels = 10 * np.log10(power / lost)
-                numbers = f"{decibels:.2f} | {size:.1f} | {spent:.2f}"
+                numbers = f"{' | '.join(found)} | {size:.1f} | {spent:.2f}"
                 print(
                     f"| {path.stem} | {bits} | {block} | {tool} | {scheme} | {numbers} |",
                     flush=True,
@@ -215,7 +256,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("models", nargs="*", type=Path)
     parser.add_argument("--block", nargs="+", type=int, default=[32])
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 8])
+    parser.add_argument("--level", nargs="+", type=int, default=[0, 4], choices=range(5))
     parser.add_argument("--inc", help="a python that has neural-compressor's ONNX package")
+    parser.add_argument("--zoo", type=Path)
+    parser.add_argument("--made", type=Path, help="where models lie that are too large for the zoo")
     parser.add_argument("--kernels", action="store_true")
     arguments = parser.parse_args(argv)
     if arguments.kernels:
