@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
 import numpy as np
 
 from graphopt.errors import DataError, OptionError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 Size: TypeAlias = int | tuple[int, int] | None
@@ -71,7 +74,7 @@ def read_image(path: Path, recipe: Preprocess) -> Array:
         DataError: the file is no image.
     """
     try:
-        from PIL import Image  # noqa: PLC0415  an extra: only who calibrates on images needs it
+        from PIL import Image, ImageOps  # noqa: PLC0415  an extra: only who calibrates on images needs it
     except ImportError as error:
         raise OptionError(
             "calibration on images needs pillow: pip install 'graphopt[images]'"
@@ -79,8 +82,11 @@ def read_image(path: Path, recipe: Preprocess) -> Array:
     mode = "L" if recipe.channels == "L" else "RGB"
     try:
         with Image.open(path) as opened:
-            image = opened.convert(mode)
-    except (OSError, ValueError) as error:
+            # A camera's file may lie on its side and say so; viewers, and what reads it later, turn it.
+            upright = ImageOps.exif_transpose(opened)
+            grey = _bytes_of(upright, opened.format, path)
+            image = (upright if grey is None else Image.fromarray(grey)).convert(mode)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"'{path}' cannot be read as an image: {error}") from error
     if recipe.resize is not None:
         image = image.resize(_resized(image.size, recipe.resize), Image.Resampling.BILINEAR)
@@ -94,6 +100,22 @@ def read_image(path: Path, recipe: Preprocess) -> Array:
     scaled = (pixels / np.float32(recipe.scale) - mean) / std
     moved = scaled.transpose(2, 0, 1) if recipe.layout == "NCHW" else scaled
     return np.ascontiguousarray(moved[None], np.float32)
+
+
+def _bytes_of(image: Image.Image, kind: str | None, path: Path) -> Array | None:
+    """Pixels of 16 bits as their upper byte, None of others: by itself, what is beyond 255 would become white.
+
+    Raises:
+        DataError: pixels are floats or of 32 bits, of which nothing says what is white.
+    """
+    if image.mode.startswith("I;16") or (image.mode, kind) == ("I", "PNG"):
+        return (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
+    if image.mode in ("I", "F"):
+        raise DataError(
+            f"'{path}' has pixels of mode '{image.mode}', of which nothing says what is white: give 8 or 16 bits, or "
+            "arrays as .npz"
+        )
+    return None
 
 
 def _resized(size: tuple[int, int], wanted: int | tuple[int, int]) -> tuple[int, int]:

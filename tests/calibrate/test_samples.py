@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from graphopt.calibrate.images import Preprocess, read_image
 from graphopt.calibrate.samples import read_samples
 from graphopt.errors import DataError, OptionError
 from graphopt.rewrite import Calibration
@@ -153,6 +154,31 @@ def test_what_is_no_image_is_named(tmp_path: Path) -> None:
     specs = (TensorSpec("image", ir.DataType.FLOAT, (1, 3, 4, 4)),)
     with pytest.raises(DataError, match=r"a\.png' cannot be read as an image"):
         read_samples(Calibration(tmp_path, recipe), specs)
+
+
+def test_images_of_16_bits_are_not_white(tmp_path: Path) -> None:
+    """Converted as they are, all beyond 255 of 65535 would be."""
+    image = pytest.importorskip("PIL.Image", reason="needs pillow")
+    path = tmp_path / "a.png"
+    image.fromarray(np.array([[0, 256, 0x8000, 0xFFFF]], np.uint16)).save(path)
+    found = read_image(path, Preprocess(channels="L"))
+    assert found.reshape(-1).tolist() == [0, 1, 128, 255]
+
+
+def test_a_turned_image_is_turned_back(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image", reason="needs pillow")
+    wide = image.fromarray(np.zeros((8, 32), np.uint8))
+    orientation = wide.getexif()
+    orientation[0x112] = 6  # to be turned by a quarter
+    wide.save(tmp_path / "a.jpg", exif=orientation)
+    assert read_image(tmp_path / "a.jpg", Preprocess(channels="L")).shape == (1, 1, 32, 8)
+
+
+def test_pixels_without_a_white_are_refused(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image", reason="needs pillow")
+    image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "a.tiff")
+    with pytest.raises(DataError, match=r"a\.tiff' has pixels of mode 'F'.*\.npz"):
+        read_image(tmp_path / "a.tiff", Preprocess())
 
 
 def test_images_without_pillow_say_what_to_install(
