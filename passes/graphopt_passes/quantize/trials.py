@@ -56,7 +56,7 @@ TIMED, DOUBTS = 5, 1
 REPAIRS = 8
 """How often leftovers are taken out before the rest is given up."""
 
-PROBED, MOST_PROBED = 8, 64
+PROBED, MOST_PROBED = 4, 64
 """Samples on which the noise of a single layer is measured, at least, and where they take no time."""
 
 PROBE_NS = 15e9
@@ -65,7 +65,7 @@ PROBE_NS = 15e9
 SPREAD_NS = 1e9
 """The same of the noise of one choice of layers."""
 
-SESSION_NS, WEIGHT_NS = 40e6, 25.0
+SESSION_NS, WEIGHT_NS = 40e6, 12.0
 """What making one model and session takes, and more for each weight."""
 
 
