@@ -130,6 +130,10 @@ def best(
         fronts = {made: list(_undominated(front)) for made, front in grown.items()}
     found = [each for front in fronts.values() for each in front]
     near = [each for each in found if abs(1 - each[0] / dense - share) <= WITHIN]
+    if not near:
+        raise SystemExit(
+            f"no choice of blocks removes {share:.0%} of the arithmetic to within one hundredth"
+        )
     macs, takes, chosen = min(near, key=lambda each: each[1])
     return takes, 1 - macs / dense, list(chosen)
 

@@ -25,6 +25,9 @@ NOTHING = 0.005
 NEAR = 0.08
 """Points of two curves closer together than this share of the axis would be written over one another."""
 
+BEYOND = 0.93
+"""Of the axis; what lies there has its number at the right, where no other point is."""
+
 LETTERS = 13
 """Pixels that two numbers, one above the other, need."""
 
@@ -156,6 +159,9 @@ def _numbers(ours: Sequence[Point], theirs: Sequence[Point]) -> list[str]:
     drawn = []
     for points, others, tool in ((ours, theirs, "graphopt"), (theirs, ours, "onnxsim")):
         for each in points[1:]:
+            if BEYOND * WIDTH < each.x <= WIDTH:
+                drawn.append(_text(Point(each.x + 22, each.y + 4, each.text), tool))
+                continue
             near = [other.y for other in others[1:] if abs(other.x - each.x) < NEAR * WIDTH]
             upper = all(each.y < y or (each.y == y and tool == "graphopt") for y in near)
             y = each.y - 8 if upper else each.y + 17
