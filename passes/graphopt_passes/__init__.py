@@ -56,6 +56,7 @@ from graphopt_passes import (
     slices,
     softmax,
     tidy,
+    turned,
 )
 from graphopt_passes.cache import FuseCache
 from graphopt_passes.cleanup import (
@@ -102,6 +103,7 @@ ALGEBRA = RewritePass(
         *quantized.RULES,
         *biases.RULES,  # before lift-opset, which sees the attention that they make
         *batched_heads.RULES,
+        *turned.RULES,
         *blends.RULES,
     ),
 )

@@ -20,11 +20,21 @@ from graphopt.ir import values
 from graphopt.ir.build import Builder
 from graphopt.ir.shapes import Dim, is_cut_to
 from graphopt.rewrite import Either, Lit, Match, Op, Rule, Skip, Var, rule
-from graphopt_passes.bands import Band, visible
+from graphopt_passes.bands import LOW, Band, visible
 from graphopt_passes.constants import no_operator
-from graphopt_passes.keys import cast_below_views, shares, ungrouped, untransposed
+from graphopt_passes.keys import (
+    cast_below_views,
+    first_with,
+    shares,
+    size_of,
+    ungrouped,
+    untransposed,
+)
 from graphopt_passes.masks import (
     HARMLESS,
+    LIFTED,
+    NEAR,
+    SMALL,
     Hidden,
     Reach,
     apart,
@@ -38,29 +48,8 @@ from graphopt_passes.masks import (
 OPSETS = (7, 10_000)
 """Opsets of multidirectional broadcasting; before 13, Softmax over the last axis alone is the same."""
 
-LOW = -1e4
-"""What a mask puts in place of a score at most, so that its exponential is zero in every type beside a score."""
-
-LIFTED = {
-    ir.DataType.FLOAT: -(2.0**127),
-    ir.DataType.FLOAT16: 0.0,
-    ir.DataType.BFLOAT16: 0.0,
-}
-"""What a row of a mask is lifted to that is lower throughout: the same Softmax, and never the lowest number.
-
-ONNX Runtime takes that one for -infinity.  In float32, any score vanishes beside the number here as it does beside the
-lowest, and more than half of that can be reached without rounding.  In half precision scores must not vanish: kernels
-that add in float32 keep them beside any number.
-"""
-
-NEAR = -8.0
-"""A number in half precision that sums with scores are hardly rounded beside."""
-
 SMALL_MASK = 1 << 16
 """Elements of a constant mask that may be made of one for all queries."""
-
-SMALL = 1e6
-"""A bias that vanishes beside what float32 is lifted to."""
 
 
 scores = Var()
@@ -103,21 +92,25 @@ plain_weights = Op("Softmax", Either(raised_sum, biased, kept, dropped, score))
 lowered = Op("Cast", plain_weights)
 weights = Either(lowered, plain_weights)
 guard = Op("Where", Op("IsNaN", weights), Lit(0.0), weights)
-attention = Op("MatMul", Either(guard, weights), v)
+kept_alone = Op("Where", keep, weights, Lit(0.0))
+dropped_again = Op("Where", drop, Lit(0.0), weights)
+attention = Op("MatMul", Either(guard, kept_alone, dropped_again, weights), v)
 
 
 @rule(attention, opset=OPSETS)
 def fuse_attention(m: Match, g: Builder) -> ir.Value | None:
-    """`Softmax(q kT * s + mask) v` -> `Attention(q, k, v, mask, scale=s)`; Where(cond, scores, -inf) likewise.
+    """`Softmax(q kT * s + mask) v` -> `Attention(q, k, v, mask, scale=s)`; Where(cond, scores, low) likewise.
 
     q: [B, H, S, D], kT: [B, H, D, L], v: [B, H, L, E], mask: […, S, L], broadcasts to [B, H, S, L].  Without heads,
-    [B, S, D], as one head.  With the guard, rows that are masked with -infinity throughout are zero in both; without
-    it they are NaN before.  Source: Attention-23.
+    [B, S, D], as one head.  With the guard, or where what is masked is zero behind the Softmax too (Conformer), rows
+    masked throughout are zero in both; without it they are NaN before.  Source: Attention-23.
     """
     dims, dtype = [m.dims(value) for value in (q, k_t, v)], _type(m)
     ranks = {None if d is None else len(d) for d in dims}
     if ranks not in ({3}, {4}) or not _is_last_axis(m):
         return None
+    if not _is_masked_alike(m):
+        raise Skip("weights are made zero whose scores were not masked", m[attention])
     if any(dim == 0 for each in dims for dim in each or ()):
         raise Skip("there are no queries or no keys, which kernels refuse", m[attention])
     if not m.emits("Attention", dtype=dtype):
@@ -298,9 +291,27 @@ def _sees_itself(m: Match, hidden: ir.Value) -> bool:
     return square and band is not None and band.within(Band(0, 0)) == Band(0, 0)
 
 
+def _is_masked_alike(m: Match) -> bool:
+    """Whether weights are made zero, if at all, where scores were chosen away, or a mask is -infinity."""
+    for zeroed, chosen, which, low in (
+        (kept_alone, kept, keep, 2),
+        (dropped_again, dropped, drop, 1),
+    ):
+        if m.has(zeroed) and not m.has(chosen):
+            maker = m[mask].producer() if m.has(biased) else None
+            alike = maker is not None and maker.op_type == "Where" and maker.inputs[0] is m[which]
+            return maker is not None and alike and values.fill(maker.inputs[low]) == -math.inf
+    return True
+
+
+def _is_guarded(m: Match) -> bool:
+    """Whether queries that see no key are made zero behind the Softmax."""
+    return m.has(guard) or m.has(kept_alone) or m.has(dropped_again)
+
+
 def _is_kept(m: Match, reach: Reach) -> bool:
     """Whether rows that are masked throughout are none, or come out of Attention as they did of the parts."""
-    return reach.floor > _least(m) and (not reach.masked or m.has(guard))
+    return reach.floor > _least(m) and (not reach.masked or _is_guarded(m))
 
 
 def _steady_where_unknown(
@@ -344,7 +355,7 @@ def _steady(
     best = g.op("ReduceMax", added, g.ints([-1]))
     lift = g.op("Sub", g.op("Max", best, _floor(m, g)), best)
     steady = g.op("Add", added, lift)
-    if not (masked and m.has(guard)):
+    if not (masked and _is_guarded(m)):
         return Hidden(steady)
     if _is_trusted(m):
         return Hidden(
@@ -365,32 +376,15 @@ def _written_out(m: Match, g: Builder, given: ir.Value, hidden: Hidden) -> Hidde
         return hidden
     rows = columns = g.ints([1])
     if once:  # of the mask itself, if possible: then it is done once for all layers, and needs nothing of theirs
-        own = (given, len(dims) - 1) if dims[-1] == queries else _first_with(m, q, queries)
-        rows = _size(g, queries, *own)
+        own = (given, len(dims) - 1) if dims[-1] == queries else first_with(m, m[q], queries)
+        rows = size_of(g, queries, *own)
     if open_end:
-        columns = _size(g, keys, *_first_with(m, v, keys))
+        columns = size_of(g, keys, *first_with(m, m[v], keys))
     if once and not open_end and queries.value is not None:
         sizes = g.ints([queries.value, 1])
     else:
         sizes = g.op("Concat", rows, columns, axis=0)
     return dataclasses.replace(hidden, mask=g.op("Expand", hidden.mask, sizes))
-
-
-def _size(g: Builder, size: Dim, source: ir.Value, axis: int) -> ir.Value:
-    if size.value is not None:
-        return g.ints([size.value])
-    return g.op("Shape", source, start=axis, end=axis + 1)
-
-
-def _first_with(m: Match, operand: Var, size: Dim) -> tuple[ir.Value, int]:
-    """What queries or values are a view of, and which of its axes is of that size."""
-    found, node = (m[operand], len(m.known_dims(operand)) - 2), m[operand].producer()
-    while node is not None and node.op_type in ("Transpose", "Reshape") and node.inputs[0]:
-        dims = m.known_dims(node.inputs[0])
-        if size in dims:
-            found = node.inputs[0], dims.index(size)
-        node = node.inputs[0].producer()
-    return found
 
 
 def _reach_of_choice(m: Match, which: ir.Value) -> Reach | None:
@@ -402,8 +396,11 @@ def _reach_of_choice(m: Match, which: ir.Value) -> Reach | None:
         rows = (data if m.has(kept) else ~data.astype(bool)).any(axis=-1)
         if rows.all():
             return HARMLESS
-    # A row of one finite number is spread evenly, whatever the number.
-    return Reach(0.0, masked=True) if number == -math.inf else Reach(-math.inf, masked=False)
+    # A row of one finite number is spread evenly, whatever the number, but where it is zero afterwards.
+    zeroed = m.has(kept_alone) or m.has(dropped_again)
+    return (
+        Reach(0.0, masked=True) if number == -math.inf or zeroed else Reach(-math.inf, masked=False)
+    )
 
 
 def _is_last_axis(m: Match) -> bool:
@@ -490,7 +487,7 @@ def _refuse_masked_rows(m: Match, value: ir.Value, reach: Reach | None) -> None:
     Raises:
         Skip: a row may be masked throughout.
     """
-    if reach is None or (reach.masked and not m.has(guard)):
+    if reach is None or (reach.masked and not _is_guarded(m)):
         raise Skip("a row may be masked throughout", value)
     if reach.floor <= _least(m):
         raise Skip("a row may hold the lowest number throughout", value)

@@ -17,7 +17,8 @@ import onnx_ir as ir
 from graphopt.ir import values
 from graphopt.ir.build import Builder
 from graphopt.ir.shapes import Dim, is_cut_to
-from graphopt.rewrite import Either, Match, Op, Rule, Skip, Var, exact, rule
+from graphopt.rewrite import Either, Lit, Match, Op, Rule, Skip, Var, exact, rule
+from graphopt_passes.bands import LOW
 from graphopt_passes.constants import live_uses
 from graphopt_passes.masks import ends_in
 
@@ -109,6 +110,8 @@ def join_choice_and_mask(m: Match, g: Builder) -> ir.Value | None:
         return None
     if not _is_product(m[scores]) or not _may_be_attention(m, m.dtype(scores)):
         return None
+    if _is_plain_product(m[mask]):  # those are the scores, and what was chosen is a bias
+        return None
     broad = next((each for each in (m[condition], m[mask]) if not _broadcasts(m, each)), None)
     if broad is not None:
         raise Skip("it is not known to broadcast to the scores", broad)
@@ -133,7 +136,10 @@ def scale_before_mask(m: Match, g: Builder) -> ir.Value | None:
     As CodeGen scales what is masked.  The scale goes into the queries then, or into attention, and the mask is scaled
     once for all layers.  c: one positive number.  Source: Mul-14, Div-14, Where-9.
     """
-    if not _weighs(live_uses(m.out(late))) or not _is_product(m[scores]):
+    users = live_uses(m.out(late))
+    choices = [use for user in users if user.op_type == "Where" for use in user.outputs[0].uses()]
+    onward = [user for user in users if user.op_type != "Where"] + [use.node for use in choices]
+    if not _weighs(onward) or not _is_product(m[scores]):
         return None
     number, dims = values.scalar(m[factor]), m.dims(late)
     if number is None or not 0 < number < math.inf or dims is None or m.dims(scores) != dims:
@@ -145,7 +151,7 @@ def scale_before_mask(m: Match, g: Builder) -> ir.Value | None:
     if not m.has(biased):
         branches = [g.op(kind, m[low], m[factor]), inner]
         return g.op("Where", m[condition], *(branches[::-1] if m.has(kept) else branches))
-    if m.dims(mask) in (None, dims):
+    if m.dims(mask) is None or (m.dims(mask) == dims and not _may_be_attention(m, m.dtype(scores))):
         raise Skip("the mask is as large as the scores", m[mask])
     return g.op("Add", inner, g.op(kind, m[mask], m[factor]))
 
@@ -161,27 +167,45 @@ def join_bias_and_choice(m: Match, g: Builder) -> ir.Value | None:
     As MPT adds a bias of distances, and then masks: what all layers share is done once.  low as in
     `join_choice_and_mask`.  Source: Where-9, Add-7.
     """
-    return _bias_of_choice(m, g, m[kept_sum], (m[mask], m[low]))
+    return _bias_of_choice(m, g, m[kept_sum])
 
 
 @rule(dropped_sum, opset=(9, 10_000))
 def join_bias_and_dropping(m: Match, g: Builder) -> ir.Value | None:
     """As `join_bias_and_choice`, for `Where(c, low, q kT + b)`."""
-    return _bias_of_choice(m, g, m[dropped_sum], (m[low], m[mask]))
+    return _bias_of_choice(m, g, m[dropped_sum])
 
 
-def _bias_of_choice(
-    m: Match, g: Builder, root: ir.Node, branches: tuple[ir.Value, ir.Value]
-) -> ir.Value | None:
+def _bias_of_choice(m: Match, g: Builder, root: ir.Node) -> ir.Value | None:
     """The sum of scores and a choice of what is added to them."""
     if not _weighs(live_uses(root.outputs[0])) or len(m.dims(scores) or ()) != 4:
         return None
-    if not _is_product(m[scores]) or _is_product(m[mask]):
-        return None
-    if not _may_be_attention(m, m.dtype(scores)):
+    sides = _scores_and_bias(m)
+    if sides is None or not _may_be_attention(m, m.dtype(scores)):
         return None
     _refuse_mixing(m, root)
-    return g.op("Add", m[scores], g.op("Where", m[condition], *branches))
+    own, bias = sides
+    branches = (bias, m[low]) if root.inputs[2] is m[low] else (m[low], bias)
+    return g.op("Add", own, g.op("Where", m[condition], *branches))
+
+
+def _scores_and_bias(m: Match) -> tuple[ir.Value, ir.Value] | None:
+    """Which addend is q kT, and which a bias: also scores of relative positions, which are moved about (Conformer)."""
+    pairs = ((m[scores], m[mask]), (m[mask], m[scores]))
+    plain = [
+        pair for pair in pairs if _is_plain_product(pair[0]) and not _is_plain_product(pair[1])
+    ]
+    if len(plain) == 1 and m.dims(plain[0][0]) == m.dims(biased):
+        return plain[0]
+    return pairs[0] if _is_product(m[scores]) and not _is_product(m[mask]) else None
+
+
+def _is_plain_product(value: ir.Value) -> bool:
+    """Whether a value is a product, perhaps scaled, whose elements stay where they are."""
+    node = value.producer()
+    if node is not None and node.op_type in ("Mul", "Div") and values.scalar(node.inputs[1]):
+        node = None if node.inputs[0] is None else node.inputs[0].producer()
+    return node is not None and node.op_type == "MatMul"
 
 
 def _refuse_mixing(m: Match, node: ir.Node) -> None:
@@ -194,6 +218,31 @@ def _refuse_mixing(m: Match, node: ir.Node) -> None:
     vanishing = number is not None and number <= VANISHING and m.dtype(scores) == ir.DataType.FLOAT
     if number != -math.inf and not vanishing:
         raise Skip("a row that both choice and mask hide would mix them", node)
+
+
+first = Op("Where", condition, low, scores)
+hidden = Op("Where", condition, Lit(0.0), Op("Softmax", first))
+
+
+@rule(hidden, opset=(9, 10_000))
+def hide_what_is_made_zero(m: Match, g: Builder) -> ir.Value | None:
+    """`Where(c, 0, Softmax(Where(c, low, z)))` -> the same with -infinity for a low number.
+
+    As Conformers mask scores and weights: a row that is masked throughout is zero in the end whatever low is, and low
+    vanishes beside any other score.  A choice of -infinity then goes with a bias.  Source: Where-9, Softmax-13.
+    """
+    number, dtype = values.fill(m[low]), m.dtype(scores)
+    if number is None or not -math.inf < number <= LOW or not _may_be_attention(m, dtype):
+        return None
+    node, dims = m[hidden], m.dims(first)
+    soft = node.inputs[2].producer() if node.inputs[2] is not None else None
+    if dtype is None or soft is None or dims is None or m.dims(hidden) != dims:
+        return None
+    if int(m.attr(soft, "axis", -1)) not in (-1, len(dims) - 1):
+        return None
+    lowest = g.const(np.asarray(-math.inf, dtype.numpy()))
+    inner = g.op("Where", m[condition], lowest, m[scores])
+    return g.op("Where", m[condition], node.inputs[1], g.op("Softmax", inner, like=soft))
 
 
 floored = Op("Max", biased, low)
@@ -266,6 +315,7 @@ RULES: tuple[Rule, ...] = (
     join_bias_and_choice,
     join_bias_and_dropping,
     scale_before_mask,
+    hide_what_is_made_zero,
     limit_mask_instead_of_scores,
     limit_mask_instead_of_scores_behind,
 )

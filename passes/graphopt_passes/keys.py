@@ -82,3 +82,21 @@ def cast_below_views(g: Builder, value: ir.Value, dtype: ir.DataType) -> ir.Valu
     if node.op_type == "Cast" and value.dtype == dtype:
         return cast_below_views(g, node.inputs[0], dtype)
     return g.op("Cast", value, to=dtype)
+
+
+def first_with(m: Match, operand: ir.Value, size: Dim) -> tuple[ir.Value, int]:
+    """What queries or values are a view of, and which of its axes is of that size."""
+    found, node = (operand, len(m.known_dims(operand)) - 2), operand.producer()
+    while node is not None and node.op_type in ("Transpose", "Reshape") and node.inputs[0]:
+        dims = m.known_dims(node.inputs[0])
+        if size in dims:
+            found = node.inputs[0], dims.index(size)
+        node = node.inputs[0].producer()
+    return found
+
+
+def size_of(g: Builder, size: Dim, source: ir.Value, axis: int) -> ir.Value:
+    """A size as a tensor of one number, of that axis of `source` where it is not known."""
+    if size.value is not None:
+        return g.ints([size.value])
+    return g.op("Shape", source, start=axis, end=axis + 1)

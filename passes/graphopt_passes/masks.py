@@ -6,6 +6,7 @@ Such rows can be told apart, for targets whose operator is not known to make zer
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -22,10 +23,28 @@ FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataTyp
 VIEWS = frozenset(
     {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Slice", "Tile", "Identity"}
 )
-MAX_DEPTH = 8
+MAX_DEPTH = 12
 MAX_TABLE = 1 << 20
 SAFE = 1e30
 """Of a mask in float32: what is beyond may overflow where it is added to something."""
+
+LIFTED = {
+    ir.DataType.FLOAT: -(2.0**127),
+    ir.DataType.FLOAT16: 0.0,
+    ir.DataType.BFLOAT16: 0.0,
+}
+"""What a row of a mask is lifted to that is lower throughout: the same Softmax, and never the lowest number.
+
+ONNX Runtime takes that one for -infinity.  In float32, any score vanishes beside the number here as it does beside the
+lowest, and more than half of that can be reached without rounding.  In half precision scores must not vanish: kernels
+that add in float32 keep them beside any number.
+"""
+
+NEAR = -8.0
+"""A number in half precision that sums with scores are hardly rounded beside."""
+
+SMALL = 1e6
+"""A bias that vanishes beside what float32 is lifted to."""
 
 _INTEGERS = {
     ir.DataType.INT8: 2.0**7,
@@ -78,9 +97,25 @@ class Hidden:
 
 def apart(g: Builder, added: ir.Value, dtype: ir.DataType | None) -> Hidden:
     """A mask each of whose rows holds -infinity alone or an ordinary number too: the former are told apart."""
-    best = g.op("ReduceMax", added, g.ints([-1]))
+    best = g.op("ReduceMax", _flags_of(g, added, dtype), g.ints([-1]))
     seen = g.op("Greater", best, number_of(g, -math.inf, dtype))
     return Hidden(g.op("Where", seen, added, number_of(g, 0.0, dtype)), seen)
+
+
+def _flags_of(g: Builder, added: ir.Value, dtype: ir.DataType | None) -> ir.Value:
+    """A mask, or a smaller one that is -infinity where it is: of `Where(c, -infinity, bias)`, without the bias."""
+    node = added.producer()
+    if node is None or node.op_type != "Where" or node.domain:
+        return added
+    for low, other in ((1, 2), (2, 1)):
+        bias = reach_of(node.inputs[other])
+        if values.fill(node.inputs[low]) != -math.inf or bias is None or bias.masked:
+            continue
+        if values.scalar(node.inputs[other]) is not None:
+            return added
+        branches = [number_of(g, -math.inf, dtype), number_of(g, 0.0, dtype)]
+        return g.op("Where", node.inputs[0], *(branches if low == 1 else branches[::-1]))
+    return added
 
 
 def narrowed(g: Builder, mask: ir.Value, dtype: ir.DataType | None) -> ir.Value:
@@ -117,8 +152,8 @@ def reach_of(value: ir.Value | None, depth: int = MAX_DEPTH) -> Reach | None:
     if node.op_type in VIEWS:
         inner = reach_of(node.inputs[0], depth - 1)
         return None if inner is None else dataclasses.replace(inner, best=-math.inf)
-    if node.op_type in ("Where", "Max"):
-        return (_reach_of_where if node.op_type == "Where" else _raised)(node, depth - 1)
+    if node.op_type in _READERS:
+        return _READERS[node.op_type](node, depth - 1)
     if node.op_type == "Gather":
         return _reach_of_rows(values.constant(node.inputs[0]))
     if node.op_type == "Add":
@@ -128,6 +163,20 @@ def reach_of(value: ir.Value | None, depth: int = MAX_DEPTH) -> Reach | None:
     if node.op_type in ("Mul", "Div"):
         return _held(node, _scaled(node, depth - 1))
     return None
+
+
+def _reach_of_parts(node: ir.Node, depth: int) -> Reach | None:
+    """What several values can be one behind the other."""
+    return functools.reduce(_either, [reach_of(each, depth) for each in node.inputs])
+
+
+def _reach_of_fill(node: ir.Node, _depth: int) -> Reach | None:
+    """What a tensor of one number is, zero where none is named."""
+    held = node.attributes.get("value")
+    if held is None:
+        return HARMLESS
+    number = float("nan") if held.is_ref() else float(held.as_tensor().numpy().reshape(-1)[0])
+    return Reach(min(number, 0.0), masked=False) if math.isfinite(number) else None
 
 
 def _raised(node: ir.Node, depth: int) -> Reach | None:
@@ -158,6 +207,14 @@ def _reach_of_where(node: ir.Node, depth: int) -> Reach | None:
     maker = None if test is None else test.producer()
     zero = maker is not None and maker.op_type == "Cast" and maker.inputs[0] is other
     return _either(reach_of(then, depth), HARMLESS if zero else reach_of(other, depth))
+
+
+_READERS = {
+    "Where": _reach_of_where,
+    "Max": _raised,
+    "Concat": _reach_of_parts,
+    "ConstantOfShape": _reach_of_fill,
+}
 
 
 def _reach_of_integers(value: ir.Value | None, factor: float) -> Reach | None:

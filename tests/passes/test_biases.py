@@ -180,7 +180,6 @@ def test_scale_goes_before_the_mask(kind: str) -> None:
 @pytest.mark.parametrize(
     ("change", "missed"),
     [
-        (("float[B,1,S,L] m", "float[B,2,S,L] m"), "as large as the scores"),
         (("{2.5}", "{-2.5}"), ""),
         (("Div(z, c)", "Div(c, z)"), ""),
         (("Softmax(w)", "Relu(w)"), ""),
@@ -273,3 +272,93 @@ def test_other_limits_stay(low: str, change: tuple[str, str], missed: str) -> No
     ctx = apply(biases.RULES, ir.from_proto(parse(text.replace(*change))))
     assert not ctx.rewrites
     assert not missed or any(missed in remark.reason for remark in ctx.remarks)
+
+
+LARGE = "g (float[B,2,S,4] q, float[B,2,L,4] k, float[B,2,L,4] v, float[B,2,S,L] m) => (float[B,2,S,4] y)"
+
+
+@pytest.mark.parametrize("target", ["cpu", "portable"])
+def test_scale_goes_before_a_bias_as_large_as_the_scores(target: str) -> None:
+    """That of the scores goes into attention, so that no more is scaled than before; without attention, more would."""
+    head = f"{LARGE} <float c = {{2.5}}> {{ {KT} a = MatMul(q, t)"
+    before = f"{head} z = Add(a, m) w = Div(z, c) {SOFT} }}"
+    after = (
+        f"{head} s = Div(a, c) n = Div(m, c) w = Add(s, n) {SOFT} }}" if target == "cpu" else None
+    )
+    missed = "" if after else "as large as the scores"
+    check(biases.RULES, before, after, target=target, missed=missed, tolerance=1e-5)
+
+
+def test_scale_goes_before_a_choice_and_a_bias() -> None:
+    """As Conformers scale the sum of two products, and then mask it."""
+    head = (
+        f"{LARGE.replace(') =>', ', bool[B,1,1,L] c) =>')} <float s = {{2.5}}, float inf = {{-inf}}>"
+        f" {{ {KT} a = MatMul(q, t)"
+    )
+    check(
+        biases.RULES,
+        f"{head} z = Add(a, m) x = Div(z, s) w = Where(c, inf, x) {SOFT} }}",
+        f"{head} x = Div(a, s) n = Div(m, s) o = Where(c, inf, n) w = Add(x, o) {SOFT} }}",
+        tolerance=1e-5,
+    )
+
+
+RELATIVE = (
+    "g (float[B,2,3,4] q, float[B,2,4,3] k, float[B,2,3,4] u, float[B,2,4,5] r, float[B,2,3,4] v, bool[B,1,1,3] c)"
+    " => (float[B,2,3,4] y) <float inf = {-inf}, int64[1] one = {1}, int64[1] four = {4}, int64[1] last = {3}>"
+    " { a = MatMul(q, k) d = MatMul(u, r) b = Slice(d, one, four, last)"
+)
+
+
+@pytest.mark.parametrize("order", ["a, b", "b, a"])
+def test_scores_of_relative_positions_are_a_bias(order: str) -> None:
+    """Both are products; the one whose elements were moved about is not that of queries and keys."""
+    check(
+        biases.RULES,
+        f"{RELATIVE} z = Add({order}) w = Where(c, inf, z) {SOFT} }}",
+        f"{RELATIVE} o = Where(c, inf, b) w = Add(a, o) {SOFT} }}",
+        tolerance=1e-5,
+    )
+
+
+def test_two_products_alike_stay() -> None:
+    check(
+        biases.RULES,
+        f"{RELATIVE} e = MatMul(u, k) z = Add(a, e) w = Where(c, inf, z) {SOFT} }}".replace(
+            "d = MatMul(u, r) b = Slice(d, one, four, last)", ""
+        ),
+        tolerance=1e-5,
+    )
+
+
+AGAIN = f"g ({QKV}, bool[B,1,S,L] c) => (float[B,2,S,4] y) <float zero = {{0.0}}, float low = {{@}}> {{ {KT}"
+TAIL = "p = Softmax(w) o = Where(c, zero, p) y = MatMul(o, v) }"
+
+
+def test_masked_twice() -> None:
+    """As NeMo masks scores with -1e4, and weights with zero: the first may be -infinity."""
+    proto = parse(f"{AGAIN.replace('@', '-1e4')} a = MatMul(q, t) w = Where(c, low, a) {TAIL}")
+    feeds = make_feeds(proto, 0)
+    feeds["c"][0, 0, 0] = True
+    check(
+        biases.RULES,
+        f"{AGAIN.replace('@', '-1e4')} a = MatMul(q, t) w = Where(c, low, a) {TAIL}",
+        f"{AGAIN.replace('@', '-inf')} a = MatMul(q, t) w = Where(c, low, a) {TAIL}",
+        feeds=[feeds],
+        tolerance=1e-5,
+    )
+
+
+@pytest.mark.parametrize(
+    ("low", "tail", "target"),
+    [
+        ("-100.0", TAIL, "cpu"),
+        ("-1e4", TAIL, "portable"),
+        ("-1e4", TAIL.replace("Softmax(w)", "Softmax<axis=2>(w)"), "cpu"),
+        ("-1e4", TAIL.replace("o = Where(c, zero, p)", "d = Not(c) e = Not(d) o = Where(e, zero, p)"), "cpu"),
+    ],
+    ids=["number", "target", "axis", "condition"],
+)  # fmt: skip
+def test_masked_twice_stays(low: str, tail: str, target: str) -> None:
+    text = f"{AGAIN.replace('@', low)} a = MatMul(q, t) w = Where(c, low, a) {tail}"
+    check(biases.RULES, text, target=target, tolerance=1e-5)

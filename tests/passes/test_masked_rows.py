@@ -49,11 +49,8 @@ def _seen_by_attention(
     proto: onnx.ModelProto, feeds: dict[str, npt.NDArray[Any]]
 ) -> npt.NDArray[Any]:
     """The mask that the operator is given."""
-    tapped = onnx.ModelProto()
-    tapped.CopyFrom(proto)
-    node = next(n for n in tapped.graph.node if n.op_type == "Attention")
-    tapped.graph.output.append(onnx.ValueInfoProto(name=node.input[3]))
-    return run(tapped, feeds)[-1]
+    node = next(n for n in proto.graph.node if n.op_type == "Attention")
+    return run(_with_output(proto, node.input[3]), feeds)[-1]
 
 
 @UNTRUSTED
@@ -269,3 +266,58 @@ def test_layers_share_what_is_told_apart(target: str) -> None:
     assert (kinds.count("Attention"), kinds.count("ReduceMax")) == (2, 1)
     assert result.report.verification is not None
     assert result.report.verification.passed
+
+
+ZEROED = {
+    "dropped": "z = Where(c, low, a) p = Softmax(z) w = Where(c, zero, p)",
+    "kept": "z = Where(c, a, low) p = Softmax(z) w = Where(c, p, zero)",
+    "biased": "b = Where(c, low, m) z = Add(a, b) p = Softmax(z) w = Where(c, zero, p)",
+    "kept and biased": "b = Where(c, m, low) z = Add(a, b) p = Softmax(z) w = Where(c, p, zero)",
+}
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda", "tensorrt"])
+@pytest.mark.parametrize("kind", ZEROED)
+@pytest.mark.parametrize("low", ["-inf", "-1e9"])
+def test_weights_that_are_masked_again(target: str, kind: str, low: str) -> None:
+    """As Conformers mask scores, and the weights where they did: a guard of another spelling."""
+    text = (
+        f"g ({QKV.replace('L', 'S')}, bool[B,1,1,S] c, float[1,2,S,S] n) => (float[B,2,S,4] y)"
+        f" <float zero = {{0.0}}, float low = {{{low}}}>"
+        f" {{ m = MatMul(n, n) {KT} a = MatMul(q, t) {ZEROED[kind]} y = MatMul(w, v) }}"
+    )
+    proto = parse(text, opset=23)
+    if "biased" in kind and low == "-1e9":
+        ctx = apply(attention.RULES, ir.from_proto(proto), target=target)
+        assert any("not masked" in remark.reason for remark in ctx.remarks)
+        return
+    got = _fused(proto, target)
+    feeds = make_feeds(proto, 0, dim=3)
+    feeds["c"][0] = "dropped" in kind or kind == "biased"
+    feeds["c"][1] = [True, False, True]
+    expected = run(proto, feeds)[0]
+    assert not expected[0].any()
+    np.testing.assert_allclose(run(got, feeds)[0], expected, rtol=1e-4, atol=1e-5)
+    if target == "cpu":
+        return
+    sizes = ir.from_proto(got)
+    reduced = next(node for node in sizes.graph if node.op_type == "ReduceMax").inputs[0]
+    assert reduced is not None
+    assert run(_with_output(got, reduced.name or ""), feeds)[-1].shape == (3, 1, 1, 3)
+
+
+def _with_output(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
+    tapped = onnx.ModelProto()
+    tapped.CopyFrom(proto)
+    tapped.graph.output.append(onnx.ValueInfoProto(name=name))
+    return tapped
+
+
+def test_weights_that_are_masked_elsewhere_stay() -> None:
+    check(
+        attention.RULES,
+        f"g ({QKV}, bool[B,1,S,L] c, bool[B,1,S,L] d) => (float[B,2,S,4] y) <float zero = {{0.0}}> {{ {KT}"
+        " a = MatMul(q, t) p = Softmax(a) w = Where(d, zero, p) y = MatMul(w, v) }",
+        opset=23,
+        missed="not masked",
+    )
