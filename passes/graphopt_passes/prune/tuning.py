@@ -34,13 +34,18 @@ WORK = 6.5e10
 """Multiply-adds that may be spent unasked, three for each of a forward run; where that is fewer than the least steps,
 training is not begun."""
 
+FAR, FAR_STEPS, FAR_WORK = 0.05, 480, 1.3e11
+"""Outputs that differ by more, in nats or as a share of their variance, are trained for longer."""
+
 RATE, LAST = 0.02, 0.05
 """Of a step, over the root mean square of the weights of its layer; and what is left of it at the end."""
 
 NOISE, MIX = 0.2, 0.1
 HELD_OUT_OF, LEAST_HELD_OUT, MOST_HELD_OUT = 5, 8, 128
 JUDGED = 16
-PATIENCE = 6
+PATIENCE = 0.6
+"""Of the steps, without a gain."""
+
 TOO_FAR, BACK = 1.5, 0.25
 _AVERAGE = 0.9
 _FIRST, _SECOND, _EPSILON = 0.9, 0.99, 1e-12
@@ -201,13 +206,13 @@ def tuned(
         return f"no gradient is known of {network.stopped}"
     if not network.outputs or any(a.dtype != np.float32 for a in start.values()):
         return "only float32 is trained"
-    steps = _affordable(done, network, samples[0], start, long=long)
-    if not steps:
+    work = 0 if long else _work(done, network, samples[0], start)
+    if 3 * BATCH * LEAST_STEPS * work > WORK:
         return SLOW
     taught = [each for i, each in enumerate(samples) if i % HELD_OUT_OF != HELD_OUT_OF - 1]
     training = _Training(network, start, masks, seed)
     with np.errstate(all="ignore"):  # what overflows is far off, and so not kept
-        found, best = training.run(taught, held, steps)
+        found, best = training.run(taught, held, work)
     return dataclasses.replace(
         found,
         done=[_with(each, best) for each in done],
@@ -233,20 +238,11 @@ def _start(
     return start, masks
 
 
-def _affordable(
-    done: Sequence[Pruned],
-    network: Network,
-    sample: Feed,
-    start: Mapping[str, Array],
-    *,
-    long: bool,
-) -> int:
-    """How many steps there may be; 0 where that is too few to begin."""
-    if long:
-        return STEPS
-    spent = 3 * BATCH * max(_work(done, network, sample, start), 1)
-    steps = min(int(WORK / spent), STEPS)
-    return 0 if spent * LEAST_STEPS > WORK else steps - steps % JUDGED  # the last is judged, too
+def _steps(work: int, *, far: bool) -> int:
+    """How many steps of so many multiply-adds a sample there may be; the last is judged, too."""
+    most, budget = (FAR_STEPS, FAR_WORK) if far else (STEPS, WORK)
+    steps = min(int(budget / (3 * BATCH * max(work, 1))), most)
+    return steps - steps % JUDGED
 
 
 def _work(
@@ -280,17 +276,19 @@ class _Training:
         self._logits: dict[str, str] = {}
 
     def run(
-        self, taught: Sequence[Feed], held: Sequence[Feed], steps: int
+        self, taught: Sequence[Feed], held: Sequence[Feed], work: int
     ) -> tuple[Trained, dict[str, Array]]:
-        """What it brought, trained on some samples; the weights nearest on mixtures of those held out."""
+        """What it brought, trained on some samples; the weights nearest on mixtures of those held out.
+
+        Args:
+            taught: samples to train on.
+            held: samples to judge by.
+            work: multiply-adds that one takes; 0 where steps shall not be spared.
+        """
         noise = spreads(taught, NOISE)
-        judged = join(unseen(held[:MOST_HELD_OUT], noise, self._random))
-        wanted = self._network.taught(judged)
-        self._logits = {
-            name: self._network.tails.get(name, "")
-            for name in logit_outputs(wanted, self._network.tails)
-        }
+        judged, wanted = self._examination(held, noise)
         before = least = self._judge(judged, wanted, self._now)
+        steps = _steps(work, far=before > FAR)
         best, rate, idle, count = dict(self._now), RATE, 0, 0
         for step in range(1, steps + 1):
             count = step
@@ -303,7 +301,7 @@ class _Training:
                 least, idle, best = loss, 0, {n: a.copy() for n, a in self._mean.items()}
                 continue
             idle += 1
-            if idle >= PATIENCE:
+            if idle * JUDGED >= PATIENCE * steps:
                 break
             if loss > TOO_FAR * least:
                 rate *= BACK
@@ -311,6 +309,15 @@ class _Training:
                 self._mean = {n: a.copy() for n, a in best.items()}
                 self._moments = {}
         return Trained([], before, least, count), best
+
+    def _examination(
+        self, held: Sequence[Feed], noise: Mapping[str, float]
+    ) -> tuple[Feed, dict[str, Array]]:
+        """What is judged by, and what the original makes of it."""
+        judged = join(unseen(held[:MOST_HELD_OUT], noise, self._random))
+        wanted, tails = self._network.taught(judged), self._network.tails
+        self._logits = {name: tails.get(name, "") for name in logit_outputs(wanted, tails)}
+        return judged, wanted
 
     def _judge(
         self, feed: Feed, wanted: Mapping[str, Array], weights: Mapping[str, Array]

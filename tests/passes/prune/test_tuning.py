@@ -84,6 +84,7 @@ def test_training_brings_the_answers_nearer_and_keeps_the_zeros(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(tuning, "STEPS", 160)
+    monkeypatch.setattr(tuning, "FAR_STEPS", 160)
     fitted, _ = pruned(network(), "0.9,tune=no", count=160)
     trained, ctx = pruned(network(), "0.9", count=160)
     assert error(trained) < 0.9 * error(fitted)
@@ -96,6 +97,7 @@ def test_what_is_kept_is_never_farther_from_the_samples_held_out(
 ) -> None:
     monkeypatch.setattr(tuning, "RATE", 30.0)
     monkeypatch.setattr(tuning, "STEPS", 32)
+    monkeypatch.setattr(tuning, "FAR_STEPS", 32)
     wild, _ = pruned(network(), "0.9")
     fitted, _ = pruned(network(), "0.9,tune=no")
     for name in "wuvz":
@@ -107,6 +109,7 @@ def test_what_is_kept_is_never_farther_from_the_samples_held_out(
 
 def test_patterns_stay_patterns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "STEPS", 32)
+    monkeypatch.setattr(tuning, "FAR_STEPS", 32)
     model, ctx = pruned(network(), "2:4")
     tensor = model.graph.initializers["u"].const_value
     assert tensor is not None
@@ -126,6 +129,7 @@ def test_is_not_begun_unasked(text: str, distill: str | None) -> None:
 
 def test_is_begun_at_low_ratios_where_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "STEPS", 32)
+    monkeypatch.setattr(tuning, "FAR_STEPS", 32)
     _, ctx = pruned(network(), "0.5,tune=yes")
     assert "steps of training what stays" in told(ctx)
 
@@ -171,6 +175,7 @@ def test_work_counts_the_positions_that_share_a_weight(monkeypatch: pytest.Monke
 
 def test_runs_are_repeatable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "STEPS", 32)
+    monkeypatch.setattr(tuning, "FAR_STEPS", 32)
     one, other = (pruned(network(), "0.9")[0] for _ in range(2))
     for name in "wuvz":
         a, b = (m.graph.initializers[name].const_value for m in (one, other))
@@ -183,3 +188,13 @@ def test_the_option_is_read() -> None:
     assert parse_sparsity("0.9,tune=no").tune is Tune.NO
     with pytest.raises(OptionError, match="unknown tune 'maybe'; choose one of auto, yes, no"):
         parse_sparsity("0.9,tune=maybe")
+
+
+@pytest.mark.parametrize(("text", "steps"), [("0.95", 32), ("0.5,tune=yes", 16)])
+def test_outputs_that_are_far_off_are_trained_for_longer(
+    text: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "STEPS", 16)
+    monkeypatch.setattr(tuning, "FAR_STEPS", 32)
+    _, ctx = pruned(network(), text)
+    assert f"{steps} steps of training what stays" in told(ctx)
