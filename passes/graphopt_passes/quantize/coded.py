@@ -1,4 +1,4 @@
-"""Weights in element types that no integer kernel multiplies: 16 and 4 bits, 8-bit floats; a scale a row."""
+"""Weights in any element type, with or without zero points: 16, 8 and 4 bits, 8-bit floats; a scale a row."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from graphopt.calibrate.formats import LEAST_SCALE, Format
 from graphopt_passes.quantize.weights import Packed
 
 Array: TypeAlias = npt.NDArray[Any]
+Wide: TypeAlias = npt.NDArray[np.float64]
 
 CLIPS = (1.0, 0.9, 0.8, 0.7)
 """Shares of the range of a row that are tried with few codes; the one of least squared error is taken."""
@@ -19,31 +20,78 @@ CLIPS = (1.0, 0.9, 0.8, 0.7)
 FEW_CODES = 16
 
 
-def pack_as(rows: Array, kind: ir.DataType, *, shared: bool = False) -> Packed:
-    """Symmetric codes, one scale a row; a row of zeros gets the scale 1.
+def pack_as(
+    rows: Array,
+    kind: ir.DataType,
+    *,
+    symmetric: bool = True,
+    shared: bool = False,
+    one: bool = False,
+    least: Array | None = None,
+) -> Packed:
+    """Codes with one scale a row, and a zero point unless symmetric; a row of zeros gets the scale 1.
 
     Args:
         rows: float weights [rows, columns].
         kind: element type of the codes.
-        shared: whether all rows take the greatest scale of any.
+        symmetric: whether 0 is the middle of the codes.
+        shared: whether all rows take one scale and one zero point, that of all weights together.
+        one: whether rows share a zero point, but not the scale: ONNX Runtime's QLinearConv takes one alone.
+        least: scales that must be reached: [rows].
     """
-    form = Format(kind, symmetric=True)
-    top = form.codes[1]
+    form = Format(kind, symmetric=symmetric)
     wide = rows.astype(np.float64)
-    peaks = np.abs(wide).max(axis=1, initial=0.0)
+    low = np.minimum(wide.min(axis=1, initial=0.0), 0.0)
+    high = np.maximum(wide.max(axis=1, initial=0.0), 0.0)
     if shared:
-        peaks = np.full_like(peaks, peaks.max(initial=0.0))
-    clips = CLIPS if not form.is_float and 2 * top < FEW_CODES and not shared else CLIPS[:1]
+        low, high = (
+            np.full_like(low, low.min(initial=0.0)),
+            np.full_like(high, high.max(initial=0.0)),
+        )
+    is_short = not form.is_float and form.codes[1] - form.codes[0] < FEW_CODES
     best = np.full(len(rows), np.inf)
     codes = np.empty(rows.shape, kind.numpy())
-    scales = np.ones(len(rows), np.float32)
-    for clip in clips:
-        stored = np.where(peaks > 0, np.maximum(peaks * clip / top, LEAST_SCALE), 1.0)
-        steps = stored.astype(np.float32)
-        scaled = np.clip(wide / steps[:, None], -top, top)
-        found = (scaled if form.is_float else np.rint(scaled)).astype(kind.numpy())
-        error = ((found.astype(np.float64) * steps[:, None] - wide) ** 2).sum(axis=1)
+    scales, zeros = np.ones(len(rows), np.float32), np.zeros(len(rows), np.int64)
+    for clip in CLIPS if is_short and not shared else CLIPS[:1]:
+        steps, middle = _steps(low * clip, high * clip, form, together=one)
+        if least is not None:
+            steps = np.where(steps > 0, np.maximum(steps, least), steps)
+        steps = np.where(steps > 0, np.maximum(steps, LEAST_SCALE), 1.0).astype(np.float32)
+        scaled = wide / steps[:, None]
+        scaled = scaled if form.is_float else np.rint(scaled) + middle[:, None]
+        found = np.clip(scaled, *form.codes).astype(kind.numpy())
+        back = (found.astype(np.float64) - middle[:, None]) * steps[:, None]
+        error = ((back - wide) ** 2).sum(axis=1)
         better = error < best
         best[better], codes[better], scales[better] = error[better], found[better], steps[better]
+        zeros[better] = middle[better]
     power = float((wide**2).sum())
-    return Packed(codes, scales, float(best.sum()) / power if power > 0 else 0.0, 0)
+    noise = float(best.sum()) / power if power > 0 else 0.0
+    held = zeros.astype(kind.numpy()) if zeros.any() else None
+    return Packed(codes, scales, noise, 0, zeros=held)
+
+
+def _steps(low: Wide, high: Wide, form: Format, *, together: bool) -> tuple[Wide, Wide]:
+    """Scales and zero points by which each row fits; 0 for a row of zeros."""
+    first, last = form.codes
+    if form.symmetric or form.is_float:
+        middle = 0 if form.is_float or first < 0 else (first + last + 1) // 2
+        steps = np.maximum(low / (first - middle), high / (last - middle))
+        return steps, np.full(len(low), float(middle))
+    if together:
+        return _one_zero(low, high, form)
+    steps = (high - low) / (last - first)
+    safe = np.where(steps > 0, steps, 1.0)
+    return steps, np.clip(np.rint(first - low / safe), first, last)
+
+
+def _one_zero(low: Wide, high: Wide, form: Format) -> tuple[Wide, Wide]:
+    """The zero point by which all rows together take the shortest steps, and these."""
+    first, last = form.codes
+    tried = np.unique(np.rint(np.linspace(first, last, 256)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        below = np.where(low[:, None] < 0, -low[:, None] / (tried - first), 0.0)
+        above = np.where(high[:, None] > 0, high[:, None] / (last - tried), 0.0)
+    steps = np.maximum(below, above)
+    chosen = int(np.argmin((steps**2).sum(axis=0)))
+    return steps[:, chosen], np.full(len(low), tried[chosen])

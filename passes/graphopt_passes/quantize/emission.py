@@ -170,11 +170,11 @@ class _Emitter:
         ]
         return extra < sum(coarser) / len(coarser)
 
-    @staticmethod
-    def _may_saturate(site: Site) -> bool:
-        """Whether pairs of products are added in 16 bits: not in the kernel for depthwise convolutions."""
+    def _may_saturate(self, site: Site) -> bool:
+        """Whether pairs of products are added in 16 bits: of signed weights, but for depthwise convolutions."""
         group = operators.attribute(site.node, "group", 1)
-        return not (site.node.op_type == "Conv" and group > 1 and rows_of(site.node)[2] == group)
+        apart = site.node.op_type == "Conv" and group > 1 and rows_of(site.node)[2] == group
+        return not apart and self.facts.weight(name_of(site.node)) is ir.DataType.INT8
 
     def _rewrite(self, site: Site) -> None:
         for index in site.activations:
@@ -398,7 +398,7 @@ class _Emitter:
         """The decoded weight; of 8-bit floats scaled aside: the runtime would make an integer MatMul, and refuse it."""
         codes = unrows(packed.codes, axis, shape)
         kinds = {self._given(node, 0).format.dtype, ir.DataType.from_numpy(codes.dtype)}
-        zero = np.zeros(len(packed.scales), codes.dtype)
+        zero = np.zeros(len(packed.scales), codes.dtype) if packed.zeros is None else packed.zeros
         if node.op_type != "MatMul" or not self.style.stores_outputs or kinds <= INTEGERS:
             return self._decode(weight, codes, packed.scales, zero, node, axis)
         one, none = np.float32(1), np.zeros((), codes.dtype)
@@ -414,18 +414,19 @@ class _Emitter:
     def _packed(
         self, site: Site, rows: np.ndarray, bias: np.ndarray | None, given: Parameters
     ) -> weights.Packed:
-        """The weight in integers: for kernels as they need it, else as near as can be."""
+        """The weight in integers: for kernels as they need it (what could saturate keeps its codes), else nearest."""
         name, kind = name_of(site.node), self.facts.weight(name_of(site.node))
         said = self.facts.overrides.of(name, site.node.name or "")
         shared, plain = said.per_channel is False, site.node in self.plain
-        if kind is not ir.DataType.INT8:
-            return pack_as(rows, kind, shared=shared)
         hazard = plain and self.style.saturates and self._may_saturate(site)
         bounded = plain and self.style.integer_bias
         least = weights.least_scales(bias, given.scale, rows.shape[1]) if bounded else None
+        symmetric = self.facts.symmetric_weight(name, site.node.name or "")
+        if kind is not ir.DataType.INT8 or not symmetric:
+            one = plain and site.node.op_type == "Conv"
+            return pack_as(rows, kind, symmetric=symmetric, shared=shared, one=one, least=least)
         top = given.format.codes[1] if hazard else None
         packed = weights.pack(rows, top_code=top, least=least, shared=shared)
-        # What must not saturate keeps its codes.
         return packed if hazard else self.facts.refine(name, rows, packed)
 
     def _corrected(

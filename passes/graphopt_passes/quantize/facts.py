@@ -67,6 +67,11 @@ class Facts:
         """The element type of the weight of a layer."""
         return self.mixed.weights.get(name, self.style.weight)
 
+    def symmetric_weight(self, *names: str) -> bool:
+        """Whether the weight of a layer of these names has no zero points."""
+        said = self.overrides.of(*names).symmetric_weights
+        return self.style.symmetric_weights if said is None else said
+
     def choice(
         self, name: str, bits: int | None = None, dtype: ir.DataType | None = None
     ) -> Chosen:
@@ -75,7 +80,8 @@ class Facts:
         if key not in self.chosen:
             said, kind = self.said(name), dtype or self.kind(name)
             used = (said.bits or bits) if kind in BYTES else None
-            form = Format(kind, self.style.symmetric, used)
+            symmetric = self.style.symmetric if said.symmetric is None else said.symmetric
+            form = Format(kind, symmetric, used)
             found = self.statistics.get(name, empty())
             if said.ends is not None:
                 self.chosen[key] = stated(found, said.ends, form)

@@ -36,11 +36,12 @@ ACTIVATIONS = {
 }
 WEIGHTS = {
     "int8": ir.DataType.INT8,
-    "int16": ir.DataType.INT16,
-    "int4": ir.DataType.INT4,
-    **_FLOATS,
+    **ACTIVATIONS,
 }
-"""Types by the names that recipes give them; weights are symmetric."""
+"""Types by the names that recipes give them."""
+
+SCHEMES = {"symmetric": True, "asymmetric": False}
+"""Whether a type is used without zero point, by the names that recipes give it."""
 
 BYTES = frozenset({ir.DataType.UINT8, ir.DataType.INT8})
 """What integer kernels multiply."""
@@ -49,27 +50,35 @@ BYTES = frozenset({ir.DataType.UINT8, ir.DataType.INT8})
 INTEGERS = frozenset(kind for kind in ACTIVATIONS.values() if kind.is_integer())
 
 
-def with_kinds(style: Style, activations: str, weights: str, target: Target) -> Style:
-    """The style with other element types, where a recipe states them.
+def with_kinds(
+    style: Style,
+    activations: str,
+    weights: str,
+    target: Target,
+    schemes: tuple[str, str] = ("", ""),
+) -> Style:
+    """The style with other element types and schemes, where a recipe states them.
 
     Raises:
-        OptionError: there is no such type, or the parser of the target takes none of it.
+        OptionError: there is no such type or scheme, or the parser of the target takes none of it.
     """
+    style = _with_schemes(style, schemes, target)
     kinds = (
         named(activations, ACTIVATIONS, "activations") if activations else style.activation,
         named(weights, WEIGHTS, "weights") if weights else style.weight,
     )
-    if style.symmetric and kinds not in _PARSED:
+    if not style.zero_points and kinds not in _PARSED:
         raise OptionError(
             f"activations of {_name(kinds[0])} with weights of {_name(kinds[1])}: the parser of '{target.name}' takes "
             "products of int8 with int8 and of float8e4m3fn with float8e4m3fn; write both as one of these (or "
             "--precision fp8)"
         )
     if kinds == (style.activation, style.weight):
+        check_weight(style, style.weight, style.symmetric_weights, "all layers")
         return style
     least = max([style.least_opset, *(_SINCE.get(kind, 0) for kind in kinds)])
     is_bytes = kinds[0] in BYTES and kinds[1] in BYTES
-    return dataclasses.replace(
+    changed = dataclasses.replace(
         style,
         activation=kinds[0],
         weight=kinds[1],
@@ -77,6 +86,46 @@ def with_kinds(style: Style, activations: str, weights: str, target: Target) -> 
         integer_bias=style.integer_bias and is_bytes,
         least_opset=least,
     )
+    check_weight(changed, kinds[1], changed.symmetric_weights, "all layers")
+    return changed
+
+
+def _with_schemes(style: Style, schemes: tuple[str, str], target: Target) -> Style:
+    """The style with or without zero points of activations and of weights."""
+    for given in filter(None, schemes):
+        if given not in SCHEMES:
+            raise OptionError(
+                f"scheme {given!r}: choose symmetric or asymmetric (with zero points)"
+            )
+        if not SCHEMES[given] and not style.zero_points:
+            raise OptionError(
+                f"scheme asymmetric gives activations or weights zero points, and the target '{target.name}' takes "
+                "none: write symmetric, or leave it out"
+            )
+    return dataclasses.replace(
+        style,
+        symmetric=SCHEMES.get(schemes[0], style.symmetric),
+        symmetric_weights=SCHEMES.get(schemes[1], style.symmetric_weights),
+    )
+
+
+def check_weight(style: Style, kind: ir.DataType, symmetric: bool, where: str) -> None:
+    """Refuses weights whose zero points a type or a kernel lacks.
+
+    Raises:
+        OptionError: an 8-bit float has a zero point, or int8 beside unsigned bytes, whose products saturate.
+    """
+    if symmetric:
+        return
+    if not kind.is_integer():
+        raise OptionError(
+            f"weights of {_name(kind)} with zero points for {where}: 8-bit floats have none; write scheme symmetric"
+        )
+    if kind is ir.DataType.INT8 and style.saturates:
+        raise OptionError(
+            f"weights of int8 with zero points for {where}: products of bytes saturate on x86 without VNNI, which "
+            "is avoided for symmetric int8 alone; write weights of uint8, whose products do not"
+        )
 
 
 _PARSED = {

@@ -81,7 +81,9 @@ def _of_reader(overrides: Overrides, node: ir.Node, site: Site) -> Override:
         if not overrides.hits(pattern, *results)
     )
     said = dataclasses.replace(overrides, rules=rules).of(node.name)
-    return dataclasses.replace(said, exclude=None, weight=None, per_channel=None)
+    return dataclasses.replace(
+        said, exclude=None, weight=None, per_channel=None, symmetric_weights=None
+    )
 
 
 def _add(found: dict[str, Override], value: ir.Value, said: Override) -> None:

@@ -7,6 +7,7 @@
 "head: dtype=uint16"                    element type of what a layer reads and stores, or of one value
 "head: dtype=uint16 weights=int16"      of its weight, too
 "fc*: axis=tensor"                      one scale for the whole weight; axis=channel: one an output channel
+"fc*: weights=uint8 weights_scheme=asymmetric"   zero points for the weight; scheme=symmetric: none for what is read
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import dataclasses
 import difflib
 import fnmatch
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -23,10 +24,9 @@ import onnx_ir as ir
 from graphopt.calibrate.ranges import Method
 from graphopt.errors import OptionError
 from graphopt.rewrite import Context
-from graphopt_passes.quantize.kinds import ACTIVATIONS, BYTES, WEIGHTS
+from graphopt_passes.quantize.kinds import ACTIVATIONS, BYTES, SCHEMES, WEIGHTS, check_weight
 from graphopt_passes.quantize.styles import Style
 
-_AXES = ("channel", "tensor")
 _EXAMPLE = '"head*: exclude", "conv1: method=percentile range=-4..4 bits=7 dtype=int8 axis=tensor", "fc: dtype=uint16"'
 
 
@@ -41,6 +41,8 @@ class Override:
     dtype: ir.DataType | None = None
     weight: ir.DataType | None = None
     per_channel: bool | None = None
+    symmetric: bool | None = None
+    symmetric_weights: bool | None = None
 
     def with_stated(self, other: Override) -> Override:
         """The same, but what the other says holds."""
@@ -115,6 +117,11 @@ def check_symmetric(
     whole = style.activation.name.lower()
     for pattern, said in rules:
         low, high = said.ends or (0.0, 0.0)
+        if False in (said.symmetric, said.symmetric_weights):
+            raise OptionError(
+                f"quantisation override of '{pattern}': scheme asymmetric needs zero points, and TensorRT takes none; "
+                "leave it out"
+            )
         kinds = {said.dtype or style.activation, said.weight or style.weight}
         if kinds == {style.activation, style.weight} and low == -high:
             continue
@@ -133,6 +140,18 @@ def check_symmetric(
             f"quantisation override of '{pattern}': {given} for '{node}' {why}; write {whole}, or say of all layers "
             "'activations' and 'weights' in the recipe"
         )
+
+
+def check_weights(rules: Iterable[tuple[str, Override]], style: Style) -> None:
+    """Refuses weights whose zero points their type or the kernels lack.
+
+    Raises:
+        OptionError: an override asks for them.
+    """
+    for pattern, said in rules:
+        symmetric = said.symmetric_weights
+        symmetric = style.symmetric_weights if symmetric is None else symmetric
+        check_weight(style, said.weight or style.weight, symmetric, f"'{pattern}'")
 
 
 _NOT_PARSED = {
@@ -184,20 +203,25 @@ def _rule(text: str) -> tuple[str, Override]:
     return pattern.strip(), found
 
 
+_SETTINGS: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "method": ("method", {each.value: each for each in Method}),
+    "bits": ("bits", {"7": 7, "8": 8}),
+    "dtype": ("dtype", ACTIVATIONS),
+    "weights": ("weight", WEIGHTS),
+    "scheme": ("symmetric", SCHEMES),
+    "weights_scheme": ("symmetric_weights", SCHEMES),
+    "axis": ("per_channel", {"channel": True, "tensor": False}),
+}
+"""Settings that take one of some words: what of an override they state, and what each word means."""
+
+
 def _setting(text: str, setting: str) -> dict[str, Any]:
     key, _, value = setting.partition("=")
     if key == "exclude" and not value:
         return {"exclude": True}
-    if key == "method" and value in {m.value for m in Method}:
-        return {"method": Method(value)}
-    if key == "bits" and value in ("7", "8"):
-        return {"bits": int(value)}
-    if key == "dtype" and value in ACTIVATIONS:
-        return {"dtype": ACTIVATIONS[value]}
-    if key == "weights" and value in WEIGHTS:
-        return {"weight": WEIGHTS[value]}
-    if key == "axis" and value in _AXES:
-        return {"per_channel": value == "channel"}
+    field, known = _SETTINGS.get(key, ("", {}))
+    if value in known:
+        return {field: known[value]}
     if key == "dtype" and value in ("float16", "bfloat16", "float32", "float"):
         raise _refusal(text, f"{setting!r}: keep a layer in float with 'exclude'")
     if key == "range":
@@ -220,5 +244,6 @@ def _refusal(text: str, why: str) -> OptionError:
     methods = ", ".join(m.value for m in Method)
     return OptionError(
         f"quantisation override {text!r}: {why}; write for example {_EXAMPLE}; methods are {methods}, types "
-        f"{', '.join(ACTIVATIONS)}, of weights {', '.join(WEIGHTS)}, axes channel and tensor"
+        f"{', '.join(ACTIVATIONS)}, of weights {', '.join(WEIGHTS)}, axes channel and "
+        "tensor, schemes symmetric and asymmetric"
     )

@@ -19,7 +19,7 @@ from graphopt.ir.build import Names
 from graphopt.numerics import Numerics
 from graphopt.rewrite import Context, RemarkKind, name_of
 from graphopt.runtime.specs import input_specs
-from graphopt_passes.quantize import bodies, equalize
+from graphopt_passes.quantize import bodies, equalize, inlets
 from graphopt_passes.quantize.emission import quantize
 from graphopt_passes.quantize.facts import Layer
 from graphopt_passes.quantize.kinds import least_opset, with_kinds
@@ -28,6 +28,7 @@ from graphopt_passes.quantize.overrides import (
     check_operators,
     check_patterns,
     check_symmetric,
+    check_weights,
     names_of,
     parse,
 )
@@ -59,7 +60,9 @@ class QuantizeStatic:
         method: how ranges follow from statistics: best, min-max, moving-average, percentile, entropy, mse.
         activations: element type of all activations, the style's where empty: uint8, int8, uint16, int16, uint4, int4,
             float8e4m3fn, float8e5m2; for TensorRT int8, or float8e4m3fn with weights of that.
-        weights: element type of all weights: int8, int16, int4, float8e4m3fn, float8e5m2.
+        weights: element type of all weights, of the same.
+        scheme: symmetric or asymmetric (with zero points) activations; the style's where empty.
+        weights_scheme: the same of weights; symmetric where empty.
         skip_ops: operator types that stay float.
         skip_nodes: patterns of names of nodes, or of their first outputs, that stay float.
         overrides: what holds for single layers and values: "PATTERN: exclude", "PATTERN: method=percentile
@@ -73,6 +76,8 @@ class QuantizeStatic:
     method: str = "best"
     activations: str = ""
     weights: str = ""
+    scheme: str = ""
+    weights_scheme: str = ""
     skip_ops: tuple[str, ...] = ()
     skip_nodes: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
@@ -91,7 +96,8 @@ class QuantizeStatic:
         if self.workers < 1:
             raise OptionError(f"workers {self.workers}: at least one process runs the samples")
         style = _style(self.style, model, ctx)
-        style = with_kinds(style, self.activations, self.weights, ctx.target)
+        schemes = self.scheme, self.weights_scheme
+        style = with_kinds(style, self.activations, self.weights, ctx.target, schemes)
         overrides = self._overrides(model, style, ctx)
         if ctx.options.calibration is None:
             raise OptionError(
@@ -127,11 +133,12 @@ class QuantizeStatic:
         """What the recipe says of single layers; all of it is about something that there is."""
         overrides = parse(self.method, self.overrides)
         check_operators(self.skip_ops, QUANTISED)
+        check_weights(overrides.rules, style)
         patterns = (*self.skip_nodes, *(pattern for pattern, _ in overrides.rules))
         if patterns:
             known = names_of(model, ctx)
             check_patterns(patterns, known)
-            if style.symmetric:
+            if not style.zero_points:
                 check_symmetric(overrides.rules, known, style)
         return overrides
 
@@ -185,7 +192,7 @@ def _style(given: str, model: ir.Model, ctx: Context) -> Style:
     """
     symmetric = ctx.target.qdq is not None and not ctx.target.qdq.zero_points
     style = style_named(given or ("tensorrt" if symmetric else style_of(ctx.target.architecture)))
-    if symmetric and not style.symmetric:
+    if symmetric and style.zero_points:
         site = next((name_of(node) for node in model.graph if is_product(node)), "")
         raise OptionError(
             f"style '{style.name}' gives '{site}' inputs with zero points and an int32 bias, and the target "
@@ -271,6 +278,7 @@ def _written(
 ) -> list[Layer]:
     """Writes sites of one graph in 8 bits."""
     equalize.apply(graph, best.scalings, names)
+    inlets.insert(graph, best.inlets, sites, names)
     return quantize(
         model, trials.final_facts(), lambda node: name_of(node) in sites, names, body=graph
     )

@@ -28,6 +28,8 @@ class Style:
         contrib: whether com.microsoft Q/DQ serve below opset 13, where ai.onnx has no axis.
         least_opset: below it the runtime's integer kernels cannot be named.
         weight: element type of weights.
+        symmetric_weights: whether weights are stored without zero points.
+        zero_points: whether the runtime takes any.
     """
 
     name: str
@@ -39,6 +41,8 @@ class Style:
     contrib: bool
     least_opset: int
     weight: ir.DataType = ir.DataType.INT8
+    symmetric_weights: bool = True
+    zero_points: bool = True
 
 
 _X86 = Style("x86-avx2", ir.DataType.UINT8, False, True, True, True, True, 10)
@@ -48,7 +52,9 @@ STYLES = {
         _X86,
         dataclasses.replace(_X86, name="x86-vnni", saturates=False),
         dataclasses.replace(_X86, name="arm", activation=ir.DataType.INT8, saturates=False),
-        Style("tensorrt", ir.DataType.INT8, True, False, False, False, False, 13),
+        Style(
+            "tensorrt", ir.DataType.INT8, True, False, False, False, False, 13, zero_points=False
+        ),
     )
 }
 

@@ -24,14 +24,15 @@ HEADROOM = 255 * 127
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """A weight in int8 with a scale a row.
+    """A weight in integers with a scale a row.
 
     Attributes:
-        codes: int8 [rows, columns].
+        codes: int8, or another element type [rows, columns].
         scales: float32 [rows].
         noise: squared error over squared weights.
         raised: rows whose scale was raised so that nothing saturates.
         refined: whether the codes were chosen by second moments.
+        zeros: zero points, of the type of the codes [rows]; None where all are 0.
     """
 
     codes: Array
@@ -39,6 +40,14 @@ class Packed:
     noise: float
     raised: int
     refined: bool = False
+    zeros: Array | None = None
+
+    def decoded(self, rows: slice = slice(None), columns: slice = slice(None)) -> Array:
+        """What comes back of some of it."""
+        codes, scales = self.codes[rows, columns], self.scales[rows, None]
+        if self.zeros is None:
+            return codes * scales
+        return (codes.astype(np.float32) - self.zeros[rows, None].astype(np.float32)) * scales
 
 
 def pack(
@@ -232,7 +241,7 @@ def bias_shift(
     shift = np.zeros(len(rows))
     if rows.T.flags.c_contiguous and group == 1:
         for part in _chunks(rows.T):
-            lost = rows.T[part] - packed.codes.T[part] * packed.scales
+            lost = rows.T[part] - packed.decoded(columns=part).T
             shift += np.einsum("kr,k->r", lost, each[0, part])
         return shift
     step = len(rows) // group
@@ -240,6 +249,6 @@ def bias_shift(
         own = slice(index * step, (index + 1) * step)
         for part in _chunks(rows[own]):
             within = slice(own.start + part.start, min(own.start + part.stop, own.stop))
-            lost = rows[within] - packed.codes[within] * packed.scales[within, None]
+            lost = rows[within] - packed.decoded(within)
             shift[within] = np.einsum("rk,k->r", lost, each[index])
     return shift

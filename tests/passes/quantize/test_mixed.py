@@ -220,8 +220,8 @@ def test_unknown_types_are_refused() -> None:
         OptionError, match="activations of 'uint32': choose one of uint8, int8, uint16"
     ):
         quantised(varied(CHAIN), IMAGES, activations="uint32")
-    with pytest.raises(OptionError, match="weights of 'uint8': choose one of int8, int16"):
-        quantised(varied(CHAIN), IMAGES, weights="uint8")
+    with pytest.raises(OptionError, match="weights of 'uint32': choose one of int8, uint8"):
+        quantised(varied(CHAIN), IMAGES, weights="uint32")
 
 
 def test_an_opset_without_8_bit_floats_is_lifted() -> None:

@@ -102,7 +102,7 @@ def test_names_of_what_was_fused_away_are_known() -> None:
 
 @pytest.mark.parametrize(("setting", "why"), [
     ("dtype=float16", "keep a layer in float with 'exclude'"), ("dtype=uint3", "is no setting"),
-    ("weights=uint8", "is no setting"), ("bits=7 dtype=uint16", "bits are those of uint8 and int8"),
+    ("weights=uint3", "is no setting"), ("bits=7 dtype=uint16", "bits are those of uint8 and int8"),
 ])  # fmt: skip
 def test_types_that_are_none_are_refused_with_the_reason(setting: str, why: str) -> None:
     with pytest.raises(OptionError, match=f"'a: {setting}'.*{why}.*types uint8, .*float8e4m3fn"):
