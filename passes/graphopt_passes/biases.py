@@ -58,6 +58,34 @@ def mask_windows_in_place(m: Match, g: Builder) -> ir.Value | None:
     return g.op("Add", m[scores], _for_each(m, g, flat, windows))
 
 
+first_bias, second_bias = Var(), Var()
+summed = Op("Add", Op("Add", parted, first_bias), second_bias)
+flat_again = Op("Reshape", summed, ...)
+
+
+@rule(flat_again, opset=(13, 10_000))
+def add_biases_of_rows_and_columns(m: Match, g: Builder) -> ir.Value | None:
+    """`Reshape(Reshape(s, [B, H, W, H, W]) + a + b, [B, H W, H W])` -> `s + Reshape(a + b)`, before a Softmax.
+
+    a: [B, H, W, H, 1], b: [B, H, W, 1, W], as Segment Anything and MViT add biases of relative rows and columns: one
+    mask of attention.  s: [B, H W, H W] or with heads.  Source: Add-14, Reshape-13; arXiv:2304.02643.
+    """
+    whole, dims, view = m.dims(scores), m.dims(flat_again), m.dims(parted)
+    sides = [m.dims(each) for each in (first_bias, second_bias)]
+    if whole is None or whole != dims or view is None or len(whole) not in (3, 4):
+        return None
+    if not _weighs(live_uses(m.out(flat_again))) or not _is_plain_product(m[scores]):
+        return None
+    if not _may_be_attention(m, m.dtype(scores)) or None in sides:
+        return None
+    pairs = zip(*((each or ())[::-1] for each in sides), strict=False)
+    largest = [b if a == 1 else a for a, b in pairs]
+    if tuple(largest[::-1]) != view:
+        raise Skip("what is added is not of every score", m[flat_again])
+    both = g.op("Add", m[first_bias], m[second_bias])
+    return g.op("Add", m[scores], g.op("Reshape", both, *m[flat_again].inputs[1:]))
+
+
 def _for_each(m: Match, g: Builder, value: ir.Value, windows: int) -> ir.Value:
     """The mask [W, …] for each image of the batch, [B W, …]."""
     images = m.known_dims(parted)[0].value
@@ -310,6 +338,7 @@ def _may_be_attention(m: Match, dtype: ir.DataType | None) -> bool:
 
 RULES: tuple[Rule, ...] = (
     mask_windows_in_place,
+    add_biases_of_rows_and_columns,
     join_masks,
     join_choice_and_mask,
     join_bias_and_choice,

@@ -362,3 +362,44 @@ def test_masked_twice() -> None:
 def test_masked_twice_stays(low: str, tail: str, target: str) -> None:
     text = f"{AGAIN.replace('@', low)} a = MatMul(q, t) w = Where(c, low, a) {tail}"
     check(biases.RULES, text, target=target, tolerance=1e-5)
+
+
+GRID = (
+    "g (float[B,6,4] q, float[B,4,6] k, float[B,2,3,2,1] r, float[B,2,3,1,3] c) => (float[B,6,6] y)"
+)
+VIEWS = "int64[5] grid = {-1,2,3,2,3}, int64[3] flat = {-1,6,6}"
+
+
+@pytest.mark.parametrize("order", ["r c", "c r"])
+def test_biases_of_rows_and_columns(order: str) -> None:
+    """As Segment Anything adds them to a view of the scores."""
+    a, b = order.split()
+    check(
+        biases.RULES,
+        f"{GRID} <{VIEWS}> {{ s = MatMul(q, k) v = Reshape(s, grid) d = Add(v, {a}) e = Add(d, {b})"
+        " z = Reshape(e, flat) y = Softmax(z) }",
+        f"{GRID} <int64[3] flat = {{-1,6,6}}> {{ s = MatMul(q, k) o = Add({a}, {b}) w = Reshape(o, flat)"
+        " z = Add(s, w) y = Softmax(z) }",
+        tolerance=1e-5,
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "target", "missed"),
+    [
+        (("float[B,2,3,1,3] c", "float[B,1,3,1,3] c"), "cpu", ""),
+        (("float[B,2,3,2,1] r, float[B,2,3,1,3] c", "float[B,2,3,2,1] r, float[B,2,3,1,1] c"), "cpu", "every score"),
+        (("y = Softmax(z)", "y = Relu(z)"), "cpu", ""),
+        (("MatMul(q, k)", "Relu(x)"), "cpu", ""),
+        (("d", "d"), "portable", ""),
+    ],
+    ids=["broadcast", "missing", "no softmax", "no product", "target"],
+)  # fmt: skip
+def test_other_biases_of_a_view(change: tuple[str, str], target: str, missed: str) -> None:
+    text = (
+        f"{GRID.replace(') =>', ', float[B,6,6] x) =>')} <{VIEWS}> {{ s = MatMul(q, k) v = Reshape(s, grid)"
+        " d = Add(v, r) e = Add(d, c) z = Reshape(e, flat) y = Softmax(z) }"
+    ).replace(*change)
+    ctx = apply(biases.RULES, ir.from_proto(parse(text)), target=target)
+    assert bool(ctx.rewrites) is (change[1].startswith("float[B,1,3"))
+    assert not missed or any(missed in remark.reason for remark in ctx.remarks)
