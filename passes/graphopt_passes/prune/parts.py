@@ -10,6 +10,7 @@ import onnx_ir as ir
 from graphopt.ir import operators, values
 from graphopt_passes.prune.book import Axes, Book, Ids
 from graphopt_passes.prune.factors import Unknown
+from graphopt_passes.prune.layers import Array
 
 
 def grouped(book: Book, read: Ids | None, weight: Axes, group: int) -> None:
@@ -61,25 +62,31 @@ def _read(node: ir.Node) -> ir.Value:
     return value
 
 
+def stated_bounds(node: ir.Node) -> tuple[Array | None, Array | None, Array | None]:
+    """The starts, ends and axes of a Slice: inputs, or attributes up to opset 9; None where they are not constant."""
+    if "starts" in node.attributes:
+        axes = node.attributes.get("axes")
+        starts, ends = (np.asarray(node.attributes[name].as_ints()) for name in ("starts", "ends"))
+        return starts, ends, None if axes is None else np.asarray(axes.as_ints())
+    one, two, three = (
+        values.array(node.inputs[i]) if len(node.inputs) > i else None for i in (1, 2, 3)
+    )
+    return one, two, three
+
+
 def stretches(node: ir.Node, dims: Sequence[int | None]) -> dict[int, tuple[int, int]]:
     """The first and last index of each axis that a Slice names.
 
     Raises:
         Unknown: they are not constant, or steps are not 1.
     """
-    if len(node.inputs) < 3:
-        raise Unknown  # opset 9 and before: attributes, which the pipeline has raised by then
-    starts, ends, axes, steps = (
-        values.array(node.inputs[i]) if len(node.inputs) > i else None for i in (1, 2, 3, 4)
-    )
+    starts, ends, axes = stated_bounds(node)
     if starts is None or ends is None:
         raise Unknown
-    if any(
-        len(node.inputs) > i and node.inputs[i] is not None and array is None
-        for i, array in ((3, axes), (4, steps))
-    ):
+    if len(node.inputs) > 3 and node.inputs[3] is not None and axes is None:
         raise Unknown
-    if steps is not None and (steps != 1).any():
+    steps = node.inputs[4] if len(node.inputs) > 4 else None
+    if steps is not None and ((known := values.array(steps)) is None or (known != 1).any()):
         raise Unknown
     named = range(len(starts)) if axes is None else [int(a) % len(dims) for a in axes]
     found = {}
@@ -142,11 +149,10 @@ def slice_bounds(
     """The starts and ends of a Slice after a cut; None where no axis that it names was cut."""
     source = node.inputs[0]
     cut = {} if source is None else keep.get(source.name or "", {})
-    starts, ends = values.array(node.inputs[1]), values.array(node.inputs[2])
+    starts, ends, axes = stated_bounds(node)
     if source is None or source.shape is None or not cut or starts is None or ends is None:
         return None
     dims = [dim if isinstance(dim, int) else None for dim in source.shape]
-    axes = values.array(node.inputs[3]) if len(node.inputs) > 3 else None
     named = range(len(starts)) if axes is None else [int(a) % len(dims) for a in axes]
     found = stretches(node, dims)
     first, last = starts.tolist(), ends.tolist()

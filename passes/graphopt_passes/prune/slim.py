@@ -127,8 +127,12 @@ def _resplit(node: ir.Node, keep: Keep, names: Names) -> None:
 def _reslice(node: ir.Node, keep: Keep, names: Names) -> None:
     """Where a Slice begins and ends."""
     bounds = slice_bounds(node, keep)
-    if bounds is not None:
-        for index, numbers in zip((1, 2), bounds, strict=True):
+    if bounds is None:
+        return
+    for index, (name, numbers) in enumerate(zip(("starts", "ends"), bounds, strict=True), 1):
+        if name in node.attributes:  # up to opset 9
+            node.attributes[name] = ir.AttrInt64s(name, numbers)
+        else:
             _state(node, index, numbers, names)
 
 
