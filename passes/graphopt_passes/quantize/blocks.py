@@ -177,7 +177,9 @@ def _best_clips(scaled: Array, zeros: Array | None, bits: int, work: Array) -> A
         first, last = low - zeros, high - zeros  # of codes less zero point
         ends = first**2 + last**2
     np.rint(scaled, out=rounded)
-    np.clip(rounded, first, last, out=rounded)
+    np.minimum(rounded, last, out=rounded)
+    if zeros is not None:
+        np.maximum(rounded, first, out=rounded)
     np.subtract(rounded, scaled, out=rounded)
     best = np.einsum("kb,kb->b", rounded, rounded)
     chosen: Array = np.ones_like(best)
@@ -186,11 +188,12 @@ def _best_clips(scaled: Array, zeros: Array | None, bits: int, work: Array) -> A
         every = 2 * len(near) > len(best)
         kept = slice(None) if every else near
         part = scaled if every else scaled[:, near]
-        bounds = (first, last) if zeros is None else (first[kept], last[kept])
         shrunk, found = other[:, : part.shape[1]], rounded[:, : part.shape[1]]
         np.multiply(part, np.float32(1 / clip), out=shrunk)
         np.rint(shrunk, out=found)
-        np.clip(found, *bounds, out=found)
+        if clip < 1 or zeros is None:  # longer steps leave nothing outside two ends
+            np.minimum(found, last if zeros is None else last[kept], out=found)
+            np.maximum(found, first if zeros is None else first[kept], out=found)
         np.subtract(found, shrunk, out=found)
         error = np.einsum("kb,kb->b", found, found) * np.float32(clip**2)
         better = error < best[kept]
