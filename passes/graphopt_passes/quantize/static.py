@@ -35,7 +35,7 @@ from graphopt_passes.quantize.overrides import (
 from graphopt_passes.quantize.placement import QUANTISED, is_product
 from graphopt_passes.quantize.search import Search
 from graphopt_passes.quantize.styles import Style, style_named, style_of
-from graphopt_passes.quantize.telling import Floats, facts, summary, told
+from graphopt_passes.quantize.telling import Floats, facts, summary, tell_ignored, told
 from graphopt_passes.quantize.trials import RULE, Collecting, Trial, Trials
 
 
@@ -125,6 +125,7 @@ class QuantizeStatic:
         if trials is not None and best is not None:
             changed |= _apply(model, model.graph, best, trials, ctx)
         floats.tell(ctx, RULE)
+        tell_ignored(model, overrides, ctx, RULE)
         if changed:
             ctx.refresh()
         return changed

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import TypeAlias
 
 import onnx_ir as ir
 
+from graphopt.ir import values
 from graphopt.rewrite import Context, RemarkKind, name_of
 from graphopt_passes.quantize.facts import Layer
+from graphopt_passes.quantize.kinds import BYTES
+from graphopt_passes.quantize.overrides import Overrides
 from graphopt_passes.quantize.placement import PRODUCTS, is_product
 from graphopt_passes.quantize.trials import Trial
 
@@ -49,6 +53,61 @@ class Floats:
         for name, reason in self.reasons.items():
             if name not in spoken:
                 ctx.missed(rule, name, _FLOAT + (reason or whole))
+
+
+def tell_ignored(model: ir.Model, overrides: Overrides, ctx: Context, rule: str) -> None:
+    """Warns of each override whose element type nothing of that name is stored in, in a model that was quantised."""
+    activations, constants = _stored_kinds(model)
+    if not activations:
+        return  # all stays float, which is said elsewhere
+    for pattern, said in overrides.rules:
+        for kind, stored, key in (
+            (said.dtype, activations, "dtype"),
+            (said.weight, constants, "weights"),
+        ):
+            if kind is None or kind in BYTES or overrides.hits(pattern, *stored.get(kind, ())):
+                continue
+            name = kind.name.lower()
+            ctx.remark(
+                RemarkKind.WARNING,
+                rule,
+                pattern,
+                f"override '{pattern}: {key}={name}' has no effect: nothing of that name is stored in {name}. Layers "
+                "are stored so where they are products (Conv, Gemm, MatMul) with constant weights, and what lies "
+                "between them where a layer in integers reads it; name the product that reads the value",
+            )
+
+
+Named: TypeAlias = dict[ir.DataType, set[str]]
+
+
+def _stored_kinds(model: ir.Model) -> tuple[Named, Named]:
+    """Names of values that are stored, and of what makes and reads them, by element type: activations, constants."""
+    activations: Named = {}
+    constants: Named = {}
+    for decode in (node for graph in model.graphs() for node in graph):
+        codes = decode.inputs[0] if decode.op_type == "DequantizeLinear" else None
+        if codes is None or codes.dtype is None:
+            continue
+        names = {decode.outputs[0].name or ""}
+        behind = [use.node for use in decode.outputs[0].uses()]
+        behind += [
+            use.node for each in behind if each.op_type == "Mul" for use in each.outputs[0].uses()
+        ]
+        encode = codes.producer()
+        if (
+            encode is not None
+            and encode.op_type == "QuantizeLinear"
+            and encode.inputs[0] is not None
+        ):
+            source = encode.inputs[0]
+            names.add(source.name or "")
+            maker = source.producer()
+            behind += [maker] if maker is not None else []
+        names.update(name for each in behind for name in (each.name or "", name_of(each)))
+        found = constants if values.is_constant(codes) else activations
+        found.setdefault(codes.dtype, set()).update(names)
+    return activations, constants
 
 
 _NO_KERNEL = "no integer kernel takes it: weight and bias must be constant float32, Gemm without alpha, beta, transA"

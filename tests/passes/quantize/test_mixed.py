@@ -240,3 +240,18 @@ def test_weights_are_coded_row_by_row(kind: str) -> None:
         np.abs(back - rows_in) <= step * np.abs(rows_in).max(axis=1, keepdims=True) + 1e-12
     ).all()
     assert len(set(pack_as(rows_in, ACTIVATIONS[kind], shared=True).scales.tolist())) == 1
+
+
+ENDS_IN_POOL = """g (float[1,8,10,10] x) => (float[1,8,5,5] y) <float[8,8,3,3] w, float[8] b, float[8,8,3,3] v> {
+ c = Conv<pads=[1,1,1,1]>(x, w, b)  r = Relu(c)  d = Conv<pads=[1,1,1,1]>(r, v)  e = Add(d, r)
+ y = AveragePool<kernel_shape=[2,2], strides=[2,2]>(e) }"""
+
+
+@pytest.mark.parametrize(
+    ("override", "told"), [("e: dtype=uint16", True), ("y: dtype=int16", True), ("d: dtype=uint16", False),
+                           ("r: dtype=uint16", False), ("e: weights=int16", True), ("d: weights=int16", False)]
+)  # fmt: skip
+def test_an_override_without_effect_is_told(override: str, told: bool) -> None:
+    _, ctx = quantised(varied(ENDS_IN_POOL), IMAGES, style="x86-vnni", overrides=(override,))
+    found = [each.reason for each in ctx.remarks if "has no effect" in each.reason]
+    assert [f"override '{override}' has no effect" in each for each in found] == [True] * told
