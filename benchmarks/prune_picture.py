@@ -160,7 +160,7 @@ def _numbers(ours: Sequence[Point], theirs: Sequence[Point]) -> list[str]:
     for points, others, tool in ((ours, theirs, "graphopt"), (theirs, ours, "onnxsim")):
         for each in points[1:]:
             if BEYOND * WIDTH < each.x <= WIDTH:
-                drawn.append(_text(Point(each.x + 22, each.y + 4, each.text), tool))
+                drawn.append(_text(_at_right(each, others, tool), tool))
                 continue
             near = [other.y for other in others[1:] if abs(other.x - each.x) < NEAR * WIDTH]
             upper = all(each.y < y or (each.y == y and tool == "graphopt") for y in near)
@@ -171,6 +171,16 @@ def _numbers(ours: Sequence[Point], theirs: Sequence[Point]) -> list[str]:
                 y = min(y, HEIGHT - 10 - LETTERS)  # theirs is written above the axis, too
             drawn.append(_text(Point(each.x, y, each.text), tool))
     return drawn
+
+
+def _at_right(point: Point, others: Sequence[Point], tool: str) -> Point:
+    """Where a number stands at the right of its point: higher or lower where the other tool's would hide it."""
+    y = point.y + 4
+    for other in others[1:]:
+        if abs(other.x - point.x) < NEAR * WIDTH / 2 and abs(other.y - point.y) < LETTERS:
+            upper = point.y < other.y or (point.y == other.y and tool == "graphopt")
+            y = min(y - LETTERS / 2, HEIGHT - LETTERS) if upper else min(y + LETTERS / 2, HEIGHT)
+    return Point(point.x + 22, y, point.text)
 
 
 def _text(point: Point, tool: str) -> str:
