@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from graphopt.report.patterns import PatternLayer
+    from graphopt.report.quantized import QuantizedLayer
     from graphopt.report.run import RunReport
     from graphopt.rewrite.context import Remark
 
@@ -132,7 +133,8 @@ def _quantized(remarks: Sequence[Remark], *, every: bool) -> list[RenderableType
     if not rows:
         return []
     heads = ("layer", "kernel", "range by", "clipped", "dB", "input", "weight", "coarser")
-    table = grid(*heads, right="34567")
+    typed = not _alike(rows)
+    table = grid(*heads, *(("values in", "weights in") if typed else ()), right="34567")
     for row in rows if every else rows[:MAX_LAYERS]:
         weight = "" if row.weight_sqnr_db is None else f"{row.weight_sqnr_db:.1f}"
         table.add_row(
@@ -144,6 +146,7 @@ def _quantized(remarks: Sequence[Remark], *, every: bool) -> list[RenderableType
             f"{row.input_sqnr_db:.1f}",
             f"{weight}{'*' if row.refined else ''}",
             str(row.raised_channels or ""),
+            *((row.activations, row.weights) if typed else ()),
         )
     parts: list[RenderableType] = [text(""), table]
     if any(row.refined for row in rows):
@@ -154,6 +157,14 @@ def _quantized(remarks: Sequence[Remark], *, every: bool) -> list[RenderableType
         if hidden > 0
         else parts
     )
+
+
+def _alike(rows: Sequence[QuantizedLayer]) -> bool:
+    """Whether all values are stored in one type of 8 bits, and all weights in one."""
+    values, weights = (
+        {*kinds} - {""} for kinds in zip(*((r.activations, r.weights) for r in rows), strict=True)
+    )
+    return len(values) <= 1 and len(weights) <= 1 and values | weights <= {"uint8", "int8"}
 
 
 def _patterns(rows: Sequence[PatternLayer], *, every: bool) -> list[RenderableType]:

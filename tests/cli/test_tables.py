@@ -101,6 +101,24 @@ def on_integers(index: int, **more: Any) -> Remark:
     return Remark(*told, facts=tuple(facts.items()))
 
 
+def test_element_types_are_shown_where_they_differ(capsys: pytest.CaptureFixture[str]) -> None:
+    bytes_only = on_integers(0, activations="uint8", weights="int8")
+    pool = on_integers(1, activations="uint8", weights="", weight_sqnr_db=None)
+    wide = on_integers(2, activations="uint16", weights="float8e4m3fn")
+    alike = shown(report(VerificationFacts("off"), remarks=(bytes_only, pool)), capsys)
+    assert "weights in" not in alike
+    mixed = shown(report(VerificationFacts("off"), remarks=(bytes_only, pool, wide)), capsys)
+    found = {line.split()[0]: line.split() for line in mixed.splitlines() if "layer" in line}
+    assert found["layer"][-4:] == ["values", "in", "weights", "in"]
+    assert found["layer0"][-2:] == ["uint8", "int8"]
+    assert found["layer1"][-1] == "uint8"
+    assert found["layer2"][-2:] == ["uint16", "float8e4m3fn"]
+    assert max(map(len, mixed.splitlines())) <= 120
+    unsigned = on_integers(3, activations="uint8", weights="uint8")
+    both = shown(report(VerificationFacts("off"), remarks=(bytes_only, unsigned)), capsys)
+    assert "weights in" in both
+
+
 def test_layers_in_8_bits_are_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     many = (
         on_integers(0, refined=True, raised_channels=3),
