@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from graphopt_passes.distill import Distill
 
 from graphopt.distill.recover import distill
 from graphopt.distill.settings import parse_settings
@@ -16,9 +17,9 @@ from graphopt.emit.sparse import sparse_form
 from graphopt.errors import DataError, ModelError
 from graphopt.ir.model_file import load_model, model_to_bytes, save_model
 from graphopt.ir.sparse import CooTensor
-from graphopt.rewrite import Calibration
+from graphopt.rewrite import Calibration, Context, Options
 from graphopt.runtime.session import Session
-from graphopt.targets import SparseStyle
+from graphopt.targets import SparseStyle, get_target
 from tests.rewriting import parse
 
 torch = pytest.importorskip("torch", reason="distillation is tested where PyTorch is installed")
@@ -303,3 +304,49 @@ def test_refuses_a_teacher_without_float_outputs() -> None:
     text = "g (float[N,8] x) => (int64[N] y) { y = ArgMax<axis=1, keepdims=0>(x) }"
     with pytest.raises(DataError, match="no output of the teacher is a float"):
         distill(load_model(parse(text)), load_model(parse(text)), samples(), parse_settings("yes"))
+
+
+def holed(feeds: list[dict[str, Any]], at: int) -> list[dict[str, Any]]:
+    """Samples, one more among them that holds a NaN."""
+    hole = {"x": np.where(np.arange(8) == 3, np.nan, feeds[0]["x"]).astype(np.float32)}
+    return [*feeds[:at], hole, *feeds[at:]]
+
+
+def test_a_file_is_not_trained_on_samples_without_numbers(tmp_path: Path) -> None:
+    save_model(network(), tmp_path / "teacher.onnx")
+    save_model(network(sparse=0.5), tmp_path / "student.onnx")
+    made = []
+    for name, feeds in (("plain", samples()), ("holed", holed(samples(), 4))):
+        done = distil_file(
+            tmp_path / "teacher.onnx",
+            tmp_path / "student.onnx",
+            tmp_path / f"{name}.onnx",
+            Calibration(feeds),
+            "steps=32",
+        )
+        made.append((done, load_model(tmp_path / f"{name}.onnx")))
+    (plain, one), (found, other) = made
+    assert plain.left_out == ()
+    assert "of 'sample 4'; the sample is left out" in found.left_out[0]
+    for name, array in weights(one).items():
+        np.testing.assert_array_equal(array, weights(other)[name])
+
+
+def test_the_pass_is_not_trained_on_samples_without_numbers() -> None:
+    made, told = [], []
+    for feeds in (samples(), holed(samples(), 9)):
+        options = Options(distill="steps=32", calibration=Calibration(feeds))
+        student = network(sparse=0.5)
+        ctx = Context(student, get_target("cpu"), options, original=network)
+        ctx.pass_name = "distill"
+        assert Distill().run(student, ctx)
+        made.append(weights(student))
+        told.append([each.reason for each in ctx.remarks if "NaN" in each.reason])
+    assert told[0] == []
+    assert "of 'sample 9'; the sample is left out" in told[1][0]
+    for name, array in made[0].items():
+        np.testing.assert_array_equal(array, made[1][name])
+    holes = Options(distill="steps=32", calibration=Calibration(holed(samples(1), 0)[:1]))
+    ctx = Context(network(sparse=0.5), get_target("cpu"), holes, original=network)
+    with pytest.raises(DataError, match="every calibration sample holds NaN or infinities"):
+        Distill().run(ctx.model, ctx)

@@ -13,7 +13,7 @@ from graphopt_passes.prune import Prune, lowrank
 from graphopt_passes.prune.lowrank import factors
 from graphopt_passes.prune.request import parse_sparsity
 
-from graphopt.errors import OptionError
+from graphopt.errors import DataError, OptionError
 from graphopt.ir.model_file import load_model, model_to_bytes
 from graphopt.rewrite import Calibration, Context, Options, RemarkKind
 from graphopt.targets import get_target
@@ -180,3 +180,31 @@ def test_rank_is_the_least_that_holds() -> None:
 def test_refuses_what_is_no_error(text: str) -> None:
     with pytest.raises(OptionError, match="lowrank"):
         parse_sparsity(text)
+
+
+def learnt(feeds: list[dict[str, npt.NDArray[np.float32]]]) -> tuple[ir.Model, list[str]]:
+    """A matrix split after such samples, and the warnings."""
+    model = given(GEMM, noise=1.0)
+    options = Options(sparsity="lowrank:0.05", calibration=Calibration(feeds))
+    ctx = Context(model, get_target("cpu"), options=options)
+    assert Prune().run(model, ctx)
+    return model, [each.reason for each in ctx.remarks if each.kind is RemarkKind.WARNING]
+
+
+@pytest.mark.usefixtures("fast")
+def test_samples_without_numbers_are_left_out() -> None:
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((64, 8)) @ rng.standard_normal((8, 160))).astype(np.float32)
+    feeds = [{"x": row[None]} for row in x]
+    hole = {"x": np.full((1, 160), np.inf, np.float32)}
+    plain, said = learnt(feeds)
+    found, told = learnt([*feeds[:7], hole, *feeds[7:]])
+    assert not any("infinite" in each for each in said)
+    assert any("of 'sample 7'; the sample is left out" in each for each in told)
+    for name, value in plain.graph.initializers.items():
+        other = found.graph.initializers[name].const_value
+        assert value.const_value is not None
+        assert other is not None
+        np.testing.assert_array_equal(value.const_value.numpy(), other.numpy())
+    with pytest.raises(DataError, match="every calibration sample holds NaN or infinities"):
+        learnt([hole, hole])
