@@ -18,6 +18,7 @@ import numpy as np
 
 import graphopt
 from benchmarks.micro_patterns import Case, cases
+from benchmarks.micro_vision import vision
 from graphopt.ir.model_file import model_to_bytes
 from graphopt.runtime.measure import measure
 from graphopt.runtime.session import OptimizationLevel, Session
@@ -93,7 +94,7 @@ def main() -> int:
     sys.stdout.write(
         "| pattern | nodes | before µs | after µs | gain | max |d| |\n|---|---|---|---|---|---|\n"
     )
-    for case in cases():
+    for case in (*cases(), *vision()):
         if options.only.lower() not in case.name.lower():
             continue
         row = run(case, options.seconds, options.target)

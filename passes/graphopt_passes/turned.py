@@ -46,8 +46,7 @@ def weigh_rows_instead_of_columns(m: Match, g: Builder) -> ir.Value | None:
     if int(m.attr(maker, "axis", -1)) not in (-1, len(dims) - 1):
         return None
     if not _may_be_attention(m, "sequence-last"):
-        if _may_be_attention(m, ""):
-            raise Skip("the target gains nothing by attention whose sequence is last", m[columns])
+        _refuse_where_it_is_slower(m, columns, "whose sequence is last")
         return None
     rows = g.op("Transpose", m[v], perm=swap)
     return g.op("Transpose", g.op("MatMul", m[weights], rows), perm=swap)
@@ -62,6 +61,16 @@ def _softmax_of(value: ir.Value) -> ir.Node | None:
         source = node.inputs[-1]
         node = None if source is None else source.producer()
     return None
+
+
+def _refuse_where_it_is_slower(m: Match, root: Op, kind: str) -> None:
+    """Says why, on a target with Attention for which this kind of it does not pay.
+
+    Raises:
+        Skip: it is such a target.
+    """
+    if _may_be_attention(m, ""):
+        raise Skip(f"the target gains nothing by attention {kind}", m[root])
 
 
 def _may_be_attention(m: Match, form: str) -> bool:
@@ -86,7 +95,10 @@ def attend_with_windows_in_batch(m: Match, g: Builder) -> ir.Value | None:
     As Hiera, Twins and NesT attend within windows.  The operator takes four axes.  Source: MatMul-13, Reshape-13.
     """
     sides = [m.dims(each) for each in (q, k_t, values_of)]
-    if any(each is None or len(each) != 5 for each in sides) or not _may_be_attention(m, ""):
+    if any(each is None or len(each) != 5 for each in sides):
+        return None
+    if not _may_be_attention(m, "windows"):
+        _refuse_where_it_is_slower(m, attended, "within windows")
         return None
     dims, keys, held = (each for each in sides if each is not None)
     if m.has(scaled) and values.scalar(m[scale]) is None:
