@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -109,7 +109,7 @@ def read_samples(calibration: Calibration, specs: Sequence[TensorSpec]) -> Sampl
 def _reader(calibration: Calibration, specs: Sequence[TensorSpec]) -> Reader:
     source = calibration.source
     if not isinstance(source, Path):
-        feeds: Sequence[Mapping[str, Any]] = source
+        feeds: Iterable[Mapping[str, Any]] = source
         return lambda: (
             check_feed(Feed(f"sample {i}", dict(values)), specs) for i, values in enumerate(feeds)
         )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import Executor
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -125,16 +126,23 @@ class Calibration:
     """Samples of what the model will see, for passes that decide by data.
 
     Attributes:
-        source: a path (npz, folder of npz, ONNX `test_data_set_*`, folder of images) or feeds by input name.
+        source: a path (npz, folder of npz, ONNX `test_data_set_*`, folder of images) or feeds by input name; of an
+            iterator, the first `limit` are kept in memory.
         preprocess: a file that says how images become inputs.
         limit: how many samples to use at most; None for all.
         executor: where the samples are run; None for here. The result has the same bits.
     """
 
-    source: Path | Sequence[Mapping[str, Any]]
+    source: Path | Iterable[Mapping[str, Any]]
     preprocess: Path | None = None
     limit: int | None = None
     executor: Executor | None = None
+
+    def __post_init__(self) -> None:
+        """Keeps what can be read only once: samples are read several times."""
+        if isinstance(self.source, Iterator):
+            limit = None if self.limit is None else max(self.limit, 0)
+            object.__setattr__(self, "source", list(islice(self.source, limit)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ _FIELDS = {
     "top1-agreement": ("argmax_agreement", ">="),
     "agreement": ("agreement", ">="),
 }
+_SHARES = frozenset({"cosine", "argmax_agreement", "agreement"})
 _CONDITION = re.compile(r"\s*([a-z1-]+)\s*(>=|<=|>|<|=)\s*([-+.\deE]+)\s*(?:db|dB)?\s*")
 _QUANTIZED = dataclasses.replace(INT8, sqnr_db=10, cosine=0.95, argmax_agreement=None)
 """For the worst sample, probabilities included, where a near tie may move much of the weight.  The static pass itself
@@ -71,6 +72,8 @@ def parse_budget(text: str) -> Budget:
             found[field] = float(match[3])
         except ValueError as error:
             raise _refusal(text, f"{match[3]!r} is not a number") from error
+        if field in _SHARES and found[field] > 1:
+            raise _refusal(text, f"{match[1]} is at most 1, and {match[3]} can never be met")
     return dataclasses.replace(Budget(), **found)
 
 

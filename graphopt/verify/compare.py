@@ -41,13 +41,19 @@ class Metric:
             OptionError: it fails or returns no number.
         """
         try:
-            return float(self.value(outputs, feeds))
+            found = float(self.value(outputs, feeds))
         except Exception as error:  # the user's function may raise anything
             known = ", ".join(map(repr, outputs[0])) if outputs else "none"
             raise OptionError(
                 f"--budget: the metric {self.name} fails: {type(error).__name__}: {error}; it is given outputs and "
                 f"feeds, one mapping by name a sample each (outputs: {known}), and returns a number"
             ) from error
+        if math.isnan(found):
+            raise OptionError(
+                f"--budget: the metric {self.name} gives NaN on {len(feeds)} samples, which is neither enough nor too "
+                "little: does it divide by how many samples have a label?"
+            )
+        return found
 
 
 @dataclasses.dataclass(frozen=True)

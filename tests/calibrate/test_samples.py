@@ -92,6 +92,14 @@ def test_no_samples_are_refused(tmp_path: Path) -> None:
         read_samples(Calibration(tmp_path / "absent"), IMAGE)
 
 
+@pytest.mark.parametrize(("limit", "found"), [(None, 3), (2, 2), (5, 3)])
+def test_an_iterator_is_read_once_and_may_be_asked_again(limit: int | None, found: int) -> None:
+    feeds = ({"x": np.full((1, 2), i, np.float32)} for i in range(3))
+    samples = read_samples(Calibration(feeds, limit=limit), IMAGE)
+    for _ in range(2):
+        assert [feed.values["x"][0, 0] for feed in samples] == list(range(found))
+
+
 def test_images_become_inputs(tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image", reason="needs pillow")
     pixels = np.zeros((8, 16, 3), np.uint8)

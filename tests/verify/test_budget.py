@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from graphopt.errors import OptionError
@@ -43,6 +45,19 @@ def test_a_metric_that_fails_is_named_with_the_outputs_that_there_are() -> None:
     metric = Metric("m:f", lambda outputs, _: outputs[0]["nope"], 0.5)
     with pytest.raises(OptionError, match=r"metric m:f fails: KeyError: 'nope'.*outputs: 'y', 'z'"):
         metric.of([{"y": 1, "z": 2}], [{}])
+
+
+def test_a_metric_that_gives_nan_is_named() -> None:
+    metric = Metric("m:f", lambda *_: float("nan"), 0.5)
+    with pytest.raises(OptionError, match="metric m:f gives NaN on 2 samples"):
+        metric.of([{"y": 1}] * 2, [{}] * 2)
+
+
+@pytest.mark.parametrize("text", ["top1-agreement>=1.5", "cosine>=1.01", "agreement>=99"])
+def test_a_share_above_one_can_never_be_met(text: str) -> None:
+    with pytest.raises(OptionError, match=r"is at most 1, and .* can never be met"):
+        parse_budget(text)
+    assert parse_budget(re.sub(r"[\d.]+$", "1", text)) != Budget()
 
 
 def test_a_metric_that_gives_no_number_is_named() -> None:
