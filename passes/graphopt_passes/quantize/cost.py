@@ -68,9 +68,14 @@ class Costs:
         statistics: Mapping[str, Statistics],
         rates: Rates,
         decoded: Callable[[ir.Node], bool] = lambda _node: False,
+        multiplied: frozenset[str] = frozenset(),
     ) -> None:
-        """`decoded` says which nodes no integer kernel takes: they compute in float, from decoded weights."""
+        """`decoded` says which nodes no integer kernel takes: they compute in float, from decoded weights.
+
+        `multiplied` are names of values that are made for integers only: factors in front of products.
+        """
         self._statistics, self._rates, self._decoded = statistics, rates, decoded
+        self._multiplied = multiplied
 
     def elements(self, value: ir.Value | None) -> float:
         """Elements of a value in one sample, as observed."""
@@ -101,6 +106,8 @@ class Costs:
     def _computed(self, node: ir.Node) -> float:
         if node.op_type == "Constant" or not node.outputs:
             return 0.0
+        if node.outputs[0].name in self._multiplied:
+            return 0.0
         elements = self.elements(node.outputs[0])
         shape = node.inputs[0].shape if node.inputs and node.inputs[0] is not None else None
         depth = shape[-1] if node.op_type == "MatMul" and shape else 0
@@ -118,6 +125,8 @@ class Costs:
                 if value is not None and value not in stored and value not in encoded:
                     encoded.add(value)
                     total += ENCODE * self.elements(value) + NODE
+                    if value.name in self._multiplied:
+                        total += PASSIVE * self.elements(value) + NODE
         for value, site in stored.items():
             outside = value.is_graph_output() or any(
                 use.node not in sites and use.node is not site.absorbed for use in value.uses()

@@ -112,16 +112,31 @@ def _factors(
     if peaks is None or not space.readers:
         return None
     relative, limit = peaks
-    readers = [_Reading.of(reader, lanes, statistics, others) for reader in space.readers]
+    readers = [Reading.of(reader, lanes, statistics, others) for reader in space.readers]
     known = [each for each in readers if each is not None]
     if len(known) < len(readers):
         return None
-    plain = sum(each.noise(space, np.ones(space.size)) for each in known)
-    best, chosen = plain * GAIN, None
+    return best_factors(space, known, relative, limit, GAIN)
+
+
+def best_factors(
+    space: Space, readers: Sequence[Reading], relative: Wide, limit: Wide, gain: float
+) -> Wide | None:
+    """The factors that lower the predicted noise of what reads a space the most; None if not to `gain` of what it is.
+
+    Args:
+        space: whose channels are scaled.
+        readers: all that read them.
+        relative: magnitude of each channel over that of the largest.
+        limit: the largest factor of each.
+        gain: the share of the noise that may be left.
+    """
+    plain = sum(each.noise(space, np.ones(space.size)) for each in readers)
+    best, chosen = plain * gain, None
     for exponent in EXPONENTS:
         factors = np.where(relative > 0, np.maximum(relative, 1e-30) ** -exponent, 1.0)
         factors = np.minimum(np.minimum(factors, LARGEST), limit)
-        noise = sum(each.noise(space, factors) for each in known)
+        noise = sum(each.noise(space, factors) for each in readers)
         if noise < best:
             best, chosen = noise, factors
     return chosen
@@ -162,7 +177,7 @@ def _root(found: Statistics | None, axis: int, peak: Wide) -> Wide:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Reading:
+class Reading:
     """What the noise of one reader is predicted from.
 
     Attributes:
@@ -190,7 +205,7 @@ class _Reading:
         lanes: Mapping[ir.Value, Lane],
         statistics: Mapping[str, Statistics],
         others: Mapping[Space, Wide],
-    ) -> _Reading | None:
+    ) -> Reading | None:
         """What is known of a reader; None where something is not."""
         value = reader.node.inputs[0]
         assert value is not None
@@ -261,7 +276,7 @@ def _scalings(space: Space, factors: Wide) -> list[Scaling]:
             found.append(Scaling(name_of(maker.node), index, _along(factors, value, axis)))
     for reader in space.readers:
         inverse = np.repeat(1 / factors, reader.repeat)
-        found.append(Scaling(name_of(reader.node), 1, _taken_back(reader, inverse)))
+        found.append(Scaling(name_of(reader.node), 1, taken_back(reader, inverse)))
     return found
 
 
@@ -274,7 +289,7 @@ def _along(factors: Wide, value: ir.Value, axis: int) -> Wide:
     return factors.reshape(shape)
 
 
-def _taken_back(reader: Reader, inverse: Wide) -> Wide:
+def taken_back(reader: Reader, inverse: Wide) -> Wide:
     """Factors for the columns of a weight that read one space; the others keep theirs."""
     node = reader.node
     tensor = values.constant(node.inputs[1])

@@ -16,7 +16,13 @@ from graphopt_passes.quantize.placement import clip_bounds, is_product
 HOMOGENEOUS = frozenset({"Relu", "LeakyRelu", "MaxPool", "AveragePool", "GlobalAveragePool"})
 """f(s x) = s f(x) for positive s, channel by channel."""
 
-NORMALIZATIONS = frozenset({"LayerNormalization", "SimplifiedLayerNormalization"})
+NORMALIZATIONS = {
+    "LayerNormalization": (1, 2),
+    "SimplifiedLayerNormalization": (1, 2),
+    "SkipLayerNormalization": (2, 3),
+    "SkipSimplifiedLayerNormalization": (2, None),
+}
+"""Where the factor and the bias of channels stand; what else the last two read is added before."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -158,14 +164,15 @@ class _Tracer:
 
     def _normalization(self, node: ir.Node) -> None:
         self._close(node)
-        scale = values.constant(node.inputs[1]) if len(node.inputs) > 1 else None
-        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        first, second = NORMALIZATIONS[node.op_type]
+        scale = values.constant(node.inputs[first]) if len(node.inputs) > first else None
+        bias = None if second is None or len(node.inputs) <= second else node.inputs[second]
         last = operators.attribute(node, "axis", -1) == -1
         plain = scale is not None and len(scale.shape) == 1 and last
         if not plain or scale is None or (bias is not None and values.constant(bias) is None):
             return
-        operands = ((1, 0),) if bias is None else ((1, 0), (2, 0))
-        usable = _sole(node, 1) and _sole(node, 2)
+        operands = ((first, 0),) if bias is None or second is None else ((first, 0), (second, 0))
+        usable = all(_sole(node, index) for index, _ in operands)
         self._make(Maker(node, operands), int(scale.shape.numpy()[0]), -1, usable=usable)
 
     def _passed(self, node: ir.Node) -> Lane | None:

@@ -45,7 +45,8 @@ class Search:
             if self._is_worth(trial.sites):
                 self._explain(trial, fused)
                 ratio = self.trials.ratio(trial.sites)
-                return dataclasses.replace(trial, ratio=ratio, scalings=self.trials.scalings)
+                scalings, inlets = self.trials.scalings, self.trials.inlets
+                return dataclasses.replace(trial, ratio=ratio, scalings=scalings, inlets=inlets)
         self._say_why_not(fused)
         return Trial(frozenset())
 

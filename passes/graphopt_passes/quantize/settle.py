@@ -6,7 +6,7 @@ Judged on samples that ranges were not taken from, with all layers in 8 bits.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -18,7 +18,7 @@ from graphopt.calibrate.statistics import Statistics
 from graphopt.ir.build import Names
 from graphopt.ir.model_file import load_model
 from graphopt.rewrite import RemarkKind, name_of
-from graphopt_passes.quantize import equalize
+from graphopt_passes.quantize import equalize, inlets
 from graphopt_passes.quantize.certificate import host_saturates
 from graphopt_passes.quantize.emission import quantize
 from graphopt_passes.quantize.equalize import Measure
@@ -53,6 +53,10 @@ OTHERS = (Method.PERCENTILE, Method.MIN_MAX)
 """Ways to find ranges that are tried where noise is too much: what an outlier is worth only the output can tell."""
 
 
+Ranges = Callable[[Trials, frozenset[str], Mapping[str, Statistics]], None]
+"""Settles the ranges of values; those that are as they were keep theirs."""
+
+
 def fuse(trials: Trials, allowed: frozenset[str]) -> frozenset[str]:
     """Chooses how wide weights are; returns the nodes that the runtime fuses."""
     _settle_width(trials, allowed)
@@ -68,6 +72,7 @@ def settle(trials: Trials, fused: frozenset[str]) -> None:
     before = trials.facts.statistics
     if _settle_channels(trials, fused):
         ranges(trials, fused, before)
+    _settle_inlets(trials, fused, ranges)
     _settle_rounding(trials, fused)
 
 
@@ -232,7 +237,7 @@ def _settle_channels(trials: Trials, fused: frozenset[str]) -> bool:
             continue
         trials.model = load_model(model)
         equalize.apply(trials.model.graph, scalings, Names.of(trials.model))
-        trials.key = f"{key} equalized by {measure}"
+        trials.bare, trials.key = trials.model, f"{key} equalized by {measure}"
         statistics = trials.statistics(trials.model, trials.key, 0)
         trials.facts = dataclasses.replace(facts, statistics=statistics, chosen={})
         noise = _merit(trials, fused)
@@ -241,6 +246,7 @@ def _settle_channels(trials: Trials, fused: frozenset[str]) -> bool:
         if trials.is_enough(trials.judged(fused)):
             break
     trials.model, trials.facts, trials.key, trials.scalings = chosen
+    trials.bare = trials.model
     if trials.scalings:
         trials.whole = trials.placed(fused)
         trials.costs = trials.costs_of(trials.facts)
@@ -249,6 +255,32 @@ def _settle_channels(trials: Trials, fused: frozenset[str]) -> bool:
             f"channels equalised: {best - plain:.1f} dB less noise with all layers in 8 bits",
         )
     return bool(trials.scalings)
+
+
+def _settle_inlets(trials: Trials, fused: frozenset[str], ranges: Ranges) -> None:
+    """Multiplies channels in front of products where nothing before could carry the factors, and noise is too much."""
+    enough = trials.is_enough(trials.judged(fused))
+    if enough or trials.overrides.method is not Method.BEST:
+        return
+    plain, facts, key = _merit(trials, fused), trials.facts, trials.key
+    found = inlets.plan(trials.whole, facts.statistics, Names.of(trials.bare))
+    if not found:
+        return
+    trials.model, trials.inlets, trials.key = load_model(trials.bare), found, f"{key} factored"
+    inlets.insert(trials.model.graph, found, fused, Names.of(trials.model))
+    statistics = trials.statistics(trials.model, trials.key, 0)
+    trials.facts = dataclasses.replace(facts, statistics=statistics, chosen={})
+    trials.whole = trials.placed(fused)
+    trials.costs = trials.costs_of(trials.facts)
+    ranges(trials, fused, facts.statistics)
+    won = _merit(trials, fused) - plain
+    if won >= EQUALIZED_DB:
+        text = f"factors for channels of {len(found)} values in front of products: {won:.1f} dB less noise"
+        _note(trials, f"{text} with all layers in 8 bits")
+        return
+    trials.model, trials.inlets, trials.facts, trials.key = trials.bare, (), facts, key
+    trials.whole = trials.placed(fused)
+    trials.costs = trials.costs_of(facts)
 
 
 def _settle_rounding(trials: Trials, fused: frozenset[str]) -> None:

@@ -26,6 +26,7 @@ from graphopt.rewrite import Context, RemarkKind, name_of
 from graphopt.targets import Precision
 from graphopt.verify.budget import budget_for
 from graphopt.verify.feed_files import Feed
+from graphopt_passes.quantize import inlets
 from graphopt_passes.quantize.certificate import Judgement
 from graphopt_passes.quantize.cost import Costs, rates_of
 from graphopt_passes.quantize.emission import quantize
@@ -33,6 +34,7 @@ from graphopt_passes.quantize.equalize import Scaling
 from graphopt_passes.quantize.facts import Facts, Layer
 from graphopt_passes.quantize.files import on_disk
 from graphopt_passes.quantize.fusion import read_fusion
+from graphopt_passes.quantize.inlets import Inlet
 from graphopt_passes.quantize.kinds import BYTES
 from graphopt_passes.quantize.mixed import mixed_of
 from graphopt_passes.quantize.overrides import Overrides
@@ -78,12 +80,14 @@ class Trial:
         quality: how far it is from float; None where that was not asked.
         ratio: how many times faster than float; 0 where it was not timed.
         scalings: what equalises the channels of the model first.
+        inlets: factors in front of products.
     """
 
     sites: frozenset[str]
     quality: Quality | None = None
     ratio: float = 0.0
     scalings: tuple[Scaling, ...] = ()
+    inlets: tuple[Inlet, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +121,8 @@ class Trials:
         self.model, self.ctx, self.style, self.overrides = model, ctx, style, overrides
         self.original = model
         self.scalings: tuple[Scaling, ...] = ()
+        self.bare = model  # without inlets, which `model` has in front of all products
+        self.inlets: tuple[Inlet, ...] = ()
         self.key = f"{fingerprint.structural(model)}:{fingerprint.weights(model)}:{style.name}"
         self._first_key = self.key
         samples = by_row(lambda: on_disk(model), samples)
@@ -138,7 +144,8 @@ class Trials:
 
     def costs_of(self, facts: Facts) -> Costs:
         """Predicted times by these statistics."""
-        return Costs(facts.statistics, rates_of(self.style.name), self.is_decoded)
+        multiplied = frozenset(each.result for each in self.inlets)
+        return Costs(facts.statistics, rates_of(self.style.name), self.is_decoded, multiplied)
 
     def is_decoded(self, node: ir.Node) -> bool:
         """Whether the user wants a node in element types that no integer kernel takes: it stays where it is wanted."""
@@ -240,8 +247,10 @@ class Trials:
 
     def emitted(self, sites: frozenset[str]) -> tuple[ir.Model, list[Layer]]:
         """A copy of the model with these sites in 8 bits, and what was done to each."""
-        clone = load_model(self.model)
-        layers = quantize(clone, self.facts, lambda n: name_of(n) in sites, Names.of(clone))
+        clone = load_model(self.bare)
+        names = Names.of(clone)
+        inlets.insert(clone.graph, self.inlets, sites, names)
+        layers = quantize(clone, self.facts, lambda n: name_of(n) in sites, names)
         return clone, layers
 
     def fused(self, allowed: frozenset[str]) -> frozenset[str]:
