@@ -140,3 +140,40 @@ def _keeps_last_axis(m: Match, node: ir.Node) -> bool:
         cut = values.array(node.inputs[3])
         return cut is not None and all(int(a) % len(dims) != len(dims) - 1 for a in cut.reshape(-1))
     return False
+
+
+def every_other_of_rest(m: Match, value: ir.Value, source: ir.Value) -> int | None:
+    """Where a value starts to take every other element of `source`, the last axis of it, out of what that was cut from.
+
+    Both are one Slice of the same tensor: as tokens beside a class token are cut off, and then parted (EVA, timm).
+    None where it takes anything else.
+    """
+    cut, rest = value.producer(), source.producer()
+    if cut is None or rest is None or cut.op_type != "Slice" or rest.op_type != "Slice":
+        return None
+    if cut.domain or rest.domain or cut.inputs[0] is not rest.inputs[0] or cut.inputs[0] is None:
+        return None
+    dims = m.dims(cut.inputs[0])
+    taken, kept = (_bounds(node, dims or ()) for node in (cut, rest))
+    if dims is None or taken is None or kept is None:
+        return None
+    width, last = dims[-1].value, taken.pop(len(dims) - 1, None)
+    if width is None or width % 2 or last is None or last[2] != 2 or taken != kept:
+        return None
+    start, end, _ = slice(*last).indices(width)
+    return start if start in (0, 1) and end == width else None
+
+
+def _bounds(node: ir.Node, dims: tuple[Dim, ...]) -> dict[int, tuple[int, int, int]] | None:
+    """Start, end and step of a Slice by axis, within the size where that is known; None where they are not constant."""
+    given = [values.array(value) for value in node.inputs[1:]]
+    if len(given) < 3 or not dims or any(data is None for data in given):
+        return None
+    starts, ends, axes, *steps = (data.reshape(-1).tolist() for data in given if data is not None)
+    by = steps[0] if steps else [1] * len(axes)
+    found = {}
+    for axis, *cut in zip(axes, starts, ends, by, strict=True):
+        size = dims[axis].value
+        start, end, step = cut if size is None else slice(*cut).indices(size)
+        found[axis % len(dims)] = (start, end, step)
+    return found

@@ -19,7 +19,7 @@ from graphopt.ir import values
 from graphopt.ir.build import Builder
 from graphopt.ir.shapes import Dim, is_cut_to
 from graphopt.rewrite import Either, Match, Op, Rule, Skip, Var, rule
-from graphopt_passes.angles import single_angles
+from graphopt_passes.angles import every_other_of_rest, single_angles
 from graphopt_passes.constants import no_operator
 
 OPSETS = (10, 10_000)
@@ -364,7 +364,8 @@ def _element(m: Match, value: ir.Value, source: ir.Value) -> int | None:
     found = _pair_of(m, value)
     if found is not None and found[0] is source:
         return found[1]
-    return _element_of_part(m, value, source)
+    of_part = _element_of_part(m, value, source)
+    return every_other_of_rest(m, value, source) if of_part is None else of_part
 
 
 def _element_of_part(m: Match, value: ir.Value, source: ir.Value) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 from graphopt_passes import rope
@@ -455,3 +456,39 @@ def test_neighbours_of_heads_that_were_moved_in_pairs() -> None:
 )  # fmt: skip
 def test_other_moved_neighbours_stay(change: tuple[str, str]) -> None:
     _check(MOVED.replace(*change))
+
+
+BESIDE_CLASS_TOKEN = (
+    "g (float[B,2,5,4] x, float[1,4,2] half) => (float[B,2,4,4] y) <int64[1] one = {{1}}, int64[1] two = {{2}},"
+    " int64[1] far = {{9223372036854775807}}, int64[2] odd = {{{odd}}}, int64[2] even = {{{even}}},"
+    " int64[2] ends = {{{ends}}}, int64[2] axes = {{2, 3}}, int64[2] by = {{1, 2}}, int64[1] last = {{-1}},"
+    " int64[4] whole = {{0, 0, 0, 4}}, int64[4] twice = {{0, 0, 1, 1}}>"
+    " {{ c = Cos(half) s = Sin(half) f = Gather<axis=-1>(c, twice) g1 = Gather<axis=-1>(s, twice)"
+    " r = Slice(x, one, far, two, one) m = Mul(r, f) o = Slice(x, odd, ends, axes, by) n = Neg(o)"
+    " e = Slice(x, even, ends, axes, by) u = Unsqueeze(n, last) v = Unsqueeze(e, last) k = Concat<axis=-1>(u, v)"
+    " w = Reshape(k, whole) z = Mul(w, g1) y = Add(m, z) }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("odd", "even", "ends", "fuses"),
+    [
+        ("1, 1", "1, 0", "9223372036854775807, 9223372036854775807", True),
+        ("1, 1", "1, 0", "5, 4", True),
+        ("0, 1", "0, 0", "4, 4", False),
+        ("1, 0", "1, 1", "5, 4", False),
+    ],
+    ids=["open", "closed", "other tokens", "swapped"],
+)
+def test_every_other_element_beside_a_class_token(
+    odd: str, even: str, ends: str, fuses: bool
+) -> None:
+    """As EVA rotates all tokens but the first: both Slices, of tokens and of elements, are one."""
+    proto = parse(BESIDE_CLASS_TOKEN.format(odd=odd, even=even, ends=ends), opset=23)
+    model = ir.from_proto(proto)
+    apply(rope.RULES, model)
+    assert ("RotaryEmbedding" in {node.op_type for node in model.graph}) is fuses
+    feeds = make_feeds(proto, 0)
+    np.testing.assert_allclose(
+        run(ir.to_proto(model), feeds)[0], run(proto, feeds)[0], rtol=1e-4, atol=1e-5
+    )
