@@ -30,6 +30,7 @@ from graphopt.verify.budget import budget_for
 from graphopt.verify.feed_files import Feed
 from graphopt.verify.feeds import find_feeds
 from graphopt_passes.quantize.certificate import Judgement
+from graphopt_passes.quantize.factors import factor_of, is_finite, why_not
 from graphopt_passes.quantize.files import on_disk
 from graphopt_passes.quantize.overrides import check_patterns, names_of
 from graphopt_passes.quantize.quality import LEAST_SQNR_DB
@@ -43,6 +44,10 @@ from graphopt_passes.quantize.single_blocks import (
     settings_of,
 )
 from graphopt_passes.quantize.writers import Blocks, write_blocks, write_dynamic
+
+FLOATS = (ir.DataType.FLOAT,)
+HALVES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+"""What the kernels that decode weights multiply."""
 
 GAIN = 1.02
 Write = Callable[[ir.Model, frozenset[str], Names], None]
@@ -78,7 +83,7 @@ class QuantizeDynamic:
             return _decline(ctx, "DynamicQuantizeLinear came with opset 11: export the model anew")
         rules = _rules(self.skip_nodes, (), model, ctx)
         nodes = [node for node in everywhere(model) if not _said(rules, node).exclude]
-        sites = products_of(nodes, self.least)
+        sites = products_of(_finite(nodes, self.least, FLOATS, ctx), self.least)
         return _run(model, ctx, Precision.INT8_DYNAMIC, self, write_dynamic, sites)
 
 
@@ -131,7 +136,8 @@ class QuantizeWeights:
             ctx.remark(RemarkKind.WARNING, "quantize", "", CUDA)
         rules = _rules(self.skip_nodes, self.overrides, model, ctx)
         said = {name_of(node): _said(rules, node) for node in everywhere(model)}
-        nodes = [node for node in everywhere(model) if not said[name_of(node)].exclude]
+        allowed = [node for node in everywhere(model) if not said[name_of(node)].exclude]
+        nodes = _finite(allowed, self.least, HALVES, ctx)
         blocks_of = {name: given.block or self.block for name, given in said.items()}
         tables = frozenset(
             name_of(node)
@@ -190,11 +196,16 @@ class QuantizeWeights:
         assert table is not None
         if table.is_graph_output():
             return False
-        return all(
-            (index == 0 and user.op_type == "Gather" and not operators.attribute(user, "axis", 0))
-            or (index == 1 and _is_matrix_product(user, self.least, HALVES))
-            for user, index in table.uses()
-        )
+        return all(self._gives_up(user, index) for user, index in table.uses())
+
+    def _gives_up(self, user: ir.Node, index: int) -> bool:
+        """Whether what reads a table at an input will read it in blocks."""
+        if user.op_type == "Gather" and index == 0:
+            return not operators.attribute(user, "axis", 0)
+        if user.op_type == "Transpose" and not user.outputs[0].is_graph_output():
+            behind = user.outputs[0].uses()
+            return all(_is_matrix_product(node, self.least, HALVES) for node, _ in behind)
+        return index == 1 and _is_matrix_product(user, self.least, HALVES)
 
     def _moments(self, model: ir.Model, ctx: Context) -> dict[str, np.ndarray]:
         """Second moments of what products read, from calibration samples; none without."""
@@ -208,10 +219,10 @@ class QuantizeWeights:
                 continue
             if not _is_matrix_product(node, self.least, HALVES):
                 continue
-            weight = values.constant(node.inputs[1])
-            assert weight is not None
-            columns = _columns(node, weight)
-            work += float(weight.size) * columns
+            factor = factor_of(node)
+            assert factor is not None
+            columns, rows = factor.matrix.shape
+            work += float(columns) * columns * rows
             if work <= WORK and columns <= WIDEST:
                 wanted[name_of(node)] = Wanted(source.name)
         key = f"moments:{fingerprint.structural(model)}:{fingerprint.weights(model)}"
@@ -233,10 +244,6 @@ WIDEST, WORK = 4096, float(1 << 36)
 """Columns of a weight, and multiplications in all, up to which weights are rounded by second moments."""
 
 
-HALVES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
-"""What the kernels that decode weights multiply."""
-
-
 def _has_blocks(model: ir.Model, ctx: Context) -> bool:
     """Whether the model is at opset 21 or can be brought there, where DequantizeLinear has blocks."""
     if model.opset_imports.get("", 0) < 21:
@@ -251,11 +258,6 @@ def _has_blocks(model: ir.Model, ctx: Context) -> bool:
     )
 
 
-def _columns(node: ir.Node, weight: ir.TensorProtocol) -> int:
-    turned = node.op_type == "Gemm" and operators.attribute(node, "transB", 0)
-    return int(weight.shape.numpy()[1 if turned else 0])
-
-
 def _run(
     model: ir.Model,
     ctx: Context,
@@ -267,7 +269,8 @@ def _run(
     if not sites:
         return _decline(
             ctx,
-            f"nothing to quantise: no MatMul or Gemm with a constant weight of {how.least} elements or more",
+            f"nothing to quantise: no MatMul or Gemm with a constant weight of {how.least} elements or more that the "
+            "kernels take (--remarks says why of each)",
         )
     if not _is_worth_it(model, sites, ctx, precision, how, write):
         return False
@@ -316,7 +319,7 @@ def everywhere(model: ir.Model) -> Iterator[ir.Node]:
 
 
 def products_of(
-    nodes: Iterable[ir.Node], least: int, dtypes: Collection[ir.DataType] = (ir.DataType.FLOAT,)
+    nodes: Iterable[ir.Node], least: int, dtypes: Collection[ir.DataType] = FLOATS
 ) -> frozenset[str]:
     """Names of the matrix products with a constant weight of `least` elements or more.
 
@@ -334,21 +337,23 @@ def _decline(ctx: Context, text: str) -> bool:
 
 
 def _is_matrix_product(node: ir.Node, least: int, dtypes: Collection[ir.DataType]) -> bool:
-    if node.domain or node.op_type not in ("MatMul", "Gemm"):
-        return False
-    weight = values.constant(node.inputs[1])
-    if weight is None or weight.dtype not in dtypes or len(weight.shape) != 2:
-        return False
-    if weight.size < least or values.is_constant(node.inputs[0]):
-        return False
-    if node.op_type == "MatMul":
-        return True
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    tensor = values.constant(bias)
-    columns = weight.shape[0] if operators.attribute(node, "transB", 0) else weight.shape[1]
-    plain = operators.attribute(node, "alpha", 1.0) == operators.attribute(node, "beta", 1.0) == 1.0
-    fits = bias is None or (tensor is not None and tensor.size == columns)
-    return plain and fits and not operators.attribute(node, "transA", 0)
+    return why_not(node, least, dtypes) is None
+
+
+def _finite(
+    nodes: Iterable[ir.Node], least: int, dtypes: Collection[ir.DataType], ctx: Context
+) -> list[ir.Node]:
+    """The nodes whose weights hold numbers; says of the other products with large weights why they stay float."""
+    kept = []
+    for node in nodes:
+        reason, factor = why_not(node, least, dtypes), factor_of(node)
+        if reason is None and factor is not None and not is_finite(factor):
+            reason = "its weight holds NaN or infinities"
+        if not reason:
+            kept.append(node)
+        else:
+            ctx.missed("quantize", node, f"stays float: {reason}")
+    return kept
 
 
 def _pays(

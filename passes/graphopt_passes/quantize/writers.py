@@ -13,10 +13,11 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.ir import operators, values
+from graphopt.ir import values
 from graphopt.ir.build import Names
 from graphopt.rewrite import name_of
 from graphopt_passes.quantize import blocks, rounding, weights
+from graphopt_passes.quantize.factors import Factor, factor_of, is_turned, times
 from graphopt_passes.quantize.single_blocks import Settings
 
 MICROSOFT = "com.microsoft"
@@ -94,7 +95,7 @@ def _integer_product(node: ir.Node, encoder: ir.Node, names: Names) -> None:
     array = _matrix(node)
     # 255: the whole range of bytes is in use, and pairs of products must not saturate 16 bits.
     packed = weights.pack(array.T, top_code=255)
-    base = node.inputs[1].name if node.inputs[1] is not None else "weight"
+    base = _named_or_weight(_factor(node).value)
     graph = node.graph
     assert graph is not None
     codes = _held(graph, names.fresh(f"{base}_q"), np.ascontiguousarray(packed.codes.T))
@@ -127,26 +128,26 @@ def write_blocks(model: ir.Model, sites: frozenset[str], names: Names, how: Bloc
 
 def _once(
     node: ir.Node,
-    index: int,
+    weight: ir.Value | None,
     kind: object,
     held: Held,
     make: Callable[[], Parts],
 ) -> Parts:
     """The parts of the weight that a node reads, made for the first who asks for them so."""
-    key = (node.graph, node.inputs[index], kind)
+    key = (node.graph, weight, kind)
     if key not in held:
         held[key] = make()
     return held[key]
 
 
 def _block_product(node: ir.Node, names: Names, how: Blocks, held: Held) -> None:
-    array, graph = _matrix(node), node.graph
+    factor, array, graph = _factor(node), _matrix(node), node.graph
     assert isinstance(graph, ir.Graph)
     moments = how.moments.get(name_of(node))
 
     def make() -> Parts:
         made = blocks.pack_blocks(how.encoded(array.T, moments), how.bits)
-        return _held_parts(graph, _weight_name(node, 1), made, names, how)
+        return _held_parts(graph, _named_or_weight(factor.value), made, names, how)
 
     attributes = {
         "K": array.shape[0],
@@ -155,13 +156,15 @@ def _block_product(node: ir.Node, names: Names, how: Blocks, held: Held) -> None
         "block_size": how.block,
         "accuracy_level": 4,
     }
-    parts = _once(node, 1, (how.kind, _is_turned(node), id(moments)), held, make)
+    kind = how.kind, factor.turned, times(node, "alpha"), id(moments)
+    parts = _once(node, factor.value, kind, held, make)
     inputs = [node.inputs[0], *parts, None, _bias(node, names)]
     _replace(node, "MatMulNBits", inputs, attributes, names)
 
 
 def _block_gather(node: ir.Node, names: Names, how: Blocks, held: Held) -> None:
     table, graph = values.array(node.inputs[0]), node.graph
+    base = _named_or_weight(node.inputs[0])
     assert table is not None
     assert isinstance(graph, ir.Graph)
 
@@ -174,11 +177,11 @@ def _block_gather(node: ir.Node, names: Names, how: Blocks, held: Held) -> None:
             packed = None if zeros is None else blocks.packed(zeros, how.bits)
             laid = blocks.packed(made.codes, how.bits), packed
         parts = laid[0], made.scales, laid[1]
-        return _held_parts(graph, _weight_name(node, 0), parts, names, how)
+        return _held_parts(graph, base, parts, names, how)
 
-    parts = _once(node, 0, (how.kind, "table"), held, make)
+    parts = _once(node, node.inputs[0], (how.kind, "table"), held, make)
     if how.form == "qdq":
-        node.replace_input_with(0, _decoded(_weight_name(node, 0), parts, 1, node, names, how))
+        node.replace_input_with(0, _decoded(base, parts, 1, node, names, how))
         return
     attributes = {
         "gather_axis": 0,
@@ -192,9 +195,10 @@ def _block_gather(node: ir.Node, names: Names, how: Blocks, held: Held) -> None:
 
 def _block_decoded(node: ir.Node, names: Names, how: Blocks, held: Held) -> None:
     """A DequantizeLinear with blocks in front of the product, as ai.onnx 21 has it."""
-    array, graph = _matrix(node), node.graph
+    factor, graph = _factor(node), node.graph
+    array, base = factor.matrix, _named_or_weight(factor.value)  # a Gemm keeps alpha and beta
     assert isinstance(graph, ir.Graph)
-    moments, turned = how.moments.get(name_of(node)), _is_turned(node)
+    moments, turned = how.moments.get(name_of(node)), is_turned(node)
 
     def make() -> Parts:
         made = how.encoded(array.T, moments)
@@ -203,11 +207,11 @@ def _block_decoded(node: ir.Node, names: Names, how: Blocks, held: Held) -> None
             codes, scales, zeros = codes.T, scales.T, None if zeros is None else zeros.T
         laid = _laid(codes, zeros, how)
         parts = laid[0], scales, laid[1]
-        return _held_parts(graph, _weight_name(node, 1), parts, names, how)
+        return _held_parts(graph, base, parts, names, how)
 
-    parts = _once(node, 1, (how.kind, turned, id(moments)), held, make)
+    parts = _once(node, factor.value, (how.kind, turned, factor.turned, id(moments)), held, make)
     axis = 1 if turned else 0
-    node.replace_input_with(1, _decoded(_weight_name(node, 1), parts, axis, node, names, how))
+    node.replace_input_with(1, _decoded(base, parts, axis, node, names, how))
 
 
 def _laid(
@@ -253,30 +257,34 @@ def _decoded(
     return value
 
 
-def _weight_name(node: ir.Node, index: int) -> str:
-    value = node.inputs[index]
+def _named_or_weight(value: ir.Value | None) -> str:
     return (value.name if value is not None else None) or "weight"
 
 
+def _factor(node: ir.Node) -> Factor:
+    factor = factor_of(node)
+    assert factor is not None
+    return factor
+
+
 def _matrix(node: ir.Node) -> np.ndarray:
-    """The weight as [K, N]."""
-    array = values.array(node.inputs[1])
-    assert array is not None
-    return array.T if _is_turned(node) else array
-
-
-def _is_turned(node: ir.Node) -> bool:
-    return node.op_type == "Gemm" and bool(operators.attribute(node, "transB", 0))
+    """The weight as [K, N], times alpha."""
+    array, alpha = _factor(node).matrix, times(node, "alpha")
+    return array if alpha == 1 else np.asarray(array * array.dtype.type(alpha))
 
 
 def _bias(node: ir.Node, names: Names) -> ir.Value | None:
-    """The bias of a Gemm as a vector."""
+    """The bias of a Gemm as a vector, times beta."""
     value = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
-    array = values.array(value)
-    if array is None or value is None or array.ndim == 1:
+    array, beta = values.array(value), times(node, "beta")
+    if array is None or value is None or beta == 0:
+        return None
+    columns = _factor(node).matrix.shape[1]
+    if array.ndim == 1 and array.size == columns and beta == 1:
         return value
+    flat = np.broadcast_to(array.reshape(-1) * array.dtype.type(beta), (columns,))
     assert node.graph is not None
-    return _held(node.graph, names.fresh(f"{value.name}_flat"), array.reshape(-1))
+    return _held(node.graph, names.fresh(f"{value.name}_flat"), flat)
 
 
 def _held(graph: ir.Graph | ir.Function, name: str, array: np.ndarray) -> ir.Value:

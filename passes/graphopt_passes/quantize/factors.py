@@ -1,0 +1,100 @@
+"""The constant matrix of a product: where it is, how it lies, and what keeps it from being stored in integers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt.ir import operators, values
+
+PRODUCTS = {("", "MatMul"), ("", "Gemm"), ("com.microsoft", "FusedMatMul")}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Factor:
+    """The constant right operand of a product.
+
+    Attributes:
+        value: the constant, behind a Transpose where there is one (tied embeddings).
+        turned: whether it lies as [N, K].
+    """
+
+    value: ir.Value
+    turned: bool
+
+    @property
+    def matrix(self) -> np.ndarray:
+        """The constant as [K, N]."""
+        array = values.array(self.value)
+        assert array is not None
+        return array.T if self.turned else array
+
+
+def factor_of(node: ir.Node) -> Factor | None:
+    """The constant right operand of a MatMul or Gemm; None where it is computed."""
+    if not is_product(node) or node.inputs[1] is None:
+        return None
+    value, turned = node.inputs[1], is_turned(node)
+    if values.is_constant(value):
+        return Factor(value, turned)
+    maker = value.producer()
+    if maker is None or maker.domain or maker.op_type != "Transpose":
+        return None
+    source = maker.inputs[0]
+    tensor = values.constant(source)
+    if source is None or tensor is None or len(tensor.shape) != 2:
+        return None
+    swaps = list(operators.attribute(maker, "perm", (1, 0))) == [1, 0]
+    return Factor(source, not turned) if swaps else None
+
+
+def is_product(node: ir.Node) -> bool:
+    """Whether a node multiplies matrices, and does nothing else but scale and add a bias."""
+    return (node.domain, node.op_type) in PRODUCTS
+
+
+def is_turned(node: ir.Node) -> bool:
+    """Whether a Gemm or FusedMatMul turns its right operand."""
+    return node.op_type != "MatMul" and bool(operators.attribute(node, "transB", 0))
+
+
+def times(node: ir.Node, name: str) -> float:
+    """A factor that a product is scaled with: alpha, or beta for the bias."""
+    return 1.0 if node.op_type == "MatMul" else float(operators.attribute(node, name, 1.0))
+
+
+def why_not(node: ir.Node, least: int, dtypes: Collection[ir.DataType]) -> str | None:
+    """What keeps the weight of a product from being stored in integers; "" for what is none or too small to tell."""
+    factor = factor_of(node)
+    if factor is None:
+        left = is_product(node) and values.constant(node.inputs[0])
+        return "its constant is the left operand" if left and left.size >= least else ""
+    tensor = values.constant(factor.value)
+    assert tensor is not None
+    if tensor.size < least or values.is_constant(node.inputs[0]):
+        return ""
+    if tensor.dtype not in dtypes:
+        return f"its weight is of {tensor.dtype.name.lower()}"
+    if len(tensor.shape) != 2:
+        return f"its weight has {len(tensor.shape)} axes; the kernels take matrices"
+    if node.op_type == "MatMul":
+        return None
+    if any(operators.attribute(node, name, 0) for name in ("transA", "transBatchA", "transBatchB")):
+        return "it turns its left operand, or batches (transA, transBatchA, transBatchB)"
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    held = values.constant(bias)
+    columns = tensor.shape[0 if factor.turned else 1]
+    if bias is not None and (held is None or held.size not in (1, columns)):
+        return "its bias is no constant of one number a column"
+    return None
+
+
+def is_finite(factor: Factor) -> bool:
+    """Whether all of the weight is numbers: no scale holds others."""
+    matrix = factor.matrix
+    laid = matrix.T if factor.turned else matrix
+    rows = max((1 << 18) // max(laid.shape[-1], 1), 1)
+    return all(bool(np.isfinite(laid[i : i + rows]).all()) for i in range(0, len(laid), rows))
