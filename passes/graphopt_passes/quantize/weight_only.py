@@ -139,13 +139,7 @@ class QuantizeWeights:
         allowed = [node for node in everywhere(model) if not said[name_of(node)].exclude]
         nodes = _finite(allowed, self.least, HALVES, ctx)
         blocks_of = {name: given.block or self.block for name, given in said.items()}
-        tables = frozenset(
-            name_of(node)
-            for node in nodes
-            if self.tables
-            and node.graph is model.graph
-            and self._is_table(node, blocks_of[name_of(node)])
-        )
+        tables = self._tables(nodes, blocks_of, model, ctx)
         sites = products_of(nodes, self.least, HALVES) | tables
         scheme = self.scheme
         if ctx.target.qdq is not None and not ctx.target.qdq.zero_points:
@@ -181,15 +175,34 @@ class QuantizeWeights:
                 )
         return {name: dataclasses.replace(each, scheme=None) for name, each in said.items()}
 
-    def _is_table(self, node: ir.Node, block: int) -> bool:
-        """Whether the node looks rows up in a large constant matrix, whose rows are whole blocks."""
-        if node.domain or node.op_type != "Gather" or operators.attribute(node, "axis", 0) != 0:
-            return False
+    def _tables(
+        self, nodes: list[ir.Node], blocks_of: Mapping[str, int], model: ir.Model, ctx: Context
+    ) -> frozenset[str]:
+        """Names of the nodes that look rows up in large constant matrices; says of others why they stay float."""
+        found = set()
+        for node in nodes if self.tables else ():
+            reason = self._no_table(node, blocks_of[name_of(node)], model)
+            if reason is None:
+                found.add(name_of(node))
+            elif reason:
+                ctx.missed("quantize", node, f"stays float: {reason}")
+        return frozenset(found)
+
+    def _no_table(self, node: ir.Node, block: int, model: ir.Model) -> str | None:
+        """What keeps a table from being stored in blocks; "" for what is none or too small to tell."""
+        if node.domain or node.op_type != "Gather":
+            return ""
         table = values.constant(node.inputs[0])
-        if table is None or table.dtype not in HALVES or len(table.shape) != 2:
-            return False
-        fits = int(table.shape.numpy()[1]) % block == 0
-        return table.size >= self.least and fits and self._is_given_up(node.inputs[0])
+        if table is None or table.dtype not in HALVES or table.size < self.least:
+            return ""
+        if len(table.shape) != 2 or operators.attribute(node, "axis", 0) != 0:
+            return "it looks up no rows of a matrix"
+        if node.graph is not model.graph:
+            return "its table is looked up within a branch or a loop"
+        width = int(table.shape.numpy()[1])
+        if width % block:
+            return f"rows of {width} are no whole number of blocks of {block}"
+        return None if self._is_given_up(node.inputs[0]) else "others read its table as it is"
 
     def _is_given_up(self, table: ir.Value | None) -> bool:
         """Whether nobody reads the table as it is: others look rows up too, or multiply with it (tied embeddings)."""

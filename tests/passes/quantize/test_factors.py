@@ -93,6 +93,18 @@ def test_what_stays_float_is_told(
     assert any(told.node == "y" and why in told.reason for told in ctx.remarks)
 
 
+@pytest.mark.parametrize(("text", "why"), [
+    ("g (int64[n] i) => (float[n,100] y) <float[300,100] t> { y = Gather(t, i) }", "rows of 100 are no whole"),
+    ("g (int64[n] i) => (float[96,n] y) <float[96,300] t> { y = Gather<axis=1>(t, i) }", "no rows"),
+    ("g (int64[n] i) => (float[n,96] y, float[300,96] z) <float[300,96] t> { y = Gather(t, i)  z = Neg(t) }", "others"),
+])  # fmt: skip
+def test_tables_that_stay_float_are_told(text: str, why: str) -> None:
+    model = load_model(parse(text))
+    ctx = context(model)
+    assert not QuantizeWeights(least=1).run(model, ctx)
+    assert any(told.node == "y" and why in told.reason for told in ctx.remarks)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("each", [QuantizeDynamic(least=1), QuantizeWeights(least=1)])
 def test_weights_that_are_no_numbers_stay_float(
