@@ -46,6 +46,8 @@ class SessionOptions:
         lent: arrays of initializers whose data the model says to be elsewhere, by name; not copied.
         optimized_path: where to write the graph as the runtime will run it, to be read back.
         optimized_weights: name of a file beside it for its weights; None to write them into it.
+        signed: run signed bytes as they are, as on ARM; on x86 the runtime makes them unsigned where it can, and leaves
+            the rest in float.
         profile: beginning of the path of the runtime's profile; None for no profiling.
         seconds: after which a run is stopped; None for never.
     """
@@ -58,6 +60,7 @@ class SessionOptions:
     external_folder: Path | None = None
     extra_outputs: tuple[str, ...] = ()
     lent: Mapping[str, np.ndarray[Any, Any]] = dataclasses.field(default_factory=dict)
+    signed: bool = False
     optimized_path: Path | None = None
     optimized_weights: str | None = None
     profile: Path | None = None
@@ -280,22 +283,12 @@ def _create(
     settings.inter_op_num_threads = 1
     # 4 is FATAL: what the runtime would print arrives as an exception. Set per session, never globally.
     settings.log_severity_level = 4
-    if not options.spinning:
-        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if not options.prepack:
-        settings.add_session_config_entry("session.disable_prepacking", "1")
+    for key, value in _entries(options).items():
+        settings.add_session_config_entry(key, value)
     if options.in_order:
         settings.execution_order = ort.ExecutionOrder.PRIORITY_BASED
-    if options.external_folder is not None:
-        settings.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(options.external_folder)
-        )
     if options.optimized_path is not None:
         settings.optimized_model_filepath = str(options.optimized_path)
-    if options.optimized_weights is not None:
-        key = "session.optimized_model_external_initializers"
-        settings.add_session_config_entry(f"{key}_file_name", options.optimized_weights)
-        settings.add_session_config_entry(f"{key}_min_size_in_bytes", "1024")
     if options.profile is not None:
         settings.enable_profiling = True
         settings.profile_file_prefix = str(options.profile)
@@ -310,6 +303,25 @@ def _create(
             f"ONNX Runtime {ort.__version__} refuses {where}: {first_line(error)}. "
             "Check that the file is complete and that its operators, opset and dtypes are ones this runtime has."
         ) from error
+
+
+def _entries(options: SessionOptions) -> dict[str, str]:
+    """What the runtime takes as words."""
+    found = {}
+    if not options.spinning:
+        found["session.intra_op.allow_spinning"] = "0"
+    if not options.prepack:
+        found["session.disable_prepacking"] = "1"
+    if options.signed:
+        found["session.qdqisint8allowed"] = "1"
+    if options.external_folder is not None:
+        folder = str(options.external_folder)
+        found["session.model_external_initializers_file_folder_path"] = folder
+    if options.optimized_weights is not None:
+        key = "session.optimized_model_external_initializers"
+        found[f"{key}_file_name"] = options.optimized_weights
+        found[f"{key}_min_size_in_bytes"] = "1024"
+    return found
 
 
 def _spec(arg: Any, *, overridable: bool = False) -> TensorSpec:  # noqa: ANN401

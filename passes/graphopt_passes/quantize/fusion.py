@@ -37,18 +37,22 @@ class Fusion:
     kernels: dict[str, str]
 
 
-def read_fusion(model: ir.Model, integer: Sequence[str]) -> Fusion:
+def read_fusion(model: ir.Model, integer: Sequence[str], *, signed: bool = False) -> Fusion:
     """How the runtime fuses `model`, read back from the graph that it would run.
 
     Args:
         model: the quantised model.
         integer: names of outputs of the nodes that shall run on integers.
+        signed: whether activations are signed bytes, for a processor that takes them as they are.
     """
     with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
         optimized = Path(folder) / "optimized.onnx"
         # Weights of the written graph lie beside it: as one message it could pass 2 GiB.
         options = SessionOptions(
-            prepack=False, optimized_path=optimized, optimized_weights="weights.bin"
+            prepack=False,
+            signed=signed,
+            optimized_path=optimized,
+            optimized_weights="weights.bin",
         )
         with on_disk(model) as source:
             Session(source, level=OptimizationLevel.EXTENDED, options=options)

@@ -45,8 +45,13 @@ class Search:
             if self._is_worth(trial.sites):
                 self._explain(trial, fused)
                 ratio = self.trials.ratio(trial.sites)
-                scalings, inlets = self.trials.scalings, self.trials.inlets
-                return dataclasses.replace(trial, ratio=ratio, scalings=scalings, inlets=inlets)
+                return dataclasses.replace(
+                    trial,
+                    ratio=ratio,
+                    is_timed=self.trials.is_timed,
+                    scalings=self.trials.scalings,
+                    inlets=self.trials.inlets,
+                )
         self._say_why_not(fused)
         return Trial(frozenset())
 

@@ -117,7 +117,12 @@ def summary(best: Trial) -> str:
     """How fast and how good the choice is."""
     assert best.quality is not None
     change, metric = best.quality.change, best.quality.metric
-    told = f"{best.ratio:.2f}x the speed of float on this machine; worst output {best.quality.sqnr_db:.1f} dB"
+    by = (
+        "on this machine"
+        if best.is_timed
+        else "by the table of kernel times, this being another processor"
+    )
+    told = f"{best.ratio:.2f}x the speed of float {by}; worst output {best.quality.sqnr_db:.1f} dB"
     if change is not None:
         told += f", {change.flips:.2%} of the samples expected to change class, {change.loss:.2%} to be lost by it"
     return told if metric is None else f"{told}, the given metric {metric:.4g}"

@@ -24,6 +24,7 @@ from graphopt.ir.build import Names
 from graphopt.ir.model_file import load_model
 from graphopt.rewrite import Context, RemarkKind, name_of
 from graphopt.targets import Precision
+from graphopt.targets.host import host_architecture
 from graphopt.verify.budget import budget_for
 from graphopt.verify.feed_files import Feed
 from graphopt_passes.quantize import inlets
@@ -78,7 +79,8 @@ class Trial:
     Attributes:
         sites: names of the nodes that run on integers.
         quality: how far it is from float; None where that was not asked.
-        ratio: how many times faster than float; 0 where it was not timed.
+        ratio: how many times faster than float; 0 where that was not asked.
+        is_timed: whether a clock said so; else the table of kernel times.
         scalings: what equalises the channels of the model first.
         inlets: factors in front of products.
     """
@@ -86,6 +88,7 @@ class Trial:
     sites: frozenset[str]
     quality: Quality | None = None
     ratio: float = 0.0
+    is_timed: bool = True
     scalings: tuple[Scaling, ...] = ()
     inlets: tuple[Inlet, ...] = ()
 
@@ -261,7 +264,8 @@ class Trials:
             kept: frozenset[str] = self.ctx.cache[key]
             return kept
         for _ in range(REPAIRS):
-            fusion = read_fusion(self.emitted(sites)[0], self._results(sites))
+            signed = self.style.activation is ir.DataType.INT8
+            fusion = read_fusion(self.emitted(sites)[0], self._results(sites), signed=signed)
             self.kernels.update(fusion.kernels)
             if not fusion.leftovers:
                 break
@@ -346,10 +350,17 @@ class Trials:
         trial: Trial = self.ctx.cache[key]
         return trial
 
+    @property
+    def is_timed(self) -> bool:
+        """Whether this machine is of the family that the style is for: the clock of another says nothing."""
+        return (self.style.activation is ir.DataType.INT8) == (host_architecture() == "arm64")
+
     def ratio(self, sites: frozenset[str]) -> float:
-        """How many times faster than float; 0 for no site."""
+        """How many times faster than float, by the table where the clock cannot tell; 0 for no site."""
         if not sites:
             return 0.0
+        if not self.is_timed:
+            return self.predicted(sites)
         key = f"speed:{self.key}:{_digest(sites)}"
         if key not in self.ctx.cache:
             assert self.judge is not None

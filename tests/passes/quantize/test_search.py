@@ -118,7 +118,7 @@ class Worth(Additive):
     def __init__(self, predicted: float, ratio: float, **options: Any) -> None:
         super().__init__(**options)
         self.table, self.clock, self.asked, self.said = predicted, ratio, 0, [""]
-        self.judge, self.scalings, self.inlets = True, (), ()
+        self.judge, self.scalings, self.inlets, self.is_timed = True, (), (), True
 
     def predicted(self, sites: frozenset[str]) -> float:
         return self.table if sites else 1.0

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from graphopt_passes.quantize import trials
 from graphopt_passes.quantize.certificate import Judgement, host_saturates
 from graphopt_passes.quantize.emission import quantize
 from graphopt_passes.quantize.facts import Facts, Layer
@@ -463,3 +464,21 @@ def test_the_pipeline_raises_old_opsets() -> None:
     kinds = {node.op_type for node in result.model.graph}
     assert "DequantizeLinear" in kinds
     assert {node.domain for node in result.model.graph} == {""}
+
+
+def test_signed_bytes_for_arm_are_fused_as_there_and_not_timed_here(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """x86 leaves signed bytes that are read twice in float: that says nothing of ARM."""
+    monkeypatch.setattr(trials, "host_architecture", lambda: "x86-avx2")
+    monkeypatch.setattr(Judgement, "race", lambda *_: pytest.fail("timed on another processor"))
+    monkeypatch.setattr(Trials, "predicted", lambda *_: 1.5)
+    feeds = Calibration(IMAGES)
+    model = load_model(varied(RESIDUAL))
+    ctx = Context(
+        model, get_target("cpu-arm64"), Options(calibration=feeds), pass_name="quantize-static"
+    )
+    assert QuantizeStatic(skip_ops=("Gemm",)).run(model, ctx)
+    told = [remark.reason for remark in ctx.remarks]
+    assert not any("does not fuse" in each for each in told)
+    assert any("1.50x the speed of float by the table" in each for each in told)
