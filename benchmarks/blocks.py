@@ -36,7 +36,7 @@ from graphopt.ir.model_file import load_model, save_model
 from graphopt.runtime.session import Session, SessionOptions
 from graphopt.verify.feed_files import Feed
 
-LEAST = 1 << 14
+LEAST = 1
 TOKENS, COUNT = 32, 8
 _INC = """
 import sys, onnx

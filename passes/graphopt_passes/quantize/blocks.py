@@ -220,7 +220,7 @@ def _by_moments(rows: Array, made: Encoded, moments: rounding.Moments, bits: int
     return made
 
 
-SAMPLED = 1 << 15
+SAMPLED = 1 << 14
 """Weights of a matrix, whole rows evenly spread, that are stored both ways to see which loses less."""
 
 
