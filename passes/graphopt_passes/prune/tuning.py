@@ -34,7 +34,7 @@ WORK = 6.5e10
 """Multiply-adds that may be spent unasked, three for each of a forward run; where that is fewer than the least steps,
 training is not begun."""
 
-FAR, FAR_STEPS, FAR_WORK = 0.05, 480, 1.3e11
+FAR, FAR_STEPS, FAR_WORK = 0.05, 640, 1.3e11
 """Outputs that differ by more, in nats or as a share of their variance, are trained for longer."""
 
 RATE, LAST = 0.02, 0.05
