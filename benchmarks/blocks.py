@@ -167,7 +167,8 @@ def compare(path: Path, folder: Path, arguments: argparse.Namespace) -> None:
     given, further = feeds(source), []
     if arguments.zoo:
         recorded = Task(arguments.zoo, path.name, made=arguments.made).record(2 * COUNT)
-        given, further = recorded[:COUNT], recorded[COUNT:]
+        half = max(len(recorded) // 2, 1)
+        given, further = recorded[:half], recorded[half:]
     exact = outputs(source, given, 0)
     levels = arguments.level
     for bits in arguments.bits:
