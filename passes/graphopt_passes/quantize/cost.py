@@ -154,8 +154,19 @@ class Costs:
         width = math.sqrt(max(self.elements(site.result) / filters, 1.0))
         return 1 + FEW_FILTERS / filters + SMALL_IMAGE / width
 
+    def _made(self, site: Site) -> float:
+        """Elements of what a site computes; of a dense product by what it reads, whose sizes are observed."""
+        if site.role is not Role.PRODUCT or site.node.op_type == "Conv":
+            return self.elements(site.result)
+        work, weights = self._work(site)
+        tensor = values.constant(site.node.inputs[1])
+        assert tensor is not None
+        turned = site.node.op_type == "Gemm" and operators.attribute(site.node, "transB", 0)
+        columns = int(tensor.shape.numpy()[0 if turned else 1])
+        return work * columns / max(weights, 1.0)
+
     def _integer(self, site: Site) -> float:
-        elements = self.elements(site.result)
+        elements = self._made(site)
         if self._decoded(site.node):
             coded = self._work(site)[1] if site.role is Role.PRODUCT else 0.0
             return self._float(site) + DECODE * coded + (ENCODE + DECODE) * elements
