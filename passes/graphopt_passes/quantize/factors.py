@@ -84,12 +84,30 @@ def why_not(node: ir.Node, least: int, dtypes: Collection[ir.DataType]) -> str |
         return None
     if any(operators.attribute(node, name, 0) for name in ("transA", "transBatchA", "transBatchB")):
         return "it turns its left operand, or batches (transA, transBatchA, transBatchB)"
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    held = values.constant(bias)
-    columns = tensor.shape[0 if factor.turned else 1]
-    if bias is not None and (held is None or held.size not in (1, columns)):
-        return "its bias is no constant of one number a column"
+    if added(node) is not None and times(node, "beta") != 1:
+        return "it scales a bias that is no row of constants (beta)"
     return None
+
+
+def bias_row(node: ir.Node) -> np.ndarray | None:
+    """The bias of a Gemm as one number a column, times beta; None where it has none, or another."""
+    factor, array = factor_of(node), values.array(_bias(node))
+    if array is None or factor is None:
+        return None
+    columns = factor.matrix.shape[1]
+    if array.size != 1 and array.shape not in ((columns,), (1, columns)):
+        return None
+    return np.broadcast_to(array.reshape(-1) * array.dtype.type(times(node, "beta")), (columns,))
+
+
+def added(node: ir.Node) -> ir.Value | None:
+    """What a Gemm adds that is no row of constants; a product with integers leaves it to an Add."""
+    return _bias(node) if bias_row(node) is None else None
+
+
+def _bias(node: ir.Node) -> ir.Value | None:
+    has_one = node.op_type == "Gemm" and len(node.inputs) > 2 and times(node, "beta") != 0
+    return node.inputs[2] if has_one else None
 
 
 def is_finite(factor: Factor) -> bool:

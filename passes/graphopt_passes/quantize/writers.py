@@ -17,7 +17,7 @@ from graphopt.ir import values
 from graphopt.ir.build import Names
 from graphopt.rewrite import name_of
 from graphopt_passes.quantize import blocks, rounding, weights
-from graphopt_passes.quantize.factors import Factor, factor_of, is_turned, times
+from graphopt_passes.quantize.factors import Factor, added, bias_row, factor_of, is_turned, times
 from graphopt_passes.quantize.single_blocks import Settings
 
 MICROSOFT = "com.microsoft"
@@ -274,17 +274,17 @@ def _matrix(node: ir.Node) -> np.ndarray:
 
 
 def _bias(node: ir.Node, names: Names) -> ir.Value | None:
-    """The bias of a Gemm as a vector, times beta."""
-    value = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
-    array, beta = values.array(value), times(node, "beta")
-    if array is None or value is None or beta == 0:
+    """The bias of a Gemm as a vector, times beta; None where it is another."""
+    row = bias_row(node)
+    if row is None:
         return None
-    columns = _factor(node).matrix.shape[1]
-    if array.ndim == 1 and array.size == columns and beta == 1:
+    value = node.inputs[2]
+    assert value is not None
+    tensor = values.constant(value)
+    if tensor is not None and tensor.shape == row.shape and times(node, "beta") == 1:
         return value
-    flat = np.broadcast_to(array.reshape(-1) * array.dtype.type(beta), (columns,))
     assert node.graph is not None
-    return _held(node.graph, names.fresh(f"{value.name}_flat"), flat)
+    return _held(node.graph, names.fresh(f"{value.name}_flat"), row)
 
 
 def _held(graph: ir.Graph | ir.Function, name: str, array: np.ndarray) -> ir.Value:
@@ -314,10 +314,16 @@ def _replace(
     made = ir.Node(MICROSOFT, op_type, inputs, given, num_outputs=1)
     made.name = names.fresh(f"{name_of(node)}_{op_type}")
     old, new = node.outputs[0], made.outputs[0]
-    graph = node.graph
+    graph, further = node.graph, added(node)
     assert isinstance(graph, ir.Graph)
     new.type, new.shape = old.type, old.shape
     graph.insert_before(node, made)
+    if further is not None:
+        new.name = names.fresh(f"{old.name}_product")
+        plus = ir.Node("", "Add", [new, further], name=names.fresh(f"{name_of(node)}_Add"))
+        new = plus.outputs[0]
+        new.type, new.shape = old.type, old.shape
+        graph.insert_before(node, plus)
     for user, index in old.uses():
         user.replace_input_with(index, new)
     for position, output in enumerate(graph.outputs):

@@ -56,6 +56,24 @@ def test_factors_of_products_are_kept(call: str, form: str) -> None:
     assert sqnr(run(proto, {"x": X})[0], run(after, {"x": X})[0]) > 33
 
 
+@pytest.mark.parametrize("form", ["contrib", "qdq", "dynamic"])
+@pytest.mark.parametrize("shape", ["4,160", "4,1", "160", "1", "1,1"])
+def test_what_a_gemm_adds_is_added(form: str, shape: str) -> None:
+    text = f"g (float[4,96] x, float[{shape}] b) => (float[4,160] y) <float[96,160] w> {{ y = Gemm(x, w, b) }}"
+    proto = varied(text, 21)
+    after = written(proto, form)
+    feed = {"x": X, "b": np.full([int(d) for d in shape.split(",")], 30, np.float32)}
+    assert sqnr(run(proto, feed)[0] - 30, run(after, feed)[0] - 30) > 33
+
+
+def test_a_column_of_constants_is_no_row() -> None:
+    held = "float[96,160] w, float[160,1] b"
+    text = f"g (float[160,96] x) => (float[160,160] y) <{held}> {{ y = Gemm(x, w, b) }}"
+    proto = varied(text, 21)
+    feed = {"x": np.random.default_rng(1).normal(size=(160, 96)).astype(np.float32)}
+    assert sqnr(run(proto, feed)[0], run(written(proto, "contrib"), feed)[0]) > 33
+
+
 TIED = """g (int64[n] i) => (float[n,300] y) <float[300,96] t> {
  e = Gather(t, i)  u = Transpose<perm=[1,0]>(t)  y = MatMul(e, u) }"""
 
@@ -80,7 +98,7 @@ def test_both_uses_of_tied_embeddings_are_stored_in_blocks() -> None:
     ("g (float[4,n,96] x) => (float[4,n,160] y) <float[4,96,160] w> { y = MatMul(x, w) }", "3 axes"),
     ("g (float[96,n] x) => (float[n,160] y) <float[96,160] w> { y = Gemm<transA=1>(x, w) }", "transA"),
     ("g (float[96,n] x) => (float[160,n] y) <float[160,96] w> { y = MatMul(w, x) }", "left operand"),
-    ("g (float[n,96] x, float[n,160] b) => (float[n,160] y) <float[96,160] w> { y = Gemm(x, w, b) }", "its bias"),
+    ("g (float[n,96] x, float[n,160] b) => (float[n,160] y) <float[96,160] w> { y = Gemm<beta=2.0>(x, w, b) }", "beta"),
     ("g (double[n,96] x) => (double[n,160] y) <double[96,160] w> { y = MatMul(x, w) }", "of double"),
 ])  # fmt: skip
 @pytest.mark.parametrize("each", [QuantizeDynamic(least=1), QuantizeWeights(least=1)])
