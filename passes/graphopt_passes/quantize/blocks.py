@@ -78,6 +78,14 @@ def encode(
         moments: second moments of what the rows are multiplied with, K of them; then rounding is by them (GPTQ).
         zero_points: whether blocks have one, so that their range need not be the same both ways.
     """
+    made = _nearest_blocks(rows, block, bits, zero_points=zero_points)
+    if moments is None or len(moments.damped) != rows.shape[1]:
+        return made
+    return _by_moments(rows, made, moments, bits)
+
+
+def _nearest_blocks(rows: Array, block: int, bits: int, *, zero_points: bool) -> Encoded:
+    """The rows in blocks, each weight by itself."""
     width = rows.shape[1]
     columns = np.asarray(rows.T, np.float32)  # a view: blocks lie along the first axis
     count = -(-width // block)
@@ -102,14 +110,8 @@ def encode(
             scales[some, part] = _nearest(
                 parted[:, some, part], found[:, some, part], own, bits, work, half
             )
-    made = Encoded(
-        codes.T,
-        scales.T.astype(np.float16) if half else scales.T,
-        None if zeros is None else zeros.T,
-    )
-    if moments is None or len(moments.damped) != width:
-        return made
-    return _by_moments(rows, made, moments, bits)
+    stored = scales.T.astype(np.float16) if half else scales.T
+    return Encoded(codes.T, stored, None if zeros is None else zeros.T)
 
 
 def _nearest(

@@ -44,24 +44,14 @@ def pack_as(
     low = np.minimum(wide.min(axis=1, initial=0.0), 0.0)
     high = np.maximum(wide.max(axis=1, initial=0.0), 0.0)
     if shared:
-        low, high = (
-            np.full_like(low, low.min(initial=0.0)),
-            np.full_like(high, high.max(initial=0.0)),
-        )
+        low[:], high[:] = low.min(initial=0.0), high.max(initial=0.0)
     is_short = not form.is_float and form.codes[1] - form.codes[0] < FEW_CODES
     best = np.full(len(rows), np.inf)
     codes = np.empty(rows.shape, kind.numpy())
     scales, zeros = np.ones(len(rows), np.float32), np.zeros(len(rows), np.int64)
     for clip in CLIPS if is_short and not shared else CLIPS[:1]:
         steps, middle = _steps(low * clip, high * clip, form, together=one)
-        if least is not None:
-            steps = np.where(steps > 0, np.maximum(steps, least), steps)
-        steps = np.where(steps > 0, np.maximum(steps, LEAST_SCALE), 1.0).astype(np.float32)
-        scaled = wide / steps[:, None]
-        scaled = scaled if form.is_float else np.rint(scaled) + middle[:, None]
-        found = np.clip(scaled, *form.codes).astype(kind.numpy())
-        back = (found.astype(np.float64) - middle[:, None]) * steps[:, None]
-        error = ((back - wide) ** 2).sum(axis=1)
+        found, steps, error = _coded(wide, steps, middle, form, kind, least)
         better = error < best
         best[better], codes[better], scales[better] = error[better], found[better], steps[better]
         zeros[better] = middle[better]
@@ -69,6 +59,20 @@ def pack_as(
     noise = float(best.sum()) / power if power > 0 else 0.0
     held = zeros.astype(kind.numpy()) if zeros.any() else None
     return Packed(codes, scales, noise, 0, zeros=held)
+
+
+def _coded(
+    wide: Wide, steps: Wide, middle: Wide, form: Format, kind: ir.DataType, least: Array | None
+) -> tuple[Array, Array, Wide]:
+    """Codes by these scales, the scales as they are stored, and the squared error of each row."""
+    if least is not None:
+        steps = np.where(steps > 0, np.maximum(steps, least), steps)
+    stored = np.where(steps > 0, np.maximum(steps, LEAST_SCALE), 1.0).astype(np.float32)
+    scaled = wide / stored[:, None]
+    scaled = scaled if form.is_float else np.rint(scaled) + middle[:, None]
+    found = np.clip(scaled, *form.codes).astype(kind.numpy())
+    back = (found.astype(np.float64) - middle[:, None]) * stored[:, None]
+    return found, stored, ((back - wide) ** 2).sum(axis=1)
 
 
 def _steps(low: Wide, high: Wide, form: Format, *, together: bool) -> tuple[Wide, Wide]:

@@ -95,9 +95,7 @@ class QuantizeStatic:
         """
         if self.workers < 1:
             raise OptionError(f"workers {self.workers}: at least one process runs the samples")
-        style = _style(self.style, model, ctx)
-        schemes = self.scheme, self.weights_scheme
-        style = with_kinds(style, self.activations, self.weights, ctx.target, schemes)
+        style = self._styled(model, ctx)
         overrides = self._overrides(model, style, ctx)
         if ctx.options.calibration is None:
             raise OptionError(
@@ -129,6 +127,12 @@ class QuantizeStatic:
         if changed:
             ctx.refresh()
         return changed
+
+    def _styled(self, model: ir.Model, ctx: Context) -> Style:
+        """How values and weights are written for the target, in the types that the recipe states."""
+        schemes = self.scheme, self.weights_scheme
+        style = _style(self.style, model, ctx)
+        return with_kinds(style, self.activations, self.weights, ctx.target, schemes)
 
     def _overrides(self, model: ir.Model, style: Style, ctx: Context) -> Overrides:
         """What the recipe says of single layers; all of it is about something that there is."""
