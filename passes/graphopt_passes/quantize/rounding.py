@@ -57,6 +57,13 @@ def error(lost: Wide, moments: Wide) -> float:
     return float(np.einsum("rk,rk->", lost @ moments, lost))
 
 
+def _keeping_zeros(rows: Wide, limits: Limits) -> tuple[Wide, Wide]:
+    """The least and the greatest code of each weight: 0 alone for what was pruned, where 0 is a code."""
+    least, most = (np.broadcast_to(end, rows.shape) for end in limits)
+    gone = (rows == 0) & (least <= 0) & (most >= 0)
+    return np.where(gone, 0, least), np.where(gone, 0, most)
+
+
 def refine(rows: Wide, codes: Wide, scales: Wide, moments: Wide, limits: Limits) -> Wide:
     """Codes moved one step wherever that lowers the error, until none does or the sweeps are over.
 
@@ -71,7 +78,7 @@ def refine(rows: Wide, codes: Wide, scales: Wide, moments: Wide, limits: Limits)
     """
     found = codes.copy()
     wide = np.broadcast_to(scales, rows.shape)
-    least, most = (np.broadcast_to(end, rows.shape) for end in limits)
+    least, most = _keeping_zeros(rows, limits)
     slope = (rows - found * wide) @ moments
     diagonal = np.diag(moments)
     for _ in range(SWEEPS):
@@ -97,7 +104,7 @@ def compensate(rows: Wide, scales: Wide, moments: Moments, limits: Limits) -> Wi
     """Codes in one go from the first column to the last, the error of each passed on to those behind (GPTQ)."""
     upper = moments.upper
     wide = np.broadcast_to(scales, rows.shape)
-    least, most = (np.broadcast_to(end, rows.shape) for end in limits)
+    least, most = _keeping_zeros(rows, limits)
     left, codes = rows.copy(), np.empty_like(rows)
     for k in range(rows.shape[1]):
         codes[:, k] = np.clip(np.rint(left[:, k] / wide[:, k]), least[:, k], most[:, k])

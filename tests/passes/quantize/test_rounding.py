@@ -39,3 +39,14 @@ def test_independent_inputs_leave_the_nearest(rows: np.ndarray) -> None:
     nearest = np.clip(np.rint(rows / SCALES), -8, 7)
     found = rounding.refine(rows, nearest, SCALES, np.eye(40), (-8, 7))
     np.testing.assert_array_equal(found, nearest)
+
+
+def test_what_was_pruned_stays_zero() -> None:
+    pruned = np.where(np.arange(ROWS.shape[1]) % 2 > 0, ROWS, 0.0)
+    start = np.clip(np.rint(pruned / SCALES), -8, 7)
+    for codes in (
+        rounding.refine(pruned, start, SCALES, MOMENTS, (-8, 7)),
+        rounding.compensate(pruned, SCALES, KNOWN, (-8, 7)),
+    ):
+        assert not codes[pruned == 0].any()
+        assert (codes != start).any()
