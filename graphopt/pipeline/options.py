@@ -57,7 +57,7 @@ def options_of(maker: Any) -> tuple[OptionInfo, ...]:  # noqa: ANN401
     return ()
 
 
-_CODE = ("name", "rules", "wishes")
+_CODE = ("name", "rules", "later", "wishes")
 """Fields that nobody sets in a recipe: what a pass is called, and what it is made of."""
 
 
