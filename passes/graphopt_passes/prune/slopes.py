@@ -270,6 +270,31 @@ def _slice(call: Call) -> Grads:
     return call.first(found)
 
 
+def _pad(call: Call) -> Grads:
+    """Of what lies around, where that repeats values, back to where they came from; what was cut off gets nothing."""
+    x, rank = call.read(0), call.read(0).ndim
+    pads = call.read(1) if call.has(1) else np.asarray(call.attribute("pads", ()))
+    axes = call.read(3) if call.has(3) else np.arange(rank)
+    mode = call.attribute("mode", "constant")
+    found = call.grad
+    for axis, begin, end in zip(axes, *np.split(pads, 2), strict=True):
+        size = x.shape[axis]
+        around = (max(int(begin), 0), max(int(end), 0))
+        kept = np.arange(size)[max(-int(begin), 0) : size - max(-int(end), 0)]
+        if mode == "constant":
+            source, inner = kept, slice(around[0], around[0] + len(kept))
+        else:
+            source, inner = np.pad(kept, around, mode=mode), slice(None)
+        moved = np.moveaxis(found, axis, 0)[inner]
+        spread = np.zeros((size, *moved.shape[1:]), moved.dtype)
+        if mode == "constant":
+            spread[source] = moved
+        else:
+            np.add.at(spread, source, moved)
+        found = np.moveaxis(spread, 0, axis)
+    return call.first(found)
+
+
 def _mean(call: Call) -> Grads:
     x = call.read(0)
     return call.first(_spread(call, x) * np.asarray(call.made.size / max(x.size, 1), x.dtype))
@@ -317,6 +342,7 @@ RULES: Mapping[str, Rule] = {
     "Split": _split,
     "Gather": _gather,
     "Slice": _slice,
+    "Pad": _pad,
     "ReduceMean": _mean,
     "ReduceSum": _total,
     "Relu": _unary(lambda call: np.asarray(call.made > 0)),
@@ -338,4 +364,4 @@ RULES: Mapping[str, Rule] = {
     "Neg": _unary(lambda call: -np.ones_like(call.made)),
     "Abs": _unary(lambda call: np.sign(call.read(0))),
 }
-"""By operator.  Attention is ai.onnx's without a cache; Softmax is that of opset 13 and later."""
+"""By operator.  Attention is ai.onnx's without a cache; Softmax acts along one axis."""

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from graphopt.distill.batches import Feed, join, mixed, noisy, spreads, unseen
 from graphopt.distill.losses import as_logits, distance, log_softmax, logit_outputs
-from graphopt.ir import values
+from graphopt.ir import operators, values
 from graphopt.ir.model_file import model_to_bytes
 from graphopt.ir.sparse import thin
 from graphopt.runtime.session import OptimizationLevel, Session, SessionOptions
@@ -152,7 +152,13 @@ def _through(nodes: Sequence[ir.Node], names: set[str], ends: Sequence[ir.Value]
 
 
 SOFTMAX_BY_AXIS = 13
-"""Opset from which on Softmax acts along one axis."""
+"""Opset from which on Softmax acts along one axis; before, along that and all behind it together."""
+
+
+def _is_of_last_axis(node: ir.Node) -> bool:
+    """Whether an old Softmax, whose axis is 1 unless it says, acts along the last axis alone, as new ones do."""
+    shape = next((v.shape for v in (node.inputs[0], node.outputs[0]) if v and v.shape), None)
+    return shape is not None and operators.attribute(node, "axis", 1) in (-1, len(shape) - 1)
 
 
 def _has_rule(node: ir.Node, opset: int) -> bool:
@@ -162,9 +168,11 @@ def _has_rule(node: ir.Node, opset: int) -> bool:
         plain = all(v is None for v in node.inputs[4:]) and len(node.outputs) == 1
         return plain and not node.attributes.get("softcap")
     if node.op_type in ("Softmax", "LogSoftmax"):
-        return opset >= SOFTMAX_BY_AXIS
+        return opset >= SOFTMAX_BY_AXIS or _is_of_last_axis(node)
     if node.op_type == "Slice":
         return len(node.inputs) > 2
+    if node.op_type == "Pad":
+        return len(node.inputs) > 1 or "pads" in node.attributes
     if node.op_type == "BatchNormalization":
         return len(node.outputs) == 1
     if node.op_type == "AveragePool":

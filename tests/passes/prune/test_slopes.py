@@ -13,6 +13,7 @@ from graphopt_passes.prune.layers import Array
 from graphopt_passes.prune.tuning import Network
 
 from graphopt.ir.model_file import load_model
+from graphopt.ir.shapes import Shapes
 
 SPATIAL = "float[N, 6, 7, 5] x"
 FLAT = "float[N, 4, 6] x"
@@ -113,6 +114,26 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"w": (6, 6), "c": "flags"},
     ),
     "log softmax": (FLAT, "a = MatMul(x, w) h = LogSoftmax<axis=1>(a)", {"w": (6, 6)}),
+    "padded": (
+        SPATIAL,
+        "a = Conv(x, w) h = Pad(a, p)",
+        {"w": (4, 6, 1, 1), "p": [0, 2, 1, 0, 1, 3, 0, 2]},
+    ),
+    "padded and cut": (
+        SPATIAL,
+        "a = Conv(x, w) h = Pad(a, p, , k)",
+        {"w": (4, 6, 1, 1), "p": [-2, 1, 3, -1], "k": [2, -3]},
+    ),
+    "mirrored": (
+        SPATIAL,
+        'a = Conv(x, w) h = Pad<mode="reflect">(a, p)',
+        {"w": (4, 6, 1, 1), "p": [0, 0, 2, 1, 0, 0, 3, 4]},
+    ),
+    "repeated at the edge": (
+        SPATIAL,
+        'a = Conv(x, w) b = Pad<mode="edge">(a, p) h = Pad<mode="wrap">(b, p)',
+        {"w": (4, 6, 1, 1), "p": [0, 1, 2, 0, 0, 0, 1, 2]},
+    ),
     "power": (FLAT, "a = MatMul(x, w) h = Pow(a, k)", {"w": (6, 6), "k": [3.0]}),
 }
 ELEMENTWISE = {
@@ -162,9 +183,9 @@ def _constant(shape: Any, rng: np.random.Generator) -> Array:
     return np.asarray(rng.normal(0, 0.5, shape), np.float32)
 
 
-def _model(head: str, body: str, constants: dict[str, Any]) -> ir.Model:
+def _model(head: str, body: str, constants: dict[str, Any], opset: int = 23) -> ir.Model:
     text = (
-        f'<ir_version: 10, opset_import: ["" : 23, "com.microsoft" : 1]> g ({head}) => (float[a] y) '
+        f'<ir_version: 10, opset_import: ["" : {opset}, "com.microsoft" : 1]> g ({head}) => (float[a] y) '
         f"{{ {body} y = Identity(h) }}"
     )
     proto = onnx.parser.parse_model(text)
@@ -173,13 +194,40 @@ def _model(head: str, body: str, constants: dict[str, Any]) -> ir.Model:
         proto.graph.initializer.append(onnx.numpy_helper.from_array(_constant(shape, rng), name))
     for value in proto.graph.output:
         value.type.tensor_type.ClearField("shape")
-    return load_model(proto)
+    model = load_model(proto)
+    Shapes(model)  # as a run does: they are written into the model
+    return model
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_slopes(name: str) -> None:
     head, body, constants = CASES[name]
-    model = _model(head, body, constants)
+    check_slopes(_model(head, body, constants), head, constants)
+
+
+OLD = {
+    "by default of two axes": ("float[N, 6] x", "a = MatMul(x, w) h = Softmax(a)"),
+    "last of three": (FLAT, "a = MatMul(x, w) h = Softmax<axis=-1>(a)"),
+    "logarithm": ("float[N, 6] x", "a = MatMul(x, w) h = LogSoftmax<axis=1>(a)"),
+}
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_old_softmax_along_the_last_axis_is_as_the_new_one(name: str) -> None:
+    head, body = OLD[name]
+    constants = {"w": (6, 6)}
+    model = _model(head, body, constants, opset=12)
+    check_slopes(model, head, constants)
+
+
+@pytest.mark.parametrize("body", ["h = Softmax(a)", "h = Softmax<axis=1>(a)"])
+def test_old_softmax_over_several_axes_has_no_rule(body: str) -> None:
+    model = _model(FLAT, f"a = MatMul(x, w) {body}", {"w": (6, 6)}, opset=12)
+    feed = {"x": np.ones((3, 4, 6), np.float32)}
+    assert Network(model, ["w"], feed).stopped.startswith("Softmax")
+
+
+def check_slopes(model: ir.Model, head: str, constants: dict[str, Any]) -> None:
     rng = np.random.default_rng(2)
     dims = [int(d) if d.strip().isdigit() else 3 for d in head[6 : head.index("]")].split(",")]
     feed = {"x": rng.normal(size=dims).astype(np.float32)}
