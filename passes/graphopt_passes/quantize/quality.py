@@ -106,7 +106,8 @@ def powers(expected: object, found: object) -> tuple[float, float]:
     if is_distribution(ours):
         ours, theirs = scores_of(ours), logs_of(theirs)
     kept = np.isfinite(ours) & np.isfinite(theirs)
-    return float((ours[kept] ** 2).sum()), float(((ours - theirs)[kept] ** 2).sum())
+    wanted, got = ours[kept], theirs[kept]
+    return float((wanted**2).sum()), float(((wanted - got) ** 2).sum())
 
 
 def logs_of(probabilities: Wide) -> Wide:

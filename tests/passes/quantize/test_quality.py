@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from graphopt_passes.quantize.quality import Change, Quality, expected_change
+from graphopt_passes.quantize.quality import Change, Quality, expected_change, powers
 from graphopt_passes.quantize.static import QuantizeStatic
 
 from graphopt.errors import OptionError
@@ -164,3 +164,9 @@ def test_ways_are_compared_by_changes_where_outputs_name_classes() -> None:
     more = Quality(25, passed=True, change=Change(0.02, 0.001))
     assert fewer.merit_db - more.merit_db == pytest.approx(6.02, abs=0.01)
     assert Quality(20, passed=True, change=Change(0.0, 0.0)).merit_db == float("inf")
+
+
+def test_what_is_not_finite_on_either_side_does_not_count() -> None:
+    wanted = np.array([3.0, np.inf, -np.inf, 1.0, np.nan], np.float32)
+    found = np.array([2.0, np.inf, 5.0, -np.inf, 1.0], np.float32)
+    assert powers(wanted, found) == (9.0, 1.0)
