@@ -43,6 +43,14 @@ RATE, LAST = 0.02, 0.05
 NOISE, MIX = 0.2, 0.1
 HELD_OUT_OF, LEAST_HELD_OUT, MOST_HELD_OUT = 5, 8, 128
 JUDGED = 16
+FORGOTTEN = 1.5
+"""Growth of the distance on the samples themselves that no gain on mixtures makes up for.
+
+A network of photographs that learns to bear noise may forget photographs (resnet20 at 0.9: 1.8 times,
+and a third of its accuracy); some growth is none, since least squares has seen every sample (the transformer of the
+digits: 1.3 times, and better).
+"""
+
 PATIENCE = 0.6
 """Of the steps, without a gain."""
 
@@ -288,6 +296,8 @@ class _Training:
     ) -> tuple[Trained, dict[str, Array]]:
         """What it brought, trained on some samples; the weights nearest on mixtures of those held out.
 
+        Nothing, where those are much farther off on the samples themselves than before.
+
         Args:
             taught: samples to train on.
             held: samples to judge by.
@@ -295,9 +305,14 @@ class _Training:
         """
         noise = spreads(taught, NOISE)
         judged, wanted = self._examination(held, noise)
+        few = -(-(len(taught) + len(held)) // MOST_HELD_OUT)
+        plain = join([*taught[::few], *held[::few]])
+        known = self._network.taught(plain)
         before = least = self._judge(judged, wanted, self._now)
+        most = self._judge(plain, known, self._now)
         steps = _steps(work, far=before > FAR)
-        best, rate, idle, count = dict(self._now), RATE, 0, 0
+        start = best = dict(self._now)
+        rate, idle, count = RATE, 0, 0
         for step in range(1, steps + 1):
             count = step
             ease = LAST + (1 - LAST) * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -313,10 +328,15 @@ class _Training:
                 break
             if loss > TOO_FAR * least:
                 rate *= BACK
-                self._now = {n: a.copy() for n, a in best.items()}
-                self._mean = {n: a.copy() for n, a in best.items()}
-                self._moments = {}
+                self._go_back(best)
+        if self._judge(plain, known, best) > FORGOTTEN * most:
+            return Trained([], before, before, count), start
         return Trained([], before, least, count), best
+
+    def _go_back(self, weights: Mapping[str, Array]) -> None:
+        self._now = {n: a.copy() for n, a in weights.items()}
+        self._mean = {n: a.copy() for n, a in weights.items()}
+        self._moments = {}
 
     def _examination(
         self, held: Sequence[Feed], noise: Mapping[str, float]

@@ -107,6 +107,22 @@ def test_what_is_kept_is_never_farther_from_the_samples_held_out(
         assert np.array_equal(one.numpy(), other.numpy())
 
 
+def test_what_forgets_the_samples_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "STEPS", 160)
+    monkeypatch.setattr(tuning, "FAR_STEPS", 160)
+    trained, ctx = pruned(network(), "0.9", count=160)
+    monkeypatch.setattr(tuning, "FORGOTTEN", 0.0)
+    kept, _ = pruned(network(), "0.9", count=160)
+    fitted, _ = pruned(network(), "0.9,tune=no", count=160)
+    one, other, least = (m.graph.initializers["u"].const_value for m in (trained, kept, fitted))
+    assert one is not None
+    assert other is not None
+    assert least is not None
+    assert np.array_equal(other.numpy(), least.numpy())
+    assert not np.array_equal(one.numpy(), least.numpy())
+    assert "steps of training what stays" in told(ctx)
+
+
 def test_patterns_stay_patterns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "STEPS", 32)
     monkeypatch.setattr(tuning, "FAR_STEPS", 32)
