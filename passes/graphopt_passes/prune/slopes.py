@@ -281,16 +281,12 @@ def _pad(call: Call) -> Grads:
         size = x.shape[axis]
         around = (max(int(begin), 0), max(int(end), 0))
         kept = np.arange(size)[max(-int(begin), 0) : size - max(-int(end), 0)]
-        if mode == "constant":
-            source, inner = kept, slice(around[0], around[0] + len(kept))
-        else:
-            source, inner = np.pad(kept, around, mode=mode), slice(None)
-        moved = np.moveaxis(found, axis, 0)[inner]
+        moved = np.moveaxis(found, axis, 0)
         spread = np.zeros((size, *moved.shape[1:]), moved.dtype)
         if mode == "constant":
-            spread[source] = moved
+            spread[kept] = moved[around[0] : around[0] + len(kept)]
         else:
-            np.add.at(spread, source, moved)
+            np.add.at(spread, np.pad(kept, around, mode=mode), moved)
         found = np.moveaxis(spread, 0, axis)
     return call.first(found)
 

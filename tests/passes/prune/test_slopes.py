@@ -220,6 +220,12 @@ def test_old_softmax_along_the_last_axis_is_as_the_new_one(name: str) -> None:
     check_slopes(model, head, constants)
 
 
+def test_old_pads_are_attributes() -> None:
+    constants = {"w": (4, 6, 1, 1)}
+    body = "a = Conv(x, w) h = Pad<pads=[0, 0, 1, 2, 0, 1, -1, 0]>(a)"
+    check_slopes(_model(SPATIAL, body, constants, opset=10), SPATIAL, constants)
+
+
 @pytest.mark.parametrize("body", ["h = Softmax(a)", "h = Softmax<axis=1>(a)"])
 def test_old_softmax_over_several_axes_has_no_rule(body: str) -> None:
     model = _model(FLAT, f"a = MatMul(x, w) {body}", {"w": (6, 6)}, opset=12)
