@@ -12,24 +12,9 @@ import pytest
 from graphopt_passes import attention, batched_heads, heads
 
 import graphopt
+from tests.passes.test_attention_masks import GUARD, KT, QKV, ROWS
 from tests.rewriting import apply, check, make_feeds, parse, run
 
-INF, LOW = np.inf, np.finfo(np.float32).min
-QKV = "float[B,2,S,4] q, float[B,2,L,4] k, float[B,2,L,4] v"
-KT = "t = Transpose<perm=[0,1,3,2]>(k)"
-GUARD = "n = IsNaN(p) w = Where(n, zero, p) y = MatMul(w, v)"
-ROWS = [
-    [0, 0, 0, 0],
-    [0, -INF, -1e4, LOW],
-    [-INF, -INF, -INF, -INF],
-    [LOW, LOW, LOW, LOW],
-    [LOW, -INF, LOW, LOW],
-    [-1e4, -1e4, -1e4, -1e4],
-    [0.5, -2.0, 3.0, 1.0],
-    [INF, 0, 0, 0],
-    [np.nan, 0, 0, 0],
-    [-2e38, LOW, -2e38, LOW],
-]
 UNTRUSTED = pytest.mark.parametrize("target", ["cuda", "tensorrt"])
 
 
