@@ -24,12 +24,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime as ort
+from graphopt_passes.prune.clock import NODE, THOUSAND_ELEMENTS
 from onnx import numpy_helper
 
 RUNS = 300
 WITHIN = 0.01
-NODE, THOUSAND = 5.0, 0.18
-"""Microseconds of a node, and of each thousand elements that it makes, as the table of costs has them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +102,8 @@ def fixed(block: int) -> Costs:
     falls = ideal(block)
 
     def takes(layer: Layer, read: int, made: int) -> float:
-        least = min(layer.spent, NODE + THOUSAND * layer.made * layer.places / 1e3)
-        stays = min(layer.spent, NODE + THOUSAND * made * layer.places / 1e3)
+        least = min(layer.spent, NODE + THOUSAND_ELEMENTS * layer.made * layer.places / 1e3)
+        stays = min(layer.spent, NODE + THOUSAND_ELEMENTS * made * layer.places / 1e3)
         return stays + (layer.spent - least) / layer.spent * falls(layer, read, made)
 
     return takes

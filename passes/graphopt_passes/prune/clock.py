@@ -16,8 +16,8 @@ from graphopt.ir import operators, values
 from graphopt.ir.shapes import Shapes
 from graphopt_passes.prune.slim import Keep
 
-_NODE = 5.0
-_THOUSAND_ELEMENTS = 0.18
+NODE = 5.0
+THOUSAND_ELEMENTS = 0.18
 _MILLION_PRODUCTS, _MILLION_DEPTHWISE = 20.0, 43.0
 _MEGABYTE_OF_WEIGHTS = 50.0
 _VIEWS = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Constant", "Shape"})
@@ -64,7 +64,7 @@ class Clock:
         node = task.node
         made = _after(node.outputs[0], task.made, keep)
         elements = math.prod(made)
-        spent = _NODE + _THOUSAND_ELEMENTS * elements / 1e3
+        spent = NODE + THOUSAND_ELEMENTS * elements / 1e3
         if node.op_type in ("Conv", "ConvTranspose") and len(task.weight) > 2:
             spent += self._convolved(task, made, keep)
         elif node.op_type in ("Gemm", "MatMul") and task.weight:

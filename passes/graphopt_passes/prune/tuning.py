@@ -179,8 +179,6 @@ def _has_rule(node: ir.Node, opset: int) -> bool:
         return opset >= SOFTMAX_BY_AXIS or _is_of_last_axis(node)
     if node.op_type == "Slice":
         return len(node.inputs) > 2
-    if node.op_type == "Pad":
-        return len(node.inputs) > 1 or "pads" in node.attributes
     if node.op_type == "BatchNormalization":
         return len(node.outputs) == 1
     if node.op_type == "AveragePool":
