@@ -17,13 +17,13 @@ from graphopt_passes.quantize import rounding
 Array: TypeAlias = npt.NDArray[Any]
 Wide: TypeAlias = npt.NDArray[np.float64]
 
-CLIPS = {4: (0.925, 0.85, 0.775), 8: (1.004, 0.996, 0.992)}
-"""Shares of the range of a block that are tried, by bits; the one of least squared error is taken, or the whole."""
+CLIPS = {4: (1.0, 0.92, 0.84), 8: (1.0, 1.004, 0.996)}
+"""Shares of the range of a block whose codes are tried, by bits, each with the scale of least squares for its codes."""
 
-CLIPS_BOTH_ENDS = {4: (1.04, 0.95, 0.9), 8: (1.01, 1.005, 0.995)}
+CLIPS_BOTH_ENDS = {4: (1.03, 0.97, 0.91), 8: (1.0, 1.005, 1.01)}
 """The same of a range with a zero point: each end is cut; steps a little longer lie otherwise beside the weights."""
 
-CHUNK = 1 << 16
+CHUNK = 1 << 17
 """Elements that are worked on at once: they stay in the cache."""
 
 
@@ -96,7 +96,7 @@ def _nearest_blocks(rows: Array, block: int, bits: int, *, zero_points: bool) ->
     zeros = np.zeros((count, len(rows)), np.int8) if zero_points else None
     half = rows.dtype == np.float16
     many = max(CHUNK // block, 1)
-    work = np.empty(4 * block * many, np.float32)
+    work = np.empty(3 * min(block * many, columns.size), np.float32)
     # Blocks lie along the first axis, those of one row along the second.
     parted, found = (
         each.reshape(count, block, len(rows)).transpose(1, 0, 2) for each in (columns, codes)
@@ -130,11 +130,13 @@ def _nearest(
         columns = held
     steps = _one_ended(columns, low) if zeros is None else _both_ended(columns, bits, zeros)
     np.multiply(columns, 1 / steps, out=scaled)
-    flat, offset = scaled.reshape(len(scaled), -1), None
+    flat, offset = scaled.reshape(len(scaled), -1), np.zeros(1, np.float32)
     if zeros is not None:
         offset = zeros.astype(np.float32).reshape(-1)
-    clips = _best_clips(flat, offset, bits, work[2 * columns.size :])
-    scales = steps * clips.reshape(steps.shape)
+    ends = low - offset, high - offset  # of codes less zero point
+    clips = (CLIPS if zeros is None else CLIPS_BOTH_ENDS)[bits]
+    longer = _best_steps(flat, ends, clips, work[2 * columns.size :][: columns.size])
+    scales = steps * longer.reshape(steps.shape)
     if half:  # codes are those of the scale as it is stored
         stored = scales.astype(np.float16)
         scales = np.where(stored == 0, LEAST_HALF, stored.astype(np.float32))
@@ -167,41 +169,37 @@ def _both_ended(columns: Array, bits: int, zeros: Array) -> Array:
     return np.asarray(steps)
 
 
-def _best_clips(scaled: Array, zeros: Array | None, bits: int, work: Array) -> Array:
-    """The share of its range that loses the least of each column, which in steps of the whole range is `scaled`.
+def _best_steps(
+    scaled: Array, ends: tuple[Array, Array], clips: tuple[float, ...], work: Array
+) -> Array:
+    """The steps that lose the least of each column [block, columns], itself in steps of its whole range.
 
-    What a clip takes from the ends alone is known beforehand: only columns that lose more without it are tried.
+    Codes q of weights w lose the least with the step <w, q> / <q, q>: <w, w> - <w, q>^2 / <q, q> is what is left then.
     """
-    low, high = limits(bits)
-    rounded, other = work[: 2 * scaled.size].reshape(2, *scaled.shape)
-    first, last, ends = (np.array([end], np.float32) for end in (low, high, low**2))
-    if zeros is not None:
-        first, last = low - zeros, high - zeros  # of codes less zero point
-        ends = first**2 + last**2
-    np.rint(scaled, out=rounded)
-    np.minimum(rounded, last, out=rounded)
-    if zeros is not None:
-        np.maximum(rounded, first, out=rounded)
-    np.subtract(rounded, scaled, out=rounded)
-    best = np.einsum("kb,kb->b", rounded, rounded)
-    chosen: Array = np.ones_like(best)
-    for clip in (CLIPS if zeros is None else CLIPS_BOTH_ENDS)[bits]:
-        near = np.flatnonzero(best > ends * np.float32((1 - clip) ** 2))
-        every = 2 * len(near) > len(best)
-        kept = slice(None) if every else near
-        part = scaled if every else scaled[:, near]
-        shrunk, found = other[:, : part.shape[1]], rounded[:, : part.shape[1]]
-        np.multiply(part, np.float32(1 / clip), out=shrunk)
-        np.rint(shrunk, out=found)
-        if clip < 1 or zeros is None:  # longer steps leave nothing outside two ends
-            np.minimum(found, last if zeros is None else last[kept], out=found)
-            np.maximum(found, first if zeros is None else first[kept], out=found)
-        np.subtract(found, shrunk, out=found)
-        error = np.einsum("kb,kb->b", found, found) * np.float32(clip**2)
-        better = error < best[kept]
-        best[kept] = np.where(better, error, best[kept])
-        chosen[kept] = np.where(better, np.float32(clip), chosen[kept])
+    codes, (first, last) = work.reshape(scaled.shape), ends
+    kept = np.zeros(scaled.shape[1], np.float32)
+    chosen: Array = np.ones_like(kept)
+    for clip in clips:
+        shrunk = scaled if clip == 1 else np.multiply(scaled, np.float32(1 / clip), out=codes)
+        np.rint(shrunk, out=codes)
+        if clip <= 1:  # longer steps leave nothing outside
+            _clip(codes, first, last)
+        along = np.einsum("kb,kb->b", scaled, codes)
+        power = np.maximum(np.einsum("kb,kb->b", codes, codes), 1)  # whole numbers; 0 of zeros
+        explained = along**2 / power
+        better = explained > kept
+        np.copyto(kept, explained, where=better)
+        np.copyto(chosen, along / power, where=better)
     return chosen
+
+
+def _clip(codes: Array, first: Array, last: Array) -> None:
+    """Puts what lies outside at the ends."""
+    if first.size == 1:
+        np.clip(codes, first.item(), last.item(), out=codes)  # one pass
+    else:
+        np.minimum(codes, last, out=codes)
+        np.maximum(codes, first, out=codes)
 
 
 def _by_moments(rows: Array, made: Encoded, moments: rounding.Moments, bits: int) -> Encoded:

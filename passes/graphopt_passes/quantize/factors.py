@@ -110,9 +110,12 @@ def _bias(node: ir.Node) -> ir.Value | None:
     return node.inputs[2] if has_one else None
 
 
-def is_finite(factor: Factor) -> bool:
-    """Whether all of the weight is numbers: no scale holds others."""
+def broken(factor: Factor) -> str:
+    """Why no scale holds the weight; empty where one does."""
     matrix = factor.matrix
+    if not matrix.any():
+        return "its weight is 0 throughout: its outputs are exact, in integers only nearly"
     laid = matrix.T if factor.turned else matrix
     rows = max((1 << 18) // max(laid.shape[-1], 1), 1)
-    return all(bool(np.isfinite(laid[i : i + rows]).all()) for i in range(0, len(laid), rows))
+    whole = all(bool(np.isfinite(laid[i : i + rows]).all()) for i in range(0, len(laid), rows))
+    return "" if whole else "its weight holds NaN or infinities"

@@ -30,7 +30,7 @@ from graphopt.verify.budget import budget_for
 from graphopt.verify.feed_files import Feed
 from graphopt.verify.feeds import find_feeds
 from graphopt_passes.quantize.certificate import Judgement
-from graphopt_passes.quantize.factors import factor_of, is_finite, why_not
+from graphopt_passes.quantize.factors import broken, factor_of, why_not
 from graphopt_passes.quantize.files import on_disk
 from graphopt_passes.quantize.overrides import check_patterns, names_of
 from graphopt_passes.quantize.quality import LEAST_SQNR_DB
@@ -83,7 +83,7 @@ class QuantizeDynamic:
             return _decline(ctx, "DynamicQuantizeLinear came with opset 11: export the model anew")
         rules = _rules(self.skip_nodes, (), model, ctx)
         nodes = [node for node in everywhere(model) if not _said(rules, node).exclude]
-        sites = products_of(_finite(nodes, self.least, FLOATS, ctx), self.least)
+        sites = products_of(_sound(nodes, self.least, FLOATS, ctx), self.least)
         return _run(model, ctx, Precision.INT8_DYNAMIC, self, write_dynamic, sites)
 
 
@@ -137,7 +137,7 @@ class QuantizeWeights:
         rules = _rules(self.skip_nodes, self.overrides, model, ctx)
         said = {name_of(node): _said(rules, node) for node in everywhere(model)}
         allowed = [node for node in everywhere(model) if not said[name_of(node)].exclude]
-        nodes = _finite(allowed, self.least, HALVES, ctx)
+        nodes = _sound(allowed, self.least, HALVES, ctx)
         blocks_of = {name: given.block or self.block for name, given in said.items()}
         tables = self._tables(nodes, blocks_of, model, ctx)
         sites = products_of(nodes, self.least, HALVES) | tables
@@ -353,15 +353,15 @@ def _is_matrix_product(node: ir.Node, least: int, dtypes: Collection[ir.DataType
     return why_not(node, least, dtypes) is None
 
 
-def _finite(
+def _sound(
     nodes: Iterable[ir.Node], least: int, dtypes: Collection[ir.DataType], ctx: Context
 ) -> list[ir.Node]:
-    """The nodes whose weights hold numbers; says of the other products with large weights why they stay float."""
+    """The nodes whose weights a scale can hold; says of the other products with large weights why they stay float."""
     kept = []
     for node in nodes:
         reason, factor = why_not(node, least, dtypes), factor_of(node)
-        if reason is None and factor is not None and not is_finite(factor):
-            reason = "its weight holds NaN or infinities"
+        if reason is None and factor is not None:
+            reason = broken(factor)
         if not reason:
             kept.append(node)
         else:

@@ -136,3 +136,14 @@ def test_weights_that_are_no_numbers_stay_float(
     ctx = context(model)
     assert not each.run(model, ctx)
     assert any("NaN or infinities" in told.reason for told in ctx.remarks)
+
+
+@pytest.mark.parametrize("each", [QuantizeDynamic(least=1), QuantizeWeights(least=1)])
+def test_weights_of_zeros_stay_float(each: QuantizeDynamic | QuantizeWeights) -> None:
+    proto = product("MatMul(x, w)", "float[96,160] w")
+    zeros = np.zeros((96, 160), np.float32)
+    proto.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(zeros, "w"))
+    model = load_model(proto)
+    ctx = context(model)
+    assert not each.run(model, ctx)
+    assert any("its weight is 0 throughout" in told.reason for told in ctx.remarks)

@@ -276,7 +276,7 @@ def test_names_that_two_branches_share_are_left_alone() -> None:
     assert not QuantizeDynamic(least=1).run(model, context(model))
 
 
-@pytest.mark.parametrize(("bits", "gain"), [(4, 1.05), (8, 1.02)])
+@pytest.mark.parametrize(("bits", "gain"), [(4, 1.08), (8, 1.09)])
 def test_clips_lose_less_than_the_whole_range(bits: int, gain: float) -> None:
     rows = np.random.default_rng(3).normal(size=(64, 256)).astype(np.float32)
     made = blocks.encode(rows, 32, bits)
