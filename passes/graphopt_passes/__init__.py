@@ -132,7 +132,7 @@ LIFT_FOR_HALF: Mapping[str, LiftOpset] = {
     for half, dtype in (("fp16", ir.DataType.FLOAT16), ("bf16", ir.DataType.BFLOAT16))
 }
 LIFT_FOR_INT8 = LiftOpset(
-    "lift-opset-int8", wishes=lambda _model, _ctx: (13,), use="run on integers"
+    "lift-opset-int8", wishes=lambda _model, _ctx: (13,), use="run on integers", needed=True
 )
 LIFT_FOR_FP8 = LiftOpset("lift-opset-fp8", wishes=lambda _model, _ctx: (19,), use="compute in fp8")
 FUSE_RESIDUALS = RewritePass("fuse-residuals", (*embedding.RULES, *residuals.RULES))
@@ -333,6 +333,7 @@ _PLAIN: Mapping[tuple[str, str], Callable[[], tuple[Step, ...]]] = {
     ("tensorrt", "fp8"): lambda: (*_FP32, LIFT_FOR_FP8, precision.QuantizeFp8(), RemoveDeadCode()),
     ("cpu", "int8"): lambda: _trained(static.QuantizeStatic()),
     ("tensorrt", "int8"): lambda: _trained(static.QuantizeStatic("tensorrt")),
+    ("portable", "int8"): lambda: _trained(static.QuantizeStatic()),
     ("cpu", "int8-dynamic"): lambda: _quantized(weight_only.QuantizeDynamic()),
     ("cpu", "int4-weights"): lambda: _quantized(weight_only.QuantizeWeights()),
     ("cuda", "int4-weights"): lambda: _quantized(weight_only.QuantizeWeights()),

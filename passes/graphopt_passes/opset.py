@@ -44,6 +44,7 @@ class LiftOpset:
         wishes: opsets that somebody else has a use for, asked of the model; None for none.
         use: what a newer opset would let more nodes do, in words.
         later: rules that run afterwards, and may replace what has no kernel.
+        needed: whether what was asked for cannot be had otherwise: then targets are raised, too, that leave opsets be.
     """
 
     name: str = "lift-opset"
@@ -51,6 +52,7 @@ class LiftOpset:
     wishes: Callable[[ir.Model, Context], Iterable[int]] | None = None
     use: str = "fuse"
     later: tuple[Rule, ...] = ()
+    needed: bool = False
 
     @property
     def numerics(self) -> Numerics:
@@ -60,7 +62,7 @@ class LiftOpset:
     def run(self, model: ir.Model, ctx: Context) -> bool:
         """Rewrites `model`; returns whether anything changed."""
         opset = model.opset_imports.get("", 0)
-        if not ctx.target.raises_opset or not opset or model.functions:
+        if not (ctx.target.raises_opset or self.needed) or not opset or model.functions:
             return False
         declined: list[Remark] = []
         for wanted in self._asked(model, ctx, declined):

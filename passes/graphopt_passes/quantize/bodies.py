@@ -92,7 +92,8 @@ def kept(
     """Those choices with which, one after another, the whole model stays within the budget."""
     if not choices:
         return []
-    judge = Judgement(model, samples.first(JUDGED_BODIES))
+    stated = ctx.target.provider != "CPUExecutionProvider"
+    judge = Judgement(model, samples.first(JUDGED_BODIES), stated=stated)
     budget = budget_for(Precision.INT8, ctx.options.budget)
     assert budget is not None
     found: list[Choice] = []

@@ -63,7 +63,11 @@ class Judgement:
         feeds: Sequence[Feed],
         threads: int = 1,
         further: Iterable[Feed] = (),
+        *,
+        stated: bool = False,
     ) -> None:
+        """`stated`: by what Q and DQ say, for a runtime that does not run here; else as this one deploys it."""
+        self.level = OptimizationLevel.DISABLED if stated else OptimizationLevel.ALL
         self.feeds = tuple(feeds)
         self.threads = threads
         self.model = model
@@ -84,7 +88,7 @@ class Judgement:
 
     def accuracy(self, model: ir.Model, budget: Budget) -> Quality:
         """How far `model`, as deployed, is from float on the samples."""
-        session = self._session(model)
+        session = self._session(model, self.level)
         profile = comparison.profile_for(Numerics.LOSSY, budget=budget)
         passed = True
         sums: dict[str, list[float]] = {}
@@ -128,7 +132,7 @@ class Judgement:
 
         Of leads, the square of what they are off by on average: one sample far off is one change of class.
         """
-        session = self._session(model)
+        session = self._session(model, self.level)
         feeds, outputs = (*self.feeds, *self.others), (*self.outputs, *self.further)
         found = [session.run(feed.values) for feed in feeds[:count]]
         worst = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -15,7 +16,8 @@ from graphopt.rewrite import name_of
 from graphopt_passes.quantize import weights
 from graphopt_passes.quantize.coded import pack_as
 from graphopt_passes.quantize.facts import Facts, Layer
-from graphopt_passes.quantize.kinds import BYTES, INTEGERS, MICROSOFT, domain_of, least_ir_version
+from graphopt_passes.quantize.kinds import BYTES, INTEGERS, domain_of, least_ir_version
+from graphopt_passes.quantize.overrides import Override
 from graphopt_passes.quantize.placement import (
     ABSORBED,
     Allow,
@@ -27,6 +29,8 @@ from graphopt_passes.quantize.placement import (
 )
 from graphopt_passes.quantize.reading import bias_behind, rows_of, shape_of, unrows
 from graphopt_passes.quantize.shield import maxed, shield
+from graphopt_passes.quantize.styles import MICROSOFT
+from graphopt_passes.quantize.unify import unify_joined, unify_operands
 
 
 def quantize(
@@ -67,18 +71,19 @@ class _Emitter:
         if not self.sites:
             return []
         identities = [] if self.style.stores_outputs else residual_inputs(self.graph, self.sites)
-        self._decide()
+        self._decide(identities)
         for site in self.sites.values():
             self._rewrite(site)
         for node, index in identities:
             self._replace(node, index)
-        shielded = self.style.stores_outputs and shield(self.graph, self.names)
+        contrib = self.style.contrib
+        shielded = self.style.stores_outputs and shield(self.graph, self.names, contrib=contrib)
         if shielded or any(domain_of(kind, self.opset) for kind in self.kinds):
             self.model.opset_imports.setdefault(MICROSOFT, 1)
         self.model.ir_version = max(self.model.ir_version, least_ir_version(self.kinds))
         return self.layers
 
-    def _decide(self) -> None:
+    def _decide(self, identities: Sequence[tuple[ir.Node, int]]) -> None:
         """Parameters of every quantised value; values that only move share one."""
         narrow = self._seven_bits() if self.style.saturates else frozenset()
         for site in self.sites.values():
@@ -92,7 +97,17 @@ class _Emitter:
                 self.observed[site.result] = site.result.name or ""
             else:
                 self._choose(site.result, narrow)
-        self._unify()
+        for node, index in identities:
+            self._choose(_operand(node, index), narrow)
+        if self.style.stores_outputs:
+            unify_operands(self.sites, self.parameters)
+        else:
+            said = self.facts.said
+            free = {
+                v: p for v, p in self.parameters.items() if said(self.observed[v]) == Override()
+            }
+            unify_joined(self.graph, free)
+            self.parameters.update(free)
 
     def _kind(self, value: ir.Value) -> ir.DataType:
         return self.facts.kind(self.observed.get(value, value.name or ""))
@@ -123,23 +138,6 @@ class _Emitter:
             self.observed[value] = value.name or ""
             chosen = self.facts.choice(self.observed[value], 7 if value in narrow else None)
             self.parameters[value], self.methods[value] = chosen.parameters, chosen
-
-    def _unify(self) -> None:
-        """Operands of a Concat take its scale where nobody else reads them and no Relu hangs on their zero point."""
-        for site in self.sites.values():
-            if site.role is not Role.CONCAT:
-                continue
-            shared = self.parameters[site.result]
-            first = shared.format.codes[0]
-            for index in site.activations:
-                value = _input(site, index)
-                maker = next((s for s in self.sites.values() if s.result is value), None)
-                if maker is None or maker.role is Role.MOVE or len(value.uses()) > 1:
-                    continue
-                if self.parameters[value].format.dtype is not shared.format.dtype:
-                    continue
-                if maker.absorbed is None or shared.zero_point == first:
-                    self.parameters[value] = shared
 
     def _seven_bits(self) -> frozenset[ir.Value]:
         """Activations to store in 7 bits, because that costs less than coarser weights in all their products."""
@@ -209,7 +207,6 @@ class _Emitter:
             node.replace_input_with(index, self._narrowed(value))
             return
         if value not in self.decoded:
-            self._choose(value, frozenset())
             self._quantise(value, after=None)
         node.replace_input_with(index, self.decoded[value])
 
@@ -495,6 +492,10 @@ class _Emitter:
 
 
 def _input(site: Site, index: int) -> ir.Value:
-    value = site.node.inputs[index]
+    return _operand(site.node, index)
+
+
+def _operand(node: ir.Node, index: int) -> ir.Value:
+    value = node.inputs[index]
     assert value is not None
     return value

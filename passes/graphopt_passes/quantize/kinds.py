@@ -12,9 +12,7 @@ import onnx_ir as ir
 
 from graphopt.errors import OptionError
 from graphopt.targets import Target
-from graphopt_passes.quantize.styles import Style
-
-MICROSOFT = "com.microsoft"
+from graphopt_passes.quantize.styles import MICROSOFT, Style
 
 _FLOATS = {
     "float8e4m3fn": ir.DataType.FLOAT8E4M3FN,
@@ -147,15 +145,20 @@ def named(text: str, known: dict[str, ir.DataType], what: str) -> ir.DataType:
     return known[text]
 
 
-def least_opset(kinds: set[ir.DataType]) -> int:
-    """The opset that types need in any domain; 0 for none."""
-    return max((_SINCE.get(kind, 0) for kind in kinds), default=0)
+def least_opset(kinds: set[ir.DataType], *, contrib: bool = True) -> int:
+    """The opset that types need, in ai.onnx alone or in com.microsoft too; 0 for any."""
+    needed = _SINCE.get if contrib else _standard_since
+    return max((needed(kind, 0) for kind in kinds), default=0)
+
+
+def _standard_since(kind: ir.DataType, _default: int = 0) -> int:
+    """The opset from which on ai.onnx has Q and DQ of a type, by channel too."""
+    return _SINCE.get(kind, 13 if kind in BYTES or kind is ir.DataType.INT32 else 21)
 
 
 def domain_of(kind: ir.DataType, opset: int) -> str:
     """The domain whose Q and DQ have a type at an opset of ai.onnx."""
-    since = _SINCE.get(kind, 13 if kind in BYTES or kind is ir.DataType.INT32 else 21)
-    return "" if opset >= since else MICROSOFT
+    return "" if opset >= _standard_since(kind) else MICROSOFT
 
 
 def least_ir_version(kinds: set[ir.DataType]) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import onnx_ir as ir
 
@@ -229,11 +229,18 @@ def candidates(graph: ir.Graph, style: Style, allow: Allow) -> tuple[str, ...]:
             found[value.name or ""] = None
         if site.stores:
             found[site.result.name or ""] = None
-    for node, index in [] if style.stores_outputs else residual_inputs(graph, sites):
-        value = node.inputs[index]
-        assert value is not None
+    for value in () if style.stores_outputs else _summands(graph, sites):
         found[value.name or ""] = None
     return tuple(found)
+
+
+def _summands(graph: ir.Graph, sites: dict[ir.Node, Site]) -> Iterator[ir.Value]:
+    """What may be the identity of a residual sum: either operand, by which convolutions stay float in the end."""
+    for node in graph:
+        if node.op_type == "Add" and not node.domain:
+            operands = [v for v in node.inputs if v is not None and not values.is_constant(v)]
+            if len(operands) > 1 and any(_ends_in_conv(each, sites) for each in operands):
+                yield from operands
 
 
 def _ends_in_conv(value: ir.Value | None, sites: dict[ir.Node, Site]) -> bool:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from graphopt.rewrite import RemarkKind, name_of
+from graphopt_passes.quantize.narrow import why_narrow
 from graphopt_passes.quantize.placement import is_product
 from graphopt_passes.quantize.settle import fuse, settle
 from graphopt_passes.quantize.trials import GAIN, PROBE_NS, RULE, Trial, Trials
@@ -33,8 +34,6 @@ class Search:
 
     def best(self, allowed: frozenset[str]) -> Trial:
         """The choice to apply; one without sites where float is better."""
-        if self.trials.judge is None:
-            return Trial(self.trials.all_sites(allowed))
         fused = fuse(self.trials, allowed)
         if not self._choices(fused):
             self._say_too_little(fused)
@@ -44,7 +43,7 @@ class Search:
         for trial in self._acceptable(fused):
             if self._is_worth(trial.sites):
                 self._explain(trial, fused)
-                ratio = self.trials.ratio(trial.sites)
+                ratio = self.trials.ratio(trial.sites) if self.trials.on_host else 0.0
                 return dataclasses.replace(
                     trial,
                     ratio=ratio,
@@ -57,7 +56,7 @@ class Search:
 
     def _is_worth(self, sites: frozenset[str]) -> bool:
         """Whether what is gained is worth other numbers, by the table and then by the clock; with --force it is."""
-        if self.ctx.options.force:
+        if self.ctx.options.force or not self.trials.on_host:
             return True
         told = f"{self.trials.predicted(sites):.2f}x by the table of kernel times"
         if not self._pays(sites):
@@ -81,7 +80,7 @@ class Search:
         Not where the user said what is enough, nor where there is next to no noise, nor where it would take long.
         """
         options = self.ctx.options
-        if options.force or options.budget is not None:
+        if options.force or options.budget is not None or not self.trials.on_host:
             return [trial]
         if 2 * EASED * self.trials.made_ns > PROBE_NS:
             return [trial]
@@ -127,6 +126,8 @@ class Search:
         """What to try, the fastest by the table first; everything with --force."""
         if self.ctx.options.force:
             return [fused] if fused else []
+        if not self.trials.on_host:
+            return [wide] if (wide := self._cheapest(fused)) else []
         products = [n for n in self.trials.whole if is_product(n)]
         dense = frozenset(name_of(n) for n in products if n.op_type != "Conv")
         alone = frozenset(name_of(n) for n in products) | self.trials.mixed.layers
@@ -140,7 +141,9 @@ class Search:
         return self.trials.predicted(sites) >= GAIN
 
     def _cheapest(self, sites: frozenset[str]) -> frozenset[str]:
-        """The sites without those whose integer kernels lose time, by the table."""
+        """The sites without those whose integer kernels lose time, by the table; of other runtimes the too narrow."""
+        if not self.trials.on_host:
+            return self.trials.all_sites(sites - self._narrow(sites).keys())
         placed = self.trials.placed(sites)
         best = self.costs.gain(placed, self.trials.whole)
         order = sorted(placed, key=lambda n: self.costs.gain({n: placed[n]}, self.trials.whole))
@@ -153,25 +156,35 @@ class Search:
                 sites, best = rest, gain
         return sites
 
+    def _narrow(self, sites: frozenset[str]) -> dict[str, str]:
+        """Those whose kernels gain nothing in integers on a runtime that cannot be timed here, and why."""
+        least = self.trials.style.least_channels
+        found = {name_of(node): why_narrow(node, least) for node in self.trials.placed(sites)}
+        return {name: why for name, why in found.items() if why}
+
     def _explain(self, best: Trial, wanted: frozenset[str]) -> None:
         """Says what stays float, and why."""
         paying = wanted if self.ctx.options.force else self._cheapest(wanted)
+        narrow = {} if self.trials.on_host else self._narrow(wanted)
         for name in sorted(wanted - best.sites):
             if name in paying:
-                self.ctx.missed(
-                    RULE, name, "stays float: accuracy; it adds more noise than it saves time"
-                )
+                why = "than it saves time" if self.trials.on_host else "than the budget allows"
+                self.ctx.missed(RULE, name, f"stays float: accuracy; it adds more noise {why}")
             else:
-                self.ctx.missed(
-                    RULE,
-                    name,
-                    "stays float: speed; in 8 bits it would take longer on this processor",
-                )
+                why = narrow.get(name, "in 8 bits it would take longer on this processor")
+                self.ctx.missed(RULE, name, f"stays float: speed; {why}")
 
     def _say_too_little(self, fused: frozenset[str]) -> None:
         """Says that no choice promises enough."""
         if not fused:
             self.trials.say("stays float: the runtime fuses none of its layers in 8 bits")
+            return
+        if not self.trials.on_host:
+            why = next(iter(self._narrow(fused).values()))
+            self.trials.say(
+                f"stays float: no layer is of a size that runs faster in 8 bits there ({why}); --force emits it all "
+                "the same"
+            )
             return
         best = self.trials.predicted(self._cheapest(fused))
         if best <= 1:
@@ -186,12 +199,13 @@ class Search:
 
     def _say_why_not(self, fused: frozenset[str]) -> None:
         fastest = fused if self.ctx.options.force else self._cheapest(fused)
-        found, ratio = self.trials.judged(fastest), self.trials.ratio(fastest)
-        predicted = self.trials.predicted(fastest)
+        found, asked = self.trials.judged(fastest), self.trials.on_host
+        ratio = self.trials.ratio(fastest) if asked else math.inf
         if not self.ctx.options.force and ratio < GAIN:
             self.trials.say(
                 f"stays float: quantised it would run at {ratio:.2f}x the speed of float here by the clock "
-                f"({predicted:.2f}x by the table), and other numbers are for {GAIN}x or more; --force emits it"
+                f"({self.trials.predicted(fastest):.2f}x by the table), and other numbers are for {GAIN}x or more; "
+                "--force emits it"
             )
             return
         assert found.quality is not None
@@ -204,11 +218,16 @@ class Search:
         told = (
             "" if change is None else f" and {change.flips:.1%} of the samples with another class"
         )
+        told = f"{found.quality.sqnr_db:.1f} dB{told}: relax it with --budget sqnr>={found.quality.sqnr_db - 0.5:.0f}"
+        if not asked:
+            self.trials.say(
+                f"stays float: no choice of layers is within the budget; all of them together would be at {told}"
+            )
+            return
         within = f"what it allows is {self.refused[0]}" if self.refused else "it allows none"
         self.trials.say(
             f"stays float: no choice of layers within the budget is {GAIN}x as fast as float ({within}; --force emits "
-            f"that); all that pay would be {ratio:.2f}x as fast by the clock at {found.quality.sqnr_db:.1f} dB{told}: "
-            f"relax it with --budget sqnr>={found.quality.sqnr_db - 0.5:.0f}"
+            f"that); all that pay would be {ratio:.2f}x as fast by the clock at {told}"
         )
 
     def _within_budget(self, sites: frozenset[str]) -> Trial:

@@ -92,7 +92,7 @@ def _settle_width(trials: Trials, allowed: frozenset[str]) -> None:
 
     The worst case of every layer could saturate; real activations seldom meet it, and the guard costs up to a bit.
     """
-    if not trials.style.saturates or not host_saturates():
+    if not trials.style.saturates or not trials.on_host or not host_saturates():
         return  # a machine that does not saturate cannot tell what happens on one that does
     full = dataclasses.replace(trials.style, name=f"{trials.style.name} full", saturates=False)
     facts = dataclasses.replace(trials.facts, style=full)
@@ -110,7 +110,6 @@ def _settle_width(trials: Trials, allowed: frozenset[str]) -> None:
 
 def _saturation(trials: Trials, facts: Facts, allowed: frozenset[str]) -> tuple[float, float]:
     """How far the kernels agree with Q and DQ, and the signal to noise, in dB, of weights at full range."""
-    assert trials.judge is not None
     assert trials.budget is not None
     key = f"agreement:{trials.key}"
     if key not in trials.ctx.cache:
@@ -259,8 +258,9 @@ def _settle_channels(trials: Trials, fused: frozenset[str]) -> bool:
 
 def _settle_inlets(trials: Trials, fused: frozenset[str], ranges: Ranges) -> None:
     """Multiplies channels in front of products where nothing before could carry the factors, and noise is too much."""
-    enough = trials.is_enough(trials.judged(fused))
-    if enough or trials.overrides.method is not Method.BEST:
+    if trials.overrides.method is not Method.BEST or not trials.on_host:
+        return  # what a factor takes, only a table of times can tell
+    if trials.is_enough(trials.judged(fused)):
         return
     plain, facts, key = _merit(trials, fused), trials.facts, trials.key
     found = inlets.plan(trials.whole, facts.statistics, Names.of(trials.bare))

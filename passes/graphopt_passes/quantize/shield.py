@@ -6,7 +6,7 @@ its accuracy would be the worst one of all.
 
 Before:  DQ -> Conv(x, w, b) -> Relu -> Q
 After:   DQ -> com.microsoft FusedConv(x, w, b) -> Relu -> Q      the same kernel, unknown to that rewrite
-         DQ -> Max(x) -> Gemm, ConvTranspose: FusedGemm wants an activation
+         DQ -> Max(x) -> Gemm, ConvTranspose: FusedGemm wants an activation; Conv too in standard operators
 
 Source: ONNX Runtime 1.31.1, weight_bias_quantization.cc; read back from optimised graphs.
 """
@@ -17,17 +17,20 @@ import onnx_ir as ir
 
 from graphopt.ir.build import Names
 from graphopt_passes.quantize.fusion import DECODE, ENCODE
-from graphopt_passes.quantize.kinds import MICROSOFT
 from graphopt_passes.quantize.placement import ABSORBED
+from graphopt_passes.quantize.styles import MICROSOFT
 
 _QUANTISED = ("Conv", "ConvTranspose", "Gemm")
 
 
-def shield(graph: ir.Graph, names: Names) -> bool:
-    """Writes what the runtime would quantise by itself so that it does not; returns whether there was any."""
+def shield(graph: ir.Graph, names: Names, *, contrib: bool = True) -> bool:
+    """Writes what the runtime would quantise by itself so that it does not; returns whether com.microsoft is used.
+
+    Without `contrib` in standard operators, for readers that may be another runtime.
+    """
     found = [node for node in graph if _is_float_between(node)]
     for node in found:
-        if node.op_type == "Conv":
+        if node.op_type == "Conv" and contrib:
             node.domain, node.op_type = MICROSOFT, "FusedConv"
         else:
             assert node.inputs[0] is not None

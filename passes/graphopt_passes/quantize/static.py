@@ -34,7 +34,7 @@ from graphopt_passes.quantize.overrides import (
 )
 from graphopt_passes.quantize.placement import QUANTISED, is_product
 from graphopt_passes.quantize.search import Search
-from graphopt_passes.quantize.styles import Style, style_named, style_of
+from graphopt_passes.quantize.styles import MICROSOFT, Style, style_for, style_named
 from graphopt_passes.quantize.telling import Floats, facts, summary, tell_ignored, told
 from graphopt_passes.quantize.trials import RULE, Collecting, Trial, Trials
 
@@ -193,11 +193,19 @@ def _style(given: str, model: ir.Model, ctx: Context) -> Style:
     """The style asked for, else that of the target.
 
     Raises:
-        OptionError: there is none of this name, or it has zero points and int32 biases, and the target takes neither.
+        OptionError: there is none of this name, or the target has no kernels for it: it takes no activations in
+            integers, no zero points and int32 biases, or no com.microsoft.
     """
-    symmetric = ctx.target.qdq is not None and not ctx.target.qdq.zero_points
-    style = style_named(given or ("tensorrt" if symmetric else style_of(ctx.target.architecture)))
-    if symmetric and style.zero_points:
+    target = ctx.target
+    if target.qdq is not None and not target.qdq.activations:
+        raise OptionError(
+            f"the target '{target.name}' has no integer kernels for Q and DQ around activations: store weights in 8 "
+            "bits alone (--precision int8 does so there), or choose another target"
+        )
+    style = style_named(given) if given else style_for(target)
+    if style.contrib and not target.has_domain(MICROSOFT):
+        style = dataclasses.replace(style, contrib=False, least_opset=13)
+    if not style_for(target).zero_points and style.zero_points:
         site = next((name_of(node) for node in model.graph if is_product(node)), "")
         raise OptionError(
             f"style '{style.name}' gives '{site}' inputs with zero points and an int32 bias, and the target "
@@ -217,7 +225,8 @@ def _least(style: Style, overrides: Overrides) -> int:
     kinds = {style.activation, style.weight}
     for _, said in overrides.rules:
         kinds |= {kind for kind in (said.dtype, said.weight) if kind is not None}
-    return max(10 if style.contrib else style.least_opset, least_opset(kinds))
+    least = 10 if style.contrib else style.least_opset
+    return max(least, least_opset(kinds, contrib=style.contrib))
 
 
 def _lifted(model: ir.Model, wanted: int, ctx: Context) -> bool:

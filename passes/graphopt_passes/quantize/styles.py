@@ -11,6 +11,9 @@ import dataclasses
 import onnx_ir as ir
 
 from graphopt.errors import OptionError
+from graphopt.targets import Target
+
+MICROSOFT = "com.microsoft"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +28,13 @@ class Style:
         integer_bias: whether biases are stored as int32.
         saturates: whether products of unsigned and signed bytes are added in pairs in 16 bits, saturating (x86 without
             VNNI).
-        contrib: whether com.microsoft Q/DQ serve below opset 13, where ai.onnx has no axis.
+        contrib: whether the runtime has com.microsoft: Q/DQ serve below opset 13, where ai.onnx has no axis.
         least_opset: below it the runtime's integer kernels cannot be named.
         weight: element type of weights.
         symmetric_weights: whether weights are stored without zero points.
         zero_points: whether the runtime takes any.
+        least_channels: channels from which on products run faster in integers; 0 where a table of times decides, or
+            nobody knows.
     """
 
     name: str
@@ -43,6 +48,7 @@ class Style:
     weight: ir.DataType = ir.DataType.INT8
     symmetric_weights: bool = True
     zero_points: bool = True
+    least_channels: int = 0
 
 
 _X86 = Style("x86-avx2", ir.DataType.UINT8, False, True, True, True, True, 10)
@@ -53,8 +59,19 @@ STYLES = {
         dataclasses.replace(_X86, name="x86-vnni", saturates=False),
         dataclasses.replace(_X86, name="arm", activation=ir.DataType.INT8, saturates=False),
         Style(
-            "tensorrt", ir.DataType.INT8, True, False, False, False, False, 13, zero_points=False
+            "tensorrt",
+            ir.DataType.INT8,
+            True,
+            False,
+            False,
+            False,
+            False,
+            13,
+            zero_points=False,
+            least_channels=16,
         ),
+        # Whoever reads it may have processors of either kind: the same numbers on both.
+        dataclasses.replace(_X86, name="portable", contrib=False, least_opset=13),
     )
 }
 
@@ -71,6 +88,21 @@ def style_named(name: str) -> Style:
 
 
 _BY_ARCHITECTURE = {"x86-vnni": "x86-vnni", "x86-amx": "x86-vnni", "arm64": "arm"}
+
+
+def style_for(target: Target) -> Style:
+    """The style for a target, by what its data say."""
+    qdq = target.qdq
+    if qdq is not None and not qdq.zero_points:
+        return STYLES["tensorrt"]
+    if target.has_domain(MICROSOFT):
+        return STYLES[style_of(target.architecture)]
+    kind = ir.DataType[qdq.activations] if qdq is not None and qdq.activations else None
+    return (
+        STYLES["portable"]
+        if kind is None
+        else dataclasses.replace(STYLES["portable"], activation=kind)
+    )
 
 
 def style_of(architecture: str) -> str:

@@ -113,6 +113,9 @@ def _stored_kinds(model: ir.Model) -> tuple[Named, Named]:
 _NO_KERNEL = "no integer kernel takes it: weight and bias must be constant float32, Gemm without alpha, beta, transA"
 
 
+NOT_TIMED = "not timed, the runtime is not this machine's; by what Q and DQ say"
+
+
 def summary(best: Trial) -> str:
     """How fast and how good the choice is."""
     assert best.quality is not None
@@ -122,7 +125,8 @@ def summary(best: Trial) -> str:
         if best.is_timed
         else "by the table of kernel times, this being another processor"
     )
-    told = f"{best.ratio:.2f}x the speed of float {by}; worst output {best.quality.sqnr_db:.1f} dB"
+    speed = f"{best.ratio:.2f}x the speed of float {by}" if best.ratio else NOT_TIMED
+    told = f"{speed}; worst output {best.quality.sqnr_db:.1f} dB"
     if change is not None:
         told += f", {change.flips:.2%} of the samples expected to change class, {change.loss:.2%} to be lost by it"
     return told if metric is None else f"{told}, the given metric {metric:.4g}"

@@ -131,17 +131,15 @@ class Trials:
         samples = by_row(lambda: on_disk(model), samples)
         # Judged on what ranges were not taken from, where there is enough: what fits the samples only is no gain.
         enough = len(samples.first(ENOUGH)) == ENOUGH
-        parted = enough and self.on_host and how.file is None
+        parted = enough and how.file is None
         self.parts = samples.parted(HELD_OUT) if parted else (samples,)
         self.file, self.workers = how.file, how.workers
         self.mixed = mixed_of(model.graph, style, overrides, model.opset_imports.get("", 0))
         self.facts = Facts(style, self.statistics(model, self.key, 0), overrides, self.mixed)
         self.budget = budget_for(Precision.INT8, ctx.options.budget)
-        self.judge: Judgement | None = None
-        if self.on_host:
-            further = self.parts[0].first(MARGINS) if enough else []
-            judged = samples if self._has_metric else self.parts[-1]
-            self.judge = Judgement(model, judged.first(JUDGED), further=further)
+        further = self.parts[0].first(MARGINS) if enough else []
+        judged = (samples if self._has_metric else self.parts[-1]).first(JUDGED)
+        self.judge = Judgement(model, judged, further=further, stated=not self.on_host)
         self.costs = self.costs_of(self.facts)
         self.whole: dict[ir.Node, Site] = {}
 
@@ -157,7 +155,7 @@ class Trials:
 
     @property
     def on_host(self) -> bool:
-        """Whether the target's runtime is the one that runs here."""
+        """Whether the target's runtime is the one that runs here; of another, neither clock nor table knows a time."""
         return self.ctx.target.provider == "CPUExecutionProvider"
 
     @property
@@ -257,8 +255,13 @@ class Trials:
         return clone, layers
 
     def fused(self, allowed: frozenset[str]) -> frozenset[str]:
-        """The sites that the runtime fuses; others are taken out until none is left over."""
+        """The sites that the runtime fuses; others are taken out until none is left over.
+
+        For a runtime that does not run here, where it is laid out as for the one that does: fused by one at least.
+        """
         sites = self.all_sites(allowed)
+        if not self.style.stores_outputs:
+            return sites
         key = f"fused:{self.key}:{_digest(sites)}"
         if key in self.ctx.cache:
             kept: frozenset[str] = self.ctx.cache[key]
@@ -310,7 +313,6 @@ class Trials:
 
     def noise(self, sites: frozenset[str]) -> dict[str, float]:
         """How much noise each product adds: measured one by one where that is cheap, else by closed forms."""
-        assert self.judge is not None
         key = f"noise:{self.key}:{_digest(sites)}"
         if key in self.ctx.cache:
             known: dict[str, float] = self.ctx.cache[key]
@@ -331,7 +333,6 @@ class Trials:
 
     def spread(self, sites: frozenset[str]) -> float:
         """The noise of these sites together, on more samples than decide whether it is little enough."""
-        assert self.judge is not None
         key = f"spread:{self.key}:{_digest(sites)}"
         if key not in self.ctx.cache:
             count = int(SPREAD_NS / max(self.costs.plain(self.whole), 1.0))
@@ -343,7 +344,6 @@ class Trials:
         """How good these sites in 8 bits are."""
         key = f"accuracy:{self.key}:{_digest(sites)}"
         if key not in self.ctx.cache:
-            assert self.judge is not None
             assert self.budget is not None
             found = self.judge.accuracy(self.emitted(sites)[0], self.budget)
             self.ctx.cache[key] = Trial(sites, found)
@@ -363,7 +363,6 @@ class Trials:
             return self.predicted(sites)
         key = f"speed:{self.key}:{_digest(sites)}"
         if key not in self.ctx.cache:
-            assert self.judge is not None
             self.ctx.cache[key] = timed(self.judge.race(self.emitted(sites)[0]))
         return float(self.ctx.cache[key])
 

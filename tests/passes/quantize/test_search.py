@@ -38,7 +38,7 @@ class Additive:
             plain=lambda _whole: 100.0, gain=lambda sites, _whole: sum(SAVED[n] for n in sites)
         )
         self.whole, self.made_ns, self.sqnr_db, self.spread = ALL, made_ns, sqnr_db, spread
-        self.mixed = SimpleNamespace(layers=frozenset())
+        self.mixed, self.on_host = SimpleNamespace(layers=frozenset()), True
 
     def placed(self, sites: frozenset[str]) -> frozenset[str]:
         return sites
@@ -118,7 +118,7 @@ class Worth(Additive):
     def __init__(self, predicted: float, ratio: float, **options: Any) -> None:
         super().__init__(**options)
         self.table, self.clock, self.asked, self.said = predicted, ratio, 0, [""]
-        self.judge, self.scalings, self.inlets, self.is_timed = True, (), (), True
+        self.scalings, self.inlets, self.is_timed = (), (), True
 
     def predicted(self, sites: frozenset[str]) -> float:
         return self.table if sites else 1.0

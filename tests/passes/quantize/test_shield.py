@@ -49,13 +49,19 @@ def agreement(proto: onnx.ModelProto) -> float:
 
 
 @pytest.mark.parametrize(
-    ("text", "became"), [(CONV, "FusedConv"), (GEMM, "Max"), (TRANSPOSED, "Max")]
+    ("text", "became", "contrib"),
+    [
+        (CONV, "FusedConv", True),
+        (CONV, "Max", False),
+        (GEMM, "Max", True),
+        (TRANSPOSED, "Max", True),
+    ],
 )
-def test_float_weights_stay_float(text: str, became: str) -> None:
+def test_float_weights_stay_float(text: str, became: str, contrib: bool) -> None:
     proto = uneven(text)
     assert agreement(proto) < 60  # what the runtime makes of it
     model = load_model(proto)
-    shielded = shield(model.graph, Names.of(model))
+    shielded = shield(model.graph, Names.of(model), contrib=contrib)
     assert shielded == became.startswith("Fused")
     assert became in [node.op_type for node in model.graph]
     assert not list(violations(model))
