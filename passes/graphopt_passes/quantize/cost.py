@@ -116,7 +116,7 @@ class Costs:
 
     def _edges(self, sites: Mapping[ir.Node, Site]) -> float:
         """What encoding and decoding between the two costs."""
-        stored = {site.result: site for site in sites.values() if site.stores}
+        stored = {value: site for site in sites.values() for value in site.held}
         encoded: set[ir.Value] = set()
         total = 0.0
         for site in sites.values():
@@ -137,7 +137,7 @@ class Costs:
 
     def _float(self, site: Site) -> float:
         if site.role is not Role.PRODUCT:
-            return PASSIVE * self.elements(site.result) + NODE
+            return PASSIVE * self._all(site) + NODE
         if _depthwise(site.node):
             return DEPTHWISE * self.elements(site.result) + NODE
         work, weights = self._work(site)
@@ -154,10 +154,13 @@ class Costs:
         width = math.sqrt(max(self.elements(site.result) / filters, 1.0))
         return 1 + FEW_FILTERS / filters + SMALL_IMAGE / width
 
+    def _all(self, site: Site) -> float:
+        return sum(map(self.elements, site.results))
+
     def _made(self, site: Site) -> float:
         """Elements of what a site computes; of a dense product by what it reads, whose sizes are observed."""
         if site.role is not Role.PRODUCT or site.node.op_type == "Conv":
-            return self.elements(site.result)
+            return self._all(site)
         work, weights = self._work(site)
         tensor = values.constant(site.node.inputs[1])
         assert tensor is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -16,10 +16,11 @@ from graphopt.rewrite import name_of
 from graphopt_passes.quantize import weights
 from graphopt_passes.quantize.coded import pack_as
 from graphopt_passes.quantize.facts import Facts, Layer
-from graphopt_passes.quantize.kinds import BYTES, INTEGERS, domain_of, least_ir_version
+from graphopt_passes.quantize.kinds import BYTES, INTEGERS, least_ir_version
+from graphopt_passes.quantize.moves import point_at, reads_codes
 from graphopt_passes.quantize.overrides import Override
+from graphopt_passes.quantize.pairs import Pairs
 from graphopt_passes.quantize.placement import (
-    ABSORBED,
     Allow,
     Role,
     Site,
@@ -28,7 +29,7 @@ from graphopt_passes.quantize.placement import (
     residual_inputs,
 )
 from graphopt_passes.quantize.reading import bias_behind, rows_of, shape_of, unrows
-from graphopt_passes.quantize.shield import maxed, shield
+from graphopt_passes.quantize.shield import shield
 from graphopt_passes.quantize.styles import MICROSOFT
 from graphopt_passes.quantize.unify import unify_joined, unify_operands
 
@@ -55,8 +56,7 @@ class _Emitter:
         self.graph = model.graph if body is None else body
         self.style = facts.style
         self.sites = place(self.graph, facts.style, allow, model.opset_imports.get("", 0))
-        self.opset = model.graph.opset_imports.get("", 0)
-        self.kinds: set[ir.DataType] = set()
+        self.pairs = Pairs(self.graph, names, model.graph.opset_imports.get("", 0))
         self.parameters: dict[ir.Value, Parameters] = {}
         self.methods: dict[ir.Value, Chosen] = {}
         self.decoded: dict[ir.Value, ir.Value] = {}
@@ -64,7 +64,7 @@ class _Emitter:
         self.observed: dict[ir.Value, str] = {}
         self.origins: dict[ir.Value, ir.Value] = {}
         self.converted: dict[ir.Value, ir.Value] = {}
-        self.stored: dict[ir.Value, Parameters] = {}
+        self.moved: list[ir.Node] = []
         self.plain = frozenset(s.node for s in self.sites.values() if self._is_plain(s))
 
     def run(self) -> list[Layer]:
@@ -76,11 +76,12 @@ class _Emitter:
             self._rewrite(site)
         for node, index in identities:
             self._replace(node, index)
+        self._drop_unread()
         contrib = self.style.contrib
         shielded = self.style.stores_outputs and shield(self.graph, self.names, contrib=contrib)
-        if shielded or any(domain_of(kind, self.opset) for kind in self.kinds):
+        if shielded or self.pairs.needs_domain():
             self.model.opset_imports.setdefault(MICROSOFT, 1)
-        self.model.ir_version = max(self.model.ir_version, least_ir_version(self.kinds))
+        self.model.ir_version = max(self.model.ir_version, least_ir_version(self.pairs.kinds))
         return self.layers
 
     def _decide(self, identities: Sequence[tuple[ir.Node, int]]) -> None:
@@ -92,11 +93,12 @@ class _Emitter:
             if not site.stores:
                 continue
             read = self._chosen(site, 0) if site.role is Role.MOVE else None
-            if read is not None and read.parameters.format.dtype is self._kind(site.result):
-                self.parameters[site.result], self.methods[site.result] = read.parameters, read
-                self.observed[site.result] = site.result.name or ""
-            else:
-                self._choose(site.result, narrow)
+            for value in site.results:
+                if read is not None and read.parameters.format.dtype is self._kind(value):
+                    self.parameters[value], self.methods[value] = read.parameters, read
+                    self.observed[value] = value.name or ""
+                else:
+                    self._choose(value, narrow)
         for node, index in identities:
             self._choose(_operand(node, index), narrow)
         if self.style.stores_outputs:
@@ -129,7 +131,7 @@ class _Emitter:
         kinds = [self._kind(_input(site, i)) for i in site.activations]
         if self.style.activation in BYTES and name_of(site.node) not in self.facts.mixed.layers:
             kinds = []  # what is stored otherwise is converted first
-        kinds += [self._kind(site.result)] if site.stores else []
+        kinds += map(self._kind, site.held)
         kinds += [self.facts.weight(name_of(site.node))] if site.role is Role.PRODUCT else []
         return all(kind in BYTES for kind in kinds)
 
@@ -145,7 +147,7 @@ class _Emitter:
         fixed: set[ir.Value] = set()
         for site in self.sites.values():
             if site.role is Role.MOVE:
-                fixed.update((_input(site, 0), site.result))
+                fixed.update((_input(site, 0), *site.results))
             if site.role is Role.CONCAT:
                 fixed.update(_input(site, i) for i in site.activations)
             bounds = clip_bounds(site.absorbed) if site.absorbed is not None else None
@@ -183,8 +185,11 @@ class _Emitter:
             for index, value in enumerate(site.node.inputs):
                 if value is not None and values.is_constant(value):
                     site.node.replace_input_with(index, self._constant(value, site))
-        if site.stores:
-            self._store(site.result)
+        if site.role is Role.MOVE and site.node in self.plain and reads_codes(site.node):
+            self._move(site)
+        else:
+            for value in site.held:
+                self._store(value)
         if site.role is not Role.PRODUCT:
             stored = self.methods[site.result]
             self.layers.append(
@@ -218,7 +223,7 @@ class _Emitter:
         if value not in self.converted:
             chosen = self.facts.choice(self.observed[value], dtype=self.style.activation)
             given = chosen.parameters
-            self.converted[value] = self._pair_behind(value, given, value.producer())
+            self.converted[value] = self.pairs.behind(value, given, value.producer())
             self.origins[self.converted[value]] = value
         return self.converted[value]
 
@@ -231,6 +236,35 @@ class _Emitter:
         if uses and converting and not value.is_graph_output():
             return  # nobody reads it as it would be stored
         self._quantise(value, after=maker)
+        self._read_stored(value, uses)
+
+    def _move(self, site: Site) -> None:
+        """Makes a node read codes, and others what it makes of them decoded."""
+        like = _input(site, 0)
+        decode = like.producer()
+        assert decode is not None
+        codes, _, zero = decode.inputs
+        assert codes is not None
+        assert zero is not None
+        point_at(site.node, codes, zero)
+        for value in site.results:
+            uses = value.uses()
+            value.type = codes.type
+            if not uses and not value.is_graph_output():
+                continue
+            self.decoded[value] = self.pairs.decoded(value, like, self.parameters[value])
+            self.origins[self.decoded[value]] = value
+            self._read_stored(value, uses)
+        self.moved.append(decode)
+
+    def _drop_unread(self) -> None:
+        """Takes out what decoded codes that nothing but moving nodes read."""
+        for decode in self.moved:
+            output = decode.outputs[0]
+            if decode.graph is not None and not output.uses() and not output.is_graph_output():
+                self.graph.remove(decode, safe=True)
+
+    def _read_stored(self, value: ir.Value, uses: Collection[tuple[ir.Node, int]]) -> None:
         decoded = self.decoded[value]
         for node, index in uses:
             node.replace_input_with(index, decoded)
@@ -242,65 +276,8 @@ class _Emitter:
 
     def _quantise(self, value: ir.Value, after: ir.Node | None) -> None:
         maker = after or value.producer()
-        self.decoded[value] = self._pair_behind(value, self.parameters[value], maker)
+        self.decoded[value] = self.pairs.behind(value, self.parameters[value], maker)
         self.origins[self.decoded[value]] = value
-
-    def _pair_behind(self, value: ir.Value, given: Parameters, maker: ir.Node | None) -> ir.Value:
-        """Q and DQ of a value, behind the node that makes it."""
-        base, kind = value.name or "value", given.format.dtype
-        before = value.producer()
-        if given.format.is_float and before is not None and before.op_type in ABSORBED:
-            # The runtime takes a Relu away whose QuantizeLinear has a zero point of 0, also of a type with a sign.
-            maker = maxed(value, self.names)
-            self.graph.insert_after(before, maker)
-            value = maker.outputs[0]
-        scale, zero = self._pair(base, np.float32(given.scale), given)
-        encode = self._node("QuantizeLinear", [value, scale, zero], f"{base}_q", kind)
-        encode.outputs[0].type = ir.TensorType(kind)
-        decode = self._node(
-            "DequantizeLinear", [encode.outputs[0], scale, zero], f"{base}_dq", kind
-        )
-        decode.outputs[0].type = value.type
-        for node in (encode, decode):
-            node.outputs[0].shape = value.shape
-        if maker is not None and maker.graph is self.graph:  # a body may read what is made outside
-            self.graph.insert_after(maker, [encode, decode])
-        else:
-            self.graph.insert_before(self.graph[0], [encode, decode])
-        self.stored[decode.outputs[0]] = given
-        return decode.outputs[0]
-
-    def _pair(
-        self, base: str, scale: np.ndarray | np.float32, given: Parameters
-    ) -> tuple[ir.Value, ir.Value]:
-        zero = np.asarray(given.zero_point, given.format.dtype.numpy())
-        return self._held(f"{base}_scale", np.asarray(scale)), self._held(f"{base}_zero", zero)
-
-    def _held(self, name: str, array: np.ndarray) -> ir.Value:
-        tensor = ir.tensor(array)
-        value = ir.Value(
-            name=self.names.fresh(name),
-            type=ir.TensorType(tensor.dtype),
-            shape=ir.Shape(tensor.shape.numpy()),
-            const_value=tensor,
-        )
-        self.graph.register_initializer(value)
-        return value
-
-    def _node(
-        self,
-        op_type: str,
-        inputs: list[ir.Value],
-        name: str,
-        kind: ir.DataType,
-        axis: int | None = None,
-    ) -> ir.Node:
-        given = [] if axis is None else [ir.AttrInt64("axis", axis)]
-        self.kinds.add(kind)
-        domain = domain_of(kind, self.opset)
-        node = ir.Node(domain, op_type, inputs, given, name=self.names.fresh(f"{name}_node"))
-        node.outputs[0].name = self.names.fresh(name)
-        return node
 
     def _constant(self, value: ir.Value, site: Site) -> ir.Value:
         """A constant operand of Add or Mul, stored in the element type of the other operand."""
@@ -314,7 +291,7 @@ class _Emitter:
         first, last = form.codes
         codes = array.astype(np.float64) / from_range.scale
         codes = codes if form.is_float else np.rint(codes) + from_range.zero_point
-        return self._decode(
+        return self.pairs.constant(
             value,
             np.clip(codes, first, last).astype(form.dtype.numpy()),
             np.asarray(from_range.scale, np.float32),
@@ -322,33 +299,11 @@ class _Emitter:
             site.node,
         )
 
-    def _decode(
-        self,
-        value: ir.Value | None,
-        codes: np.ndarray,
-        scale: np.ndarray,
-        zero: np.ndarray,
-        before: ir.Node,
-        axis: int | None = None,
-    ) -> ir.Value:
-        base = (value.name if value is not None else None) or f"{name_of(before)}_bias"
-        held = [
-            self._held(f"{base}_q", codes),
-            self._held(f"{base}_scale", scale),
-            self._held(f"{base}_zero", zero),
-        ]
-        kind = ir.DataType.from_numpy(codes.dtype)
-        node = self._node("DequantizeLinear", held, f"{base}_dq", kind, axis)
-        node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-        node.outputs[0].shape = ir.Shape(codes.shape)
-        self.graph.insert_before(before, node)
-        return node.outputs[0]
-
     def _given(self, node: ir.Node, index: int) -> Parameters:
         """Scale and zero point of what a node reads."""
         value = node.inputs[index]
         assert value is not None
-        return self.stored[value]
+        return self.pairs.stored[value]
 
     def _weights(self, site: Site) -> None:
         node, shape = site.node, shape_of(site.node)
@@ -397,10 +352,10 @@ class _Emitter:
         kinds = {self._given(node, 0).format.dtype, ir.DataType.from_numpy(codes.dtype)}
         zero = np.zeros(len(packed.scales), codes.dtype) if packed.zeros is None else packed.zeros
         if node.op_type != "MatMul" or not self.style.stores_outputs or kinds <= INTEGERS:
-            return self._decode(weight, codes, packed.scales, zero, node, axis)
+            return self.pairs.constant(weight, codes, packed.scales, zero, node, axis)
         one, none = np.float32(1), np.zeros((), codes.dtype)
-        plain = self._decode(weight, codes, np.asarray(one), none, node)
-        scales = self._held(f"{weight.name}_scales", packed.scales)
+        plain = self.pairs.constant(weight, codes, np.asarray(one), none, node)
+        scales = self.pairs.held(f"{weight.name}_scales", packed.scales)
         times = ir.Node("", "Mul", [plain, scales], name=self.names.fresh(f"{weight.name}_times"))
         result = times.outputs[0]
         result.name = self.names.fresh(f"{weight.name}_scaled")
@@ -466,7 +421,7 @@ class _Emitter:
         apart = self.style.stores_outputs and user.op_type == "Add"
         if apart and shape is not None and len(shape) > 2:
             held = held.reshape(*[1] * (len(shape) - 1), -1)
-        user.replace_input_with(index, self._held(f"{name_of(node)}_bias", held))
+        user.replace_input_with(index, self.pairs.held(f"{name_of(node)}_bias", held))
 
     def _bias(
         self,
@@ -479,13 +434,13 @@ class _Emitter:
         node = site.node
         if self.style.stores_outputs and node not in self.plain:
             codes, scales, zero = weights.signs(bias)
-            stored = self._decode(value, codes, scales, zero, node, 0)
+            stored = self.pairs.constant(value, codes, scales, zero, node, 0)
         elif not self.style.integer_bias:
-            stored = self._held(f"{name_of(node)}_bias", bias.astype(np.float32))
+            stored = self.pairs.held(f"{name_of(node)}_bias", bias.astype(np.float32))
         else:
             codes, scales = weights.pack_bias(bias, given.scale, packed.scales)
             zero = np.zeros(len(scales), np.int32)
-            stored = self._decode(value, codes, scales, zero, node, 0)
+            stored = self.pairs.constant(value, codes, scales, zero, node, 0)
         if len(node.inputs) < 3:
             node.resize_inputs(3)
         node.replace_input_with(2, stored)

@@ -50,7 +50,7 @@ def plan(
     sites: Mapping[ir.Node, Site], statistics: Mapping[str, Statistics], names: Names
 ) -> tuple[Inlet, ...]:
     """The values that want factors, by what closed forms say of the noise of the products that read them."""
-    stored = {site.result for site in sites.values() if site.stores}
+    stored = {value for site in sites.values() for value in site.held}
     read: dict[ir.Value, list[ir.Node]] = {}
     for node, site in sites.items():
         source = node.inputs[0]

@@ -40,19 +40,18 @@ def mixed_of(graph: ir.Graph, style: Style, overrides: Overrides, opset: int) ->
     if not overrides.rules:
         return Mixed()
     sites = place(graph, style, lambda _node: True, opset)
-    stored = {site.result for site in sites.values() if site.stores}
+    stored = {value for site in sites.values() for value in site.held}
     layers: set[str] = set()
     weights: dict[str, ir.DataType] = {}
     found: dict[str, Override] = {}
     for node, site in sites.items():
-        said = overrides.of(node.name or "", name_of(node), site.result.name or "")
+        said = overrides.of(node.name or "", name_of(node), *_results(site))
         if said.exclude or (site.role is not Role.PRODUCT and not _is_passed_on(said)):
             continue
         read = [value for index in site.activations if (value := node.inputs[index]) is not None]
         kinds = {said.dtype, said.weight} - BYTES - {None}
         if said.dtype not in BYTES and said.dtype is not None:
-            results = [site.result] if site.stores else []
-            for value in (*read, *results):
+            for value in (*read, *site.held):
                 _add(found, value, Override(dtype=said.dtype))
         else:
             for value in read:
@@ -72,7 +71,7 @@ def _is_passed_on(said: Override) -> bool:
 
 def _of_reader(overrides: Overrides, node: ir.Node, site: Site) -> Override:
     """What a name of a node alone says of what the node reads; a name of its result speaks of that."""
-    results = {name_of(node), site.result.name or ""}
+    results = {name_of(node), *_results(site)}
     if not node.name or node.name in results:
         return Override()
     rules = tuple(
@@ -84,6 +83,10 @@ def _of_reader(overrides: Overrides, node: ir.Node, site: Site) -> Override:
     return dataclasses.replace(
         said, exclude=None, weight=None, per_channel=None, symmetric_weights=None
     )
+
+
+def _results(site: Site) -> tuple[str, ...]:
+    return tuple(value.name or "" for value in site.results)
 
 
 def _add(found: dict[str, Override], value: ir.Value, said: Override) -> None:

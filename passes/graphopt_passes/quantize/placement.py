@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 import onnx_ir as ir
 
 from graphopt.ir import operators, values
+from graphopt_passes.quantize.moves import MOVES, is_move
 from graphopt_passes.quantize.styles import Style
 
 Allow = Callable[[ir.Node], bool]
 
 POINTWISE = frozenset({"Add", "Mul"})
 UNARY = frozenset({"AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid"})
-MOVES = frozenset({"MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice"})
 ABSORBED = frozenset({"Relu", "Clip"})
 PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
 QUANTISED = PRODUCTS | POINTWISE | UNARY | MOVES | {"Concat"}
@@ -46,6 +46,7 @@ class Site:
         result: what is stored: the output of the node, or of the activation behind it.
         absorbed: the Relu or Clip that storing makes redundant, or None.
         stores: whether the result is quantised.
+        more: further outputs, those of a Split; stored like the first.
     """
 
     node: ir.Node
@@ -54,6 +55,17 @@ class Site:
     result: ir.Value
     absorbed: ir.Node | None
     stores: bool
+    more: tuple[ir.Value, ...] = ()
+
+    @property
+    def results(self) -> tuple[ir.Value, ...]:
+        """All that it makes."""
+        return (self.result, *self.more)
+
+    @property
+    def held(self) -> tuple[ir.Value, ...]:
+        """All that it stores."""
+        return self.results if self.stores else ()
 
 
 def place(
@@ -74,7 +86,7 @@ def place(
         site = _site(node, style, opset, stored) if not node.domain and allow(node) else None
         if site is not None:
             sites[node] = site
-            stored.update([site.result] if site.stores else [])
+            stored.update(site.held)
     if not style.stores_outputs:
         return sites
     return _stored_where_read(_pruned(sites))
@@ -126,24 +138,22 @@ def is_product(node: ir.Node) -> bool:
 
 
 def _passive_role(node: ir.Node, opset: int) -> Role | None:
+    if is_move(node, opset):
+        return Role.MOVE
     if len(node.outputs) != 1:
         return None
     if node.op_type in POINTWISE:
         return Role.POINTWISE
     if node.op_type in UNARY:
         return Role.UNARY
-    if node.op_type == "Concat":
-        return Role.CONCAT
-    if node.op_type == "MaxPool" and opset < 12:
-        return None  # 8-bit MaxPool came with opset 12
-    return Role.MOVE if node.op_type in MOVES else None
+    return Role.CONCAT if node.op_type == "Concat" else None
 
 
 def _made(node: ir.Node, role: Role, active: tuple[int, ...], *, stores: bool) -> Site:
     output = node.outputs[0]
     after = _absorbed(output) if role in (Role.PRODUCT, Role.POINTWISE) else None
     result = output if after is None else after.outputs[0]
-    return Site(node, role, active, result, after, stores)
+    return Site(node, role, active, result, after, stores, tuple(node.outputs[1:]))
 
 
 def _absorbed(value: ir.Value) -> ir.Node | None:
@@ -184,7 +194,9 @@ def _pruned(sites: dict[ir.Node, Site]) -> dict[ir.Node, Site]:
 
 def _feeds(site: Site, kept: dict[ir.Node, Site]) -> bool:
     return any(
-        use.node in kept and use.idx in kept[use.node].activations for use in site.result.uses()
+        use.node in kept and use.idx in kept[use.node].activations
+        for value in site.results
+        for use in value.uses()
     )
 
 
@@ -227,8 +239,7 @@ def candidates(graph: ir.Graph, style: Style, allow: Allow) -> tuple[str, ...]:
             value = site.node.inputs[index]
             assert value is not None
             found[value.name or ""] = None
-        if site.stores:
-            found[site.result.name or ""] = None
+        found.update((value.name or "", None) for value in site.held)
     for value in () if style.stores_outputs else _summands(graph, sites):
         found[value.name or ""] = None
     return tuple(found)

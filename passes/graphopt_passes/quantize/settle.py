@@ -208,12 +208,11 @@ def _adopt(trials: Trials, fused: frozenset[str], facts: Facts, how: str, told: 
 def _ranged_values(trials: Trials, fused: frozenset[str]) -> tuple[str, ...]:
     """Names of the values that have a range of their own: what only moves takes that of what it was."""
     sites = trials.placed(fused)
-    moved = {site.result for site in sites.values() if site.role is Role.MOVE}
+    moved = {v for site in sites.values() if site.role is Role.MOVE for v in site.results}
     found: dict[ir.Value, None] = {}
     for site in sites.values():
         read = [site.node.inputs[index] for index in site.activations]
-        stored = [site.result] if site.stores else []
-        found.update(dict.fromkeys(v for v in (*read, *stored) if v is not None))
+        found.update(dict.fromkeys(v for v in (*read, *site.held) if v is not None))
     facts = trials.facts
     return tuple(
         name

@@ -285,7 +285,7 @@ class Trials:
         """Names under which the outputs of sites may show up in the optimised graph."""
         names: dict[str, None] = {}
         for node, site in self.placed(sites).items():
-            for name in (name_of(node), site.result.name or ""):
+            for name in _names(node, site):
                 names[name] = names[f"{name}_float"] = None
         return tuple(names)
 
@@ -293,7 +293,8 @@ class Trials:
         """The sites that leftovers belong to, and the rules that they broke."""
         found = {}
         for node, site in self.placed(sites).items():
-            for name in (name_of(node), site.result.name or "", f"{site.result.name}_float"):
+            known = _names(node, site)
+            for name in (*known, *(f"{each}_float" for each in known)):
                 if name in left and not self.is_decoded(node):
                     found[name_of(node)] = left[name]
         return found
@@ -401,6 +402,11 @@ def axes_of(graph: ir.Graph) -> dict[str, tuple[int, ...]]:
         for value in node.outputs:
             found.setdefault(value.name or "", (1, -1))
     return found
+
+
+def _names(node: ir.Node, site: Site) -> tuple[str, ...]:
+    """Of a site and of all that it makes."""
+    return tuple(dict.fromkeys((name_of(node), *(value.name or "" for value in site.results))))
 
 
 def _size(value: ir.Value) -> int:
