@@ -86,7 +86,39 @@ def _mean(parts: Sequence[Array]) -> Wide | None:
     rows = np.concatenate(parts).astype(np.float64)
     if len(rows) == 0 or not (np.abs(rows) < SENTINEL).all():  # NaN compares false
         return None
-    return np.asarray(rows.T @ rows / len(rows))
+    moments = rows.T @ rows / len(rows)
+    filled = [part.astype(np.float64) for part in parts if len(part)]
+    kept = 1 - _doubt(moments, filled if len(filled) > 1 else [row[None] for row in rows])
+    diagonal = np.diag(moments).copy()
+    moments *= kept
+    np.fill_diagonal(moments, diagonal)
+    return np.asarray(moments)
+
+
+def _doubt(moments: Wide, parts: Sequence[Wide]) -> float:
+    """The share of the moments off the diagonal that is chance: 0 of many samples, 1 where one says nothing of another.
+
+    Their squared error over their square, both summed; rows of one sample are alike, so that samples are what is
+    counted (Schaefer and Strimmer 2005, target D, with samples as clusters).
+    """
+    total = sum(len(part) for part in parts)
+    square = _square(moments, np.diag(moments))
+    spread, shares = -square, 0.0
+    for part in parts:
+        share = len(part) / total
+        within = (
+            part @ part.T / len(part)
+        )  # of the same norm as the moments of the part, and smaller
+        spread += share * _square(within, np.einsum("nk,nk->k", part, part) / len(part))
+        shares += share**2
+    if square <= 0 or shares >= 1:
+        return 0.0 if len(parts) > 1 else 1.0
+    return float(np.clip(spread * shares / (1 - shares) / square, 0, 1))
+
+
+def _square(moments: Wide, diagonal: Wide) -> float:
+    """The squared norm off the diagonal."""
+    return float(np.vdot(moments, moments) - np.vdot(diagonal, diagonal))
 
 
 def rows_of(array: Array, window: Window | None) -> Array:

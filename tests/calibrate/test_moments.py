@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from graphopt.calibrate.moments import POSITIONS, Wanted, Window, collect_moments, rows_of
 from graphopt.verify.feed_files import Feed
@@ -10,16 +11,62 @@ from tests.rewriting import parse, run
 
 RNG = np.random.default_rng(0)
 PRODUCT = parse(
-    "g (float[n,3] x) => (float[n,3] y) { r = Relu(x)  y = Neg(r) }"
+    "g (float[n,k] x) => (float[n,k] y) { r = Relu(x)  y = Neg(r) }"
 ).SerializeToString()
 
 
-def test_moments_are_means_of_outer_products() -> None:
-    arrays = [RNG.normal(size=(5, 3)).astype(np.float32) for _ in range(4)]
-    feeds = [Feed(str(i), {"x": array}) for i, array in enumerate(arrays)]
-    found = collect_moments(PRODUCT, [Wanted("r"), Wanted("x")], feeds)
-    rows = np.maximum(np.concatenate(arrays), 0).astype(np.float64)
-    np.testing.assert_allclose(found[Wanted("r")], rows.T @ rows / len(rows), rtol=1e-9)
+def collected(arrays: list[np.ndarray], name: str = "x") -> np.ndarray:
+    """Moments of one value of the model, an array a sample."""
+    feeds = [Feed(str(i), {"x": array.astype(np.float32)}) for i, array in enumerate(arrays)]
+    return collect_moments(PRODUCT, [Wanted(name)], feeds)[Wanted(name)]
+
+
+def test_moments_are_means_of_outer_products_less_what_is_chance() -> None:
+    arrays = [RNG.normal(size=(n, 3)).astype(np.float32) for n in (5, 2, 7, 4)]
+    found = collected(arrays, "r")
+    parts = [np.maximum(array, 0).astype(np.float64) for array in arrays]
+    rows = np.concatenate(parts)
+    plain = rows.T @ rows / len(rows)
+    np.testing.assert_allclose(np.diag(found), np.diag(plain), rtol=1e-9)
+    shares = np.array([len(part) for part in parts]) / len(rows)
+    aside = ~np.eye(3, dtype=bool)
+    spread = sum(
+        share * (((part.T @ part / len(part) - plain)[aside]) ** 2).sum()
+        for share, part in zip(shares, parts, strict=True)
+    )
+    doubt = spread * (shares**2).sum() / (1 - (shares**2).sum()) / (plain[aside] ** 2).sum()
+    assert 0.05 < doubt < 0.95
+    np.testing.assert_allclose(found[aside], plain[aside] * (1 - doubt), rtol=1e-6)
+
+
+def test_samples_that_agree_leave_no_doubt() -> None:
+    array = RNG.normal(size=(40, 3)).astype(np.float32)
+    wide = array.astype(np.float64)
+    np.testing.assert_allclose(collected([array] * 3), wide.T @ wide / 40, rtol=1e-6)
+
+
+def test_one_row_says_nothing_of_how_inputs_go_together() -> None:
+    np.testing.assert_allclose(collected([np.array([[1.0, 2.0, 3.0]])]), np.diag([1.0, 4.0, 9.0]))
+
+
+def test_the_rows_of_a_single_sample_are_compared_with_each_other() -> None:
+    row = np.array([[1.0, 2.0, 3.0]])
+    np.testing.assert_allclose(collected([np.repeat(row, 50, 0)]), row.T @ row, rtol=1e-9)
+    found = collected([RNG.normal(size=(50, 3))])
+    np.testing.assert_allclose(found, np.diag(np.diag(found)), atol=0.1)
+
+
+@pytest.mark.parametrize("samples", [2, 4, 16])
+def test_few_samples_come_nearer_to_many(samples: int) -> None:
+    mixing = RNG.normal(size=(24, 24)) * np.linspace(0.1, 1, 24)
+    truth = mixing.T @ mixing
+    lost, plainly = 0.0, 0.0
+    for _ in range(20):
+        arrays = [(RNG.normal(size=(3, 24)) @ mixing).astype(np.float32) for _ in range(samples)]
+        rows = np.concatenate(arrays).astype(np.float64)
+        lost += float(((collected(arrays) - truth) ** 2).sum())
+        plainly += float(((rows.T @ rows / len(rows) - truth) ** 2).sum())
+    assert lost < 0.9 * plainly
 
 
 def test_what_is_not_finite_has_none() -> None:
