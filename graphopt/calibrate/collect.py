@@ -8,16 +8,12 @@ from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from graphopt.calibrate.samples import Samples, batch_size, rows_of
+from graphopt.calibrate.batches import Rows, batch_size
+from graphopt.calibrate.samples import Samples
 from graphopt.calibrate.statistics import Collected
 from graphopt.calibrate.tally import DENSE, Tally
-from graphopt.errors import GraphoptError
 from graphopt.runtime.observing import Observed, Observer
-from graphopt.runtime.session import Session
 from graphopt.verify.feed_files import Feed
 
 
@@ -98,39 +94,10 @@ def _rows(value: Observed, batch: int) -> Iterable[Observed]:
 def by_row(model: Callable[[], AbstractContextManager[Path]], samples: Samples) -> Samples:
     """The samples with each batch as those that it holds, where the model treats them one by one.
 
-    So any split into batches gives the same bits: kernels for several rows may round otherwise.  Asked of the first
-    batch: its outputs are those of its rows, up to rounding, or the batches stay as they are.
+    Args:
+        model: writes the model to a file, when a batch comes.
+        samples: as the user batched them, or as they were taken apart before.
     """
-    first = next((feed for feed in samples.first(_LOOKED_AT) if batch_size(feed) > 1), None)
-    if first is None:
+    if samples.apart is not None:
         return samples
-    with model() as path:
-        session = Session(path)
-    try:
-        alone = [session.run(row.values) for row in islice(rows_of(first), _COMPARED)]
-        together = session.run(first.values)
-    except GraphoptError:
-        return samples  # the model fixes the size of its batches
-    apart = all(_is_row(together, each, index) for index, each in enumerate(alone))
-    return dataclasses.replace(samples, by_row=True) if apart else samples
-
-
-_COMPARED, _LOOKED_AT = 2, 4
-
-
-def _is_row(together: Mapping[str, Any], alone: Mapping[str, Any], index: int) -> bool:
-    for name, row in alone.items():
-        whole = together[name]
-        if not isinstance(row, np.ndarray) or row.ndim == 0 or len(row) != 1:
-            return False
-        if whole.shape[1:] != row.shape[1:] or index >= len(whole):
-            return False
-        if not np.allclose(
-            whole[index], row[0], rtol=1e-3, atol=1e-4 * _scale(row), equal_nan=True
-        ):
-            return False
-    return True
-
-
-def _scale(array: np.ndarray[Any, Any]) -> float:
-    return float(np.abs(array).max(initial=0.0)) if array.dtype.kind == "f" else 1.0
+    return dataclasses.replace(samples, apart=Rows(model))

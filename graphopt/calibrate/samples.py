@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from graphopt.calibrate.images import IMAGE_SUFFIXES, Preprocess, load_preprocess, read_image
+from graphopt.calibrate.given import arrays_of, feed_of
+from graphopt.calibrate.images import Preprocess, image_feeds, images_in, load_preprocess
 from graphopt.errors import DataError, OptionError
 from graphopt.rewrite import Calibration
 from graphopt.runtime.specs import Kind, TensorSpec
@@ -32,13 +33,17 @@ class Samples:
         reader: starts from the beginning.
         limit: how many to give at most; None for all.
         keeps: which of them to give, by position; None for all.
-        by_row: whether a batch counts as the samples that it holds, each given alone.
+        apart: the samples that a batch holds; None leaves batches whole.
+        sound: whether a sample holds numbers; None for all.
+        notes: what was left out while they were read, in words.
     """
 
     reader: Reader
     limit: int | None = None
     keeps: Callable[[int], bool] | None = None
-    by_row: bool = False
+    apart: Callable[[Feed], Iterable[Feed]] | None = None
+    sound: Callable[[Feed], bool] | None = None
+    notes: dict[str, None] = dataclasses.field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Feed]:
         """The samples in order.
@@ -46,9 +51,12 @@ class Samples:
         Raises:
             DataError: a sample cannot be read or does not fit the model; the message names sample and input.
         """
-        found: Iterator[Feed] = islice(self.reader(), self.limit)
-        if self.by_row:
-            found = (row for feed in found for row in rows_of(feed))
+        found: Iterator[Feed] = self.reader()
+        if self.apart is not None:
+            found = chain.from_iterable(map(self.apart, found))
+        if self.sound is not None:
+            found = filter(self.sound, found)
+        found = islice(found, self.limit)
         if self.keeps is None:
             return found
         keeps = self.keeps
@@ -67,66 +75,75 @@ class Samples:
         return list(islice(iter(self), count))
 
 
-def batch_size(feed: Feed) -> int:
-    """How many samples a feed holds: the leading size that all of its inputs share, else 1."""
-    sizes = {len(array) if np.ndim(array) > 1 else 1 for array in feed.values.values()}
-    return sizes.pop() if len(sizes) == 1 else 1
-
-
-def rows_of(feed: Feed) -> Iterator[Feed]:
-    """The samples of a batch, each by itself."""
-    size = batch_size(feed)
-    if size == 1:
-        yield feed
-        return
-    for index in range(size):
-        row = {name: np.asarray(a)[index : index + 1] for name, a in feed.values.items()}
-        yield Feed(f"{feed.name}[{index}]", row)
-
-
 def read_samples(calibration: Calibration, specs: Sequence[TensorSpec]) -> Samples:
     """The samples that a user gave, checked against the inputs of the model as they are read.
 
     Raises:
         DataError: there are none, or the first does not fit.
-        OptionError: images without a preprocessing file, or a limit below 1.
+        OptionError: images without a preprocessing file or one without images, or a limit below 1.
     """
     if calibration.limit is not None and calibration.limit < 1:
         raise OptionError(
             f"{calibration.limit} calibration samples are too few: --samples must be 1 or more"
         )
-    samples = Samples(_reader(calibration, specs), calibration.limit)
+    notes: dict[str, None] = {}
+    samples = Samples(_reader(calibration, specs, notes), calibration.limit, notes=notes)
     if not samples.first(1):
         raise DataError(
-            f"'{calibration.source}' holds no calibration samples; give an .npz whose leading axis is the samples, a "
-            "folder of .npz files, ONNX test_data_set folders, or images with --preprocess"
+            f"'{calibration.source}' holds no calibration samples{_found(calibration.source)}; give an .npz whose "
+            "leading axis is the samples, a folder of .npz files, ONNX test_data_set folders, or images with "
+            "--preprocess"
             if isinstance(calibration.source, Path)
             else "the list of calibration samples is empty; give at least one, better 64 or more"
         )
     return samples
 
 
-def _reader(calibration: Calibration, specs: Sequence[TensorSpec]) -> Reader:
+def _found(source: Path) -> str:
+    """What else lies in a folder, for whoever pointed to the wrong one."""
+    if not source.is_dir():
+        return ""
+    there = (path for path in source.rglob("*") if path.is_file())
+    names = sorted(str(path.relative_to(source)) for path in islice(there, _TOLD))
+    return f" (there is {', '.join(names)})" if names else " (it is empty)"
+
+
+_TOLD = 3
+"""Files that are named."""
+
+
+def _reader(
+    calibration: Calibration, specs: Sequence[TensorSpec], notes: dict[str, None]
+) -> Reader:
     source = calibration.source
+    if isinstance(source, str):
+        source = Path(source)
+    if isinstance(source, Mapping | np.ndarray):
+        arrays = arrays_of("samples", source, specs)
+        return lambda: _rows("samples", arrays, specs, notes)
     if not isinstance(source, Path):
-        feeds: Iterable[Mapping[str, Any]] = source
-        return lambda: (
-            check_feed(Feed(f"sample {i}", dict(values)), specs) for i, values in enumerate(feeds)
-        )
+        feeds = source
+        return lambda: (feed_of(f"sample {i}", values, specs) for i, values in enumerate(feeds))
     if not source.exists():
         raise DataError(f"there is no file or folder '{source}' with calibration samples")
-    images = _images(source)
-    if images:
+    images = images_in(source)
+    if images and (calibration.preprocess is not None or not _has_arrays(source)):
         recipe = _preprocess(calibration, source)
-        return lambda: (_image_feed(path, recipe, specs) for path in images)
-    return lambda: _read(source, specs)
+        return lambda: image_feeds(images, recipe, specs, notes)
+    if calibration.preprocess is not None:
+        raise OptionError(
+            f"--preprocess '{calibration.preprocess}' says how images become inputs, and '{source}' holds none: give a "
+            "folder of images, or leave --preprocess out"
+        )
+    return lambda: _read(source, specs, notes)
 
 
-def _images(source: Path) -> list[Path]:
-    if not source.is_dir():
-        return [source] if source.suffix.lower() in IMAGE_SUFFIXES else []
-    found = (path for path in source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-    return sorted(found, key=natural_order)
+def _has_arrays(source: Path) -> bool:
+    return source.is_dir() and any(_is_npz(path) for path in source.iterdir())
+
+
+def _is_npz(path: Path) -> bool:
+    return path.suffix.lower() == ".npz" and not path.name.startswith(".")
 
 
 def _preprocess(calibration: Calibration, source: Path) -> Preprocess:
@@ -138,57 +155,78 @@ def _preprocess(calibration: Calibration, source: Path) -> Preprocess:
     return load_preprocess(calibration.preprocess)
 
 
-def _image_feed(path: Path, recipe: Preprocess, specs: Sequence[TensorSpec]) -> Feed:
-    required = [spec for spec in specs if not spec.overridable]
-    name = recipe.input or (required[0].name if len(required) == 1 else "")
-    spec = next((spec for spec in required if spec.name == name), None)
-    if spec is None:
-        raise OptionError(
-            f'the preprocessing file must name the input that images feed (input = "…"): the model has '
-            f"{', '.join(repr(spec.name) for spec in required)}"
-        )
-    array = read_image(path, recipe).astype(spec.dtype.numpy(), copy=False)
-    if spec.shape is not None and not _is_of(array, spec.shape):
-        raise DataError(
-            f"'{path}' becomes {list(array.shape)} by the preprocessing file, and the input '{name}' must be {spec}: "
-            "change its resize, crop, layout or channels"
-        )
-    return check_feed(Feed(str(path), {name: array}), specs)
-
-
-def _read(source: Path, specs: Sequence[TensorSpec]) -> Iterator[Feed]:
-    if source.suffix == ".npz":
-        yield from _rows(source, specs)
-    elif source.is_dir() and not any(source.glob("input_*.pb")):
+def _read(source: Path, specs: Sequence[TensorSpec], notes: dict[str, None]) -> Iterator[Feed]:
+    if source.is_dir() and not any(source.glob("input_*.pb")):
         for entry in sorted(source.iterdir(), key=natural_order):
-            if entry.suffix == ".npz":
-                yield from _rows(entry, specs)
+            if _is_npz(entry):
+                yield from _rows(str(entry), read_npz(entry), specs, notes)
             elif entry.is_dir() and any(entry.glob("input_*.pb")):
                 yield from read_feeds(entry, specs)
+    elif _is_npz(source):
+        yield from _rows(str(source), read_npz(source), specs, notes)
     else:
         yield from read_feeds(source, specs)
 
 
-def _rows(path: Path, specs: Sequence[TensorSpec]) -> Iterator[Feed]:
-    """The samples of one npz: its rows where the leading axis is the samples, else the file as one sample."""
-    arrays = read_npz(path)
+def _rows(
+    name: str, arrays: Mapping[str, Array], specs: Sequence[TensorSpec], notes: dict[str, None]
+) -> Iterator[Feed]:
+    """The samples of one npz: its rows where the leading axis is the samples, else the file as one sample.
+
+    What has no rows, a number or one row of others' many, goes with each of them.
+    """
     known = {spec.name: spec for spec in specs}
-    plan = {name: _row_size(known.get(name), array) for name, array in arrays.items()}
-    if not arrays or any(size is None for size in plan.values()):
-        yield check_feed(Feed(str(path), arrays), specs)
+    sizes = {key: _row_size(known.get(key), array) for key, array in arrays.items()}
+    single = {key for key in arrays if _is_single(known.get(key), arrays[key], sizes[key])}
+    rows = {key: size for key, size in sizes.items() if key not in single and size is not None}
+    if not rows or len(rows) + len(single) < len(arrays):
+        yield check_feed(Feed(name, arrays), specs)
         return
-    counts = {name: len(array) // (plan[name] or 1) for name, array in arrays.items()}
+    counts = {key: len(arrays[key]) // (size or 1) for key, size in rows.items()}
     if len(set(counts.values())) > 1:
         if _fits(arrays, known):
-            yield check_feed(Feed(str(path), arrays), specs)
+            yield check_feed(Feed(name, arrays), specs)
             return
-        told = ", ".join(f"'{name}': {count}" for name, count in counts.items())
+        told = ", ".join(f"'{key}': {count}" for key, count in counts.items())
         raise DataError(
-            f"'{path}' holds different numbers of samples ({told}); give every input one row a sample"
+            f"'{name}' holds different numbers of samples ({told}); give every input one row a sample"
         )
+    _check_left(name, arrays, rows, notes)
     for index in range(next(iter(counts.values()))):
-        values = {name: _row(array, index, plan[name] or 0) for name, array in arrays.items()}
-        yield check_feed(Feed(f"{path}[{index}]", values), specs)
+        values = {
+            key: _row(array, index, rows[key]) if key in rows else array
+            for key, array in arrays.items()
+        }
+        yield check_feed(Feed(f"{name}[{index}]", values), specs)
+
+
+def _check_left(
+    name: str, arrays: Mapping[str, Array], rows: Mapping[str, int], notes: dict[str, None]
+) -> None:
+    """Notes rows that make no whole batch of the size that the model fixes.
+
+    Raises:
+        DataError: none of them do.
+    """
+    for key, size in rows.items():
+        count = len(arrays[key])
+        if size > 1 and 0 < count < size:
+            raise DataError(
+                f"'{name}' has {count} rows of the input '{key}', and the model takes {size} at a time: give at least "
+                f"{size}"
+            )
+        if size > 1 and count % size:
+            notes[
+                f"the last {count % size} of {count} rows of '{key}' in '{name}' are left out: the model takes {size} "
+                "at a time"
+            ] = None
+
+
+def _is_single(spec: TensorSpec | None, array: Array, size: int | None) -> bool:
+    """Whether an array is one input as it is, and no rows of several."""
+    if spec is None or spec.kind is not Kind.TENSOR or spec.shape is None:
+        return False
+    return _is_of(array, spec.shape) and (size is None or len(array) == size)
 
 
 def _row_size(spec: TensorSpec | None, array: Array) -> int | None:

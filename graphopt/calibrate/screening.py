@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,11 @@ class Screening:
 
     Attributes:
         found: elements that are NaN or inf, and those that are -inf, by sample and input.
+        notes: what else was left out while samples were read.
     """
 
     found: dict[tuple[str, str], tuple[int, int]] = dataclasses.field(default_factory=dict)
+    notes: list[Mapping[str, None]] = dataclasses.field(default_factory=list)
 
     def of(self, samples: Samples) -> Samples:
         """The samples without those that hold NaN or inf: what a model makes of them says nothing of ranges or noise.
@@ -34,8 +37,8 @@ class Screening:
         Raises:
             DataError: all of them do; the message names the first, and its input.
         """
-        inner = samples.reader
-        screened = dataclasses.replace(samples, reader=lambda: self._sound(inner()))
+        screened = dataclasses.replace(samples, sound=self._is_sound)
+        self.notes.append(samples.notes)
         if not screened.first(1):
             sample, name = next(iter(self.found))
             raise DataError(
@@ -44,7 +47,7 @@ class Screening:
         return screened
 
     def told(self) -> tuple[str, ...]:
-        """One sentence of samples left out, one of samples with masks of -inf; none where there are none."""
+        """Sentences of samples left out, of masks of -inf, and of rows too few for a batch; where there are any."""
         texts = (
             (0, "NaN or infinite", "the sample is left out", "these samples are left out"),
             (
@@ -66,14 +69,12 @@ class Screening:
                 found.append(
                     f"elements of calibration samples are {what}: {named}{rest}; {one if len(seen) == 1 else many}"
                 )
-        return tuple(found)
+        return (*found, *dict.fromkeys(chain.from_iterable(self.notes)))
 
-    def _sound(self, feeds: Iterator[Feed]) -> Iterator[Feed]:
-        for feed in feeds:
-            counts = _counts(feed.values)
-            self.found.update({(feed.name, name): each for name, each in counts.items()})
-            if not any(broken for broken, _ in counts.values()):
-                yield feed
+    def _is_sound(self, feed: Feed) -> bool:
+        counts = _counts(feed.values)
+        self.found.update({(feed.name, name): each for name, each in counts.items()})
+        return not any(broken for broken, _ in counts.values())
 
 
 def screening_of(ctx: Context) -> Screening:

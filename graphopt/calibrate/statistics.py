@@ -8,14 +8,18 @@ are kept as integers, so that adding them is associative and any split over work
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import msgspec
 import numpy as np
 
 from graphopt.errors import DataError
+from graphopt.ir.atomic import write_file
+from graphopt.verify.feed_files import read_npz
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
@@ -224,7 +228,11 @@ class Collected:
         )
 
     def save(self, path: Path) -> None:
-        """Writes the statistics as npz; the same statistics give the same bytes."""
+        """Writes the statistics as npz, whole or not at all; the same statistics give the same bytes.
+
+        Raises:
+            OptionError: the file system refuses.
+        """
         names = list(self.values)
         arrays: dict[str, Array] = {}
         for index, name in enumerate(names):
@@ -241,8 +249,9 @@ class Collected:
         head = json.dumps(
             {"version": VERSION, "samples": self.samples, "model": self.model, "names": names}
         )
-        with path.open("wb") as file:
-            np.savez(file, head=np.frombuffer(head.encode(), np.uint8), **arrays)  # type: ignore[arg-type, unused-ignore]
+        written = io.BytesIO()
+        np.savez(written, head=np.frombuffer(head.encode(), np.uint8), **arrays)  # type: ignore[arg-type, unused-ignore]
+        write_file(path, written.getvalue())
 
     @classmethod
     def load(cls, path: Path) -> Collected:
@@ -252,31 +261,46 @@ class Collected:
             DataError: the file holds something else.
         """
         try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-                head = _head(archive)
-                values = {
-                    name: _restored(archive, index) for index, name in enumerate(head["names"])
-                }
-                return cls(values, int(head["samples"]), str(head["model"]))
-        except (OSError, ValueError, KeyError, EOFError) as error:
+            arrays = read_npz(path)
+            head = _head(arrays)
+            values = {name: _restored(arrays, index) for index, name in enumerate(head.names)}
+        except (DataError, ValueError, KeyError, msgspec.MsgspecError) as error:
+            told = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+            told = told.removesuffix(" Write it with numpy.savez.").removesuffix(".")
             raise DataError(
-                f"'{path}' cannot be read as calibration statistics: {error}. Collect them again."
+                f"'{path}' cannot be read as calibration statistics: {told}. Name another file, or remove this one: "
+                "they are collected again then."
             ) from error
+        return cls(values, head.samples, head.model)
 
 
-def _head(archive: Any) -> Any:  # noqa: ANN401
-    head = json.loads(bytes(archive["head"]))
-    if head["version"] != VERSION:
-        raise ValueError(f"it has format {head['version']}, not {VERSION}")
+class _Head(msgspec.Struct):
+    """What a file of statistics says of itself."""
+
+    version: int
+    samples: int
+    model: str
+    names: list[str]
+
+
+def _head(arrays: Mapping[str, Array]) -> _Head:
+    head = msgspec.json.decode(arrays["head"].tobytes(), type=_Head)
+    if head.version != VERSION:
+        raise ValueError(f"it has format {head.version}, not {VERSION}")
     return head
 
 
-def _restored(archive: Any, index: int) -> Statistics:  # noqa: ANN401
+def _restored(arrays: Mapping[str, Array], index: int) -> Statistics:
+    keys = _checked(arrays, f"{index}.keys", (None,))
+    if keys.size and not 0 <= keys.min() <= keys.max() < KEYS:
+        raise ValueError(f"'{index}.keys' are no patterns of 16 bits")
     histogram = np.zeros(KEYS, np.int64)
-    histogram[archive[f"{index}.keys"]] = archive[f"{index}.counts"]
-    low, high = (float(x) for x in archive[f"{index}.range"])
-    samples, elements, excluded = (int(x) for x in archive[f"{index}.numbers"])
-    sums = archive[f"{index}.sums"]
+    histogram[keys] = _checked(arrays, f"{index}.counts", keys.shape)
+    low, high = (float(x) for x in _checked(arrays, f"{index}.range", (2,), np.float64))
+    samples, elements, excluded = (int(x) for x in _checked(arrays, f"{index}.numbers", (3,)))
+    sums = _checked(arrays, f"{index}.sums", (2, LIMBS))
+    if min(samples, elements, excluded, histogram.min()) < 0 or np.isnan([low, high]).any():
+        raise ValueError(f"'{index}.numbers', '{index}.counts' or '{index}.range' are none")
     return Statistics(
         histogram,
         low,
@@ -286,11 +310,24 @@ def _restored(archive: Any, index: int) -> Statistics:  # noqa: ANN401
         samples,
         elements,
         excluded,
-        _restored_channels(archive, f"{index}.channels"),
-        _restored_channels(archive, f"{index}.last"),
+        _restored_channels(arrays, f"{index}.channels"),
+        _restored_channels(arrays, f"{index}.last"),
     )
 
 
-def _restored_channels(archive: Any, key: str) -> Channels:  # noqa: ANN401
-    sums, squares = archive[key]
-    return Channels(sums, squares, archive[f"{key}.ends"])
+def _restored_channels(arrays: Mapping[str, Array], key: str) -> Channels:
+    sums, squares = _checked(arrays, key, (2, LIMBS, None))
+    return Channels(sums, squares, _checked(arrays, f"{key}.ends", (2, sums.shape[1]), np.float64))
+
+
+def _checked(
+    arrays: Mapping[str, Array], key: str, shape: tuple[int | None, ...], dtype: type = np.int64
+) -> Array:
+    """An array of a file, if it is of that form."""
+    array = arrays[key]
+    fits = array.ndim == len(shape) and all(
+        want in (None, size) for want, size in zip(shape, array.shape, strict=True)
+    )
+    if not fits or array.dtype != dtype:
+        raise ValueError(f"'{key}' is {array.dtype}{list(array.shape)}")
+    return array

@@ -12,7 +12,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from graphopt.calibrate.samples import batch_size, read_samples
+from graphopt.calibrate.batches import batch_size
+from graphopt.calibrate.samples import read_samples
 from graphopt.calibrate.screening import Screening
 from graphopt.driver.attempt import attempt, write
 from graphopt.driver.judge import Judge

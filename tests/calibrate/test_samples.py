@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,12 +13,18 @@ import pytest
 
 from graphopt.calibrate.images import Preprocess, read_image
 from graphopt.calibrate.samples import read_samples
+from graphopt.calibrate.screening import Screening
 from graphopt.errors import DataError, OptionError
 from graphopt.rewrite import Calibration
 from graphopt.runtime.specs import TensorSpec
 
-IMAGE = (TensorSpec("x", ir.DataType.FLOAT, (1, 2)),)
+F32 = ir.DataType.FLOAT
+IMAGE = (TensorSpec("x", F32, (1, 2)),)
 FREE = (TensorSpec("x", ir.DataType.FLOAT, ("n", 2)), TensorSpec("k", ir.DataType.INT64, ()))
+
+
+def ones(*shape: int) -> np.ndarray:
+    return np.ones(shape, np.float32)
 
 
 def shapes(
@@ -36,9 +43,117 @@ def test_a_leading_axis_more_is_the_samples(tmp_path: Path) -> None:
     assert shapes(tmp_path / "a.npz", FREE) == [(5, 2)] * 3
 
 
-def test_one_feed_as_it_is(tmp_path: Path) -> None:
+def test_what_has_no_rows_goes_with_each(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", x=np.ones((3, 2), np.float32), k=np.int64(1))
-    assert shapes(tmp_path / "a.npz", FREE) == [(3, 2)]
+    assert shapes(tmp_path / "a.npz", FREE) == [(1, 2)] * 3
+    fixed = (*IMAGE, TensorSpec("s", ir.DataType.FLOAT, (2,)), TensorSpec("m", F32, (1, 3)))
+    np.savez(tmp_path / "b.npz", x=ones(3, 2), s=ones(2), m=ones(1, 3))
+    assert shapes(tmp_path / "b.npz", fixed) == [(1, 2)] * 3
+
+
+def test_one_feed_as_it_is(tmp_path: Path) -> None:
+    """Rows differ, and all fits as it is."""
+    points = (TensorSpec("x", F32, ("n", 2)), TensorSpec("q", F32, ("m", 2)))
+    np.savez(tmp_path / "a.npz", x=ones(3, 2), q=ones(5, 2))
+    assert shapes(tmp_path / "a.npz", points) == [(3, 2)]
+
+
+def test_rows_that_fill_no_batch_are_noted(tmp_path: Path) -> None:
+    pairs = (TensorSpec("x", F32, (2, 2)),)
+    np.savez(tmp_path / "a.npz", x=ones(5, 2))
+    screening = Screening()
+    assert len(list(screening.of(read_samples(Calibration(tmp_path / "a.npz"), pairs)))) == 2
+    (told,) = screening.told()
+    assert told.startswith("the last 1 of 5 rows of 'x' in")
+    np.savez(tmp_path / "a.npz", x=ones(4, 2))
+    screening = Screening()
+    assert len(list(screening.of(read_samples(Calibration(tmp_path / "a.npz"), pairs)))) == 2
+    assert screening.told() == ()
+
+
+def test_fewer_rows_than_a_batch_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=ones(3, 2))
+    with pytest.raises(DataError, match="has 3 rows of the input 'x', and the model takes 4"):
+        shapes(tmp_path / "a.npz", (TensorSpec("x", F32, (4, 2)),))
+
+
+def test_suffixes_in_capitals_are_read(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=ones(3, 2))
+    (tmp_path / "a.npz").rename(tmp_path / "A.NPZ")
+    assert len(shapes(tmp_path, IMAGE)) == len(shapes(tmp_path / "A.NPZ", IMAGE)) == 3
+
+
+def test_a_folder_of_something_else_says_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "a.csv").write_text("1")
+    with pytest.raises(DataError, match=r"holds no calibration samples \(there is inner.a\.csv\)"):
+        shapes(tmp_path, IMAGE)
+
+
+class Tensor:
+    """A tensor of another library."""
+
+    def __init__(self, array: np.ndarray | None) -> None:
+        self.array = array
+
+    def __array__(self, dtype: object = None, copy: object = None) -> np.ndarray:
+        if self.array is None:
+            raise RuntimeError("it lies on a GPU")
+        return self.array
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"x": Tensor(ones(1, 2))},
+        {"x": [[1.0, 2]]},
+        [Tensor(ones(1, 2))],
+        (ones(1, 2),),
+        ones(1, 2),
+    ],
+)
+def test_what_can_be_read_as_arrays(given: dict[str, object]) -> None:
+    (feed,) = read_samples(Calibration([given]), IMAGE)
+    assert feed.values["x"].dtype == np.float32
+    assert feed.values["x"].shape == (1, 2)
+
+
+def test_numbers_are_arrays() -> None:
+    specs = (TensorSpec("x", F32, ()), TensorSpec("k", ir.DataType.INT64, ()))
+    for given in ({"x": 1, "k": 2}, {"x": 0.5, "k": np.int64(2)}, (np.float32(1), 2)):
+        (feed,) = read_samples(Calibration([given]), specs)  # type: ignore[list-item]
+        assert feed.values["x"].dtype == np.float32
+        assert feed.values["k"].dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        (None, "'sample 0' is NoneType, and the model takes 'x'; give a mapping"),
+        ((ones(1, 2), 3), "'sample 0' is tuple of 2 values, and the model takes 'x'"),
+        ("a", "'sample 0' is str, and"),
+        ({"x": [[1.0], [2.0, 3.0]]}, "the input 'x' is list, which gives no array"),
+        ({"x": Tensor(None)}, "the input 'x' is Tensor, which gives no array: it lies on a GPU"),
+        ({"x": object()}, "must be an array"),
+        ({"x": np.ones((1, 2))}, "its dtype is float64"),
+    ],
+)
+def test_what_cannot_be_read_as_arrays(given: dict[str, object], error: str) -> None:
+    with pytest.raises(DataError, match=error):
+        list(read_samples(Calibration([given]), IMAGE))
+
+
+def test_fractions_are_no_integers() -> None:
+    with pytest.raises(DataError, match="the input 'k' must be int64"):
+        list(read_samples(Calibration([{"k": 2.5}]), (TensorSpec("k", ir.DataType.INT64, ()),)))
+
+
+def test_arrays_of_many_samples() -> None:
+    both = (*IMAGE, TensorSpec("k", ir.DataType.INT64, (1,)))
+    given: Any = {"x": ones(3, 2), "k": np.arange(3)}
+    assert [int(f.values["k"][0]) for f in read_samples(Calibration(given), both)] == [0, 1, 2]
+    rows: Any = ones(3, 2)
+    assert len(list(read_samples(Calibration(rows), IMAGE))) == 3
 
 
 def test_a_folder_of_npz_in_natural_order_and_its_limit(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from graphopt.calibrate.statistics import (
     empty,
 )
 from graphopt.calibrate.tally import Tally
-from graphopt.errors import DataError
+from graphopt.errors import DataError, OptionError
 from graphopt.runtime.observing import Observed
 from graphopt.verify.feed_files import Feed
 from tests.rewriting import parse
@@ -152,6 +152,61 @@ def test_another_file_is_refused(tmp_path: Path) -> None:
     np.savez(path, x=np.ones(3))
     with pytest.raises(DataError, match="cannot be read as calibration statistics"):
         Collected.load(path)
+
+
+def kept(path: Path, **changes: np.ndarray) -> None:
+    """Statistics of one value, and what somebody made of the file."""
+    Collected({"v": observe(np.ones((1, 3), np.float32))}, 1, "m").save(path)
+    with np.load(path) as archive:
+        arrays = {**archive}
+    np.savez(path, **{**arrays, **{key.replace("_", "."): a for key, a in changes.items()}})
+
+
+def head(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"head": head("[1]")}, "Expected `object`"),
+        ({"head": head('{"version": 3, "samples": 1, "model": "", "names": null}')}, "`array`"),
+        ({"head": head('{"version": 3, "samples": 1, "model": "", "names": ["a", "b"]}')}, "1.key"),
+        ({"0_keys": np.array([70000])}, "no patterns of 16 bits"),
+        ({"0_keys": np.array([1.5])}, "'0.keys' is float64"),
+        ({"0_counts": np.array([-1])}, "'0.counts'"),
+        ({"0_range": np.array([np.nan, 1])}, "'0.range'"),
+        ({"0_range": np.array([1.0])}, "'0.range'"),
+        ({"0_numbers": np.array([1, 2, -3])}, "'0.numbers'"),
+        ({"0_channels": np.zeros((2, 3, 5), np.int64)}, "'0.channels.ends'"),
+    ],
+)
+def test_what_is_no_statistics_is_refused(
+    tmp_path: Path, changes: dict[str, np.ndarray], error: str
+) -> None:
+    path = tmp_path / "x.npz"
+    kept(path)
+    assert Collected.load(path).values["v"].elements == 3
+    kept(path, **changes)
+    with pytest.raises(DataError, match=f"as calibration statistics: .*{error}.*remove this one"):
+        Collected.load(path)
+
+
+def test_a_broken_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    kept(path)
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 3] ^= 255
+    for data in (b"", b"garbage", whole[:-30], whole[: len(whole) // 2], bytes(flipped)):
+        path.write_bytes(data)
+        with pytest.raises(DataError, match="cannot be read as calibration statistics"):
+            Collected.load(path)
+
+
+def test_statistics_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="create the folder first"):
+        Collected({}, 1).save(tmp_path / "none" / "x.npz")
 
 
 def test_statistics_of_an_earlier_format_are_refused(tmp_path: Path) -> None:

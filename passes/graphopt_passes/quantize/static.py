@@ -10,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.calibrate.collect import by_row
 from graphopt.calibrate.samples import Samples, read_samples
 from graphopt.calibrate.screening import screening_of, tell_screened
 from graphopt.emit import finalize
@@ -22,6 +23,7 @@ from graphopt.runtime.specs import input_specs
 from graphopt_passes.quantize import bodies, equalize, inlets
 from graphopt_passes.quantize.emission import quantize
 from graphopt_passes.quantize.facts import Layer
+from graphopt_passes.quantize.files import on_disk
 from graphopt_passes.quantize.kinds import least_opset, with_kinds
 from graphopt_passes.quantize.overrides import (
     Overrides,
@@ -113,7 +115,8 @@ class QuantizeStatic:
         _ = ctx.shapes  # inferred once: all that follows asks values for types and shapes
         floats = Floats.of(model, allowed)
         screening = screening_of(ctx)
-        samples = screening.of(read_samples(ctx.options.calibration, input_specs(model)))
+        given = read_samples(ctx.options.calibration, input_specs(model))
+        samples = screening.of(by_row(lambda: on_disk(model), given))
         trials = best = None
         if allowed:
             trials = Trials(model, style, samples, ctx, overrides, self._collecting())
