@@ -193,7 +193,8 @@ class Trials:
         if self.file is None or not self.file.exists() or model is not self.original:
             return None
         found = Collected.load(self.file)
-        if found.model == key:
+        wanted = candidates(model.graph, self.style, lambda _node: True)
+        if found.model == key and found.values.keys() >= {*wanted}:
             return found
         text = f"'{self.file}' holds statistics of another model; they are collected anew"
         self.ctx.remark(RemarkKind.WARNING, RULE, "", text)
