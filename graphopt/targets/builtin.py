@@ -385,6 +385,7 @@ TENSORRT = Target(
         "INT8",
         zero_points=False,
         sub_byte_weights=True,
+        whole_blocks=True,
         source="TensorRT documentation, explicit quantization: symmetric, zero point 0",
     ),
     floats=PrecisionStyle(frozenset({"FLOAT", "FLOAT16", "BFLOAT16"})),

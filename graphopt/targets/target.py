@@ -79,6 +79,7 @@ class QdqStyle:
         per_channel: whether weights may have one scale a channel.
         integer_operators: whether MatMulInteger, QLinearConv and their like have kernels.
         sub_byte_weights: whether 4-bit weights, dequantised in blocks, have kernels.
+        whole_blocks: whether blocks must divide what they lie along, and rows of 4-bit tensors be of even length.
         source: who says so.
     """
 
@@ -89,6 +90,7 @@ class QdqStyle:
     per_channel: bool = True
     integer_operators: bool = False
     sub_byte_weights: bool = False
+    whole_blocks: bool = False
     source: str = ""
 
 

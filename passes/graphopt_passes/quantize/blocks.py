@@ -66,10 +66,11 @@ def encode(
     moments: rounding.Moments | None = None,
     *,
     zero_points: bool = False,
+    signed: bool = True,
 ) -> Encoded:
     """The rows in blocks.
 
-    Without zero points the largest weight of a block becomes the least code, the longer end.
+    Without zero points the largest weight of a block becomes the least code, the longer end, by a scale with a sign.
 
     Args:
         rows: float weights [rows, K], one output channel a row.
@@ -77,14 +78,25 @@ def encode(
         bits: 4 or 8.
         moments: second moments of what the rows are multiplied with, K of them; then rounding is by them (GPTQ).
         zero_points: whether blocks have one, so that their range need not be the same both ways.
+        signed: whether scales may be negative.
     """
-    made = _nearest_blocks(rows, block, bits, zero_points=zero_points)
+    form = _Form(bits, rows.dtype == np.float16, signed)
+    made = _nearest_blocks(rows, block, form, zero_points=zero_points)
     if moments is None or len(moments.damped) != rows.shape[1]:
         return made
     return _by_moments(rows, made, moments, bits)
 
 
-def _nearest_blocks(rows: Array, block: int, bits: int, *, zero_points: bool) -> Encoded:
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """How codes and scales are stored: bits of a code, whether scales are halves, and may be negative."""
+
+    bits: int
+    half: bool
+    signed: bool
+
+
+def _nearest_blocks(rows: Array, block: int, form: _Form, *, zero_points: bool) -> Encoded:
     """The rows in blocks, each weight by itself."""
     width = rows.shape[1]
     columns = np.asarray(rows.T, np.float32)  # a view: blocks lie along the first axis
@@ -94,7 +106,6 @@ def _nearest_blocks(rows: Array, block: int, bits: int, *, zero_points: bool) ->
     codes = np.empty_like(columns, np.int8)
     scales = np.empty((count, len(rows)), np.float32)
     zeros = np.zeros((count, len(rows)), np.int8) if zero_points else None
-    half = rows.dtype == np.float16
     many = max(CHUNK // block, 1)
     work = np.empty(3 * min(block * many, columns.size), np.float32)
     # Blocks lie along the first axis, those of one row along the second.
@@ -108,27 +119,28 @@ def _nearest_blocks(rows: Array, block: int, bits: int, *, zero_points: bool) ->
             part = slice(start, start + many)
             own = None if zeros is None else zeros[some, part]
             scales[some, part] = _nearest(
-                parted[:, some, part], found[:, some, part], own, bits, work, half
+                parted[:, some, part], found[:, some, part], own, form, work
             )
-    stored = scales.T.astype(np.float16) if half else scales.T
+    stored = scales.T.astype(np.float16) if form.half else scales.T
     return Encoded(codes.T, stored, None if zeros is None else zeros.T)
 
 
-def _nearest(
-    columns: Array, codes: Array, zeros: Array | None, bits: int, work: Array, half: bool
-) -> Array:
+def _nearest(columns: Array, codes: Array, zeros: Array | None, form: _Form, work: Array) -> Array:
     """Puts the nearest codes of each column, one block, into `codes` [block, blocks, rows]; returns their scales.
 
     Errors are compared in steps of the whole range: each is one pass over what stays in the cache.
     """
-    low, high = limits(bits)
+    bits, (low, high) = form.bits, limits(form.bits)
     held, scaled = work[: 2 * columns.size].reshape(2, *columns.shape)
     if columns.strides[2] != columns.itemsize:
         for start in range(0, columns.shape[2], _TURNED):
             part = slice(start, start + _TURNED)
             held[:, :, part] = columns[:, :, part]
         columns = held
-    steps = _one_ended(columns, low) if zeros is None else _both_ended(columns, bits, zeros)
+    if zeros is not None:
+        steps = _both_ended(columns, bits, zeros)
+    else:
+        steps = _one_ended(columns, low) if form.signed else _positive(columns, bits)
     np.multiply(columns, 1 / steps, out=scaled)
     flat, offset = scaled.reshape(len(scaled), -1), np.zeros(1, np.float32)
     if zeros is not None:
@@ -137,7 +149,7 @@ def _nearest(
     clips = (CLIPS if zeros is None else CLIPS_BOTH_ENDS)[bits]
     longer = _best_steps(flat, ends, clips, work[2 * columns.size :][: columns.size])
     scales = steps * longer.reshape(steps.shape)
-    if half:  # codes are those of the scale as it is stored
+    if form.half:  # codes are those of the scale as it is stored
         stored = scales.astype(np.float16)
         scales = np.where(stored == 0, LEAST_HALF, stored.astype(np.float32))
     np.divide(columns, scales, out=scaled)
@@ -154,6 +166,16 @@ def _one_ended(columns: Array, low: int) -> Array:
     peak = np.where(-least > most, least, most)
     peak[np.abs(peak) < np.finfo(np.float32).tiny] = low
     return np.asarray(peak / np.float32(low))
+
+
+def _positive(columns: Array, bits: int) -> Array:
+    """The least positive steps by which both ends of each block are codes."""
+    low, high = limits(bits)
+    steps = np.maximum(
+        columns.max(axis=0) / np.float32(high), columns.min(axis=0) / np.float32(low)
+    )
+    steps[steps < np.finfo(np.float32).tiny] = 1
+    return np.asarray(steps)
 
 
 def _both_ended(columns: Array, bits: int, zeros: Array) -> Array:
@@ -225,7 +247,12 @@ SAMPLED = 1 << 14
 
 
 def wants_zero_points(
-    rows: Array, block: int, bits: int, moments: rounding.Moments | None = None
+    rows: Array,
+    block: int,
+    bits: int,
+    moments: rounding.Moments | None = None,
+    *,
+    signed: bool = True,
 ) -> bool:
     """Whether zero points lower the squared error of what is stored by a larger share than they add bytes.
 
@@ -236,7 +263,7 @@ def wants_zero_points(
     known = moments if moments is not None and len(moments.damped) == rows.shape[1] else None
     lost = []
     for zero_points in (False, True):
-        made = encode(some, block, bits, known, zero_points=zero_points)
+        made = encode(some, block, bits, known, zero_points=zero_points, signed=signed)
         gone = exact - made.decoded(rows.shape[1])
         lost.append(float((gone**2).sum()) if known is None else rounding.error(gone, known.damped))
     stored = block * bits + 8 * rows.dtype.itemsize

@@ -14,6 +14,9 @@ Wide: TypeAlias = npt.NDArray[np.float64]
 SQNR_DB, CLASSES_SQNR_DB = 30.0, 20.0
 """Signal to noise of the worst output over all samples that is good enough; where outputs name classes."""
 
+NOT_TIMED = "not timed, the runtime is not this machine's; by what Q and DQ say"
+"""What is told of the speed of what cannot be run here."""
+
 LEAST_SQNR_DB = 20.0
 """The same where activations are quantised as they come, and no layer can be left out."""
 

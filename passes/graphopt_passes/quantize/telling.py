@@ -14,6 +14,7 @@ from graphopt_passes.quantize.facts import Layer
 from graphopt_passes.quantize.kinds import BYTES
 from graphopt_passes.quantize.overrides import Overrides
 from graphopt_passes.quantize.placement import PRODUCTS, is_product
+from graphopt_passes.quantize.quality import NOT_TIMED
 from graphopt_passes.quantize.trials import Trial
 
 _FLOAT = "stays float: "
@@ -111,9 +112,6 @@ def _stored_kinds(model: ir.Model) -> tuple[Named, Named]:
 
 
 _NO_KERNEL = "no integer kernel takes it: weight and bias must be constant float32, Gemm without alpha, beta, transA"
-
-
-NOT_TIMED = "not timed, the runtime is not this machine's; by what Q and DQ say"
 
 
 def summary(best: Trial) -> str:

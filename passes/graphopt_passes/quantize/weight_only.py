@@ -6,6 +6,7 @@ Source: com.microsoft MatMulIntegerToFloat, MatMulNBits, GatherBlockQuantized, O
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import ClassVar
@@ -33,7 +34,7 @@ from graphopt_passes.quantize.certificate import Judgement
 from graphopt_passes.quantize.factors import broken, factor_of, why_not
 from graphopt_passes.quantize.files import on_disk
 from graphopt_passes.quantize.overrides import check_patterns, names_of
-from graphopt_passes.quantize.quality import LEAST_SQNR_DB
+from graphopt_passes.quantize.quality import LEAST_SQNR_DB, NOT_TIMED
 from graphopt_passes.quantize.single_blocks import (
     BITS,
     SCHEMES,
@@ -43,6 +44,8 @@ from graphopt_passes.quantize.single_blocks import (
     parse_rules,
     settings_of,
 )
+from graphopt_passes.quantize.styles import MICROSOFT
+from graphopt_passes.quantize.whole import with_whole_blocks
 from graphopt_passes.quantize.writers import Blocks, write_blocks, write_dynamic
 
 FLOATS = (ir.DataType.FLOAT,)
@@ -130,8 +133,6 @@ class QuantizeWeights:
             OptionError: a block size, number of bits, form or scheme that no kernel takes, or not that of the target.
         """
         self._check()
-        if self.form == "qdq" and not _has_blocks(model, ctx):
-            return False
         if ctx.target.provider == "CUDAExecutionProvider" and self.bits == 8:
             ctx.remark(RemarkKind.WARNING, "quantize", "", CUDA)
         rules = _rules(self.skip_nodes, self.overrides, model, ctx)
@@ -141,11 +142,18 @@ class QuantizeWeights:
         blocks_of = {name: given.block or self.block for name, given in said.items()}
         tables = self._tables(nodes, blocks_of, model, ctx)
         sites = products_of(nodes, self.least, HALVES) | tables
+        if sites and self.form == "qdq" and not _has_blocks(model, ctx):
+            return False
         scheme = self.scheme
         if ctx.target.qdq is not None and not ctx.target.qdq.zero_points:
             scheme = "symmetric"
             said = self._without_zero_points(sites, said, ctx)
-        how = Blocks(self.block, self.bits, self.form, scheme, self._moments(model, ctx), said)
+        if ctx.target.qdq is not None and ctx.target.qdq.whole_blocks:
+            products = [node for node in nodes if name_of(node) in sites - tables]
+            said = with_whole_blocks(products, self.block, self.bits, said, ctx)
+            sites = frozenset(name for name in sites if not said[name].exclude)
+        moments, signed = self._moments(model, ctx), ctx.target.has_domain(MICROSOFT)
+        how = Blocks(self.block, self.bits, self.form, scheme, moments, said, signed=signed)
 
         def write(changed: ir.Model, sites: frozenset[str], names: Names) -> None:
             write_blocks(changed, sites, names, how)
@@ -306,8 +314,7 @@ def _is_worth_it(
     how: QuantizeDynamic | QuantizeWeights,
     write: Write,
 ) -> bool:
-    on_host = ctx.target.provider == "CPUExecutionProvider"
-    worth = not on_host or _pays(model, sites, ctx, precision, how, write)
+    worth = _pays(model, sites, ctx, precision, how, write)
     tell_screened(ctx, "quantize")
     return worth
 
@@ -342,6 +349,11 @@ def products_of(
     counts = Counter(name_of(node) for node in known)
     found = (name_of(node) for node in known if _is_matrix_product(node, least, dtypes))
     return frozenset(name for name in found if counts[name] == 1)
+
+
+def has_products(model: ir.Model) -> bool:
+    """Whether there is a weight that is stored in blocks where nothing else is said."""
+    return bool(products_of(everywhere(model), QuantizeWeights.least, HALVES))
 
 
 def _decline(ctx: Context, text: str) -> bool:
@@ -393,28 +405,28 @@ def _pays(
             ctx,
             f"stays float: quantised it would run at {ratio:.2f}x the speed of float here; --force emits it",
         )
-    ctx.remark(
-        RemarkKind.NOTE,
-        "quantize",
-        "",
-        f"{ratio:.2f}x the speed of float on this machine; worst output {sqnr:.1f} dB",
-    )
+    speed = NOT_TIMED if ratio == math.inf else f"{ratio:.2f}x the speed of float on this machine"
+    ctx.remark(RemarkKind.NOTE, "quantize", "", f"{speed}; worst output {sqnr:.1f} dB")
     return True
 
 
 def _measured(
     model: ir.Model, sites: frozenset[str], ctx: Context, precision: Precision, write: Write
 ) -> tuple[float, bool, float]:
-    """Speed over float, whether the budget is met, and signal to noise of the worst output."""
+    """Speed over float, whether the budget is met, and signal to noise of the worst output.
+
+    For a runtime that does not run here the speed is infinite: nobody can time it.
+    """
     clone = load_model(model)
     write(clone, sites, Names.of(clone))
     budget = budget_for(precision, ctx.options.budget)
     assert budget is not None
-    judge = Judgement(model, _feeds(model, ctx))
+    on_host = ctx.target.provider == "CPUExecutionProvider"
+    judge = Judgement(model, _feeds(model, ctx), stated=not on_host)
     found = judge.accuracy(clone, budget)
     stated = ctx.options.budget is not None or precision is not Precision.INT8_DYNAMIC
     passed = found.passed and (stated or found.sqnr_db >= LEAST_SQNR_DB)
-    return judge.race(clone)(), passed, found.sqnr_db
+    return judge.race(clone)() if on_host else math.inf, passed, found.sqnr_db
 
 
 def _samples(calibration: Calibration, model: ir.Model, ctx: Context) -> Samples:

@@ -34,6 +34,7 @@ class Blocks:
         scheme: symmetric, asymmetric (with zero points), or auto: what loses less of each weight.
         moments: second moments of the input of a product, by name of its output; of none, rounding is to nearest.
         single: other blocks, bits and schemes of single nodes, by name of their outputs.
+        signed: whether scales may be negative: for kernels that are known, not for any parser.
     """
 
     block: int
@@ -42,6 +43,7 @@ class Blocks:
     scheme: str = "auto"
     moments: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     single: Mapping[str, Settings] = dataclasses.field(default_factory=dict)
+    signed: bool = True
 
     @property
     def kind(self) -> tuple[int, int, str]:
@@ -62,10 +64,13 @@ class Blocks:
         """A weight, one output channel a row."""
         known = None if moments is None else rounding.Moments.of(moments)
         if self.scheme == "auto":
-            zero_points = blocks.wants_zero_points(rows, self.block, self.bits, known)
+            how = self.block, self.bits, known
+            zero_points = blocks.wants_zero_points(rows, *how, signed=self.signed)
         else:
             zero_points = self.scheme == "asymmetric"
-        return blocks.encode(rows, self.block, self.bits, known, zero_points=zero_points)
+        return blocks.encode(
+            rows, self.block, self.bits, known, zero_points=zero_points, signed=self.signed
+        )
 
 
 def write_dynamic(model: ir.Model, sites: frozenset[str], names: Names) -> None:

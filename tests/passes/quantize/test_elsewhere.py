@@ -236,3 +236,83 @@ def test_nothing_wide_enough_stays_float_and_says_why() -> None:
     assert not scales(made)
     said = [remark.reason for remark in made.report.remarks]
     assert any("no layer is of a size that runs faster in 8 bits there" in each for each in said)
+
+
+PRODUCT = """g (float[N,128] x) => (float[N,256] y) <float[128,256] w, float[256] b> {
+ h = MatMul(x, w)  i = Add(h, b)  y = Relu(i) }"""
+ROWS = [{"x": RNG.normal(size=(5, 128)).astype(np.float32)} for _ in range(2)]
+
+
+def made_without_samples(text: str, opset: int, target: str, precision: str) -> Result:
+    return graphopt.optimize(
+        varied(text, opset), target=target, precision=precision, inputs=ROWS[:1]
+    )
+
+
+def test_any_runtime_quantises_activations_as_they_come() -> None:
+    made = made_without_samples(PRODUCT, 13, "portable", "int8-dynamic")
+    found = [node.op_type for node in made.model.graph]
+    assert {"DynamicQuantizeLinear", "MatMulInteger"} <= set(found)
+    assert set(made.model.opset_imports) == {""}
+    assert sqnr(varied(PRODUCT, 13), made.model, ROWS[0]) > 30
+
+
+@pytest.mark.parametrize(("target", "block"), [("portable", 32), ("tensorrt", 128)])
+@pytest.mark.parametrize("opset", [9, 17])
+def test_blocks_raise_the_opset(target: str, block: int, opset: int) -> None:
+    made = made_without_samples(PRODUCT, opset, target, "int4-weights")
+    decode = next(n for n in made.model.graph if n.op_type == "DequantizeLinear")
+    assert made.model.opset_imports[""] == 21
+    assert decode.attributes["block_size"].as_int() == block
+    assert not check_legality(made.model, get_target(target)).findings
+    assert sqnr(varied(PRODUCT, opset), made.model, ROWS[0]) > 15
+
+
+@pytest.mark.parametrize("precision", ["portable", "tensorrt", "openvino"])
+def test_scales_of_blocks_are_positive_where_the_parser_is_not_known_to_take_others(
+    precision: str,
+) -> None:
+    made = made_without_samples(PRODUCT, 21, precision, "int4-weights")
+    decode = next(n for n in made.model.graph if n.op_type == "DequantizeLinear")
+    held = values.array(decode.inputs[1])
+    assert held is not None
+    assert (held > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "block", "why"),
+    [
+        (PRODUCT.replace("128", "192"), 64, ""),
+        (PRODUCT.replace("256", "255"), None, "rows of 255 numbers of 4 bits are odd"),
+        (PRODUCT.replace("128", "130"), None, "no block divides 130 rows"),
+    ],
+)
+def test_tensorrt_gets_whole_blocks(text: str, block: int | None, why: str) -> None:
+    made = graphopt.optimize(varied(text, 21), target="tensorrt", precision="int4-weights")
+    found = [n for n in made.model.graph if n.op_type == "DequantizeLinear"]
+    assert [n.attributes["block_size"].as_int() for n in found] == ([block] if block else [])
+    assert not check_legality(made.model, get_target("tensorrt")).findings
+    assert not why or any(why in remark.reason for remark in made.report.remarks)
+
+
+def test_the_opset_stays_where_nothing_is_stored_in_blocks() -> None:
+    small = PRODUCT.replace("256", "16")
+    made = made_without_samples(small, 9, "portable", "int4-weights")
+    assert made.model.opset_imports[""] == 9
+    said = [remark.reason for remark in made.report.remarks]
+    assert any(each.startswith("nothing to quantise") for each in said)
+
+
+@pytest.mark.parametrize(
+    ("target", "precision"), [("tensorrt", "int4-weights"), ("cuda", "int4-weights")]
+)
+def test_weights_are_judged_for_runtimes_that_do_not_run_here(target: str, precision: str) -> None:
+    kept = graphopt.optimize(
+        varied(PRODUCT, 21), target=target, precision=precision, inputs=ROWS[:1], budget="sqnr>=60"
+    )
+    said = [remark.reason for remark in kept.report.remarks]
+    assert any("outside the budget" in each for each in said)
+    assert not [node for node in kept.model.graph if node.op_type not in {"Gemm", "Relu"}]
+    made = made_without_samples(PRODUCT, 21, target, precision)
+    said = [remark.reason for remark in made.report.remarks]
+    assert any(each.startswith("not timed, the runtime") for each in said)
