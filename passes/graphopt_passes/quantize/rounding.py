@@ -57,11 +57,20 @@ def error(lost: Wide, moments: Wide) -> float:
     return float(np.einsum("rk,rk->", lost @ moments, lost))
 
 
+BLOCK = 64
+"""Columns that are worked on by themselves; what they do to the others is one product of matrices (as in GPTQ)."""
+
+
 def _keeping_zeros(rows: Wide, limits: Limits) -> tuple[Wide, Wide]:
-    """The least and the greatest code of each weight: 0 alone for what was pruned, where 0 is a code."""
-    least, most = (np.broadcast_to(end, rows.shape) for end in limits)
-    gone = (rows == 0) & (least <= 0) & (most >= 0)
+    """The least and the greatest code of each weight [K, rows]: 0 alone for what was pruned, where 0 is a code."""
+    least, most = (np.broadcast_to(end, rows.shape).T for end in limits)
+    gone = (rows.T == 0) & (least <= 0) & (most >= 0)
     return np.where(gone, 0, least), np.where(gone, 0, most)
+
+
+def _columns(array: Wide, shape: tuple[int, ...]) -> Wide:
+    """The columns of it, each in one piece [K, rows]."""
+    return np.array(np.broadcast_to(array, shape).T, order="C")
 
 
 def refine(rows: Wide, codes: Wide, scales: Wide, moments: Wide, limits: Limits) -> Wide:
@@ -76,38 +85,51 @@ def refine(rows: Wide, codes: Wide, scales: Wide, moments: Wide, limits: Limits)
         moments: H [K, K].
         limits: least and greatest code, of all or of each [rows, K].
     """
-    found = codes.copy()
-    wide = np.broadcast_to(scales, rows.shape)
-    least, most = _keeping_zeros(rows, limits)
-    slope = (rows - found * wide) @ moments
-    diagonal = np.diag(moments)
+    found, steps = _columns(codes, rows.shape), _columns(scales, rows.shape)
+    ends = _keeping_zeros(rows, limits)
+    slope = moments @ (rows.T - found * steps)
     for _ in range(SWEEPS):
-        moved = 0
-        for k in range(rows.shape[1]):
-            step = wide[:, k]
-            direction = np.sign(slope[:, k] * step)
-            better = 2 * np.abs(slope[:, k]) > np.abs(step) * diagonal[k] * (1 + 1e-9)
-            target = found[:, k] + direction
-            within = (target >= least[:, k]) & (target <= most[:, k])
-            chosen = np.flatnonzero(better & within)
-            if len(chosen) == 0:
-                continue
-            moved += len(chosen)
-            found[chosen, k] = target[chosen]
-            slope[chosen] -= (step[chosen] * direction[chosen])[:, None] * moments[k]
-        if moved == 0:
+        moved = False
+        for start in range(0, len(found), BLOCK):
+            part = slice(start, start + BLOCK)
+            within = ends[0][part], ends[1][part]
+            moves = _moves(found[part], steps[part], slope[part], moments[part, part], within)
+            if moves.any():
+                moved = True
+                slope -= moments[:, part] @ moves
+        if not moved:
             break
-    return found
+    return np.ascontiguousarray(found.T)
+
+
+def _moves(found: Wide, steps: Wide, slope: Wide, moments: Wide, ends: tuple[Wide, Wide]) -> Wide:
+    """Moves codes of a few columns, one after the other; returns what that adds to the weights; all [columns, rows]."""
+    near, moves = slope.copy(), np.zeros_like(slope)
+    for k, diagonal in enumerate(np.diag(moments)):
+        direction = np.sign(near[k] * steps[k])
+        target = found[k] + direction
+        better = 2 * np.abs(near[k]) > np.abs(steps[k]) * diagonal * (1 + 1e-9)
+        chosen = np.flatnonzero(better & (target >= ends[0][k]) & (target <= ends[1][k]))
+        if len(chosen) == 0:
+            continue
+        found[k, chosen] = target[chosen]
+        moves[k, chosen] = steps[k, chosen] * direction[chosen]
+        near[:, chosen] -= moments[:, k, None] * moves[k, chosen]
+    return moves
 
 
 def compensate(rows: Wide, scales: Wide, moments: Moments, limits: Limits) -> Wide:
     """Codes in one go from the first column to the last, the error of each passed on to those behind (GPTQ)."""
     upper = moments.upper
-    wide = np.broadcast_to(scales, rows.shape)
+    left, steps = _columns(rows, rows.shape), _columns(scales, rows.shape)
     least, most = _keeping_zeros(rows, limits)
-    left, codes = rows.copy(), np.empty_like(rows)
-    for k in range(rows.shape[1]):
-        codes[:, k] = np.clip(np.rint(left[:, k] / wide[:, k]), least[:, k], most[:, k])
-        lost = (left[:, k] - codes[:, k] * wide[:, k]) / upper[k, k]
-        left[:, k + 1 :] -= lost[:, None] * upper[k, k + 1 :]
-    return codes
+    codes = np.empty_like(left)
+    for start in range(0, len(left), BLOCK):
+        stop = min(start + BLOCK, len(left))
+        lost = np.empty((stop - start, left.shape[1]))
+        for k in range(start, stop):
+            codes[k] = np.clip(np.rint(left[k] / steps[k]), least[k], most[k])
+            lost[k - start] = (left[k] - codes[k] * steps[k]) / upper[k, k]
+            left[k + 1 : stop] -= upper[k, k + 1 : stop, None] * lost[k - start]
+        left[stop:] -= upper[start:stop, stop:].T @ lost
+    return np.ascontiguousarray(codes.T)
