@@ -15,6 +15,7 @@ import onnx_ir as ir
 from graphopt.calibrate.statistics import Statistics
 from graphopt.ir import operators, values
 from graphopt_passes.quantize.placement import Role, Site
+from graphopt_passes.quantize.reading import columns_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,8 +165,7 @@ class Costs:
         work, weights = self._work(site)
         tensor = values.constant(site.node.inputs[1])
         assert tensor is not None
-        turned = site.node.op_type == "Gemm" and operators.attribute(site.node, "transB", 0)
-        columns = int(tensor.shape.numpy()[0 if turned else 1])
+        columns = columns_of(site.node)
         return work * columns / max(weights, 1.0)
 
     def _integer(self, site: Site) -> float:
@@ -198,8 +198,7 @@ class Costs:
         if node.op_type == "Conv":
             each = math.prod(tensor.shape.numpy()[1:])
             return self.elements(site.result) * each, float(tensor.size)
-        turned = node.op_type == "Gemm" and operators.attribute(node, "transB", 0)
-        columns = tensor.shape.numpy()[0 if turned else 1]
+        columns = columns_of(node)
         return self.elements(node.inputs[0]) * int(columns), float(tensor.size)
 
 

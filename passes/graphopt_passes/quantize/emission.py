@@ -20,6 +20,7 @@ from graphopt_passes.quantize.kinds import BYTES, INTEGERS, least_ir_version
 from graphopt_passes.quantize.moves import point_at, reads_codes
 from graphopt_passes.quantize.overrides import Override
 from graphopt_passes.quantize.pairs import Pairs
+from graphopt_passes.quantize.parting import make_plain, part
 from graphopt_passes.quantize.placement import (
     Allow,
     Role,
@@ -28,7 +29,14 @@ from graphopt_passes.quantize.placement import (
     place,
     residual_inputs,
 )
-from graphopt_passes.quantize.reading import bias_behind, rows_of, shape_of, unrows
+from graphopt_passes.quantize.reading import (
+    addend_of,
+    bias_behind,
+    bias_of,
+    rows_of,
+    shape_of,
+    unrows,
+)
 from graphopt_passes.quantize.shield import shield
 from graphopt_passes.quantize.styles import MICROSOFT
 from graphopt_passes.quantize.unify import unify_joined, unify_operands
@@ -55,8 +63,9 @@ class _Emitter:
         self.model, self.facts, self.names = model, facts, names
         self.graph = model.graph if body is None else body
         self.style = facts.style
-        self.sites = place(self.graph, facts.style, allow, model.opset_imports.get("", 0))
-        self.pairs = Pairs(self.graph, names, model.graph.opset_imports.get("", 0))
+        opset = model.graph.opset_imports.get("", 0)
+        self.sites = place(self.graph, facts.style, allow, opset, facts.mixed.stated)
+        self.pairs = Pairs(self.graph, names, opset)
         self.parameters: dict[ir.Value, Parameters] = {}
         self.methods: dict[ir.Value, Chosen] = {}
         self.decoded: dict[ir.Value, ir.Value] = {}
@@ -177,6 +186,7 @@ class _Emitter:
         return not apart and self.facts.weight(name_of(site.node)) is ir.DataType.INT8
 
     def _rewrite(self, site: Site) -> None:
+        name = name_of(site.node)  # an output of the model gives its own to what is decoded
         for index in site.activations:
             self._replace(site.node, index)
         if site.role is Role.PRODUCT:
@@ -194,7 +204,7 @@ class _Emitter:
             stored = self.methods[site.result]
             self.layers.append(
                 Layer(
-                    name_of(site.node),
+                    name,
                     site.node.op_type,
                     stored.method,
                     stored.clipped,
@@ -313,8 +323,11 @@ class _Emitter:
         if chosen.parameters.format.dtype is not given.format.dtype:
             chosen = self.facts.choice(self.observed[source], dtype=given.format.dtype)
         bias_value = node.inputs[2] if len(node.inputs) > 2 else None
-        bias = values.array(bias_value)
-        bias = None if bias is None else bias.reshape(-1).astype(np.float64)
+        bias, addend = bias_of(node), addend_of(node)
+        beta = make_plain(node)
+        if addend is not None:
+            bias_value = None
+            node.resize_inputs(2)
         packed = self._packed(site, rows, bias, given)
         weight = node.inputs[1]
         assert weight is not None
@@ -324,19 +337,25 @@ class _Emitter:
             bias = np.zeros(len(packed.scales))
         if bias is not None:
             self._bias(site, bias_value, bias, given, packed)
-        self.layers.append(
-            Layer(
-                name_of(node),
-                node.op_type,
-                chosen.method,
-                chosen.clipped,
-                chosen.noise,
-                packed.noise,
-                packed.raised,
-                packed.refined,
-                given.format.dtype.name.lower(),
-                ir.DataType.from_numpy(packed.codes.dtype).name.lower(),
-            )
+        self.layers.append(self._told(node, chosen, packed, given))
+        if addend is not None:
+            part(node, addend, beta, self.pairs)
+
+    def _told(
+        self, node: ir.Node, chosen: Chosen, packed: weights.Packed, given: Parameters
+    ) -> Layer:
+        """What was done to a product."""
+        return Layer(
+            name_of(node),
+            node.op_type,
+            chosen.method,
+            chosen.clipped,
+            chosen.noise,
+            packed.noise,
+            packed.raised,
+            packed.refined,
+            given.format.dtype.name.lower(),
+            ir.DataType.from_numpy(packed.codes.dtype).name.lower(),
         )
 
     def _weight(

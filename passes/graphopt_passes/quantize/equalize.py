@@ -27,6 +27,7 @@ from graphopt.ir.build import Names
 from graphopt.rewrite import name_of
 from graphopt_passes.quantize.files import outside
 from graphopt_passes.quantize.lanes import Lane, Reader, Space, trace
+from graphopt_passes.quantize.reading import is_turned
 
 Wide: TypeAlias = npt.NDArray[np.float64]
 
@@ -261,8 +262,7 @@ def _by_channel(node: ir.Node) -> tuple[Wide, bool]:
         grouped = wide.reshape(group, rows // group, width, -1)
         turned = grouped.transpose(1, 3, 0, 2).reshape(1, -1, group * width)
         return turned.transpose(0, 2, 1), width == 1
-    turned_b = node.op_type == "Gemm" and operators.attribute(node, "transB", 0)
-    return (wide if turned_b else wide.T)[:, :, None], False
+    return (wide if is_turned(node) else wide.T)[:, :, None], False
 
 
 def _scalings(space: Space, factors: Wide) -> list[Scaling]:
@@ -296,7 +296,7 @@ def taken_back(reader: Reader, inverse: Wide) -> Wide:
     assert tensor is not None
     shape = tuple(tensor.shape.numpy())
     group = operators.attribute(node, "group", 1) if node.op_type == "Conv" else 1
-    turned = node.op_type == "Gemm" and operators.attribute(node, "transB", 0)
+    turned = is_turned(node)
     columns = shape[1] * group if node.op_type == "Conv" or turned else shape[0]
     whole = np.ones(columns)
     whole[reader.offset : reader.offset + len(inverse)] = inverse

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from graphopt.ir import operators, values
 from graphopt_passes.quantize.placement import clip_bounds, is_product
+from graphopt_passes.quantize.reading import addend_of, is_turned
 
 HOMOGENEOUS = frozenset({"Relu", "LeakyRelu", "MaxPool", "AveragePool", "GlobalAveragePool"})
 """f(s x) = s f(x) for positive s, channel by channel."""
@@ -149,7 +150,8 @@ class _Tracer:
         tensor = values.constant(node.inputs[1])
         assert tensor is not None
         rows = tensor.shape.numpy()[operands[0][1]]
-        self._make(Maker(node, operands), int(rows), axis, usable=own and _sole(node, 2))
+        usable = own and _sole(node, 2) and addend_of(node) is None
+        self._make(Maker(node, operands), int(rows), axis, usable=usable)
 
     def _read(self, node: ir.Node, lane: Lane) -> None:
         offset = 0
@@ -252,7 +254,7 @@ def _sole(node: ir.Node, index: int) -> bool:
 
 
 def _scaled_operands(node: ir.Node) -> tuple[tuple[int, int], ...]:
-    turned = node.op_type == "Gemm" and operators.attribute(node, "transB", 0)
+    turned = is_turned(node)
     weight = (1, 0 if node.op_type == "Conv" or turned else 1)
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     return (weight,) if bias is None else (weight, (2, -1))
@@ -264,7 +266,7 @@ def _columns(node: ir.Node) -> int:
     shape = tensor.shape.numpy()
     if node.op_type == "Conv":
         return int(shape[1]) * int(operators.attribute(node, "group", 1))
-    turned = node.op_type == "Gemm" and operators.attribute(node, "transB", 0)
+    turned = is_turned(node)
     return int(shape[1 if turned else 0])
 
 

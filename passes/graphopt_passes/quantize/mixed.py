@@ -16,7 +16,7 @@ import onnx_ir as ir
 from graphopt.rewrite import name_of
 from graphopt_passes.quantize.kinds import BYTES
 from graphopt_passes.quantize.overrides import Override, Overrides
-from graphopt_passes.quantize.placement import Role, Site, place
+from graphopt_passes.quantize.placement import Role, Site, is_passive, place
 from graphopt_passes.quantize.styles import Style
 
 
@@ -28,25 +28,29 @@ class Mixed:
         layers: names of those in element types that no integer kernel takes; they stay where they are wanted.
         weights: element types of weights, by name of the layer.
         values: what is said of a value by who reads or makes it; what is said of the value itself goes before.
+        stated: names of sums, pools and moves that were named in full, and are stored so wherever they stand.
     """
 
     layers: frozenset[str] = frozenset()
     weights: Mapping[str, ir.DataType] = dataclasses.field(default_factory=dict)
     values: Mapping[str, Override] = dataclasses.field(default_factory=dict)
+    stated: frozenset[str] = frozenset()
 
 
 def mixed_of(graph: ir.Graph, style: Style, overrides: Overrides, opset: int) -> Mixed:
     """What the overrides say of the layers of a graph."""
     if not overrides.rules:
         return Mixed()
-    sites = place(graph, style, lambda _node: True, opset)
+    stated = _stated(graph, overrides, opset) if style.stores_outputs else frozenset()
+    sites = place(graph, style, lambda _node: True, opset, stated)
     stored = {value for site in sites.values() for value in site.held}
     layers: set[str] = set()
     weights: dict[str, ir.DataType] = {}
     found: dict[str, Override] = {}
     for node, site in sites.items():
         said = overrides.of(node.name or "", name_of(node), *_results(site))
-        if said.exclude or (site.role is not Role.PRODUCT and not _is_passed_on(said)):
+        is_kept = site.role is Role.PRODUCT or name_of(node) in stated or _is_passed_on(said)
+        if said.exclude or not is_kept:
             continue
         read = [value for index in site.activations if (value := node.inputs[index]) is not None]
         kinds = {said.dtype, said.weight} - BYTES - {None}
@@ -61,7 +65,23 @@ def mixed_of(graph: ir.Graph, style: Style, overrides: Overrides, opset: int) ->
         alone = [overrides.of(v.name or "").dtype for v in read if v not in stored]
         if kinds or any(kind is not None and kind not in BYTES for kind in alone):
             layers.add(name_of(node))
-    return Mixed(frozenset(layers), weights, found)
+    return Mixed(frozenset(layers), weights, found, stated)
+
+
+def _stated(graph: ir.Graph, overrides: Overrides, opset: int) -> frozenset[str]:
+    """Nodes beside products that a rule names in full, in an element type that no kernel computes in.
+
+    A pattern speaks of what lies between integers only: it may hold for more than was thought of.
+    """
+    wanted = {pattern for pattern, said in overrides.rules if said.dtype not in (None, *BYTES)}
+    found = set()
+    for node in graph:
+        names = {node.name or "", *(value.name or "" for value in node.outputs)}
+        if names.isdisjoint(wanted) or not is_passive(node, opset):
+            continue
+        if not overrides.of(*sorted(names)).exclude:
+            found.add(name_of(node))
+    return frozenset(found)
 
 
 def _is_passed_on(said: Override) -> bool:

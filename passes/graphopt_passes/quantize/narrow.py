@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from graphopt.ir import operators
 from graphopt_passes.quantize.placement import is_product
-from graphopt_passes.quantize.reading import shape_of
+from graphopt_passes.quantize.reading import is_turned, shape_of
 
 BLOCK = 8
 """Channels that lie together."""
@@ -33,8 +33,7 @@ def why_narrow(node: ir.Node, least: int) -> str:
 def _sizes(node: ir.Node) -> tuple[int, int]:
     """Of a matrix product: what is summed over, and columns."""
     first, second = shape_of(node)
-    turned = node.op_type == "Gemm" and operators.attribute(node, "transB", 0)
-    return (second, first) if turned else (first, second)
+    return (second, first) if is_turned(node) else (first, second)
 
 
 def _rows(value: ir.Value | None) -> int | None:

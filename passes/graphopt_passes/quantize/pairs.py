@@ -9,7 +9,7 @@ from graphopt.calibrate.formats import Parameters
 from graphopt.ir.build import Names
 from graphopt.rewrite import name_of
 from graphopt_passes.quantize.kinds import domain_of
-from graphopt_passes.quantize.placement import ABSORBED
+from graphopt_passes.quantize.placement import ABSORBED, PRODUCTS, QUANTISED
 from graphopt_passes.quantize.shield import maxed
 
 
@@ -36,8 +36,7 @@ class Pairs:
         """A value that was stored, by Q and DQ behind the node that makes it."""
         base, kind = value.name or "value", given.format.dtype
         before = value.producer()
-        if given.format.is_float and before is not None and before.op_type in ABSORBED:
-            # The runtime takes a Relu away whose QuantizeLinear has a zero point of 0, also of a type with a sign.
+        if before is not None and _is_looked_through(before, kind):
             maker = maxed(value, self.names)
             self.graph.insert_after(before, maker)
             value = maker.outputs[0]
@@ -130,3 +129,15 @@ class Pairs:
         node.outputs[0].shape = ir.Shape(codes.shape)
         self.graph.insert_before(before, node)
         return node.outputs[0]
+
+
+def _is_looked_through(node: ir.Node, kind: ir.DataType) -> bool:
+    """Whether the runtime does to a node in front of Q what is right for bytes alone.
+
+    It takes a Relu away whose QuantizeLinear has a zero point of 0, also of a float with a sign; it makes sums of bytes
+    and moves of what is stored in floats or 4 bits, for which there are no kernels.
+    """
+    if kind.is_integer() and kind.bitwidth >= 8:
+        return False
+    passive = QUANTISED - PRODUCTS
+    return node.op_type in passive or (node.op_type in ABSORBED and not kind.is_integer())

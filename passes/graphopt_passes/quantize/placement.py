@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator
 import onnx_ir as ir
 
 from graphopt.ir import operators, values
+from graphopt.rewrite import name_of
 from graphopt_passes.quantize.moves import MOVES, is_move
-from graphopt_passes.quantize.styles import Style
+from graphopt_passes.quantize.reading import addend_of
+from graphopt_passes.quantize.styles import MICROSOFT, Style
 
 Allow = Callable[[ir.Node], bool]
 
@@ -21,7 +23,8 @@ POINTWISE = frozenset({"Add", "Mul"})
 UNARY = frozenset({"AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid"})
 ABSORBED = frozenset({"Relu", "Clip"})
 PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
-QUANTISED = PRODUCTS | POINTWISE | UNARY | MOVES | {"Concat"}
+_KERNELS = frozenset({*(("", name) for name in PRODUCTS), (MICROSOFT, "FusedMatMul")})
+QUANTISED = PRODUCTS | POINTWISE | UNARY | MOVES | {"Concat", "FusedMatMul"}
 """Operators that may run on integers."""
 
 
@@ -69,7 +72,11 @@ class Site:
 
 
 def place(
-    graph: ir.Graph, style: Style, allow: Allow, opset: int | None = None
+    graph: ir.Graph,
+    style: Style,
+    allow: Allow,
+    opset: int | None = None,
+    stated: frozenset[str] = frozenset(),
 ) -> dict[ir.Node, Site]:
     """The sites of one graph in order; every node among them satisfies `allow`.
 
@@ -78,31 +85,45 @@ def place(
         style: of the runtime.
         allow: which nodes may.
         opset: of the model, where the graph is a body and states none.
+        stated: names of nodes that are stored by the user's word, whatever reads them and makes what they read.
     """
     opset = graph.opset_imports.get("", 0) if opset is None else opset
     sites: dict[ir.Node, Site] = {}
     stored: set[ir.Value] = set()
     for node in graph:
-        site = _site(node, style, opset, stored) if not node.domain and allow(node) else None
+        if not allow(node):
+            continue
+        known = None if name_of(node) in stated and is_passive(node, opset) else stored
+        site = _site(node, style, opset, known)
         if site is not None:
             sites[node] = site
             stored.update(site.held)
     if not style.stores_outputs:
         return sites
-    return _stored_where_read(_pruned(sites))
+    return _stored_where_read(_pruned(sites, stated))
 
 
-def _site(node: ir.Node, style: Style, opset: int, stored: set[ir.Value]) -> Site | None:
+def is_passive(node: ir.Node, opset: int) -> bool:
+    """Whether a node may be stored in other types though no product does: it computes in float32 alone."""
+    operands = node.inputs[:1] if is_move(node, opset) else node.inputs
+    kinds = {None if v is None else v.dtype for v in (*operands, *node.outputs)}
+    return kinds == {ir.DataType.FLOAT} and _passive_role(node, opset) is not None
+
+
+def _site(node: ir.Node, style: Style, opset: int, stored: set[ir.Value] | None) -> Site | None:
+    """The site of a node, if all that it reads is among what is stored; of None, wherever that comes from."""
     if is_product(node):
         needs = style.stores_outputs and node.op_type == "Conv"
         return _made(node, Role.PRODUCT, (0,), stores=needs)
     is_passed_on = style.stores_outputs and style.activation.bitwidth in (8, 16)
-    role = _passive_role(node, opset) if is_passed_on and style.activation.is_integer() else None
-    if role is None:
+    is_passed_on &= style.activation.is_integer()
+    role = _passive_role(node, opset) if is_passed_on or stored is None else None
+    if role is None or node.domain:
         return None
     count = 1 if role in (Role.UNARY, Role.MOVE) else len(node.inputs)
     inputs = node.inputs[:count]
-    if any(v is None or (v not in stored and not values.is_constant(v)) for v in inputs):
+    known = stored if stored is not None else {v for v in inputs if v is not None}
+    if any(v is None or (v not in known and not values.is_constant(v)) for v in inputs):
         return None
     active = tuple(i for i, v in enumerate(inputs) if not values.is_constant(v))
     constants = [v for v in inputs if values.is_constant(v)]
@@ -114,27 +135,21 @@ def _site(node: ir.Node, style: Style, opset: int, stored: set[ir.Value]) -> Sit
 
 
 def is_product(node: ir.Node) -> bool:
-    """Whether the node is a Conv, Gemm or MatMul of float32 with a constant weight that an integer kernel takes."""
-    if node.op_type not in PRODUCTS or len(node.inputs) < 2:
+    """Whether the node is a product of float32 with a constant weight that an integer kernel takes.
+
+    Such as Conv, Gemm, MatMul and FusedMatMul; what a Gemm adds may be computed, and is added behind then.
+    """
+    if (node.domain, node.op_type) not in _KERNELS or len(node.inputs) < 2:
         return False
     weight, data = values.constant(node.inputs[1]), node.inputs[0]
     if weight is None or weight.dtype is not ir.DataType.FLOAT or values.is_constant(data):
         return False
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    if bias is not None and not values.is_constant(bias):
-        return False
     rank = len(weight.shape)
     if node.op_type == "Conv":
-        return 3 <= rank <= 5
-    if node.op_type == "MatMul":
-        return rank == 2
-    alpha, beta, turned = (
-        operators.attribute(node, name, default)
-        for name, default in (("alpha", 1.0), ("beta", 1.0), ("transA", 0))
-    )
-    size = bias.const_value.size if bias is not None and bias.const_value is not None else 0
-    columns = weight.shape[0] if operators.attribute(node, "transB", 0) else weight.shape[1]
-    return alpha == 1.0 and beta == 1.0 and not turned and (bias is None or size == columns)
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        return 3 <= rank <= 5 and (bias is None or values.is_constant(bias))
+    turns = ("transA", "transBatchA", "transBatchB")
+    return rank == 2 and not any(operators.attribute(node, name, 0) for name in turns)
 
 
 def _passive_role(node: ir.Node, opset: int) -> Role | None:
@@ -151,7 +166,8 @@ def _passive_role(node: ir.Node, opset: int) -> Role | None:
 
 def _made(node: ir.Node, role: Role, active: tuple[int, ...], *, stores: bool) -> Site:
     output = node.outputs[0]
-    after = _absorbed(output) if role in (Role.PRODUCT, Role.POINTWISE) else None
+    alone = role is Role.POINTWISE or (role is Role.PRODUCT and addend_of(node) is None)
+    after = _absorbed(output) if alone else None
     result = output if after is None else after.outputs[0]
     return Site(node, role, active, result, after, stores, tuple(node.outputs[1:]))
 
@@ -183,11 +199,11 @@ def clip_bounds(node: ir.Node) -> tuple[float, float] | None:
     return (ends[0], ends[1]) if ends[0] <= 0 <= ends[1] else None
 
 
-def _pruned(sites: dict[ir.Node, Site]) -> dict[ir.Node, Site]:
+def _pruned(sites: dict[ir.Node, Site], stated: frozenset[str]) -> dict[ir.Node, Site]:
     """Without passive sites that no product reads in the end: nothing would be gained behind them."""
     kept: dict[ir.Node, Site] = {}
     for node, site in reversed(sites.items()):
-        if site.role is Role.PRODUCT or _feeds(site, kept):
+        if site.role is Role.PRODUCT or name_of(node) in stated or _feeds(site, kept):
             kept[node] = site
     return dict(reversed(kept.items()))
 
@@ -201,9 +217,14 @@ def _feeds(site: Site, kept: dict[ir.Node, Site]) -> bool:
 
 
 def _stored_where_read(sites: dict[ir.Node, Site]) -> dict[ir.Node, Site]:
-    """Gemm and MatMul store what another site reads: a result that is both quantised and float fuses with neither."""
+    """Gemm and MatMul store what another site reads: a result that is both quantised and float fuses with neither.
+
+    Not where something is added behind: the sum is float.
+    """
     return {
-        node: dataclasses.replace(site, stores=site.stores or _feeds(site, sites))
+        node: dataclasses.replace(
+            site, stores=site.stores or (addend_of(node) is None and _feeds(site, sites))
+        )
         for node, site in sites.items()
     }
 
@@ -230,9 +251,11 @@ def residual_inputs(graph: ir.Graph, sites: dict[ir.Node, Site]) -> list[tuple[i
     return found
 
 
-def candidates(graph: ir.Graph, style: Style, allow: Allow) -> tuple[str, ...]:
+def candidates(
+    graph: ir.Graph, style: Style, allow: Allow, stated: frozenset[str] = frozenset()
+) -> tuple[str, ...]:
     """Names of all values that a placement may quantise: those to be observed."""
-    sites = place(graph, style, allow)
+    sites = place(graph, style, allow, stated=stated)
     found: dict[str, None] = {}
     for site in sites.values():
         for index in site.activations:

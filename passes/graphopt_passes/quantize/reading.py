@@ -15,15 +15,46 @@ def shape_of(node: ir.Node) -> tuple[int, ...]:
     return tuple(weight.shape.numpy())
 
 
+def is_turned(node: ir.Node) -> bool:
+    """Whether the weight of a matrix product stands with a row an output channel."""
+    turns = node.op_type in ("Gemm", "FusedMatMul")
+    return turns and bool(operators.attribute(node, "transB", 0))
+
+
+def columns_of(node: ir.Node) -> int:
+    """Output channels of a matrix product."""
+    return shape_of(node)[0 if is_turned(node) else 1]
+
+
+def bias_of(node: ir.Node) -> np.ndarray | None:
+    """What a product adds to each channel, in float64; None where that is nothing, or no constant vector."""
+    array = values.array(node.inputs[2]) if len(node.inputs) > 2 else None
+    if array is None or addend_of(node) is not None:
+        return None
+    beta = operators.attribute(node, "beta", 1.0) if node.op_type == "Gemm" else 1.0
+    return array.reshape(-1).astype(np.float64) * beta
+
+
+def addend_of(node: ir.Node) -> ir.Value | None:
+    """What a Gemm adds that no integer kernel takes for a bias: it is computed, or not one number a channel."""
+    value = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
+    tensor = None if value is None else values.constant(value)
+    return value if tensor is None or tensor.size != columns_of(node) else None
+
+
 def rows_of(node: ir.Node) -> tuple[np.ndarray, int, int]:
-    """The weight with one row an output channel, the axis of the channels, and how many there are."""
+    """The weight times alpha with one row an output channel, the axis of the channels, and how many there are.
+
+    The axis is that of the weight as a MatMul, Gemm or Conv is written, which a FusedMatMul becomes.
+    """
     array = values.array(node.inputs[1])
     assert array is not None
     if node.op_type == "Conv":
         return array.reshape(array.shape[0], -1), 0, array.shape[0]
-    if node.op_type == "Gemm" and operators.attribute(node, "transB", 0):
-        return array, 0, array.shape[0]
-    return array.T, 1, array.shape[1]
+    alpha = operators.attribute(node, "alpha", 1.0) if node.op_type != "MatMul" else 1.0
+    rows = array if is_turned(node) else array.T
+    rows = rows if alpha == 1 else (rows * np.float64(alpha)).astype(array.dtype)
+    return rows, 0 if node.op_type == "Gemm" and is_turned(node) else 1, rows.shape[0]
 
 
 def unrows(codes: np.ndarray, axis: int, shape: tuple[int, ...]) -> np.ndarray:

@@ -131,9 +131,13 @@ class Search:
         products = [n for n in self.trials.whole if is_product(n)]
         dense = frozenset(name_of(n) for n in products if n.op_type != "Conv")
         alone = frozenset(name_of(n) for n in products) | self.trials.mixed.layers
-        others = fused - alone
+        others = (fused - alone) | self.trials.mixed.layers
         bare = self.trials.all_sites(alone)  # what lies between products may be faster in float
-        found = [self._cheapest(fused), self._cheapest(bare), self.trials.all_sites(dense | others)]
+        found = [
+            self._cheapest(fused),
+            self._cheapest(bare),
+            self.trials.all_sites(dense | others),
+        ]
         found.append(fused)  # the table may be wrong of what lies between: nothing is decoded there
         return [group for group in dict.fromkeys(found) if group and self._pays(group)]
 

@@ -185,7 +185,8 @@ class QuantizeStatic:
 
     def _skips(self, node: ir.Node, overrides: Overrides) -> bool:
         names = (node.name or "", name_of(node))
-        if node.op_type in self.skip_ops or overrides.of(*names).exclude:
+        kinds = {node.op_type, node.op_type.removeprefix("Fused")}
+        if not kinds.isdisjoint(self.skip_ops) or overrides.of(*names).exclude:
             return True
         return any(
             fnmatch.fnmatchcase(name, pattern) for pattern in self.skip_nodes for name in names

@@ -35,7 +35,7 @@ class Floats:
         """What is known before anything is changed, `allowed` being what the recipe does not exclude."""
         found = {}
         for node in model.graph:
-            if node.op_type not in PRODUCTS or node.domain:
+            if not is_product(node) and (node.op_type not in PRODUCTS or node.domain):
                 continue
             name = name_of(node)
             excluded = "" if name in allowed else "the recipe leaves it out"
@@ -74,8 +74,8 @@ def tell_ignored(model: ir.Model, overrides: Overrides, ctx: Context, rule: str)
                 rule,
                 pattern,
                 f"override '{pattern}: {key}={name}' has no effect: nothing of that name is stored in {name}. Layers "
-                "are stored so where they are products (Conv, Gemm, MatMul) with constant weights, and what lies "
-                "between them where a layer in integers reads it; name the product that reads the value",
+                "are stored so where they are products (Conv, Gemm, MatMul) with constant weights; sums, pools and "
+                "views of float32 where they are named in full, or lie between layers in integers",
             )
 
 
@@ -111,7 +111,10 @@ def _stored_kinds(model: ir.Model) -> tuple[Named, Named]:
     return activations, constants
 
 
-_NO_KERNEL = "no integer kernel takes it: weight and bias must be constant float32, Gemm without alpha, beta, transA"
+_NO_KERNEL = (
+    "no integer kernel takes it: its weight and the bias of a Conv must be constant float32, its data not turned "
+    "(transA)"
+)
 
 
 def summary(best: Trial) -> str:

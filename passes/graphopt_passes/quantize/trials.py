@@ -127,6 +127,8 @@ class Trials:
         self.bare = model  # without inlets, which `model` has in front of all products
         self.inlets: tuple[Inlet, ...] = ()
         self.key = f"{fingerprint.structural(model)}:{fingerprint.weights(model)}:{style.name}"
+        self.mixed = mixed_of(model.graph, style, overrides, model.opset_imports.get("", 0))
+        self.key += "".join(f":{name}" for name in sorted(self.mixed.stated))
         self._first_key = self.key
         samples = by_row(lambda: on_disk(model), samples)
         # Judged on what ranges were not taken from, where there is enough: what fits the samples only is no gain.
@@ -134,7 +136,6 @@ class Trials:
         parted = enough and how.file is None
         self.parts = samples.parted(HELD_OUT) if parted else (samples,)
         self.file, self.workers = how.file, how.workers
-        self.mixed = mixed_of(model.graph, style, overrides, model.opset_imports.get("", 0))
         self.facts = Facts(style, self.statistics(model, self.key, 0), overrides, self.mixed)
         self.budget = budget_for(Precision.INT8, ctx.options.budget)
         further = self.parts[0].first(MARGINS) if enough else []
@@ -201,7 +202,7 @@ class Trials:
         return None
 
     def _collected(self, model: ir.Model, key: str, part: int) -> Collected:
-        names = candidates(model.graph, self.style, lambda _node: True)
+        names = candidates(model.graph, self.style, lambda _node: True, self.mixed.stated)
         feeds = self._told(self.parts[part])
         found = self._run(model, names, feeds)
         found = dataclasses.replace(found, model=key)
@@ -241,7 +242,8 @@ class Trials:
 
     def placed(self, sites: frozenset[str]) -> dict[ir.Node, Site]:
         """The sites of some nodes, as the style places them."""
-        return place(self.model.graph, self.style, lambda node: name_of(node) in sites)
+        graph, stated = self.model.graph, self.mixed.stated
+        return place(graph, self.style, lambda node: name_of(node) in sites, stated=stated)
 
     def all_sites(self, allowed: frozenset[str]) -> frozenset[str]:
         """Names of the nodes of which a placement remains when only these may run on integers."""
@@ -271,6 +273,9 @@ class Trials:
             signed = self.style.activation is ir.DataType.INT8
             fusion = read_fusion(self.emitted(sites)[0], self._results(sites), signed=signed)
             self.kernels.update(fusion.kernels)
+            # What a site computes goes by another name where that is an output, or something is added behind.
+            whole = {name: fusion.kernels.get(f"{name}_float") for name in sites}
+            self.kernels.update({name: kind for name, kind in whole.items() if kind is not None})
             if not fusion.leftovers:
                 break
             bad = self._owners(sites, fusion.leftovers)
@@ -398,7 +403,7 @@ def axes_of(graph: ir.Graph) -> dict[str, tuple[int, ...]]:
     """Along which axis the channels of each value lie, by who reads it."""
     found: dict[str, tuple[int, ...]] = {}
     for node in graph:
-        if node.op_type in ("MatMul", "Gemm") and node.inputs[0] is not None:
+        if node.op_type in ("MatMul", "Gemm", "FusedMatMul") and node.inputs[0] is not None:
             found[node.inputs[0].name or ""] = (-1,)
         for value in node.outputs:
             found.setdefault(value.name or "", (1, -1))

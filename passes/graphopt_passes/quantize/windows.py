@@ -9,6 +9,7 @@ import onnx_ir as ir
 from graphopt.calibrate.moments import POSITIONS, Wanted, Window
 from graphopt.ir import operators, values
 from graphopt_passes.quantize.placement import Role, Site
+from graphopt_passes.quantize.reading import is_turned
 
 WIDEST = 1280
 """Columns of a weight from which on its moments cost more than they win."""
@@ -42,7 +43,7 @@ def windows(
 
 def _rows(node: ir.Node, tensor: ir.TensorProtocol) -> int:
     shape = tensor.shape.numpy()
-    first = node.op_type == "Conv" or operators.attribute(node, "transB", 0)
+    first = node.op_type == "Conv" or is_turned(node)
     return int(shape[0 if first else 1])
 
 

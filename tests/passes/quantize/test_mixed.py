@@ -248,10 +248,45 @@ ENDS_IN_POOL = """g (float[1,8,10,10] x) => (float[1,8,5,5] y) <float[8,8,3,3] w
 
 
 @pytest.mark.parametrize(
-    ("override", "told"), [("e: dtype=uint16", True), ("y: dtype=int16", True), ("d: dtype=uint16", False),
+    ("override", "told"), [("e*: dtype=uint16", True), ("y*: dtype=int16", True), ("d: dtype=uint16", False),
+                           ("e: dtype=uint16", False), ("y: dtype=int16", False), ("e: dtype=float8e4m3fn", False),
                            ("r: dtype=uint16", False), ("e: weights=int16", True), ("d: weights=int16", False)]
 )  # fmt: skip
 def test_an_override_without_effect_is_told(override: str, told: bool) -> None:
     _, ctx = quantised(varied(ENDS_IN_POOL), IMAGES, style="x86-vnni", overrides=(override,))
     found = [each.reason for each in ctx.remarks if "has no effect" in each.reason]
     assert [f"override '{override}' has no effect" in each for each in found] == [True] * told
+
+
+@pytest.mark.parametrize(("text", "feeds", "name", "kind"), [
+    (RESIDUAL, IMAGES, "s", "uint16"), (RESIDUAL, IMAGES, "p", "float8e4m3fn"), (RESIDUAL, IMAGES, "q", "float8e5m2"),
+    (RESIDUAL, IMAGES, "f", "uint4"), (RESIDUAL, IMAGES, "p", "int16"), (ENDS_IN_POOL, IMAGES, "y", "int16"),
+    (ENDS_IN_POOL, IMAGES, "y", "float8e4m3fn"), (BLOCK, TOKENS, "i", "int4"), (BLOCK, TOKENS, "y", "float8e4m3fn"),
+    (BLOCK, TOKENS, "y", "uint16"),
+])  # fmt: skip
+def test_sums_pools_and_views_that_are_named_are_stored_so(
+    text: str, feeds: list[dict[str, Any]], name: str, kind: str
+) -> None:
+    proto = varied(text, 19)
+    model, ctx = quantised(proto, feeds, style="x86-vnni", overrides=(f"{name}: dtype={kind}",))
+    assert ACTIVATIONS[kind] in {node.outputs[0].dtype for node in encoders(model).values()}
+    assert not [each.reason for each in ctx.remarks if "has no effect" in each.reason]
+    assert rows(ctx)[name].activations == kind
+    assert agreement(proto, model, feeds) > 120
+    assert sqnr(proto, model, feeds[0]) > (15 if "4" in kind and "8" not in kind else 22)
+
+
+def test_what_is_named_but_excluded_or_no_float_stays() -> None:
+    text = ENDS_IN_POOL.replace("{\n c", "{ z = Shape(x)  k = Add(z, z)\n c").replace(
+        "=> (float[1,8,5,5] y)", "=> (float[1,8,5,5] y, int64[4] k)"
+    )
+    given = ("e: dtype=uint16", "e: exclude", "k: dtype=uint16")
+    model, ctx = quantised(varied(text), IMAGES, style="x86-vnni", overrides=given)
+    kinds = {node.outputs[0].dtype for node in encoders(model).values()}
+    assert ir.DataType.UINT16 not in kinds
+    assert any("'k: dtype=uint16' has no effect" in each.reason for each in ctx.remarks)
+
+
+def test_tensorrt_says_which_types_of_single_sums_it_lacks() -> None:
+    with pytest.raises(OptionError, match=r"'e'.*needs a zero point, and TensorRT takes none"):
+        quantised(varied(ENDS_IN_POOL), IMAGES, target="tensorrt", overrides=("e: dtype=uint16",))
