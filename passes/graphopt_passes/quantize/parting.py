@@ -26,7 +26,8 @@ def make_plain(node: ir.Node) -> float:
         node.domain, node.op_type = "", "MatMul"
         node.attributes.clear()
     for name in ("alpha", "beta") if node.op_type == "Gemm" else ():
-        node.attributes.pop(name, None)
+        if operators.attribute(node, name, 1.0) != 1:
+            node.attributes.pop(name)
     return beta
 
 
