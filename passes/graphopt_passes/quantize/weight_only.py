@@ -84,6 +84,13 @@ class QuantizeDynamic:
         """
         if model.opset_imports.get("", 0) < 11:
             return _decline(ctx, "DynamicQuantizeLinear came with opset 11: export the model anew")
+        qdq = ctx.target.qdq
+        if qdq is not None and not qdq.integer_operators and not ctx.options.force:
+            return _decline(
+                ctx,
+                f"stays float: '{ctx.target.name}' has no kernels for MatMulInteger, and would compute in float what it "
+                "rounds first; int8 with samples and int4-weights have them (--force emits it)",
+            )
         rules = _rules(self.skip_nodes, (), model, ctx)
         nodes = [node for node in everywhere(model) if not _said(rules, node).exclude]
         sites = products_of(_sound(nodes, self.least, FLOATS, ctx), self.least)

@@ -257,6 +257,17 @@ def test_any_runtime_quantises_activations_as_they_come() -> None:
     assert sqnr(varied(PRODUCT, 13), made.model, ROWS[0]) > 30
 
 
+def test_openvino_has_no_integer_products_of_what_comes() -> None:
+    made = made_without_samples(PRODUCT, 13, "openvino", "int8-dynamic")
+    assert "MatMulInteger" not in [node.op_type for node in made.model.graph]
+    said = [remark.reason for remark in made.report.remarks]
+    assert any("'openvino' has no kernels for MatMulInteger" in each for each in said)
+    forced = graphopt.optimize(
+        varied(PRODUCT, 13), target="openvino", precision="int8-dynamic", force=True
+    )
+    assert "MatMulInteger" in [node.op_type for node in forced.model.graph]
+
+
 @pytest.mark.parametrize(("target", "block"), [("portable", 32), ("tensorrt", 128)])
 @pytest.mark.parametrize("opset", [9, 17])
 def test_blocks_raise_the_opset(target: str, block: int, opset: int) -> None:
