@@ -88,7 +88,7 @@ class QuantizeDynamic:
         if qdq is not None and not qdq.integer_operators and not ctx.options.force:
             return _decline(
                 ctx,
-                f"stays float: '{ctx.target.name}' has no kernels for MatMulInteger, and would compute in float what it "
+                f"stays float: '{ctx.target.name}' has no kernels for MatMulInteger, and computes in float what it "
                 "rounds first; int8 with samples and int4-weights have them (--force emits it)",
             )
         rules = _rules(self.skip_nodes, (), model, ctx)
