@@ -6,6 +6,7 @@ A bounded number of rows of a bounded number of samples is kept, so that memory 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -124,7 +125,7 @@ def _square(moments: Wide, diagonal: Wide) -> float:
 def rows_of(array: Array, window: Window | None) -> Array:
     """What a layer multiplies its weight with, at evenly spread positions: float32 [rows, K]."""
     if window is None:
-        rows = np.asarray(array).reshape(-1, array.shape[-1])
+        rows = np.asarray(array).reshape(math.prod(array.shape[:-1]), array.shape[-1])
         return np.ascontiguousarray(rows[:: -(-len(rows) // POSITIONS) or 1], np.float32)
     rank = len(window.kernel)
     pads = [(0, 0), (0, 0), *zip(window.pads[:rank], window.pads[rank:], strict=True)]
@@ -136,8 +137,9 @@ def rows_of(array: Array, window: Window | None) -> Array:
     steps = tuple(slice(None, None, n) for n in (*window.strides, *window.dilations))
     taps = views[(*whole, *steps)]
     moved = np.moveaxis(taps, 1, 1 + rank)  # [N, positions, C, taps]
-    flat = moved.reshape(-1, *moved.shape[1 + rank :]) if moved.size < _SMALL else _thinned(moved)
-    rows = flat.reshape(len(flat), -1)
+    part = moved if moved.size < _SMALL else _thinned(moved)
+    flat = part.reshape(math.prod(part.shape[: 1 + rank]), *part.shape[1 + rank :])
+    rows = flat.reshape(len(flat), math.prod(flat.shape[1:]))
     return np.ascontiguousarray(rows[:: -(-len(rows) // POSITIONS) or 1], np.float32)
 
 
@@ -146,7 +148,4 @@ _SMALL = 1 << 22
 
 def _thinned(moved: Array) -> Array:
     """Positions of a large array, every n-th along the first axis of the image."""
-    step = -(-moved.size // _SMALL)
-    part = moved[:, ::step]
-    rank = (moved.ndim - 2) // 2
-    return part.reshape(-1, *part.shape[1 + rank :])
+    return moved[:, :: -(-moved.size // _SMALL)]

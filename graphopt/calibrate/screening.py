@@ -25,14 +25,16 @@ class Screening:
 
     Attributes:
         found: elements that are NaN or inf, and those that are -inf, by sample and input.
+        empty: samples without any element.
         notes: what else was left out while samples were read.
     """
 
     found: dict[tuple[str, str], tuple[int, int]] = dataclasses.field(default_factory=dict)
+    empty: dict[str, None] = dataclasses.field(default_factory=dict)
     notes: list[Mapping[str, None]] = dataclasses.field(default_factory=list)
 
     def of(self, samples: Samples) -> Samples:
-        """The samples without those that hold NaN or inf: what a model makes of them says nothing of ranges or noise.
+        """The samples without those that hold NaN or inf, or nothing: they say nothing of ranges or noise.
 
         Raises:
             DataError: all of them do; the message names the first, and its input.
@@ -40,11 +42,17 @@ class Screening:
         screened = dataclasses.replace(samples, sound=self._is_sound)
         self.notes.append(samples.notes)
         if not screened.first(1):
-            sample, name = next(iter(self.found))
-            raise DataError(
-                f"every calibration sample holds NaN or infinities, first '{sample}' in the input '{name}'"
-            )
+            raise DataError(self._why_none())
         return screened
+
+    def _why_none(self) -> str:
+        if not self.found:
+            return (
+                f"no calibration sample holds any element: '{next(iter(self.empty))}' has inputs of size 0 only; give "
+                "samples with at least one row"
+            )
+        sample, name = next(iter(self.found))
+        return f"every calibration sample holds NaN or infinities, first '{sample}' in the input '{name}'"
 
     def told(self) -> tuple[str, ...]:
         """Sentences of samples left out, of masks of -inf, and of rows too few for a batch; where there are any."""
@@ -69,9 +77,17 @@ class Screening:
                 found.append(
                     f"elements of calibration samples are {what}: {named}{rest}; {one if len(seen) == 1 else many}"
                 )
+        if self.empty:
+            rest = f" and {len(self.empty) - 1} more" if len(self.empty) > 1 else ""
+            found.append(
+                f"calibration sample '{next(iter(self.empty))}'{rest} left out: no element in any input"
+            )
         return (*found, *dict.fromkeys(chain.from_iterable(self.notes)))
 
     def _is_sound(self, feed: Feed) -> bool:
+        if feed.values and all(map(_is_empty, feed.values.values())):
+            self.empty[feed.name] = None
+            return False
         counts = _counts(feed.values)
         self.found.update({(feed.name, name): each for name, each in counts.items()})
         return not any(broken for broken, _ in counts.values())
@@ -102,3 +118,7 @@ def _counts(values: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
             masked = int((value == -np.inf).sum())
             found[name] = others - masked, masked
     return found
+
+
+def _is_empty(value: object) -> bool:
+    return isinstance(value, np.ndarray) and value.size == 0

@@ -39,6 +39,15 @@ def test_moments_are_means_of_outer_products_less_what_is_chance() -> None:
     np.testing.assert_allclose(found[aside], plain[aside] * (1 - doubt), rtol=1e-6)
 
 
+def test_samples_without_rows_say_nothing() -> None:
+    array = RNG.normal(size=(40, 3)).astype(np.float32)
+    empty = np.zeros((0, 3), np.float32)
+    np.testing.assert_array_equal(collected([array, array, empty]), collected([array, array]))
+    window = Window((3, 3), (1, 1), (1, 1), (1, 1, 1, 1))
+    assert rows_of(np.zeros((0, 2, 4, 4), np.float32), window).shape == (0, 18)
+    assert rows_of(np.zeros((3, 0), np.float32), None).shape == (3, 0)
+
+
 def test_samples_that_agree_leave_no_doubt() -> None:
     array = RNG.normal(size=(40, 3)).astype(np.float32)
     wide = array.astype(np.float64)

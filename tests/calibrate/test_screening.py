@@ -59,6 +59,32 @@ def test_numbers_are_not_told_of() -> None:
     assert screening.told() == ()
 
 
+def nothing(*sizes: int) -> Samples:
+    specs = (
+        TensorSpec("x", ir.DataType.FLOAT, ("n", 2)),
+        TensorSpec("p", ir.DataType.FLOAT, ("m",)),
+    )
+    feeds: list[dict[str, Any]] = [
+        {"x": np.ones((size, 2), np.float32), "p": np.ones(0, np.float32)} for size in sizes
+    ]
+    return read_samples(Calibration(feeds), specs)
+
+
+def test_samples_without_elements_are_left_out() -> None:
+    """One empty input beside another that is not makes no empty sample: the past of a decoder."""
+    screening = Screening()
+    assert len(screening.of(nothing(1, 0, 2, 0)).first(9)) == 2
+    assert screening.told() == (
+        "calibration sample 'sample 1' and 1 more left out: no element in any input",
+    )
+    with pytest.raises(DataError, match="no calibration sample holds any element: 'sample 0'"):
+        Screening().of(nothing(0, 0))
+
+
+def test_a_model_without_inputs_has_samples() -> None:
+    assert len(Screening().of(read_samples(Calibration([{}]), ())).first(9)) == 1
+
+
 def test_nothing_but_nan_is_refused() -> None:
     with pytest.raises(
         DataError,

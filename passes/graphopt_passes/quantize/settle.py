@@ -199,7 +199,7 @@ def _adopt(trials: Trials, fused: frozenset[str], facts: Facts, how: str, told: 
     plain, was, key = _merit(trials, fused), trials.facts, trials.key
     trials.facts, trials.key = facts, f"{key} {how}"
     won = _merit(trials, fused) - plain
-    if won < REFINED_DB:
+    if not won >= REFINED_DB:  # NaN is no gain
         trials.facts, trials.key = was, key
         return
     _note(trials, f"{told}: {won:.1f} dB less noise with all layers in 8 bits")

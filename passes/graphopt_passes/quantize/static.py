@@ -176,9 +176,9 @@ class QuantizeStatic:
     def _allowed(self, model: ir.Model, overrides: Overrides, ctx: Context) -> frozenset[str]:
         """Names of the nodes of the main graph that the user did not exclude; empty without any product."""
         found = [node for node in model.graph if not self._skips(node, overrides)]
-        broken = [node for node in found if is_product(node) and not _is_finite(node)]
+        broken = [node for node in found if is_product(node) and _holds(node)]
         for node in broken:
-            ctx.missed(RULE, node, "stays float: its weight or bias holds NaN or infinities")
+            ctx.missed(RULE, node, f"stays float: its weight or bias {_holds(node)}")
         names = frozenset(name_of(node) for node in found) - {name_of(node) for node in broken}
         has_product = any(is_product(node) and name_of(node) in names for node in found)
         return names if has_product else frozenset()
@@ -218,10 +218,14 @@ def _style(given: str, model: ir.Model, ctx: Context) -> Style:
     return style
 
 
-def _is_finite(node: ir.Node) -> bool:
-    """Whether the constants of a product are numbers: no scale holds others."""
-    arrays = (values.array(value) for value in node.inputs[1:])
-    return all(array is None or bool(np.isfinite(array).all()) for array in arrays)
+def _holds(node: ir.Node) -> str:
+    """What the constants of a product hold that no scale does; nothing where they are numbers."""
+    for array in map(values.array, node.inputs[1:]):
+        if array is not None and array.size == 0:
+            return "has no elements"
+        if array is not None and not np.isfinite(array).all():
+            return "holds NaN or infinities"
+    return ""
 
 
 def _least(style: Style, overrides: Overrides) -> int:

@@ -411,6 +411,31 @@ def test_weights_that_are_no_numbers_stay_float() -> None:
     assert any("the float model gives NaN or infinities" in reason for _, reason in reasons)
 
 
+def test_weights_without_elements_stay_float() -> None:
+    text = """g (float[3,4] x) => (float[3,0] y, float[3,4] z) <float[4,0] w, float[4,4] v> {
+     y = MatMul(x, w)  z = MatMul(x, v) }"""
+    model = load_model(varied(text))
+    feeds = [{"x": RNG.normal(size=(3, 4)).astype(np.float32)} for _ in range(4)]
+    options = Options(calibration=Calibration(feeds), force=True)
+    ctx = Context(model, get_target("cpu"), options, pass_name="quantize-static")
+    assert QuantizeStatic().run(model, ctx)
+    kept = next(node for node in model.graph if name_of(node) == "y")
+    assert kept.inputs[0] is model.graph.inputs[0]
+    reasons = {(remark.node, remark.reason) for remark in ctx.remarks}
+    assert ("y", "stays float: its weight or bias has no elements") in reasons
+
+
+def test_noise_that_is_no_number_settles_nothing() -> None:
+    proto = varied(RESIDUAL)
+    broken = onnx.numpy_helper.to_array(proto.graph.initializer[1]).copy()
+    broken[2] = np.inf
+    proto.graph.initializer[1].CopyFrom(onnx.numpy_helper.from_array(broken, "b"))
+    model = load_model(proto)
+    ctx = context(model)
+    assert not QuantizeStatic().run(model, ctx)
+    assert not any("less noise" in remark.reason for remark in ctx.remarks)
+
+
 def test_a_budget_is_met_in_about_log2_of_the_layers() -> None:
     layers = "  ".join(f"l{i} = Conv(l{i - 1}, w{i})" for i in range(1, 17))
     weights = ", ".join(f"float[8,8,1,1] w{i}" for i in range(1, 17))
