@@ -130,6 +130,7 @@ class Trials:
         self.mixed = mixed_of(model.graph, style, overrides, model.opset_imports.get("", 0))
         self.key += "".join(f":{name}" for name in sorted(self.mixed.stated))
         self._first_key = self.key
+        self._odd: set[str] = set()
         samples = by_row(lambda: on_disk(model), samples)
         # Judged on what ranges were not taken from, where there is enough: what fits the samples only is no gain.
         enough = len(samples.first(ENOUGH)) == ENOUGH
@@ -182,12 +183,25 @@ class Trials:
 
     def _tell_left_out(self, found: Mapping[str, Statistics]) -> None:
         for name, each in found.items():
-            if each.excluded:
+            if each.excluded and name not in self._odd:
+                self._odd.add(name)
                 text = (
                     f"{each.excluded} of {each.elements} elements of '{name}' are NaN, infinite or beyond "
                     f"{SENTINEL:.0e} (masks): its range leaves them out"
                 )
                 self.ctx.remark(RemarkKind.NOTE, RULE, name, text)
+
+    def _tell_constant(self, found: Mapping[str, Statistics]) -> None:
+        """Says which values the samples do not vary: of users' it is a warning."""
+        inputs = {value.name for value in self.original.graph.inputs}
+        for name, each in found.items():
+            if each.samples and each.minimum == each.maximum:
+                kind = RemarkKind.WARNING if name in inputs else RemarkKind.NOTE
+                text = (
+                    f"'{name}' is one and the same number throughout the samples: its range says nothing of others; "
+                    "give samples that vary it, if its users do"
+                )
+                self.ctx.remark(kind, RULE, name, text)
 
     def _stored(self, model: ir.Model, key: str) -> Collected | None:
         """What an earlier run left of the same model; None where it left nothing that fits."""
@@ -235,9 +249,11 @@ class Trials:
     def final_facts(self) -> Facts:
         """What emission goes by in the end: ranges from all samples."""
         if len(self.parts) == 1:
+            self._tell_constant(self.facts.statistics)
             return self.facts
         more = self.statistics(self.model, self.key, 1)
         merged = {name: found.merged(more[name]) for name, found in self.facts.statistics.items()}
+        self._tell_constant(merged)
         return dataclasses.replace(self.facts, statistics=merged, chosen={})
 
     def placed(self, sites: frozenset[str]) -> dict[ir.Node, Site]:
