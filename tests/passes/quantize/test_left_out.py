@@ -33,6 +33,31 @@ def test_masks_are_left_out_and_told() -> None:
     assert told.startswith("16 of 128 elements of 's' are NaN, infinite or beyond 1e+09")
 
 
+def constant(value: float | None) -> list[tuple[str, str]]:
+    """What is told where an input is of one number in all samples but for one."""
+    rng = np.random.default_rng(0)
+    feeds = [
+        {"x": np.full((1, 4, 8), 2.0, np.float32), "m": np.zeros((1, 4, 1), np.float32)}
+        for _ in range(15)
+    ]
+    if value is not None:
+        feeds[1]["x"][0, 0, 0] = value
+    feeds = [{**feed, "m": rng.random((1, 4, 1)).astype(np.float32) * 1e-38} for feed in feeds]
+    text = MASKED.replace(
+        "y = MatMul(s, w)", "r = Relu(x)  z = MatMul(r, w)  t = MatMul(s, w)  y = Add(z, t)"
+    )
+    model = load_model(parse(text))
+    options = Options(calibration=Calibration(feeds), force=True, budget="sqnr>=-1000")
+    ctx = Context(model, get_target("cpu"), options, pass_name="quantize-static")
+    QuantizeStatic().run(model, ctx)
+    return [(r.kind, r.node) for r in ctx.remarks if "throughout the samples" in r.reason]
+
+
+def test_what_the_samples_do_not_vary_is_told_once() -> None:
+    assert constant(None) == [(RemarkKind.NOTE, "r")]
+    assert constant(3.0) == []
+
+
 def warned(broken: float) -> list[str]:
     rng = np.random.default_rng(0)
     feeds = [
