@@ -26,7 +26,7 @@ from graphopt.report.run import VerificationFacts
 from graphopt.rewrite import Context, Rewrite
 from graphopt.runtime.specs import input_specs
 from graphopt.targets import Precision, get_target
-from graphopt.verify.budget import budget_for
+from graphopt.verify.budget import budget_for, samples_for
 from graphopt.verify.constraints import constrained_feeds, read_constraints
 from graphopt.verify.criteria import Criteria, parse_gates
 from graphopt.verify.divergence import Divergence, Truth, agrees_at, first_divergence
@@ -250,7 +250,10 @@ class Judge:
             if calibration is None:
                 return None
             samples = read_samples(calibration, input_specs(load_model(file)))
-            return Screening().of(samples).first(CALIBRATION_FEEDS)
+            budget = budget_for(self._request.precision, self._request.options.budget)
+            if budget is not None:
+                budget = dataclasses.replace(budget, metric=None)  # asked of the file by itself
+            return Screening().of(samples).first(samples_for(budget, CALIBRATION_FEEDS))
         if isinstance(given, Path):
             if given.suffix == ".toml":
                 seed = self._request.options.seed

@@ -10,7 +10,7 @@ from graphopt.calibrate.screening import Screening
 from graphopt.rewrite import Options
 from graphopt.runtime.session import OptimizationLevel, Session
 from graphopt.targets import Precision, Target
-from graphopt.verify.budget import budget_for
+from graphopt.verify.budget import budget_for, samples_for
 from graphopt.verify.criteria import MetricReport
 from graphopt.verify.verifier import Status, Verification
 
@@ -24,7 +24,8 @@ def held(
     if budget is None or budget.metric is None or options.calibration is None or not runs_here:
         return found
     session = Session(file, level=OptimizationLevel.ALL)
-    feeds = Screening().of(read_samples(options.calibration, session.inputs)).first(JUDGED)
+    samples = Screening().of(read_samples(options.calibration, session.inputs))
+    feeds = samples.first(samples_for(budget, JUDGED))
     outputs = [session.run(feed.values) for feed in feeds]
     value = budget.metric.of(outputs, [feed.values for feed in feeds])
     name, limit = budget.metric.name, f">= {budget.metric.least:g}"

@@ -45,12 +45,30 @@ def budget_for(precision: Precision, text: str | None) -> Budget | None:
     return _DEFAULTS.get(precision) if text is None else parse_budget(text)
 
 
+ASKED, SHARED = 200, 2.0
+"""Samples at most that decide on a share of rows or on a function of the user's, and how many of them may differ at a
+share, where there are as many: fewer could not tell it from the next one."""
+
+
+def samples_for(budget: Budget | None, least: int) -> int:
+    """How many samples a budget is asked of, at least `least`: the more, the finer it asks."""
+    if budget is None:
+        return least
+    if budget.metric is not None:
+        return max(ASKED, least)
+    share = budget.argmax_agreement
+    if share is None:
+        return least
+    wanted = SHARED / (1 - share) if share < 1 else ASKED
+    return max(least, min(round(wanted), ASKED))
+
+
 def parse_budget(text: str) -> Budget:
     """The budget that `text` states; what it does not name is not gated.
 
     Args:
         text: conditions, with commas or `and` between them: `max<=X` (greatest difference over the RMS of the
-            reference), `sqnr>=DB`, `cosine>=X`, `top1-agreement>=X` (rows with the same greatest element),
+            reference), `sqnr>=DB`, `cosine>=X`, `top1-agreement>=X` (rows of all feeds with the same greatest one),
             `agreement>=X` (equal elements of integer outputs), `module:function>=X` (a function of outputs and feeds,
             both lists of mappings by name, one a sample, to a number: asked while layers are chosen).
 

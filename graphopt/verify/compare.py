@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from graphopt.errors import OptionError
 from graphopt.numerics import Numerics
-from graphopt.verify import metrics
+from graphopt.verify import metrics, shares
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -64,7 +64,7 @@ class Budget:
         max_over_rms: greatest difference over the RMS of the reference.
         sqnr_db: least signal to quantisation noise ratio.
         cosine: least cosine.
-        argmax_agreement: least fraction of rows whose greatest element is the same.
+        argmax_agreement: least fraction of rows whose greatest element is the same; of all feeds together.
         agreement: least fraction of equal elements in integer, bool and string outputs.
         metric: a function of the user's and what it must reach; asked by passes that decide by samples.
     """
@@ -168,7 +168,8 @@ class OutputReport:
         ulp_p99, ulp_max: distance in units in the last place of the output's dtype.
         outside: fraction of elements outside the tolerance of the profile.
         agreement: fraction of equal elements of an integer, bool or string output.
-        argmax_agreement, topk_agreement: along the last axis.
+        argmax_agreement, topk_agreement: of rows as `metrics.ranked_rows` has them; the latter of the worst feed.
+        rows: how many.
         nonfinite_equal: NaN, +inf and -inf sit in the same places.
         why: what failed or was forgiven; empty where nothing is to be said.
         feed: the feed that the worst case came from.
@@ -188,6 +189,7 @@ class OutputReport:
     agreement: float | None = None
     argmax_agreement: float | None = None
     topk_agreement: float | None = None
+    rows: int = 0
     nonfinite_equal: bool = True
     why: str = ""
     feed: str = ""
@@ -226,8 +228,9 @@ def merge(reports: Sequence[OutputReport]) -> OutputReport:
         ulp_max=_worst(max, (r.ulp_max for r in reports)),
         outside=_worst(max, (r.outside for r in reports)),
         agreement=_worst(min, (r.agreement for r in reports)),
-        argmax_agreement=_worst(min, (r.argmax_agreement for r in reports)),
+        argmax_agreement=shares.share_of(reports),
         topk_agreement=_worst(min, (r.topk_agreement for r in reports)),
+        rows=sum(r.rows for r in reports),
         nonfinite_equal=all(r.nonfinite_equal for r in reports),
         why=told.why,
         feed=told.feed if told.why else _worst_feed(reports),
@@ -307,6 +310,7 @@ def _identical(array: Array) -> OutputReport:
     if array.dtype.kind in "OUSb":
         return OutputReport("", passed=True, equal=True, elements=array.size, agreement=1.0)
     is_float = metrics.is_float(array.dtype)
+    rows = metrics.ranked_rows(array) if is_float and array.dtype.kind != "c" else 0
     return OutputReport(
         "",
         passed=True,
@@ -319,6 +323,8 @@ def _identical(array: Array) -> OutputReport:
         ulp_max=0 if is_float else None,
         outside=0.0,
         agreement=None if is_float else 1.0,
+        argmax_agreement=1.0 if rows else None,
+        rows=rows,
     )
 
 
@@ -332,11 +338,8 @@ def _compare_floats(
     why = _float_failure(reference, candidate, measured, profile, hint.floor)
     if not why and profile.budget is not None and profile.budget.argmax_agreement is not None:
         least = profile.budget.argmax_agreement
-        why = (
-            f"argmax agreement {argmax:.4g} < {least:g}"
-            if argmax is not None and argmax < least
-            else ""
-        )
+        low = argmax is not None and argmax < least
+        why = f"argmax agreement {argmax:.4g} < {least:g}" if low else ""
     return OutputReport(
         "",
         passed=not why,
@@ -351,6 +354,7 @@ def _compare_floats(
         outside=measured.outside,
         argmax_agreement=argmax,
         topk_agreement=top,
+        rows=0 if argmax is None else metrics.ranked_rows(reference),
         nonfinite_equal=measured.nonfinite_at is None,
         why=why,
     )

@@ -119,15 +119,34 @@ def ulps(reference: Array, candidate: Array) -> tuple[int, int] | None:
     return int(np.quantile(distance, 0.99, method="higher")), int(distance.max())
 
 
+MAP_AXES = 4
+
+
+def ranked_rows(array: Array) -> int:
+    """How many rows are ranked, along the last axis; of maps [batch, classes, height, width] along the second.
+
+    0 where that axis is too short to rank anything.
+    """
+    width = _ranked_last(array).shape[-1] if array.ndim else 0
+    return array.size // width if width > 1 else 0
+
+
+def _ranked_last(array: Array) -> Array:
+    """The array with the axis that is ranked moved last: of maps, classes are fewer than places."""
+    is_map = array.ndim == MAP_AXES and array.shape[1] < min(array.shape[2:])
+    return np.moveaxis(array, 1, -1) if is_map else array
+
+
 def rank_agreement(reference: Array, candidate: Array) -> tuple[float | None, float | None]:
-    """Agreement of the greatest element and of the set of the five greatest, along the last axis.
+    """Agreement of the greatest element and of the set of the five greatest, along the axis of `ranked_rows`.
 
     A candidate's choice counts as right when the reference scores it equal to its own choice. None
-    where the last axis is too short for the question to say anything.
+    where that axis is too short for the question to say anything.
     """
-    width = reference.shape[-1] if reference.ndim else 0
-    if width < 2 or reference.size == 0:
+    if not ranked_rows(reference):
         return None, None
+    reference, candidate = _ranked_last(reference), _ranked_last(candidate)
+    width = reference.shape[-1]
     ref, cand = reference.reshape(-1, width), candidate.reshape(-1, width)
     step = max(1, CHUNK // width)
     best, top = 0.0, 0.0

@@ -14,6 +14,7 @@ from graphopt.verify.declared import broken_promises
 from graphopt.verify.dims import EMPTY, LONG, LONGER
 from graphopt.verify.feeds import STRESS
 from graphopt.verify.origins import OutputOrigin, scale_floor
+from graphopt.verify.shares import held, without_share
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -81,7 +82,9 @@ class Trial:
             failed |= any(not found[-1].passed for found in self.metrics.values())
             if failed and self.options.fail_fast and feed.name.split(",")[0] not in STRESS:
                 break
-        return {name: found for name, found in reports.items() if name not in run.excluded}
+        kept = {name: found for name, found in reports.items() if name not in run.excluded}
+        profiles = {name: self.options.criteria.profile(name, self.profile) for name in kept}
+        return {name: held(found, profiles[name]) for name, found in kept.items()}
 
     def _results(self, feed: Feed) -> dict[str, Any] | None:
         """What the candidate returns; None where it need not, and does not."""
@@ -106,7 +109,7 @@ class Trial:
         self._measure(index, feed, results)
         for name in names:
             profile = self.options.criteria.profile(name, self.profile)
-            report = self.reference.judge(name, index, results[name], profile)
+            report = self.reference.judge(name, index, results[name], without_share(profile))
             if report.passed and name in broken:
                 report = dataclasses.replace(report, passed=False, why=broken[name])
             if report.passed and profile is self.profile:

@@ -8,7 +8,7 @@ import pytest
 
 from graphopt.errors import OptionError
 from graphopt.targets import Precision
-from graphopt.verify.budget import budget_for, parse_budget
+from graphopt.verify.budget import ASKED, budget_for, parse_budget, samples_for
 from graphopt.verify.compare import FP16, Budget, Metric
 
 
@@ -64,3 +64,23 @@ def test_a_metric_that_gives_no_number_is_named() -> None:
     metric = Metric("m:f", lambda *_: "high", 0.5)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="metric m:f fails: ValueError"):
         metric.of([{"y": 1}], [{}])
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("sqnr>=30", 24),
+        ("top1-agreement>=0.5", 24),
+        ("top1-agreement>=0.98", 100),
+        ("top1-agreement>=0.99", ASKED),
+        ("top1-agreement>=1", ASKED),
+    ],
+)
+def test_the_finer_a_budget_the_more_samples_it_is_asked_of(text: str, count: int) -> None:
+    assert samples_for(parse_budget(text), 24) == count
+    assert samples_for(None, 24) == 24
+
+
+def test_functions_are_asked_of_many() -> None:
+    metric = Metric("m:f", lambda _outputs, _feeds: 1.0, 0.5)
+    assert samples_for(Budget(metric=metric), 24) == ASKED

@@ -40,8 +40,8 @@ class Search:
             return Trial(frozenset())
         settle(self.trials, fused)
         self.costs = self.trials.costs
-        for trial in self._acceptable(fused):
-            if self._is_worth(trial.sites):
+        for trial in map(self._as_fused, self._acceptable(fused)):
+            if trial.sites and self.trials.is_enough(trial) and self._is_worth(trial.sites):
                 self._explain(trial, fused)
                 ratio = self.trials.ratio(trial.sites) if self.trials.on_host else 0.0
                 return dataclasses.replace(
@@ -53,6 +53,16 @@ class Search:
                 )
         self._say_why_not(fused)
         return Trial(frozenset())
+
+    def _as_fused(self, trial: Trial) -> Trial:
+        """The same without what the runtime no longer fuses: which neighbours are in integers decides that too.
+
+        A Gemm whose Relu nothing stores, since the next layer stays float, becomes a float FusedGemm, say.
+        """
+        sites = self.trials.fused(trial.sites)
+        if sites == trial.sites:
+            return trial
+        return self.trials.judged(sites) if sites else Trial(sites)
 
     def _is_worth(self, sites: frozenset[str]) -> bool:
         """Whether what is gained is worth other numbers, by the table and then by the clock; with --force it is."""

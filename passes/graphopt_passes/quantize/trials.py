@@ -25,7 +25,7 @@ from graphopt.ir.model_file import load_model
 from graphopt.rewrite import Context, RemarkKind, name_of
 from graphopt.targets import Precision
 from graphopt.targets.host import host_architecture
-from graphopt.verify.budget import budget_for
+from graphopt.verify.budget import budget_for, samples_for
 from graphopt.verify.feed_files import Feed
 from graphopt_passes.quantize import inlets
 from graphopt_passes.quantize.certificate import Judgement
@@ -139,9 +139,12 @@ class Trials:
         self.file, self.workers = how.file, how.workers
         self.facts = Facts(style, self.statistics(model, self.key, 0), overrides, self.mixed)
         self.budget = budget_for(Precision.INT8, ctx.options.budget)
-        further = self.parts[0].first(MARGINS) if enough else []
-        judged = (samples if self._has_metric else self.parts[-1]).first(JUDGED)
-        self.judge = Judgement(model, judged, further=further, stated=not self.on_host)
+        asked = samples_for(self.budget, 0)  # together the first of all
+        more = max(MARGINS, asked - asked // HELD_OUT)
+        further = self.parts[0].first(more) if enough else []
+        judged = samples if self._has_metric else self.parts[-1]
+        count = max(JUDGED, asked if judged is samples else asked // HELD_OUT)
+        self.judge = Judgement(model, judged.first(count), further=further, stated=not self.on_host)
         self.costs = self.costs_of(self.facts)
         self.whole: dict[ir.Node, Site] = {}
 

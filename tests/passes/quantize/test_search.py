@@ -43,7 +43,7 @@ class Additive:
     def placed(self, sites: frozenset[str]) -> frozenset[str]:
         return sites
 
-    all_sites = placed
+    all_sites = fused = placed
 
     def predicted(self, sites: frozenset[str]) -> float:
         return 100.0 / (100.0 - sum(SAVED[name] for name in sites))
@@ -184,3 +184,18 @@ def test_all_turns_but_one_must_say_that_it_is_faster(turns: list[float], worth:
     left = iter(turns)
     assert (timed(lambda: next(left)) >= GAIN) == worth
     assert len(turns) - len(list(left)) <= TIMED
+
+
+def test_what_is_no_longer_fused_without_its_neighbours_stays_float(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All three are fused together; without the first, the second is not."""
+    trials: Any = Worth(1.5, 1.5)
+    trials.fused = lambda sites: sites if sites == ALL else sites - {"second"}
+    monkeypatch.setattr(Search, "_choices", lambda _self, _fused: [ALL])
+    easier = [trials.judged(ALL - {"first"}), trials.judged(ALL)]
+    monkeypatch.setattr(Search, "_eased", lambda _self, _trial: easier)
+    monkeypatch.setattr(Search, "_explain", lambda _self, _best, _wanted: None)
+    assert searched(monkeypatch, trials).sites == {"third"}
+    trials.fused = lambda sites: sites if sites == ALL else frozenset()
+    assert searched(monkeypatch, trials).sites == ALL

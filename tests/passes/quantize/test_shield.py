@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -11,7 +13,8 @@ from graphopt_passes.quantize.shield import shield
 
 from graphopt.ir.build import Names
 from graphopt.ir.check import violations
-from graphopt.ir.model_file import load_model
+from graphopt.ir.model_file import load_model, model_to_bytes
+from graphopt.runtime.session import OptimizationLevel, Session, SessionOptions
 from graphopt.verify.feed_files import Feed
 from tests.rewriting import parse
 
@@ -79,3 +82,41 @@ def test_others_are_left_as_they_are(text: str) -> None:
     before = [node.op_type for node in model.graph]
     assert not shield(model.graph, Names.of(model))
     assert [node.op_type for node in model.graph] == before
+
+
+POOLS = f"""g (float[1,2,6,6] x) => (float[1,2,3,3] y) <{SCALES}> {{
+ r = Relu(x)  p = MaxPool<kernel_shape=[2,2], strides=[2,2]>(r)  f = QuantizeLinear(p, s, z)
+ y = DequantizeLinear(f, s, z) }}"""
+TURNED = POOLS.replace("f = Q", "t = Transpose<perm=[0,2,3,1]>(p)  f = Q").replace("r(p,", "r(t,")
+READ = POOLS.replace("y = Deq", "d = Deq").replace(" }", "  y = Add(d, p) }")
+INSIDE = POOLS.replace("r = Relu(x)", "e = QuantizeLinear(x, s, z)  r = DequantizeLinear(e, s, z)")
+
+
+@pytest.mark.parametrize(("text", "kept"), [(POOLS, 1), (TURNED, 1), (READ, 0), (INSIDE, 0)])
+def test_float_pools_stay_float(text: str, kept: int, tmp_path: Path) -> None:
+    """ONNX Runtime moves a Q up through what nobody else reads; between integers a pool may run on bytes."""
+    model = load_model(parse(text, opset=18))
+    shield(model.graph, Names.of(model))
+    assert not list(violations(model))
+    assert sum(node.op_type == "Max" for node in model.graph) == kept
+    assert pools_in_float(model, tmp_path) == (text != INSIDE)
+
+
+def test_standard_operators_alone_get_no_guard_of_pools(tmp_path: Path) -> None:
+    model = load_model(parse(POOLS, opset=18))
+    shield(model.graph, Names.of(model), contrib=False)
+    assert not pools_in_float(model, tmp_path)
+
+
+def pools_in_float(model: ir.Model, folder: Path) -> bool:
+    """Whether the runtime pools before it encodes."""
+    path = folder / "optimized.onnx"
+    Session(
+        model_to_bytes(model),
+        level=OptimizationLevel.EXTENDED,
+        options=SessionOptions(optimized_path=path),
+    )
+    kinds = [node.op_type for node in load_model(path).graph if node.op_type != "DequantizeLinear"]
+    return kinds.index("MaxPool") < max(
+        i for i, kind in enumerate(kinds) if kind == "QuantizeLinear"
+    )
