@@ -46,6 +46,13 @@ INTEGER_NODE = 9_000.0
 TAP, NARROW_TAP = 2.4, 8.0
 """Of one position and kernel tap that is copied for an integer convolution; of fewer than eight channels at a time."""
 
+GROUP_TAP, GROUP = 9.5, 20.0
+"""The same of a position, kernel tap and group of a convolution in groups, at least of a position and group."""
+
+UNBLOCKED, GENERIC_TAP = 2.2, 15.0
+"""How much longer float convolutions take along one or three axes, that no kernel knows blocks of channels for; and of
+one position and kernel tap that is copied for an integer one."""
+
 DEPTHWISE, DEPTHWISE_TAP, DEPTHWISE_LANE = 1.0, 4.0, 0.13
 ENCODE, DECODE = 0.8, 1.4
 """Of one element between float and integers, in either direction; the layouts of the two differ."""
@@ -147,13 +154,15 @@ class Costs:
         )
 
     def _shape(self, site: Site) -> float:
-        """How much slower a float convolution is for having few filters, or a small image."""
+        """How much slower a float convolution is for few filters, alone or in groups, a small image, or other axes."""
         tensor = values.constant(site.node.inputs[1])
         if site.node.op_type != "Conv" or tensor is None:
             return 1.0
-        filters = max(int(tensor.shape.numpy()[0]), 1)
+        shape = tensor.shape.numpy()
+        filters = max(int(shape[0]), 1)
         width = math.sqrt(max(self.elements(site.result) / filters, 1.0))
-        return 1 + FEW_FILTERS / filters + SMALL_IMAGE / width
+        few = FEW_FILTERS * operators.attribute(site.node, "group", 1) / filters
+        return (1 + few + SMALL_IMAGE / width) * (1 if len(shape) == 4 else UNBLOCKED)
 
     def _all(self, site: Site) -> float:
         return sum(map(self.elements, site.results))
@@ -184,9 +193,7 @@ class Costs:
             lanes = DEPTHWISE_TAP + DEPTHWISE_LANE * int(shape[0])
             return positions * taps * lanes + INTEGER_NODE
         work, weights = self._work(site)
-        copies = 0.0
-        if taps > 1:
-            copies = positions * taps * (NARROW_TAP if shape[1] < 8 else TAP)
+        copies = positions * _copied(site.node, tuple(int(d) for d in shape))
         product = max(work * self._rates.integer, weights * self._rates.weight / 4)
         return product + copies + 0.15 * elements + INTEGER_NODE
 
@@ -200,6 +207,20 @@ class Costs:
             return self.elements(site.result) * each, float(tensor.size)
         columns = columns_of(node)
         return self.elements(node.inputs[0]) * int(columns), float(tensor.size)
+
+
+def _copied(node: ir.Node, shape: tuple[int, ...]) -> float:
+    """Nanoseconds of one position that is copied for an integer convolution with a weight of these sizes."""
+    if node.op_type != "Conv":
+        return 0.0
+    taps, group = math.prod(shape[2:]), operators.attribute(node, "group", 1)
+    if group > 1:
+        return float(group * max(taps * GROUP_TAP, GROUP))
+    if taps == 1:
+        return 0.0
+    if len(shape) != 4:
+        return taps * GENERIC_TAP
+    return taps * (NARROW_TAP if shape[1] < 8 else TAP)
 
 
 def _depthwise(node: ir.Node) -> bool:

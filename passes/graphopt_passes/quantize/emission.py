@@ -65,7 +65,7 @@ class _Emitter:
         self.style = facts.style
         opset = model.graph.opset_imports.get("", 0)
         self.sites = place(self.graph, facts.style, allow, opset, facts.mixed.stated)
-        self.pairs = Pairs(self.graph, names, opset)
+        self.pairs = Pairs(self.graph, names, opset, shielded=self.style.stores_outputs)
         self.parameters: dict[ir.Value, Parameters] = {}
         self.methods: dict[ir.Value, Chosen] = {}
         self.decoded: dict[ir.Value, ir.Value] = {}

@@ -23,8 +23,9 @@ class Pairs:
         stored: scale and zero point of what was decoded.
     """
 
-    def __init__(self, graph: ir.Graph, names: Names, opset: int) -> None:
-        self.graph, self.names, self._opset = graph, names, opset
+    def __init__(self, graph: ir.Graph, names: Names, opset: int, *, shielded: bool = True) -> None:
+        """Writes for a runtime; `shielded` from what ONNX Runtime does on its own account."""
+        self.graph, self.names, self._opset, self._shielded = graph, names, opset, shielded
         self.kinds: set[ir.DataType] = set()
         self.stored: dict[ir.Value, Parameters] = {}
 
@@ -36,7 +37,7 @@ class Pairs:
         """A value that was stored, by Q and DQ behind the node that makes it."""
         base, kind = value.name or "value", given.format.dtype
         before = value.producer()
-        if before is not None and _is_looked_through(before, kind):
+        if self._shielded and before is not None and _is_looked_through(before, kind):
             maker = maxed(value, self.names)
             self.graph.insert_after(before, maker)
             value = maker.outputs[0]
@@ -135,9 +136,17 @@ def _is_looked_through(node: ir.Node, kind: ir.DataType) -> bool:
     """Whether the runtime does to a node in front of Q what is right for bytes alone.
 
     It takes a Relu away whose QuantizeLinear has a zero point of 0, also of a float with a sign; it makes sums of bytes
-    and moves of what is stored in floats or 4 bits, for which there are no kernels.
+    and moves of what is stored in floats or 4 bits, for which there are no kernels.  And it lets a MaxPool in float
+    read bytes because bytes are read behind it: unless a convolution made these, its kernel takes eight times as long.
     """
+    if node.op_type == "MaxPool" and not _is_decoded(node.inputs[0]):
+        return True
     if kind.is_integer() and kind.bitwidth >= 8:
         return False
     passive = QUANTISED - PRODUCTS
     return node.op_type in passive or (node.op_type in ABSORBED and not kind.is_integer())
+
+
+def _is_decoded(value: ir.Value | None) -> bool:
+    maker = None if value is None else value.producer()
+    return maker is not None and maker.op_type == "DequantizeLinear"

@@ -55,3 +55,33 @@ def test_factors_in_front_of_products_are_paid_for_with_them() -> None:
     _, sites = sites_of(product("128"))
     plain, factored = Costs(SEEN, RATES), Costs(SEEN, RATES, multiplied=frozenset({"x"}))
     assert factored.gain(sites, sites) < plain.gain(sites, sites)
+
+
+def convolution(weight: tuple[int, ...], group: int, image: tuple[int, ...]) -> str:
+    sizes, kernel = ",".join(map(str, image)), ",".join(map(str, weight))
+    pads = ",".join(str(d // 2) for d in (*weight[2:], *weight[2:]))
+    return (
+        f"g (float[1,{weight[1] * group},{sizes}] x) => (float[1,{weight[0]},{sizes}] y) <float[{kernel}] w> "
+        f"{{ y = Conv<group={group}, pads=[{pads}]>(x, w) }}"
+    )
+
+
+@pytest.mark.parametrize(("weight", "group", "image", "pays"), [
+    ((64, 64, 3, 3), 1, (28, 28), True),
+    ((256, 64, 3, 3), 4, (14, 14), True),  # 2.4x
+    ((64, 8, 3, 3), 8, (28, 28), False),  # measured: 0.79x of float
+    ((128, 4, 3, 3), 32, (28, 28), False),  # 0.37x
+    ((64, 8, 1, 1), 8, (28, 28), False),  # 0.42x
+    ((16, 3, 3, 3, 3), 1, (8, 32, 32), False),  # 0.22x
+    ((32, 32, 3, 3, 3), 1, (8, 16, 16), True),  # 2.6x
+    ((64, 64, 3), 1, (200,), True),  # 2.9x
+])  # fmt: skip
+def test_groups_and_other_axes_are_copied_at_length(
+    weight: tuple[int, ...], group: int, image: tuple[int, ...], pays: bool
+) -> None:
+    _, sites = sites_of(convolution(weight, group, image))
+    made = observe(np.ones((1, weight[0], *image), np.float32))
+    read = observe(np.ones((1, weight[1] * group, *image), np.float32))
+    costs = Costs({"x": read, "y": made}, RATES)
+    alone = costs.gain(sites, sites)
+    assert (alone > 0) == pays

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import onnx_ir as ir
 import pytest
 from graphopt_passes.quantize.certificate import Judgement
@@ -9,7 +11,9 @@ from graphopt_passes.quantize.fusion import read_fusion
 from graphopt_passes.quantize.moves import MOVES
 
 from graphopt.ir import values
-from graphopt.ir.model_file import load_model
+from graphopt.ir.model_file import load_model, model_to_bytes
+from graphopt.ir.shapes import Shapes
+from graphopt.runtime.session import OptimizationLevel, Session, SessionOptions
 from graphopt.verify.feed_files import Feed
 from tests.passes.quantize.test_static import IMAGES, ops, quantized, sqnr, varied
 
@@ -111,3 +115,29 @@ def test_moves_between_floats_are_left_alone() -> None:
     body = "s, t = Split<axis=1>(x, halves)  d = Tan(s)  e = Tan(t)  y = Concat<axis=1>(d, e, c) }"
     _, layers = quantized(varied(HEAD + body), IMAGES)
     assert [layer.op_type for layer in layers] == ["Conv"]
+
+
+POOLED = "m = MaxPool<kernel_shape=[2,2], strides=[2,2]>(r)  y = Conv(m, v8) }"
+
+
+def test_a_pool_behind_a_float_convolution_stays_float(tmp_path: Path) -> None:
+    """Bytes read behind it are no reason to pool bytes: the runtime's kernel for them wants a convolution in front."""
+    proto = varied(HEAD + POOLED)
+    model, _ = quantized(proto, IMAGES, "x86-vnni", lambda node: node.outputs[0].name == "y")
+    encode = next(node for node in model.graph if node.op_type == "QuantizeLinear")
+    assert encode.inputs[0].producer().op_type == "Max"  # type: ignore[union-attr]
+    assert sqnr(proto, model, IMAGES[0]) > 30
+    path = tmp_path / "deployed.onnx"
+    options = SessionOptions(optimized_path=path)
+    Session(model_to_bytes(model), level=OptimizationLevel.EXTENDED, options=options)
+    deployed = load_model(path)
+    Shapes(deployed)
+    pool = next(node for node in deployed.graph if node.op_type == "MaxPool")
+    assert pool.inputs[0] is not None
+    assert pool.inputs[0].dtype is ir.DataType.FLOAT
+
+
+@pytest.mark.parametrize("style", ["x86-vnni", "tensorrt"])
+def test_nothing_is_put_behind_other_pools(style: str) -> None:
+    model, _ = quantized(varied(HEAD + POOLED), IMAGES, style)
+    assert "Max" not in ops(model)
