@@ -108,7 +108,7 @@ class QuantizeStatic:
         allowed = self._allowed(model, overrides, ctx)
         inside = style.stores_outputs and bodies.has_products(model)
         if not allowed and not inside:
-            _say_nothing_fits(ctx)
+            _say_nothing_fits(model, ctx)
             return False
         if not _lifted(model, _least(style, overrides), ctx):
             return False
@@ -260,7 +260,11 @@ def _lifted(model: ir.Model, wanted: int, ctx: Context) -> bool:
     return False
 
 
-def _say_nothing_fits(ctx: Context) -> None:
+def _say_nothing_fits(model: ir.Model, ctx: Context) -> None:
+    if bodies.has_products(model):
+        text = f"stays float: its products lie in bodies of If, Loop and Scan, which stay float for '{ctx.target.name}'"
+        ctx.remark(RemarkKind.WARNING, RULE, "", text)
+        return
     ctx.remark(
         RemarkKind.WARNING,
         RULE,
@@ -279,7 +283,7 @@ def _apply(model: ir.Model, graph: ir.Graph, best: Trial, trials: Trials, ctx: C
     )
     if not permitted:
         return False
-    by = "its 8-bit kernel" if trials.on_host else f"fused by {ctx.target.name}"
+    by = "its 8-bit kernel" if trials.on_host else f"laid out for {ctx.target.name}"
     for layer in _written(model, graph, permitted, best, trials, ctx.names):
         kernel = trials.kernels.get(layer.site, by)
         row = facts(layer, kernel)

@@ -257,15 +257,31 @@ def test_any_runtime_quantises_activations_as_they_come() -> None:
     assert sqnr(varied(PRODUCT, 13), made.model, ROWS[0]) > 30
 
 
-def test_openvino_has_no_integer_products_of_what_comes() -> None:
-    made = made_without_samples(PRODUCT, 13, "openvino", "int8-dynamic")
-    assert "MatMulInteger" not in [node.op_type for node in made.model.graph]
+@pytest.mark.parametrize("target", ["openvino", "tensorrt", "cuda"])
+def test_some_runtimes_have_no_integer_products_of_what_comes(target: str) -> None:
+    made = made_without_samples(PRODUCT, 13, target, "int8-dynamic")
+    assert {node.op_type for node in made.model.graph} == {"Gemm", "Relu"}
     said = [remark.reason for remark in made.report.remarks]
-    assert any("'openvino' has no kernels for MatMulInteger" in each for each in said)
+    assert any(f"'{target}' has no kernels for MatMulInteger" in each for each in said)
+
+
+def test_integer_products_of_what_comes_are_made_by_force() -> None:
     forced = graphopt.optimize(
         varied(PRODUCT, 13), target="openvino", precision="int8-dynamic", force=True
     )
     assert "MatMulInteger" in [node.op_type for node in forced.model.graph]
+
+
+def test_tensorrt_keeps_bodies_in_float_and_says_so() -> None:
+    text = """g (bool c, float[1,16,8,8] x) => (float[1,16,8,8] y) <float[16,16,1,1] w, float[16,16,1,1] v> {
+ y = If (c) <then_branch = t () => (float[1,16,8,8] a) { a = Conv(x, w) },
+             else_branch = e () => (float[1,16,8,8] d) { d = Conv(x, v) }> }"""
+    feeds = [{**feed, "c": np.array(i % 2 == 0)} for i, feed in enumerate(WIDE_IMAGES)]
+    made = emitted(varied(text), "tensorrt", feeds)
+    said = [remark.reason for remark in made.report.remarks]
+    assert any("bodies of If, Loop and Scan, which stay float for 'tensorrt'" in s for s in said)
+    inside = emitted(varied(text), "portable", feeds).model
+    assert {n.op_type for g in inside.graphs() for n in g} >= {"QuantizeLinear", "If"}
 
 
 @pytest.mark.parametrize(("target", "block"), [("portable", 32), ("tensorrt", 128)])
