@@ -135,14 +135,6 @@ LIFT_FOR_INT8 = LiftOpset(
     "lift-opset-int8", wishes=lambda _model, _ctx: (13,), use="run on integers", needed=True
 )
 
-
-def _opset_of_blocks(model: ir.Model, _ctx: Context) -> Iterable[int]:
-    return (21,) if weight_only.has_products(model) else ()
-
-
-LIFT_FOR_BLOCKS = LiftOpset(
-    "lift-opset-blocks", wishes=_opset_of_blocks, use="store weights in blocks", needed=True
-)
 LIFT_FOR_FP8 = LiftOpset("lift-opset-fp8", wishes=lambda _model, _ctx: (19,), use="compute in fp8")
 FUSE_RESIDUALS = RewritePass("fuse-residuals", (*embedding.RULES, *residuals.RULES))
 # Last of all, where everything that knows Add is done.
@@ -206,10 +198,7 @@ _AT_HAND: Mapping[str, Maker] = {
         )
     },
     LIFT_OPSET.name: LIFT_OPSET,
-    **{
-        each.name: each
-        for each in (*LIFT_FOR_HALF.values(), LIFT_FOR_INT8, LIFT_FOR_BLOCKS, LIFT_FOR_FP8)
-    },
+    **{each.name: each for each in (*LIFT_FOR_HALF.values(), LIFT_FOR_INT8, LIFT_FOR_FP8)},
     FUSE_RESIDUALS.name: FUSE_RESIDUALS,
     EVADE.name: EVADE,
     LOWER_POWERS.name: LOWER_POWERS,
@@ -314,9 +303,18 @@ def _half(half: Literal["fp16", "bf16"]) -> tuple[Step, ...]:
     )
 
 
-def _quantized(step: Pass, lift: LiftOpset = LIFT_FOR_INT8) -> tuple[Step, ...]:
+def _quantized(step: Pass) -> tuple[Step, ...]:
     """The float32 pipeline, then integers: what is quantised is what will run."""
-    return (*_FP32, lift, step, MergeDuplicateConstants(), RemoveDeadCode(), *_EVADE)
+    return (*_FP32, LIFT_FOR_INT8, *_stored(step))
+
+
+def _stored(step: Pass) -> tuple[Step, ...]:
+    return (step, MergeDuplicateConstants(), RemoveDeadCode(), *_EVADE)
+
+
+def _in_blocks(step: Pass) -> tuple[Step, ...]:
+    """As `_quantized`, by a pass that raises the opset itself, where it has something to store."""
+    return (*_FP32, *_stored(step))
 
 
 def _trained(step: Pass) -> tuple[Step, ...]:
@@ -350,11 +348,11 @@ _PLAIN: Mapping[tuple[str, str], Callable[[], tuple[Step, ...]]] = {
     ("cpu", "int4-weights"): lambda: _quantized(weight_only.QuantizeWeights()),
     ("cuda", "int4-weights"): lambda: _quantized(weight_only.QuantizeWeights()),
     ("cuda", "int8"): lambda: _quantized(weight_only.QuantizeWeights(bits=8)),
-    ("tensorrt", "int4-weights"): lambda: _quantized(
-        weight_only.QuantizeWeights(block=128, form="qdq", tables=False), LIFT_FOR_BLOCKS
+    ("tensorrt", "int4-weights"): lambda: _in_blocks(
+        weight_only.QuantizeWeights(block=128, form="qdq", tables=False)
     ),
-    ("portable", "int4-weights"): lambda: _quantized(
-        weight_only.QuantizeWeights(form="qdq", tables=False), LIFT_FOR_BLOCKS
+    ("portable", "int4-weights"): lambda: _in_blocks(
+        weight_only.QuantizeWeights(form="qdq", tables=False)
     ),
     ("portable", "int8-dynamic"): lambda: (
         *_quantized(weight_only.QuantizeDynamic()),

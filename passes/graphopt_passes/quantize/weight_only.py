@@ -30,6 +30,7 @@ from graphopt.targets import Precision
 from graphopt.verify.budget import budget_for
 from graphopt.verify.feed_files import Feed
 from graphopt.verify.feeds import find_feeds
+from graphopt_passes.opset import LiftOpset
 from graphopt_passes.quantize.certificate import Judgement
 from graphopt_passes.quantize.factors import broken, factor_of, why_not
 from graphopt_passes.quantize.files import on_disk
@@ -140,6 +141,8 @@ class QuantizeWeights:
             OptionError: a block size, number of bits, form or scheme that no kernel takes, or not that of the target.
         """
         self._check()
+        if self.form == "qdq" and self._finds_any(model) and not _has_blocks(model, ctx):
+            return False
         if ctx.target.provider == "CUDAExecutionProvider" and self.bits == 8:
             ctx.remark(RemarkKind.WARNING, "quantize", "", CUDA)
         rules = _rules(self.skip_nodes, self.overrides, model, ctx)
@@ -149,8 +152,6 @@ class QuantizeWeights:
         blocks_of = {name: given.block or self.block for name, given in said.items()}
         tables = self._tables(nodes, blocks_of, model, ctx)
         sites = products_of(nodes, self.least, HALVES) | tables
-        if sites and self.form == "qdq" and not _has_blocks(model, ctx):
-            return False
         scheme = self.scheme
         if ctx.target.qdq is not None and not ctx.target.qdq.zero_points:
             scheme = "symmetric"
@@ -166,6 +167,14 @@ class QuantizeWeights:
             write_blocks(changed, sites, names, how)
 
         return _run(model, ctx, Precision.INT4_WEIGHTS, self, write, sites)
+
+    def _finds_any(self, model: ir.Model) -> bool:
+        """Whether there is a weight, or a table, of the size that is stored in blocks."""
+        if products_of(everywhere(model), self.least, HALVES):
+            return True
+        tables = (node.inputs[0] for node in everywhere(model) if node.op_type == "Gather")
+        found = (values.constant(each) for each in tables) if self.tables else ()
+        return any(table is not None and table.size >= self.least for table in found)
 
     def _check(self) -> None:
         if self.block not in SIZES:
@@ -272,11 +281,16 @@ WIDEST, WORK = 4096, float(1 << 36)
 """Columns of a weight, and multiplications in all, up to which weights are rounded by second moments."""
 
 
+_LIFT = LiftOpset(wishes=lambda _model, _ctx: (21,), use="store weights in blocks", needed=True)
+"""What rewrites operators whose meaning changed; nothing where the opset is new enough."""
+
+
 def _has_blocks(model: ir.Model, ctx: Context) -> bool:
     """Whether the model is at opset 21 or can be brought there, where DequantizeLinear has blocks."""
     if model.opset_imports.get("", 0) < 21:
         finalize(model, dataclasses.replace(ctx.target, opset=(21, max(ctx.target.opset[1], 21))))
         ctx.refresh()
+        _LIFT.run(model, ctx)
     if model.opset_imports.get("", 0) >= 21:
         model.ir_version = max(model.ir_version, 10)
         return True
@@ -356,11 +370,6 @@ def products_of(
     counts = Counter(name_of(node) for node in known)
     found = (name_of(node) for node in known if _is_matrix_product(node, least, dtypes))
     return frozenset(name for name in found if counts[name] == 1)
-
-
-def has_products(model: ir.Model) -> bool:
-    """Whether there is a weight that is stored in blocks where nothing else is said."""
-    return bool(products_of(everywhere(model), QuantizeWeights.least, HALVES))
 
 
 def _decline(ctx: Context, text: str) -> bool:
