@@ -13,6 +13,7 @@ from graphopt_passes.quantize.narrow import why_narrow
 from graphopt_passes.quantize.placement import candidates
 from graphopt_passes.quantize.static import QuantizeStatic
 from graphopt_passes.quantize.styles import style_for, style_named
+from graphopt_passes.quantize.weight_only import QuantizeWeights
 
 import graphopt
 from graphopt.driver.result import Result
@@ -320,6 +321,18 @@ def test_tensorrt_gets_whole_blocks(text: str, block: int | None, why: str) -> N
     assert [n.attributes["block_size"].as_int() for n in found] == ([block] if block else [])
     assert not check_legality(made.model, get_target("tensorrt")).findings
     assert not why or any(why in remark.reason for remark in made.report.remarks)
+
+
+def test_operators_that_changed_are_rewritten_for_blocks_of_any_size() -> None:
+    text = """g (float[4,64] x) => (float[2,2,1] y) <float[64,32] w, int64[3] s = {2, 2, 32}> {
+ h = MatMul(x, w)  r = Reshape(h, s)  y = ReduceSum(r, a) }"""
+    proto = varied(text.replace("s = {2, 2, 32}", "s = {2, 2, 32}, int64[1] a = {2}"), 13)
+    model = load_model(proto)
+    ctx = Context(model, get_target("portable"), Options(), pass_name="quantize-weights")
+    assert QuantizeWeights(form="qdq", tables=False, least=1024).run(model, ctx)
+    assert model.opset_imports[""] == 21
+    feed = {"x": RNG.normal(size=(4, 64)).astype(np.float32)}
+    assert 12 < sqnr(proto, model, feed) < 60
 
 
 def test_the_opset_stays_where_nothing_is_stored_in_blocks() -> None:
