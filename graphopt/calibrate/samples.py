@@ -74,6 +74,17 @@ class Samples:
         """The first samples, at most `count`."""
         return list(islice(iter(self), count))
 
+    def spread(self, count: int) -> list[Feed]:
+        """At most `count` samples evenly spread over all, and at least half as many where there are that many."""
+        found: list[Feed] = []
+        step = 1
+        for index, feed in enumerate(self):
+            if index % step == 0:
+                found.append(feed)
+            if len(found) > count:
+                found, step = found[::2], 2 * step
+        return found
+
 
 def read_samples(calibration: Calibration, specs: Sequence[TensorSpec]) -> Samples:
     """The samples that a user gave, checked against the inputs of the model as they are read.

@@ -12,11 +12,12 @@ import onnx_ir as ir
 import pytest
 
 from graphopt.calibrate.images import Preprocess, read_image
-from graphopt.calibrate.samples import read_samples
+from graphopt.calibrate.samples import Samples, read_samples
 from graphopt.calibrate.screening import Screening
 from graphopt.errors import DataError, OptionError
 from graphopt.rewrite import Calibration
 from graphopt.runtime.specs import TensorSpec
+from graphopt.verify.feed_files import Feed
 
 F32 = ir.DataType.FLOAT
 IMAGE = (TensorSpec("x", F32, (1, 2)),)
@@ -188,6 +189,15 @@ def test_a_sample_that_does_not_fit_is_named() -> None:
         shapes([{"x": np.ones((1, 3), np.float32)}], IMAGE)
     with pytest.raises(DataError, match=r"'sample 0' lacks the input 'k'"):
         shapes([{"x": np.ones((1, 2), np.float32)}], FREE)
+
+
+@pytest.mark.parametrize(
+    ("count", "found"),
+    [(0, []), (4, [0, 1, 2, 3]), (5, [0, 2, 4]), (9, [0, 4, 8]), (100, [0, 32, 64, 96])],
+)
+def test_samples_spread_over_all(count: int, found: list[int]) -> None:
+    feeds = [Feed(str(index), {}) for index in range(count)]
+    assert [int(feed.name) for feed in Samples(lambda: iter(feeds)).spread(4)] == found
 
 
 @pytest.mark.parametrize(

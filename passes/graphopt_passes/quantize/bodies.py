@@ -28,7 +28,7 @@ from graphopt_passes.quantize.placement import is_product
 from graphopt_passes.quantize.trials import RULE, Trial, Trials
 
 RECORDED = 32
-"""Samples that bodies are followed on."""
+"""Samples that bodies are followed on, at most: of all batches, since those may take other ways."""
 
 TURNS, BYTES = 64, 1 << 28
 """Turns of one body that are kept, and bytes of all together."""
@@ -127,7 +127,7 @@ def _recorded(
         session = Session(path, options=SessionOptions(extra_outputs=taps))
     bodies, room = Bodies(model), BYTES
     found: dict[ir.Graph, list[Arrays]] = {}
-    for feed in samples.first(RECORDED):
+    for feed in samples.spread(RECORDED):
         known = {**feed.values, **session.run(feed.values)}
         for turn in bodies.turns(model.graph, known):
             kept_turns = found.setdefault(turn.graph, [])

@@ -151,6 +151,19 @@ def test_a_loop_of_too_many_turns_is_called_so(text: str) -> None:
     assert "stays float: no sample reached this body" not in told
 
 
+def test_samples_that_reach_a_body_may_come_late() -> None:
+    """Batches are taken apart: the samples of the first would be all that are looked at."""
+    text = LOOP.replace("float[1,", "float[N,").replace("g (", "g (int64 count, ")
+    text = text.replace(", int64 count = {3}", "")
+    feeds = [
+        {"count": np.int64(turns), "x": RNG.normal(size=(40, 8, 10, 10)).astype(np.float32)}
+        for turns in (0, 2)
+    ]
+    model = load_model(calm(text))
+    ctx = context(model, feeds, budget="sqnr>=10")
+    assert QuantizeStatic().run(model, ctx)
+
+
 def test_a_body_out_of_budget_stays_float() -> None:
     _, after, ctx = changed(LOOP, budget="sqnr>=90")
     assert "QuantizeLinear" not in kinds(bodies_of(after.graph)[0])
