@@ -58,6 +58,14 @@ Write = Callable[[ir.Model, frozenset[str], Names], None]
 
 
 @dataclasses.dataclass(frozen=True)
+class Writers:
+    """How weights get into a model: `draft` writes what runs as fast as the final ones, and is made at once."""
+
+    final: Write
+    draft: Write | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class QuantizeDynamic:
     """Multiplies in 8 bits with activations quantised as they come; needs no calibration.
 
@@ -95,7 +103,7 @@ class QuantizeDynamic:
         rules = _rules(self.skip_nodes, (), model, ctx)
         nodes = [node for node in everywhere(model) if not _said(rules, node).exclude]
         sites = products_of(_sound(nodes, self.least, FLOATS, ctx), self.least)
-        return _run(model, ctx, Precision.INT8_DYNAMIC, self, write_dynamic, sites)
+        return _run(model, ctx, Precision.INT8_DYNAMIC, self, Writers(write_dynamic), sites)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,13 +168,17 @@ class QuantizeWeights:
             products = [node for node in nodes if name_of(node) in sites - tables]
             said = with_whole_blocks(products, self.block, self.bits, said, ctx)
             sites = frozenset(name for name in sites if not said[name].exclude)
-        moments, signed = self._moments(model, ctx), ctx.target.has_domain(MICROSOFT)
-        how = Blocks(self.block, self.bits, self.form, scheme, moments, said, signed=signed)
+        signed = ctx.target.has_domain(MICROSOFT)
+        how = Blocks(self.block, self.bits, self.form, scheme, single=said, signed=signed)
 
-        def write(changed: ir.Model, sites: frozenset[str], names: Names) -> None:
+        def draft(changed: ir.Model, sites: frozenset[str], names: Names) -> None:
             write_blocks(changed, sites, names, how)
 
-        return _run(model, ctx, Precision.INT4_WEIGHTS, self, write, sites)
+        def write(changed: ir.Model, sites: frozenset[str], names: Names) -> None:
+            rounded = dataclasses.replace(how, moments=self._moments(model, ctx))
+            write_blocks(changed, sites, names, rounded)
+
+        return _run(model, ctx, Precision.INT4_WEIGHTS, self, Writers(write, draft), sites)
 
     def _finds_any(self, model: ir.Model) -> bool:
         """Whether there is a weight, or a table, of the size that is stored in blocks."""
@@ -277,7 +289,7 @@ CUDA = (
     "activations and convolutions stay float"
 )
 
-WIDEST, WORK = 4096, float(1 << 36)
+WIDEST, WORK = 4096, float(1 << 37)
 """Columns of a weight, and multiplications in all, up to which weights are rounded by second moments."""
 
 
@@ -305,7 +317,7 @@ def _run(
     ctx: Context,
     precision: Precision,
     how: QuantizeDynamic | QuantizeWeights,
-    write: Write,
+    writers: Writers,
     sites: frozenset[str],
 ) -> bool:
     if not sites:
@@ -314,7 +326,7 @@ def _run(
             f"nothing to quantise: no MatMul or Gemm with a constant weight of {how.least} elements or more that the "
             "kernels take (--remarks says why of each)",
         )
-    if not _is_worth_it(model, sites, ctx, precision, how, write):
+    if not _is_worth_it(model, sites, ctx, precision, how, writers):
         return False
     permitted = frozenset(
         name_of(node)
@@ -322,7 +334,7 @@ def _run(
         if name_of(node) in sites and ctx.permit("quantize", node, Numerics.LOSSY)
     )
     if permitted:
-        write(model, permitted, ctx.names)
+        writers.final(model, permitted, ctx.names)
         ctx.refresh()
     return bool(permitted)
 
@@ -333,9 +345,9 @@ def _is_worth_it(
     ctx: Context,
     precision: Precision,
     how: QuantizeDynamic | QuantizeWeights,
-    write: Write,
+    writers: Writers,
 ) -> bool:
-    worth = _pays(model, sites, ctx, precision, how, write)
+    worth = _pays(model, sites, ctx, precision, how, writers)
     tell_screened(ctx, "quantize")
     return worth
 
@@ -403,13 +415,13 @@ def _pays(
     ctx: Context,
     precision: Precision,
     how: QuantizeDynamic | QuantizeWeights,
-    write: Write,
+    writers: Writers,
 ) -> bool:
     """Whether the quantised model is faster than float here, and within the budget; said where it is not."""
     known = f"{fingerprint.structural(model)}:{fingerprint.weights(model)}"
     key = f"{how}:{known}:{sorted(sites)}"  # other bits and blocks are another answer
     if key not in ctx.cache:
-        ctx.cache[key] = _measured(model, sites, ctx, precision, write)
+        ctx.cache[key] = _measured(model, sites, ctx, precision, writers)
     ratio, passed, sqnr = ctx.cache[key]
     if not passed:
         return _decline(
@@ -427,22 +439,36 @@ def _pays(
 
 
 def _measured(
-    model: ir.Model, sites: frozenset[str], ctx: Context, precision: Precision, write: Write
+    model: ir.Model,
+    sites: frozenset[str],
+    ctx: Context,
+    precision: Precision,
+    writers: Writers,
 ) -> tuple[float, bool, float]:
-    """Speed over float, whether the budget is met, and signal to noise of the worst output.
+    """Speed over float, whether the budget is met, and signal to noise of the worst output; NaN where speed decides.
 
     For a runtime that does not run here the speed is infinite: nobody can time it.
     """
-    clone = load_model(model)
-    write(clone, sites, Names.of(clone))
     budget = budget_for(precision, ctx.options.budget)
     assert budget is not None
     on_host = ctx.target.provider == "CPUExecutionProvider"
     judge = Judgement(model, _feeds(model, ctx), stated=not on_host)
+    drafted = _written(model, sites, writers.draft or writers.final)
+    ratio = judge.race(drafted)() if on_host else math.inf
+    if ratio < GAIN and not ctx.options.force:
+        return ratio, True, math.nan
+    clone = drafted if writers.draft is None else _written(model, sites, writers.final)
     found = judge.accuracy(clone, budget)
     stated = ctx.options.budget is not None or precision is not Precision.INT8_DYNAMIC
     passed = found.passed and (stated or found.sqnr_db >= LEAST_SQNR_DB)
-    return judge.race(clone)() if on_host else math.inf, passed, found.sqnr_db
+    return ratio, passed, found.sqnr_db
+
+
+def _written(model: ir.Model, sites: frozenset[str], write: Write) -> ir.Model:
+    """A copy with the weights as `write` stores them."""
+    clone = load_model(model)
+    write(clone, sites, Names.of(clone))
+    return clone
 
 
 def _samples(calibration: Calibration, model: ir.Model, ctx: Context) -> Samples:

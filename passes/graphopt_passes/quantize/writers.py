@@ -35,6 +35,7 @@ class Blocks:
         moments: second moments of the input of a product, by name of its output; of none, rounding is to nearest.
         single: other blocks, bits and schemes of single nodes, by name of their outputs.
         signed: whether scales may be negative: for kernels that are known, not for any parser.
+        made: what second moments have rounded already, by node and kind: written again it must not take minutes again.
     """
 
     block: int
@@ -44,6 +45,7 @@ class Blocks:
     moments: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     single: Mapping[str, Settings] = dataclasses.field(default_factory=dict)
     signed: bool = True
+    made: dict[object, blocks.Encoded] = dataclasses.field(default_factory=dict)
 
     @property
     def kind(self) -> tuple[int, int, str]:
@@ -60,9 +62,18 @@ class Blocks:
             scheme=said.scheme or self.scheme,
         )
 
-    def encoded(self, rows: np.ndarray, moments: np.ndarray | None) -> blocks.Encoded:
+    def rounded(self, rows: np.ndarray, node: ir.Node) -> blocks.Encoded:
+        """The weight of a product, one output channel a row, by second moments where they are known."""
+        moments = self.moments.get(name_of(node))
+        if moments is None:
+            return self.encoded(rows)
+        key = name_of(node), self.kind
+        if key not in self.made:
+            self.made[key] = self.encoded(rows, rounding.Moments.of(moments))
+        return self.made[key]
+
+    def encoded(self, rows: np.ndarray, known: rounding.Moments | None = None) -> blocks.Encoded:
         """A weight, one output channel a row."""
-        known = None if moments is None else rounding.Moments.of(moments)
         if self.scheme == "auto":
             how = self.block, self.bits, known
             zero_points = blocks.wants_zero_points(rows, *how, signed=self.signed)
@@ -151,7 +162,7 @@ def _block_product(node: ir.Node, names: Names, how: Blocks, held: Held) -> None
     moments = how.moments.get(name_of(node))
 
     def make() -> Parts:
-        made = blocks.pack_blocks(how.encoded(array.T, moments), how.bits)
+        made = blocks.pack_blocks(how.rounded(array.T, node), how.bits)
         return _held_parts(graph, _named_or_weight(factor.value), made, names, how)
 
     attributes = {
@@ -174,7 +185,7 @@ def _block_gather(node: ir.Node, names: Names, how: Blocks, held: Held) -> None:
     assert isinstance(graph, ir.Graph)
 
     def make() -> Parts:
-        made = how.encoded(table, None)
+        made = how.encoded(table)
         zeros = None if made.zeros is None else np.ascontiguousarray(made.zeros)
         if how.form == "qdq":
             laid = _laid(made.codes, zeros, how)
@@ -206,7 +217,7 @@ def _block_decoded(node: ir.Node, names: Names, how: Blocks, held: Held) -> None
     moments, turned = how.moments.get(name_of(node)), is_turned(node)
 
     def make() -> Parts:
-        made = how.encoded(array.T, moments)
+        made = how.rounded(array.T, node)
         codes, scales, zeros = made.codes[:, : array.shape[0]], made.scales, made.zeros
         if not turned:
             codes, scales, zeros = codes.T, scales.T, None if zeros is None else zeros.T

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from graphopt_passes.quantize import blocks
+from graphopt_passes.quantize import blocks, rounding
+from graphopt_passes.quantize.certificate import Judgement
 from graphopt_passes.quantize.weight_only import QuantizeDynamic, QuantizeWeights
 
 from graphopt.errors import OptionError
@@ -169,6 +170,28 @@ def test_samples_make_4_bits_better() -> None:
         assert QuantizeWeights(least=1).run(model, context(model, calibration=calibration))
         found.append(sqnr(run(proto, feeds[0])[0], run(to_proto(model), feeds[0])[0]))
     assert found[1] > found[0] + 5
+
+
+@pytest.mark.parametrize(("ratio", "rounded"), [(0.9, 0), (2.0, 1)])
+def test_samples_round_once_and_only_what_is_faster(
+    monkeypatch: pytest.MonkeyPatch, ratio: float, rounded: int
+) -> None:
+    proto = varied("g (float[n,96] x) => (float[n,160] y) <float[96,160] w> { y = MatMul(x, w) }")
+    feeds = [{"x": np.ones((4, 96), np.float32)}]
+    counts = []
+
+    def counted(*given: Any) -> Any:
+        counts.append(1)
+        return compensate(*given)
+
+    compensate = rounding.compensate
+    monkeypatch.setattr(rounding, "compensate", counted)
+    monkeypatch.setattr(Judgement, "race", lambda _judge, _model: lambda: ratio)
+    model = load_model(proto)
+    ctx = context(model, calibration=Calibration(feeds), force=False)
+    assert QuantizeWeights(least=1, scheme="symmetric").run(model, ctx) == bool(rounded)
+    assert len(counts) == rounded
+    assert rounded or any("at 0.90x the speed of float" in told.reason for told in ctx.remarks)
 
 
 @pytest.mark.parametrize("each", [{"bits": 3}, {"form": "onnx"}])
