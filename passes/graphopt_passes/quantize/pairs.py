@@ -136,17 +136,9 @@ def _is_looked_through(node: ir.Node, kind: ir.DataType) -> bool:
     """Whether the runtime does to a node in front of Q what is right for bytes alone.
 
     It takes a Relu away whose QuantizeLinear has a zero point of 0, also of a float with a sign; it makes sums of bytes
-    and moves of what is stored in floats or 4 bits, for which there are no kernels.  And it lets a MaxPool in float
-    read bytes because bytes are read behind it: unless a convolution made these, its kernel takes eight times as long.
+    and moves of what is stored in floats or 4 bits, for which there are no kernels.
     """
-    if node.op_type == "MaxPool" and not _is_decoded(node.inputs[0]):
-        return True
     if kind.is_integer() and kind.bitwidth >= 8:
         return False
     passive = QUANTISED - PRODUCTS
     return node.op_type in passive or (node.op_type in ABSORBED and not kind.is_integer())
-
-
-def _is_decoded(value: ir.Value | None) -> bool:
-    maker = None if value is None else value.producer()
-    return maker is not None and maker.op_type == "DequantizeLinear"
