@@ -38,6 +38,7 @@ from graphopt_passes.quantize.placement import QUANTISED, is_product
 from graphopt_passes.quantize.search import Search
 from graphopt_passes.quantize.styles import MICROSOFT, Style, style_for, style_named
 from graphopt_passes.quantize.telling import Floats, facts, summary, tell_ignored, told
+from graphopt_passes.quantize.tied import turned_weights
 from graphopt_passes.quantize.trials import RULE, Collecting, Trial, Trials
 
 
@@ -105,6 +106,17 @@ class QuantizeStatic:
                 "the samples, a folder of .npz files, images with --preprocess), or choose --precision int8-dynamic, "
                 "which needs none"
             )
+        with turned_weights(model.graph, ctx.names):
+            return self._run(model, style, overrides, ctx.options.calibration, ctx)
+
+    def _run(
+        self,
+        model: ir.Model,
+        style: Style,
+        overrides: Overrides,
+        calibration: Calibration,
+        ctx: Context,
+    ) -> bool:
         allowed = self._allowed(model, overrides, ctx)
         inside = style.stores_outputs and bodies.has_products(model)
         if not allowed and not inside:
@@ -115,7 +127,7 @@ class QuantizeStatic:
         _ = ctx.shapes  # inferred once: all that follows asks values for types and shapes
         floats = Floats.of(model, allowed)
         screening = screening_of(ctx)
-        given = read_samples(ctx.options.calibration, input_specs(model))
+        given = read_samples(calibration, input_specs(model))
         samples = screening.of(by_row(lambda: on_disk(model), given))
         trials = best = None
         if allowed:

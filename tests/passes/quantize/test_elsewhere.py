@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.reference
+import onnx_ir as ir
 import pytest
 from graphopt_passes.quantize.fusion import read_fusion
 from graphopt_passes.quantize.narrow import why_narrow
@@ -271,6 +272,30 @@ def test_integer_products_of_what_comes_are_made_by_force() -> None:
         varied(PRODUCT, 13), target="openvino", precision="int8-dynamic", force=True
     )
     assert "MatMulInteger" in [node.op_type for node in forced.model.graph]
+
+
+TIED = """g (int64[2,6] i) => (float[2,6,64] y) <float[64,32] e, float[32,32] w> {
+ x = Gather(e, i)  h = MatMul(x, w)  n = Tanh(h)  t = Transpose<perm=[1,0]>(e)  y = MatMul(n, t) }"""
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "portable"])
+@pytest.mark.parametrize("skipped", [False, True])
+def test_tied_embeddings_are_products_and_stored_once_in_float(target: str, skipped: bool) -> None:
+    proto = varied(TIED)
+    model = load_model(proto)
+    feeds = [{"i": RNG.integers(0, 64, (2, 6))} for _ in range(4)]
+    given = Options(calibration=Calibration(feeds), budget="sqnr>=10")
+    ctx = Context(model, get_target(target), given, pass_name="quantize-static")
+    assert QuantizeStatic(skip_nodes=("y",) if skipped else ()).run(model, ctx)
+    head = next(n for n in model.graph if n.outputs[0].name == "y")
+    maker = head.inputs[1].producer()  # type: ignore[union-attr]
+    assert maker is not None
+    assert maker.op_type == ("Transpose" if skipped else "DequantizeLinear")
+    held = {v.name: v.const_value for v in model.graph.initializers.values() if v.uses()}
+    large = {k for k, v in held.items() if v is not None and v.size > 64}
+    assert {k for k in large if held[k].dtype is ir.DataType.FLOAT} == {"e"}  # type: ignore[union-attr]
+    assert not any("turned" in name for name in model.graph.initializers) or not skipped
+    assert sqnr(proto, model, feeds[0]) > 25
 
 
 def test_tensorrt_keeps_bodies_in_float_and_says_so() -> None:
