@@ -18,7 +18,7 @@ from graphopt.errors import OptionError
 from graphopt.ir import values
 from graphopt.ir.build import Names
 from graphopt.numerics import Numerics
-from graphopt.rewrite import Context, RemarkKind, name_of
+from graphopt.rewrite import Calibration, Context, RemarkKind, name_of
 from graphopt.runtime.specs import input_specs
 from graphopt_passes.quantize import bodies, equalize, inlets
 from graphopt_passes.quantize.emission import quantize
