@@ -18,7 +18,7 @@ from graphopt_passes.quantize.coded import pack_as
 from graphopt_passes.quantize.facts import Facts, Layer
 from graphopt_passes.quantize.kinds import BYTES, INTEGERS, least_ir_version
 from graphopt_passes.quantize.moves import point_at, reads_codes
-from graphopt_passes.quantize.overrides import Override
+from graphopt_passes.quantize.overrides import Override, operator_of
 from graphopt_passes.quantize.pairs import Pairs
 from graphopt_passes.quantize.parting import make_plain, part
 from graphopt_passes.quantize.placement import (
@@ -387,12 +387,13 @@ class _Emitter:
     ) -> weights.Packed:
         """The weight in integers: for kernels as they need it (what could saturate keeps its codes), else nearest."""
         name, kind = name_of(site.node), self.facts.weight(name_of(site.node))
-        said = self.facts.overrides.of(name, site.node.name or "")
+        names = name, site.node.name or "", operator_of(site.node)
+        said = self.facts.overrides.of(*names)
         shared, plain = said.per_channel is False, site.node in self.plain
         hazard = plain and self.style.saturates and self._may_saturate(site)
         bounded = plain and self.style.integer_bias
         least = weights.least_scales(bias, given.scale, rows.shape[1]) if bounded else None
-        symmetric = self.facts.symmetric_weight(name, site.node.name or "")
+        symmetric = self.facts.symmetric_weight(*names)
         if kind is not ir.DataType.INT8 or not symmetric:
             one = plain and site.node.op_type == "Conv"
             return pack_as(rows, kind, symmetric=symmetric, shared=shared, one=one, least=least)

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from graphopt.rewrite import name_of
 from graphopt_passes.quantize.kinds import BYTES
-from graphopt_passes.quantize.overrides import Override, Overrides
+from graphopt_passes.quantize.overrides import Override, Overrides, operator_of
 from graphopt_passes.quantize.placement import Role, Site, is_passive, place
 from graphopt_passes.quantize.styles import Style
 
@@ -48,7 +48,7 @@ def mixed_of(graph: ir.Graph, style: Style, overrides: Overrides, opset: int) ->
     weights: dict[str, ir.DataType] = {}
     found: dict[str, Override] = {}
     for node, site in sites.items():
-        said = overrides.of(node.name or "", name_of(node), *_results(site))
+        said = overrides.of(node.name or "", name_of(node), *_results(site), operator_of(node))
         is_kept = site.role is Role.PRODUCT or name_of(node) in stated or _is_passed_on(said)
         if said.exclude or not is_kept:
             continue
@@ -58,6 +58,8 @@ def mixed_of(graph: ir.Graph, style: Style, overrides: Overrides, opset: int) ->
             for value in (*read, *site.held):
                 _add(found, value, Override(dtype=said.dtype))
         else:
+            for value in site.held:  # under the name that it has in front of its activation, too
+                _add(found, value, _of_value(overrides.of(name_of(node), *_results(site))))
             for value in read:
                 _add(found, value, _of_reader(overrides, node, site))
         if site.role is Role.PRODUCT and said.weight is not None:
@@ -90,16 +92,19 @@ def _is_passed_on(said: Override) -> bool:
 
 
 def _of_reader(overrides: Overrides, node: ir.Node, site: Site) -> Override:
-    """What a name of a node alone says of what the node reads; a name of its result speaks of that."""
+    """What a name of a node or its operator says of what it reads; a name of its result speaks of that."""
     results = {name_of(node), *_results(site)}
-    if not node.name or node.name in results:
-        return Override()
+    names = {node.name or ""} - results - {""}
     rules = tuple(
         (pattern, said)
         for pattern, said in overrides.rules
         if not overrides.hits(pattern, *results)
     )
-    said = dataclasses.replace(overrides, rules=rules).of(node.name)
+    return _of_value(dataclasses.replace(overrides, rules=rules).of(*names, operator_of(node)))
+
+
+def _of_value(said: Override) -> Override:
+    """What of an override is about values."""
     return dataclasses.replace(
         said, exclude=None, weight=None, per_channel=None, symmetric_weights=None
     )

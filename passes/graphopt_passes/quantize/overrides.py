@@ -6,6 +6,7 @@
 "stem*: bits=7"                         7 bits for activations of 8
 "head: dtype=uint16"                    element type of what a layer reads and stores, or of one value
 "head: dtype=uint16 weights=int16"      of its weight, too
+"op:Gemm: method=percentile"            all nodes of an operator: what they read, and their weights
 "fc*: axis=tensor"                      one scale for the whole weight; axis=channel: one an output channel
 "fc*: weights=uint8 weights_scheme=asymmetric"   zero points for the weight; scheme=symmetric: none for what is read
 """
@@ -64,8 +65,13 @@ class Overrides:
 
     @staticmethod
     def hits(pattern: str, *names: str) -> bool:
-        """Whether a pattern matches one of the names."""
-        return any(fnmatch.fnmatchcase(name, pattern) for name in names)
+        """Whether a pattern matches one of the names; those of operators only where it is about operators."""
+        about = pattern.startswith(_OPERATOR)
+        return any(
+            fnmatch.fnmatchcase(name, pattern)
+            for name in names
+            if name.startswith(_OPERATOR) == about
+        )
 
     def of(self, *names: str) -> Override:
         """What holds for something of these names."""
@@ -76,8 +82,16 @@ class Overrides:
         return found
 
 
+_OPERATOR = "op:"
+
+
+def operator_of(node: ir.Node) -> str:
+    """The name under which patterns speak of all nodes of one operator."""
+    return f"{_OPERATOR}{node.op_type.removeprefix('Fused')}"
+
+
 def names_of(model: ir.Model, ctx: Context) -> set[str]:
-    """Names of all nodes and values, as they are and as the user wrote them, before anything was fused."""
+    """Names of all nodes, values and operators, as they are and as the user wrote them, before anything was fused."""
     found: set[str] = set()
     for each in (model, *([ctx.original()] if ctx.original is not None else [])):
         for graph in each.graphs():
@@ -86,6 +100,7 @@ def names_of(model: ir.Model, ctx: Context) -> set[str]:
             )
             for node in graph:
                 found.update((node.name or "", *(value.name or "" for value in node.outputs)))
+                found.add(operator_of(node))
     return found - {""}
 
 

@@ -12,8 +12,8 @@ from graphopt.ir import values
 from graphopt.rewrite import Context, RemarkKind, name_of
 from graphopt_passes.quantize.facts import Layer
 from graphopt_passes.quantize.kinds import BYTES
-from graphopt_passes.quantize.overrides import Overrides
-from graphopt_passes.quantize.placement import PRODUCTS, is_product
+from graphopt_passes.quantize.overrides import Override, Overrides, operator_of
+from graphopt_passes.quantize.placement import ABSORBED, PRODUCTS, is_product
 from graphopt_passes.quantize.quality import NOT_TIMED
 from graphopt_passes.quantize.trials import Trial
 
@@ -57,7 +57,7 @@ class Floats:
 
 
 def tell_ignored(model: ir.Model, overrides: Overrides, ctx: Context, rule: str) -> None:
-    """Warns of each override whose element type nothing of that name is stored in, in a model that was quantised."""
+    """Warns of each override that nothing in a model that was quantised follows, by its name or its element type."""
     activations, constants = _stored_kinds(model)
     if not activations:
         return  # all stays float, which is said elsewhere
@@ -66,6 +66,9 @@ def tell_ignored(model: ir.Model, overrides: Overrides, ctx: Context, rule: str)
             (said.dtype, activations, "dtype"),
             (said.weight, constants, "weights"),
         ):
+            settings = _settings(said, of_weights=key == "weights")
+            if settings and not overrides.hits(pattern, *set().union(*stored.values())):
+                _tell_unfollowed(ctx, rule, pattern, settings, of_weights=key == "weights")
             if kind is None or kind in BYTES or overrides.hits(pattern, *stored.get(kind, ())):
                 continue
             name = kind.name.lower()
@@ -77,6 +80,29 @@ def tell_ignored(model: ir.Model, overrides: Overrides, ctx: Context, rule: str)
                 "are stored so where they are products (Conv, Gemm, MatMul) with constant weights; sums, pools and "
                 "views of float32 where they are named in full, or lie between layers in integers",
             )
+
+
+def _settings(said: Override, *, of_weights: bool) -> tuple[str, ...]:
+    """Which settings of an override are about activations, or about weights, in whatever type they are stored."""
+    bytes_only = said.weight if of_weights else said.dtype
+    given: dict[str, object] = {"axis": said.per_channel, "weights_scheme": said.symmetric_weights}
+    if not of_weights:
+        given = {"method": said.method, "range": said.ends, "bits": said.bits}
+        given["scheme"] = said.symmetric
+    given["weights" if of_weights else "dtype"] = bytes_only if bytes_only in BYTES else None
+    return tuple(key for key, value in given.items() if value is not None)
+
+
+def _tell_unfollowed(
+    ctx: Context, rule: str, pattern: str, settings: tuple[str, ...], *, of_weights: bool
+) -> None:
+    what = (
+        "no layer of that name has its weight in integers"
+        if of_weights
+        else "no value of that name, and none that a node of that name reads or makes, is stored in integers"
+    )
+    text = f"override '{pattern}' has no effect in {', '.join(settings)}: {what}; name one that is, or leave it out"
+    ctx.remark(RemarkKind.WARNING, rule, pattern, text)
 
 
 Named: TypeAlias = dict[ir.DataType, set[str]]
@@ -103,12 +129,22 @@ def _stored_kinds(model: ir.Model) -> tuple[Named, Named]:
         ):
             source = encode.inputs[0]
             names.add(source.name or "")
-            maker = source.producer()
-            behind += [maker] if maker is not None else []
-        names.update(name for each in behind for name in (each.name or "", name_of(each)))
+            behind += _makers(source)
+        names.update(
+            name for each in behind for name in (each.name or "", name_of(each), operator_of(each))
+        )
         found = constants if values.is_constant(codes) else activations
         found.setdefault(codes.dtype, set()).update(names)
     return activations, constants
+
+
+def _makers(value: ir.Value) -> list[ir.Node]:
+    """The node that makes a value, and the one in front of it where that is an activation."""
+    maker = value.producer()
+    if maker is None:
+        return []
+    front = maker.inputs[0].producer() if maker.op_type in ABSORBED and maker.inputs[0] else None
+    return [maker] if front is None else [maker, front]
 
 
 _NO_KERNEL = (

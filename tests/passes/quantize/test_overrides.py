@@ -74,8 +74,52 @@ def test_a_weight_can_have_one_scale() -> None:
     assert len(set(scale_of(quantized("c: axis=tensor"), 1).numpy().tolist())) == 1
 
 
+def test_a_layer_is_known_by_what_its_activation_hides() -> None:
+    """c is stored as r, behind Relu."""
+    plain, said = (
+        next(n for n in quantized(*given).graph if name_of(n) == "d").inputs[0].producer()  # type: ignore[union-attr]
+        for given in ((), ("c: range=0..64",))
+    )
+    scales = [float(each.inputs[1].const_value.numpy()) for each in (plain, said)]  # type: ignore[union-attr]
+    assert scales[1] == pytest.approx(64 / 255)
+    assert scales[0] < scales[1]
+
+
+def test_all_layers_of_an_operator_can_be_told_something() -> None:
+    assert float(scale_of(quantized("op:Conv: bits=7"), 0).numpy()) == pytest.approx(
+        255 / 127 * float(scale_of(quantized("op:Gemm: bits=7"), 0).numpy()), rel=0.3
+    )
+    assert len(set(scale_of(quantized("op:Conv: axis=tensor"), 1).numpy().tolist())) == 1
+    assert len(set(scale_of(quantized("op:Gemm: axis=tensor"), 1).numpy().tolist())) > 1
+    left = [node for node in quantized("op:Conv: exclude").graph if node.op_type == "Conv"]
+    assert [node.inputs[1].is_initializer() for node in left] == [True, True]  # type: ignore[union-attr]
+
+
+def test_operators_are_no_names() -> None:
+    found = parse("best", ["*: bits=7", "op:C*: method=mse"])
+    assert found.of("a", "op:Gemm") == Override(bits=7)
+    assert found.of("op:Conv") == Override(method=Method.MSE)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("w: axis=tensor", "axis"), ("w: method=mse range=0..1", "method, range"), ("op:Add: axis=tensor", "axis"),
+        ("c: axis=tensor bits=7", ""), ("x: method=mse", ""), ("op:Conv: method=mse", ""), ("r: bits=7", ""),
+    ],
+)  # fmt: skip
+def test_what_nothing_follows_is_told(override: str, told: str) -> None:
+    model = load_model(varied(RESIDUAL))
+    options = Options(calibration=Calibration(IMAGES), force=True, budget="sqnr>=0")
+    ctx = Context(model, get_target("cpu"), options, pass_name="quantize-static")
+    assert QuantizeStatic(overrides=(override,)).run(model, ctx)
+    found = [each.reason for each in ctx.remarks if "has no effect" in each.reason]
+    assert [f"has no effect in {told}:" in each for each in found] == [True] * bool(told)
+
+
 @pytest.mark.parametrize("options", [
-    {"overrides": ("con: exclude",)}, {"skip_nodes": ("con",)}, {"overrides": ("z*: bits=7",)},
+    {"overrides": ("op:Con: exclude",)}, {"overrides": ("con: exclude",)}, {"skip_nodes": ("con",)},
+    {"overrides": ("z*: bits=7",)},
 ])  # fmt: skip
 def test_a_name_that_nothing_has_is_refused(options: dict[str, tuple[str, ...]]) -> None:
     model = load_model(varied(RESIDUAL))
