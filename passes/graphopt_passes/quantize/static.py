@@ -32,6 +32,7 @@ from graphopt_passes.quantize.overrides import (
     check_symmetric,
     check_weights,
     names_of,
+    operator_of,
     parse,
 )
 from graphopt_passes.quantize.placement import QUANTISED, is_product
@@ -69,7 +70,8 @@ class QuantizeStatic:
         skip_ops: operator types that stay float.
         skip_nodes: patterns of names of nodes, or of their first outputs, that stay float.
         overrides: what holds for single layers and values: "PATTERN: exclude", "PATTERN: method=percentile
-            range=-4..4 bits=7 dtype=int8 axis=tensor", "PATTERN: dtype=uint16 weights=int16".
+            range=-4..4 bits=7 dtype=int8 axis=tensor", "PATTERN: dtype=uint16 weights=int16"; PATTERN is one of names,
+            or op:Gemm for all nodes of an operator.
         statistics: file that keeps what the samples gave: written where it is missing, read instead of running the
             samples again where it is there.
         workers: processes that share the samples; the result has the same bits.
@@ -198,7 +200,7 @@ class QuantizeStatic:
     def _skips(self, node: ir.Node, overrides: Overrides) -> bool:
         names = (node.name or "", name_of(node))
         kinds = {node.op_type, node.op_type.removeprefix("Fused")}
-        if not kinds.isdisjoint(self.skip_ops) or overrides.of(*names).exclude:
+        if not kinds.isdisjoint(self.skip_ops) or overrides.of(*names, operator_of(node)).exclude:
             return True
         return any(
             fnmatch.fnmatchcase(name, pattern) for pattern in self.skip_nodes for name in names
