@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 from itertools import islice
@@ -45,7 +45,7 @@ def collect(  # noqa: PLR0913  all but the first three by keyword only
         return _collect_here(model, tuple(names), feeds, threads, axes or {})
     found = Collected({}, 0)
     iterator = iter(feeds)
-    while window := list(islice(iterator, chunk * _WINDOW)):
+    while window := _window(iterator, chunk * _TASKS):
         parts = [window[i : i + chunk] for i in range(0, len(window), chunk)]
         tasks = [
             executor.submit(_collect_here, model, tuple(names), part, threads, axes or {})
@@ -59,8 +59,20 @@ def collect(  # noqa: PLR0913  all but the first three by keyword only
 WAITING = 1 << 22
 """Elements that may wait to be counted."""
 
-_WINDOW = 16
-"""Tasks in flight: what bounds the samples in memory."""
+_TASKS, _BYTES = 16, 1 << 25
+"""Tasks in flight at most, and bytes of their samples: what bounds the samples in memory."""
+
+
+def _window(feeds: Iterator[Feed], count: int) -> list[Feed]:
+    """The next samples, until they are as many, or as large, as may be in flight."""
+    found: list[Feed] = []
+    room = _BYTES
+    for feed in islice(feeds, count):
+        found.append(feed)
+        room -= sum(getattr(value, "nbytes", 0) for value in feed.values.values())
+        if room <= 0:
+            break
+    return found
 
 
 def _collect_here(

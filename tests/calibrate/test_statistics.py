@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,6 +119,30 @@ def test_workers_give_the_same_bits_and_files_the_same_bytes(tmp_path: Path) -> 
     again = Collected.load(tmp_path / "a.npz")
     assert again.samples == alone.samples
     assert all(same(again.values[name], found) for name, found in alone.values.items())
+
+
+def test_few_large_samples_are_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits for workers is bounded by its size, so that memory does not grow with the samples."""
+    monkeypatch.setattr("graphopt.calibrate.collect._BYTES", 3 * 4 * 10)
+    drawn: list[int] = []
+    most = 0
+
+    def feeds() -> Iterator[Feed]:
+        for index in range(40):
+            drawn.append(index)
+            yield Feed(str(index), {"x": np.ones((1, 3), np.float32)})
+
+    class Counting(ThreadPoolExecutor):
+        def submit(self, *args: Any, **kwargs: Any) -> Any:
+            nonlocal most
+            most = max(most, len(drawn))
+            drawn.clear()
+            return super().submit(*args, **kwargs)
+
+    with Counting(1) as pool:
+        found = collect(MODEL, ["r"], feeds(), executor=pool, chunk=20)
+    assert found.samples == 40
+    assert most == 10
 
 
 def test_batches_count_as_their_samples_do(tmp_path: Path) -> None:
