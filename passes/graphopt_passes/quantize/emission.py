@@ -41,6 +41,9 @@ from graphopt_passes.quantize.shield import shield
 from graphopt_passes.quantize.styles import MICROSOFT
 from graphopt_passes.quantize.unify import unify_joined, unify_operands
 
+BEYOND = 1.125
+"""How far values may go beyond what samples reached before products of 7 bits saturate."""
+
 
 def quantize(
     model: ir.Model, facts: Facts, allow: Allow, names: Names, body: ir.Graph | None = None
@@ -397,9 +400,23 @@ class _Emitter:
         if kind is not ir.DataType.INT8 or not symmetric:
             one = plain and site.node.op_type == "Conv"
             return pack_as(rows, kind, symmetric=symmetric, shared=shared, one=one, least=least)
-        top = given.format.codes[1] if hazard else None
+        top = self._top_code(_input(site, 0), given) if hazard else None
         packed = weights.pack(rows, top_code=top, least=least, shared=shared)
         return packed if hazard else self.facts.refine(name, rows, packed)
+
+    def _top_code(self, decoded: ir.Value, given: Parameters) -> int:
+        """The largest code that meets a weight: 7 bits are a range, not a bound, and codes with a sign get 128 more.
+
+        Source: ONNX Runtime 1.31.1, qdq_s8_to_u8.cc; QuantizeLinear clips at the bounds of its type alone.
+        """
+        if given.format.dtype is not ir.DataType.UINT8:
+            return 255
+        last = given.format.codes[1]
+        found = self.facts.statistics.get(self.observed[self.origins[decoded]])
+        if given.format.bits is None or found is None or not math.isfinite(found.maximum):
+            return last
+        reached = found.maximum * BEYOND / given.scale + given.zero_point
+        return int(min(max(math.ceil(reached), last), 255))
 
     def _corrected(
         self,

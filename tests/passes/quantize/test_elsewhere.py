@@ -9,6 +9,7 @@ import onnx
 import onnx.reference
 import onnx_ir as ir
 import pytest
+from graphopt_passes.quantize import emission
 from graphopt_passes.quantize.fusion import read_fusion
 from graphopt_passes.quantize.narrow import why_narrow
 from graphopt_passes.quantize.placement import candidates
@@ -77,12 +78,10 @@ def test_what_any_runtime_gets_means_the_same_to_another_implementation() -> Non
     np.testing.assert_allclose(run(found, IMAGES[1])[0], told[0], rtol=1e-4, atol=1e-5)
 
 
-def test_any_runtime_includes_one_that_saturates() -> None:
-    """Whoever reads the file: no pair of products leaves 16 bits."""
-    assert style_named("portable").saturates
-    proto = varied(RESIDUAL)
-    made = emitted(proto, "portable", IMAGES).model
-    for node in made.graph:
+def worst_sum(model: ir.Model, feeds: list[dict[str, Any]]) -> int:
+    """The greatest sum of two products that any pair of weights could make of the codes that are met."""
+    worst = 0
+    for node in model.graph:
         if node.op_type != "Conv":
             continue
         decode = node.inputs[1].producer()  # type: ignore[union-attr]
@@ -90,9 +89,55 @@ def test_any_runtime_includes_one_that_saturates() -> None:
         rows = np.sort(codes.reshape(codes.shape[0], -1), axis=1)
         pairs = max(abs(rows[:, :2].sum(axis=1)).max(), abs(rows[:, -2:].sum(axis=1)).max())
         read = node.inputs[0].producer().inputs[0]  # type: ignore[union-attr]
-        tapped = to_proto(made)
+        tapped = to_proto(model)
         tapped.graph.output.append(onnx.ValueInfoProto(name=read.name))  # type: ignore[union-attr]
-        assert pairs * max(int(run(tapped, feed)[-1].max()) for feed in IMAGES) <= 32767
+        met = [run(tapped, feed)[-1] for feed in feeds]
+        moved = 128 if met[0].dtype == np.int8 else 0  # the runtime adds it on x86
+        worst = max(worst, int(pairs * max(int(each.max()) + moved for each in met)))
+    return worst
+
+
+TAILED = [
+    {"x": np.random.default_rng(i).standard_t(3, size=(1, 8, 10, 10)).astype(np.float32)}
+    for i in range(4)
+]
+"""With values far beyond the range of least error: their codes pass those of 7 bits."""
+
+
+@pytest.mark.parametrize("feeds", [IMAGES, TAILED])
+def test_any_runtime_includes_one_that_saturates(feeds: list[dict[str, Any]]) -> None:
+    """Whoever reads the file: no pair of products leaves 16 bits."""
+    assert style_named("portable").saturates
+    made = emitted(varied(RESIDUAL), "portable", feeds, budget="sqnr>=5").model
+    assert 0 < worst_sum(made, feeds) <= 32767
+
+
+def narrowed() -> ir.Model:
+    """A value in 7 bits, with a range that leaves the tails out."""
+    model = load_model(varied(RESIDUAL))
+    given = Options(calibration=Calibration(TAILED), budget="sqnr>=1")
+    ctx = Context(model, get_target("portable"), given, pass_name="quantize-static")
+    assert QuantizeStatic(overrides=("x: bits=7 range=-2..2",)).run(model, ctx)
+    return model
+
+
+def test_codes_beyond_seven_bits_do_not_saturate() -> None:
+    assert 0 < worst_sum(narrowed(), TAILED) <= 32767
+
+
+def test_they_would_if_seven_bits_were_taken_for_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        emission._Emitter, "_top_code", lambda _self, _value, given: given.format.codes[1]
+    )
+    assert worst_sum(narrowed(), TAILED) > 32767
+
+
+def test_codes_with_a_sign_get_128_more_before_they_are_multiplied() -> None:
+    model = load_model(varied(RESIDUAL))
+    given = Options(calibration=Calibration(IMAGES), budget="sqnr>=5")
+    ctx = Context(model, get_target("portable"), given, pass_name="quantize-static")
+    assert QuantizeStatic(activations="int8").run(model, ctx)
+    assert 0 < worst_sum(model, IMAGES) <= 32767
 
 
 def test_bytes_with_a_sign_where_a_target_says_so() -> None:
