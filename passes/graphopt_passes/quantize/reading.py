@@ -39,7 +39,10 @@ def addend_of(node: ir.Node) -> ir.Value | None:
     """What a Gemm adds that no integer kernel takes for a bias: it is computed, or not one number a channel."""
     value = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
     tensor = None if value is None else values.constant(value)
-    return value if tensor is None or tensor.size != columns_of(node) else None
+    if tensor is None or tensor.size != columns_of(node):
+        return value
+    along = tuple(tensor.shape.numpy())[-1:]  # a column of as many numbers is none a channel
+    return None if along in ((), (tensor.size,)) else value
 
 
 def rows_of(node: ir.Node) -> tuple[np.ndarray, int, int]:

@@ -66,6 +66,23 @@ def test_factors_go_into_weight_and_bias(body: str) -> None:
     assert "Add" not in ops(quantized(proto, FEEDS)[0])
 
 
+def test_a_column_as_long_as_there_are_channels_is_no_bias() -> None:
+    text = "g (float[12,16] x) => (float[12,12] y) <float[16,12] w, float[12,1] c> { y = Gemm(x, w, c) }"
+    proto = varied(text)
+    feeds = [{"x": RNG.normal(size=(12, 16)).astype(np.float32)} for _ in range(4)]
+    model, _ = quantized(proto, feeds, "x86-vnni")
+    assert "Add" in ops(model)
+    assert sqnr(proto, model, feeds[0]) > 30
+
+
+def test_a_number_is_the_bias_of_one_channel() -> None:
+    text = "g (float[6,16] x) => (float[6,1] y) <float[16,1] w, float c> { y = Gemm<beta=2.0>(x, w, c) }"
+    proto = varied(text)
+    model, _ = quantized(proto, FEEDS, "x86-vnni")
+    assert "Add" not in ops(model)
+    assert sqnr(proto, model, FEEDS[0]) > 30
+
+
 def test_a_parted_sum_is_what_others_read() -> None:
     body = "c = Sin(x)  d = Slice(c, zero, twelve, axis)  e = Gemm(x, w, d)  f = Relu(e)  y = MatMul(f, t) }"
     proto = varied(HEAD + CUTS + body)
