@@ -112,7 +112,22 @@ class Judgement:
         change = self._change(outputs)
         if passed and budget.argmax_agreement is not None:
             passed = self._keeps(session, reports, budget.argmax_agreement, change)
-        return Quality(worst, passed, change, metric)
+        return Quality(worst, passed, change, metric, self._leads(outputs))
+
+    def _leads(self, outputs: Sequence[Mapping[str, object]]) -> tuple[float, ...]:
+        """How far leads are off in each sample, of the output where they are the most; empty without classes."""
+        if not self.classes:
+            return ()
+        each = [
+            leads_off(
+                [
+                    (ours[name], found[name])
+                    for ours, found in zip(self.outputs, outputs, strict=True)
+                ]
+            )
+            for name in self.outputs[0]
+        ]
+        return tuple(max(each, key=lambda found: float(found.mean())).tolist())
 
     def _keeps(
         self,

@@ -54,12 +54,14 @@ class Quality:
         passed: whether every output of every sample is within the budget.
         change: what becomes of classes; None where no output names classes.
         metric: what the user's function gave, or None.
+        leads: how far the lead of the first class is off in each sample; empty where no output names classes.
     """
 
     sqnr_db: float
     passed: bool
     change: Change | None = None
     metric: float | None = None
+    leads: tuple[float, ...] = ()
 
     @property
     def merit_db(self) -> float:
@@ -79,6 +81,20 @@ class Quality:
             return self.passed and self.sqnr_db >= SQNR_DB
         few = self.change.flips <= FLIPS and self.change.loss <= LOSS
         return self.passed and self.sqnr_db >= CLASSES_SQNR_DB and few
+
+
+def won(before: Quality, after: Quality) -> tuple[float, float]:
+    """How much less noise there is, in dB, and its standard error over the samples.
+
+    Of classes, how much less leads are off, sample by sample: what is expected to change class hangs on the few samples
+    that lie near a tie, so that of two ways to quantise it says by 1 to 3 dB more or less than thousands of samples do.
+    Of other outputs the difference of the merits, over all of their elements.
+    """
+    pairs = [(a, b) for a, b in zip(before.leads, after.leads, strict=False) if a > 0 and b > 0]
+    if len(pairs) < 2 or before.change is None or after.change is None:
+        return after.merit_db - before.merit_db, 0.0
+    each = 20 * np.log10([a / b for a, b in pairs])
+    return float(each.mean()), float(each.std(ddof=1) / np.sqrt(len(each)))
 
 
 def decibels(power: float, error: float) -> float:

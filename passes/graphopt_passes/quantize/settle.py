@@ -28,6 +28,7 @@ from graphopt_passes.quantize.kinds import BYTES
 from graphopt_passes.quantize.overrides import Override
 from graphopt_passes.quantize.placement import Role
 from graphopt_passes.quantize.probing import TRIALS, Probe, Ranging, search
+from graphopt_passes.quantize.quality import won
 from graphopt_passes.quantize.trials import RULE, Trials
 from graphopt_passes.quantize.windows import windows
 
@@ -38,7 +39,7 @@ EQUALIZED_DB = 0.5
 """What equalisation must win on the samples to be kept: it fits ranges of single channels to them."""
 
 REFINED_DB = 0.2
-"""What rounding by second moments must win to be kept."""
+"""What rounding by second moments, and ranges by outputs, must win to be kept."""
 
 RANGED_DB = 0.5
 """What another way to find ranges must win over the one that loses the least of each value."""
@@ -182,7 +183,8 @@ def _settle_values(trials: Trials, fused: frozenset[str], before: Mapping[str, S
     if ranged == facts.ranged:
         return
     told = f"ranges of {len(ranged)} values by what they do to the outputs"
-    _adopt(trials, fused, dataclasses.replace(facts, ranged=ranged, chosen={}), "ranged", told)
+    facts = dataclasses.replace(facts, ranged=ranged, chosen={})
+    _adopt(trials, fused, facts, "ranged", told, doubts=1.0)  # chosen from many on few samples
 
 
 def _is_as_before(
@@ -194,15 +196,20 @@ def _is_as_before(
     return bool(np.allclose(found[name].mean_range, before[name].mean_range, rtol=1e-3))
 
 
-def _adopt(trials: Trials, fused: frozenset[str], facts: Facts, how: str, told: str) -> None:
-    """Goes by other facts where that lowers the noise."""
-    plain, was, key = _merit(trials, fused), trials.facts, trials.key
+def _adopt(
+    trials: Trials, fused: frozenset[str], facts: Facts, how: str, told: str, doubts: float = 0.0
+) -> None:
+    """Goes by other facts where that lowers the noise, by more than so many of its standard errors."""
+    plain, was, key = trials.judged(fused).quality, trials.facts, trials.key
     trials.facts, trials.key = facts, f"{key} {how}"
-    won = _merit(trials, fused) - plain
-    if not won >= REFINED_DB:  # NaN is no gain
+    found = trials.judged(fused).quality
+    assert plain is not None
+    assert found is not None
+    gain, error = won(plain, found)
+    if gain - doubts * error < REFINED_DB:
         trials.facts, trials.key = was, key
         return
-    _note(trials, f"{told}: {won:.1f} dB less noise with all layers in 8 bits")
+    _note(trials, f"{told}: {gain:.1f} dB less noise with all layers in 8 bits")
 
 
 def _ranged_values(trials: Trials, fused: frozenset[str]) -> tuple[str, ...]:
@@ -272,9 +279,9 @@ def _settle_inlets(trials: Trials, fused: frozenset[str], ranges: Ranges) -> Non
     trials.whole = trials.placed(fused)
     trials.costs = trials.costs_of(trials.facts)
     ranges(trials, fused, facts.statistics)
-    won = _merit(trials, fused) - plain
-    if won >= EQUALIZED_DB:
-        text = f"factors for channels of {len(found)} values in front of products: {won:.1f} dB less noise"
+    gain = _merit(trials, fused) - plain
+    if gain >= EQUALIZED_DB:
+        text = f"factors for channels of {len(found)} values in front of products: {gain:.1f} dB less noise"
         _note(trials, f"{text} with all layers in 8 bits")
         return
     trials.model, trials.inlets, trials.facts, trials.key = trials.bare, (), facts, key

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from graphopt_passes.quantize.quality import Change, Quality, expected_change, powers
+from graphopt_passes.quantize.quality import Change, Quality, expected_change, powers, won
 from graphopt_passes.quantize.static import QuantizeStatic
 
 from graphopt.errors import OptionError
@@ -170,3 +170,21 @@ def test_what_is_not_finite_on_either_side_does_not_count() -> None:
     wanted = np.array([3.0, np.inf, -np.inf, 1.0, np.nan], np.float32)
     found = np.array([2.0, np.inf, 5.0, -np.inf, 1.0], np.float32)
     assert powers(wanted, found) == (9.0, 1.0)
+
+
+SOME, FEW = Change(0.01, 0.0), Change(0.005, 0.0)
+
+
+def test_ways_are_compared_sample_by_sample_where_classes_are_named() -> None:
+    """Two thirds of the samples are off by half as much, the rest as before; who is near a tie does not matter."""
+    before = Quality(30.0, passed=True, change=FEW, leads=(1.0, 2.0, 3.0, 0.0))
+    after = Quality(30.0, passed=True, change=SOME, leads=(0.5, 1.0, 3.0, 0.0))
+    gain, error = won(before, after)
+    assert gain == pytest.approx(20 * np.log10(2) * 2 / 3)
+    assert error == pytest.approx(20 * np.log10(2) / 3)
+
+
+@pytest.mark.parametrize("leads", [(), (1.0,)])
+def test_ways_are_compared_by_merit_otherwise(leads: tuple[float, ...]) -> None:
+    before = Quality(30.0, passed=True, leads=leads)
+    assert won(before, Quality(33.0, passed=True, leads=leads)) == (3.0, 0.0)
