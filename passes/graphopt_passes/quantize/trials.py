@@ -144,7 +144,9 @@ class Trials:
         further = self.parts[0].first(more) if enough else []
         judged = samples if self._has_metric else self.parts[-1]
         count = max(JUDGED, asked if judged is samples else asked // HELD_OUT)
-        self.judge = Judgement(model, judged.first(count), further=further, stated=not self.on_host)
+        # Kernels of another processor than this one say nothing, and may refuse what theirs take.
+        stated = not (self.on_host and self.is_timed)
+        self.judge = Judgement(model, judged.first(count), further=further, stated=stated)
         self.costs = self.costs_of(self.facts)
         self.whole: dict[ir.Node, Site] = {}
 
