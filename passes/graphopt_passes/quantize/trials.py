@@ -47,6 +47,9 @@ RULE = "quantize"
 MARGINS = 64
 """Further samples of which is known by how much a class leads the next."""
 
+JUDGED_NS, MOST_JUDGED = 0.5e9, 64
+"""Predicted nanoseconds that one choice may be judged for beyond `JUDGED` samples, and how many samples at most."""
+
 ENOUGH, HELD_OUT = 12, 3
 """From how many samples on some are kept for judging alone, and which: every third."""
 
@@ -139,16 +142,21 @@ class Trials:
         self.file, self.workers = how.file, how.workers
         self.facts = Facts(style, self.statistics(model, self.key, 0), overrides, self.mixed)
         self.budget = budget_for(Precision.INT8, ctx.options.budget)
+        self.costs = self.costs_of(self.facts)
         asked = samples_for(self.budget, 0)  # together the first of all
         more = max(MARGINS, asked - asked // HELD_OUT)
         further = self.parts[0].first(more) if enough else []
         judged = samples if self._has_metric else self.parts[-1]
-        count = max(JUDGED, asked if judged is samples else asked // HELD_OUT)
+        count = max(self._affordable(), asked if judged is samples else asked // HELD_OUT)
         # Kernels of another processor than this one say nothing, and may refuse what theirs take.
         stated = not (self.on_host and self.is_timed)
         self.judge = Judgement(model, judged.first(count), further=further, stated=stated)
-        self.costs = self.costs_of(self.facts)
         self.whole: dict[ir.Node, Site] = {}
+
+    def _affordable(self) -> int:
+        """How many samples to judge on: the fewer, the more often what wins on them wins by chance."""
+        each = self.costs.plain(place(self.model.graph, self.style, lambda _node: True))
+        return min(max(int(JUDGED_NS / max(each, 1.0)), JUDGED), MOST_JUDGED)
 
     def costs_of(self, facts: Facts) -> Costs:
         """Predicted times by these statistics."""

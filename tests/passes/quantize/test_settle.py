@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 from graphopt_passes.quantize.quality import Change, Quality
 from graphopt_passes.quantize.settle import _adopt
-from graphopt_passes.quantize.trials import Trial
+from graphopt_passes.quantize.styles import style_named
+from graphopt_passes.quantize.trials import Trial, Trials
+
+from graphopt.calibrate.samples import JUDGED
+from graphopt.ir.model_file import load_model
+from tests.rewriting import parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,3 +51,11 @@ def test_what_lowers_the_noise_is_kept(leads: tuple[float, ...], doubts: float, 
     assert (trials.facts == Way(leads)) == kept
     assert trials.key == ("plain other" if kept else "plain")
     assert bool(trials.notes) == kept
+
+
+@pytest.mark.parametrize(("each_ns", "count"), [(0.0, 64), (1e6, 64), (1e7, 50), (1e9, JUDGED)])
+def test_fast_models_are_judged_on_more_samples(each_ns: float, count: int) -> None:
+    graph = load_model(parse("g (float[1,4] x) => (float[1,4] y) { y = Relu(x) }", opset=18))
+    costs = SimpleNamespace(plain=lambda _sites: each_ns)
+    trials: Any = SimpleNamespace(model=graph, style=style_named("x86-vnni"), costs=costs)
+    assert Trials._affordable(trials) == count
