@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
-from itertools import islice
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,7 +22,9 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 Wide: TypeAlias = npt.NDArray[np.float64]
 
 SAMPLES = 32
-"""Samples that are looked at."""
+"""Samples that are looked at: of few rows, more, until some input has `ROWS`."""
+
+ROWS = 512
 
 POSITIONS = 64
 """Rows of one sample that are looked at: more say little that is new."""
@@ -71,7 +72,9 @@ def collect_moments(
     inputs = {spec.name for spec in session.inputs}
     tapped = [name for name in names if name not in inputs]
     kept: dict[Wanted, list[Array]] = {each: [] for each in wanted}
-    for feed in islice(feeds, SAMPLES):
+    for index, feed in enumerate(feeds):
+        if index >= SAMPLES and _most(kept) >= ROWS:
+            break
         results = session.run(feed.values, tapped) if tapped else {}
         for each, parts in kept.items():
             array = results.get(each.value, feed.values.get(each.value))
@@ -79,6 +82,10 @@ def collect_moments(
             parts.append(rows_of(array, each.window))
     found = {each: _mean(parts) for each, parts in kept.items()}
     return {each: moments for each, moments in found.items() if moments is not None}
+
+
+def _most(kept: Mapping[Wanted, Sequence[Array]]) -> int:
+    return max((sum(len(part) for part in parts) for parts in kept.values()), default=ROWS)
 
 
 def _mean(parts: Sequence[Array]) -> Wide | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 
@@ -37,6 +39,19 @@ def test_moments_are_means_of_outer_products_less_what_is_chance() -> None:
     doubt = spread * (shares**2).sum() / (1 - (shares**2).sum()) / (plain[aside] ** 2).sum()
     assert 0.05 < doubt < 0.95
     np.testing.assert_allclose(found[aside], plain[aside] * (1 - doubt), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "looked_at"), [(1, 512), (8, 64), (16, 32), (100, 32)])
+def test_samples_of_few_rows_are_looked_at_in_greater_numbers(rows: int, looked_at: int) -> None:
+    drawn = []
+
+    def feeds() -> Iterator[Feed]:
+        for index in range(600):
+            drawn.append(index)
+            yield Feed(str(index), {"x": np.ones((rows, 3), np.float32)})
+
+    collect_moments(PRODUCT, [Wanted("x")], feeds())
+    assert len(drawn) == looked_at + 1
 
 
 def test_samples_without_rows_say_nothing() -> None:

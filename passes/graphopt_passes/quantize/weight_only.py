@@ -14,6 +14,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from graphopt.calibrate.collect import by_row
 from graphopt.calibrate.moments import Wanted, collect_moments
 from graphopt.calibrate.samples import JUDGED, Samples, read_samples
 from graphopt.calibrate.screening import screening_of, tell_screened
@@ -276,7 +277,9 @@ class QuantizeWeights:
                 wanted[name_of(node)] = Wanted(source.name)
         key = f"moments:{fingerprint.structural(model)}:{fingerprint.weights(model)}"
         if wanted and key not in ctx.cache:
-            samples = _samples(ctx.options.calibration, model, ctx)
+            # Batches do not show in moments; to be timed, the user's are what will be run.
+            given = read_samples(ctx.options.calibration, input_specs(model))
+            samples = screening_of(ctx).of(by_row(lambda: on_disk(model), given))
             each = list(dict.fromkeys(wanted.values()))
             with on_disk(model) as path:
                 ctx.cache[key] = collect_moments(path, each, samples)

@@ -172,6 +172,20 @@ def test_samples_make_4_bits_better() -> None:
     assert found[1] > found[0] + 5
 
 
+def test_batches_of_samples_do_not_show() -> None:
+    proto = varied("g (float[n,t,96] x) => (float[n,t,64] y) <float[96,64] w> { y = MatMul(x, w) }")
+    rng = np.random.default_rng(2)
+    rows = (rng.normal(size=(6, 20, 96)) @ rng.normal(size=(96, 96))).astype(np.float32)
+    found = set()
+    for size in (1, 2, 6):
+        feeds = [{"x": rows[start : start + size]} for start in range(0, 6, size)]
+        model = load_model(proto)
+        ctx = context(model, calibration=Calibration(feeds))
+        assert QuantizeWeights(least=1).run(model, ctx)
+        found.add(to_proto(model).SerializeToString())
+    assert len(found) == 1
+
+
 @pytest.mark.parametrize(("ratio", "rounded"), [(0.9, 0), (2.0, 1)])
 def test_samples_round_once_and_only_what_is_faster(
     monkeypatch: pytest.MonkeyPatch, ratio: float, rounded: int
