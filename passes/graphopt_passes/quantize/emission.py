@@ -89,6 +89,8 @@ class _Emitter:
         for node, index in identities:
             self._replace(node, index)
         self._drop_unread()
+        if self.style.stores_outputs:
+            self.pairs.part_from_moves()
         contrib = self.style.contrib
         shielded = self.style.stores_outputs and shield(self.graph, self.names, contrib=contrib)
         if shielded or self.pairs.needs_domain():

@@ -53,6 +53,15 @@ class Pairs:
             self.graph.insert_before(self.graph[0], [encode, decode])
         return decode.outputs[0]
 
+    def part_from_moves(self) -> None:
+        """Keeps moves from codes that they have no kernels for: the runtime takes a DQ in front of them behind them."""
+        for value, given in self.stored.items():
+            readers = [] if _has_kernels(given.format.dtype) else value.uses()
+            for node, index in [use for use in readers if use.node.op_type in _LOOKED_THROUGH]:
+                same = maxed(value, self.names)
+                self.graph.insert_before(node, same)
+                node.replace_input_with(index, same.outputs[0])
+
     def decoded(self, codes: ir.Value, like: ir.Value, given: Parameters) -> ir.Value:
         """Codes that a node makes of others, decoded behind it by scale and zero point of what `like` was."""
         source, maker = like.producer(), codes.producer()
@@ -138,7 +147,15 @@ def _is_looked_through(node: ir.Node, kind: ir.DataType) -> bool:
     It takes a Relu away whose QuantizeLinear has a zero point of 0, also of a float with a sign; it makes sums of bytes
     and moves of what is stored in floats or 4 bits, for which there are no kernels.
     """
-    if kind.is_integer() and kind.bitwidth >= 8:
+    if _has_kernels(kind):
         return False
     passive = QUANTISED - PRODUCTS
     return node.op_type in passive or (node.op_type in ABSORBED and not kind.is_integer())
+
+
+_LOOKED_THROUGH = frozenset({"MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice"})
+
+
+def _has_kernels(kind: ir.DataType) -> bool:
+    """Whether the runtime knows what not to fuse around a type: what it cannot add in 16 bits, it leaves in float."""
+    return kind.is_integer() and kind.bitwidth >= 8

@@ -119,7 +119,10 @@ def _stored_kinds(model: ir.Model) -> tuple[Named, Named]:
         names = {decode.outputs[0].name or ""}
         behind = [use.node for use in decode.outputs[0].uses()]
         behind += [
-            use.node for each in behind if each.op_type == "Mul" for use in each.outputs[0].uses()
+            use.node
+            for each in behind
+            if each.op_type in ("Mul", "Max")
+            for use in each.outputs[0].uses()
         ]
         encode = codes.producer()
         if (

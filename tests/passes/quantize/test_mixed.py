@@ -290,3 +290,18 @@ def test_what_is_named_but_excluded_or_no_float_stays() -> None:
 def test_tensorrt_says_which_types_of_single_sums_it_lacks() -> None:
     with pytest.raises(OptionError, match=r"'e'.*needs a zero point, and TensorRT takes none"):
         quantised(varied(ENDS_IN_POOL), IMAGES, target="tensorrt", overrides=("e: dtype=uint16",))
+
+
+POOLS_A_SUM = """g (float[1,8,10,10] x) => (float[1,8,9,9] y, float[1,800] z)
+<float[8,8,3,3] w, float[8,8,1,1] v, int64[2] s = {1, 800}> {
+ c = Conv<pads=[1,1,1,1]>(x, w)  e = Add(c, x)  m = MaxPool<kernel_shape=[2,2]>(e)  t = Tanh(m)  y = Conv(t, v)
+ z = Reshape(e, s) }"""
+
+
+@pytest.mark.parametrize("kind", ["uint4", "float8e4m3fn", "uint16"])
+def test_moves_in_float_read_what_was_decoded(kind: str) -> None:
+    """The runtime would have them read codes, in types that it has no kernels for."""
+    proto = varied(POOLS_A_SUM)
+    model, _ = quantised(proto, IMAGES, style="x86-vnni", overrides=(f"e: dtype={kind}",))
+    assert ACTIVATIONS[kind] in {node.outputs[0].dtype for node in encoders(model).values()}
+    assert agreement(proto, model, IMAGES) > 100
