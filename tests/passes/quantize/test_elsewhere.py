@@ -26,7 +26,7 @@ from graphopt.ir.model_file import load_model, to_proto
 from graphopt.report.quantized import QuantizedLayer, quantized_layers
 from graphopt.rewrite import Calibration, Context, Options
 from graphopt.targets import get_target
-from tests.passes.quantize.test_static import IMAGES, RESIDUAL, RNG, sqnr, varied
+from tests.passes.quantize.test_static import IMAGES, RESIDUAL, RNG, quantized, sqnr, varied
 from tests.rewriting import run
 
 WIDE_IMAGES = [{"x": RNG.normal(size=(1, 16, 8, 8)).astype(np.float32)} for _ in range(4)]
@@ -95,6 +95,11 @@ def worst_sum(model: ir.Model, feeds: list[dict[str, Any]]) -> int:
         moved = 128 if met[0].dtype == np.int8 else 0  # the runtime adds it on x86
         worst = max(worst, int(pairs * max(int(each.max()) + moved for each in met)))
     return worst
+
+
+def test_nothing_saturates_16_bits() -> None:
+    model, _ = quantized(varied(RESIDUAL), IMAGES)
+    assert worst_sum(model, IMAGES[:1]) <= 32767
 
 
 TAILED = [

@@ -124,23 +124,6 @@ def test_a_transformer_block_keeps_float_between_products() -> None:
     assert sqnr(proto, model, TOKENS[0]) > 25
 
 
-def test_nothing_saturates_16_bits() -> None:
-    model, _ = quantized(varied(RESIDUAL), IMAGES)
-    for node in model.graph:
-        if node.op_type != "Conv":
-            continue
-        decode = node.inputs[1].producer()  # type: ignore[union-attr]
-        codes = decode.inputs[0].const_value.numpy().astype(int)  # type: ignore[union-attr]
-        rows = np.sort(codes.reshape(codes.shape[0], -1), axis=1)
-        pairs = np.maximum(np.abs(rows[:, :2].sum(axis=1)), np.abs(rows[:, -2:].sum(axis=1)))
-        decoded = node.inputs[0].producer()  # type: ignore[union-attr]
-        feed = {"x": IMAGES[0]["x"]}
-        tapped = to_proto(model)
-        tapped.graph.output.append(onnx.ValueInfoProto(name=decoded.inputs[0].name))  # type: ignore[union-attr]
-        top = int(run(tapped, feed)[-1].max())
-        assert (pairs * top <= 32767).all()
-
-
 def test_a_stored_graph_output_keeps_its_name() -> None:
     proto = varied(
         "g (float[1,8,10,10] x) => (float[1,8,10,10] y) <float[8,8,1,1] w> { y = Conv(x, w) }"
