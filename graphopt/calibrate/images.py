@@ -80,17 +80,18 @@ def _wrong(recipe: Preprocess) -> str:
             return f"says {name} = {size}: sizes are 1 or more"
     count = 1 if recipe.channels == "L" else 3
     for name, given in (("scale", recipe.scale), ("mean", recipe.mean), ("std", recipe.std)):
-        numbers = _tuple(given)
+        numbers = numbers_of(given)
         if not all(map(math.isfinite, numbers)):
             return f"says {name} = {given}: give finite numbers"
         if len(numbers) not in (1, count):
             return f"says {name} of {len(numbers)} numbers for {count} channels: give one for all or one a channel"
-    if recipe.scale == 0 or 0 in _tuple(recipe.std):
+    if recipe.scale == 0 or 0 in numbers_of(recipe.std):
         return "divides by zero: check scale and std"
     return ""
 
 
-def _tuple(given: Numbers) -> tuple[float, ...]:
+def numbers_of(given: Numbers) -> tuple[float, ...]:
+    """One number for all channels, or one a channel."""
     return given if isinstance(given, tuple) else (given,)
 
 

@@ -223,15 +223,15 @@ def parse_image(name: str, text: str) -> Image:
 
 
 def _from_file(path: Path) -> dict[str, Any]:
-    from graphopt.calibrate.images import load_preprocess  # noqa: PLC0415  seldom asked for
+    from graphopt.calibrate.images import load_preprocess, numbers_of  # noqa: PLC0415  seldom asked for
 
     recipe = load_preprocess(path)
     if recipe.channels == "L":
         raise OptionError(f"--image {path}: grey images (channels = L) have no order; leave it out")
     return {
         "scale": recipe.scale,
-        "mean": recipe.mean,
-        "std": recipe.std,
+        "mean": numbers_of(recipe.mean),
+        "std": numbers_of(recipe.std),
         "channels": recipe.channels,
         "model_layout": recipe.layout,
     }

@@ -233,9 +233,10 @@ def test_everything_at_once_from_texts() -> None:
     assert result.report.input.nodes == 7
 
 
-def test_a_preprocessing_file_says_how_images_are_scaled(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mean", ["[0.5]", "0.5"])
+def test_a_preprocessing_file_says_how_images_are_scaled(tmp_path: Path, mean: str) -> None:
     path = tmp_path / "prep.toml"
-    path.write_text('scale = 255\nmean = [0.5]\nlayout = "NCHW"\nchannels = "BGR"\n')
+    path.write_text(f'scale = 255\nmean = {mean}\nlayout = "NCHW"\nchannels = "BGR"\n')
     wanted = from_texts(images=[f"x={path},nchw"])
     assert wanted.images["x"] == Image("NCHW", 255, (0.5,), (1.0,), "BGR", "NCHW")
 
