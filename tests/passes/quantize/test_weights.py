@@ -41,6 +41,15 @@ def test_codes_are_the_nearest_and_their_noise_is_told(shape: tuple[int, int]) -
         np.testing.assert_allclose(found.noise, lost, rtol=1e-3, atol=1e-12)
 
 
+def test_the_noise_of_large_weights_is_that_of_some_parts() -> None:
+    rows = (RNG.normal(size=(1500, 700)) * np.geomspace(0.1, 10, 1500)[:, None]).astype(np.float32)
+    for given in laid(rows):
+        found = pack(given, top_code=None)
+        assert (found.codes == np.rint(rows / found.scales[:, None])).all()
+        lost = ((found.codes * found.scales[:, None] - rows) ** 2).sum() / (rows**2).sum()
+        np.testing.assert_allclose(found.noise, lost, rtol=0.1)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("shape", "block"), [((9, 50), 16), ((300, 64), 32), ((5, 700), 256)])
 def test_blocks_hold_the_nearest_codes_of_the_best_of_some_scales(
