@@ -259,12 +259,14 @@ def wants_zero_points(
     Of the weights, or of what they make of inputs with these second moments.
     """
     some = rows[:: max(rows.size // SAMPLED, 1)]
-    exact = some.astype(np.float64)
     known = moments if moments is not None and len(moments.damped) == rows.shape[1] else None
+    if known is None and some.shape[1] % block == 0:  # blocks by themselves lie in one piece
+        some = np.ascontiguousarray(some.reshape(-1, block).T).T
+    exact = some.astype(np.float64)
     lost = []
     for zero_points in (False, True):
         made = encode(some, block, bits, known, zero_points=zero_points, signed=signed)
-        gone = exact - made.decoded(rows.shape[1])
+        gone = exact - made.decoded(some.shape[1])
         lost.append(float((gone**2).sum()) if known is None else rounding.error(gone, known.damped))
     stored = block * bits + 8 * rows.dtype.itemsize
     return lost[1] * (1 + bits / stored) < lost[0]
