@@ -13,6 +13,7 @@ from graphopt.calibrate.batches import Rows, batch_size
 from graphopt.calibrate.samples import Samples
 from graphopt.calibrate.statistics import Collected
 from graphopt.calibrate.tally import DENSE, Tally
+from graphopt.errors import DataError, ModelError
 from graphopt.runtime.observing import Observed, Observer
 from graphopt.verify.feed_files import Feed
 
@@ -39,7 +40,8 @@ def collect(  # noqa: PLR0913  all but the first three by keyword only
         axes: which axes, of 1 and -1, to keep channels of, by value; both where a value is not named.
 
     Raises:
-        ModelError: the model fails on a sample, or has no such value.
+        ModelError: the model cannot be run, or has no such value.
+        DataError: it fails on a sample, which is named.
     """
     if executor is None:
         return _collect_here(model, tuple(names), feeds, threads, axes or {})
@@ -90,7 +92,11 @@ def _collect_here(
     for feed in feeds:
         batch = batch_size(feed)
         count += batch
-        for name, value in observer.run(feed.values).items():
+        try:
+            observed = observer.run(feed.values)
+        except ModelError as error:
+            raise DataError(f"'{feed.name}': {error}") from error
+        for name, value in observed.items():
             for row in _rows(value, batch):
                 found[name].add(row, axes.get(name, (1, -1)))
     return Collected({name: tally.total() for name, tally in found.items()}, count)

@@ -348,3 +348,17 @@ def test_however_many_samples_wait_the_sums_have_the_same_bits(shape: tuple[int,
             tally.add(Observed(sample))
     first, *others = [tally.total() for tally in tallies]
     assert all(same(first, other) for other in others)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_sample_that_the_model_fails_on_is_named(workers: int) -> None:
+    proto = parse(
+        """g (float[n] x) => (float[m] y) <int64[2] p = {2, 0}> { y = Pad<mode="reflect">(x, p) }"""
+    )
+    feeds = [
+        Feed("sample 0", {"x": np.ones(5, np.float32)}),
+        Feed("sample 1", {"x": np.ones(1, np.float32)}),
+    ]
+    pool = ThreadPoolExecutor(workers) if workers else nullcontext()
+    with pool as executor, pytest.raises(DataError, match=r"^'sample 1': .*Pad"):
+        collect(proto.SerializeToString(), ["y"], feeds, executor=executor)
