@@ -100,6 +100,7 @@ def _unfolded(rows: Array) -> Array:
 _SHORT = 64
 
 _MANY_PARTS = 8
+"""Parts of a weight from which on its noise is told from some of them."""
 
 
 def _peaks(rows: Array) -> Wide:
